@@ -1,0 +1,1 @@
+"""flax.linen modules: the DAT backbone and what is built on it."""

@@ -1,0 +1,270 @@
+"""The attention of each stage type: parameters and projections around the functions of ``dat_jax.ops``.
+
+All take and return (B, H, W, C), of any H and W.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dat_jax.models.layers import DepthwiseConv, conv, gelu, layer_norm, linear, table_init, uniform_init
+from dat_jax.ops import attention as attention_ops
+from dat_jax.ops import deformable_attention as deformable_ops
+from dat_jax.ops import grid_sample as gs
+from dat_jax.ops import neighborhood_attention as neighborhood_ops
+from dat_jax.ops import position_bias as bias_ops
+from dat_jax.ops import slide_attention as slide_ops
+from dat_jax.ops import window_attention as window_ops
+
+POSITION_BIAS_KINDS = ("table", "dwc", "fixed", "log_cpb", "none")
+
+
+def _pad_bottom_right(x, height, width):
+    """Zeros below and to the right, up to the given size."""
+    return jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
+
+
+class DeformableAttention(nn.Module):
+    """Deformable attention with a position bias of one of five kinds (stage type D).
+
+    Sows the key positions as intermediates/positions: (B, G, Hk, Wk, 2), (y, x) normalised to [-1, 1].
+
+    Attributes:
+      num_heads, num_groups: M and G; G divides M, M divides the channels.
+      key_stride, offset_kernel: s and k of the offset network's depthwise convolution.
+      offset_range_factor: f; negative for free offsets and clamped positions.
+      position_bias: "table", "dwc" (a depthwise convolution of the queries added to the output), "fixed" (one number for
+        each head, query and key), "log_cpb" (a small network on log-spaced displacements) or "none".
+      use_offsets: False samples nothing: keys are x average-pooled, without any bias of the logits.
+      table_shape: (H0, W0), the map that tables are made for.
+
+    Source: DAT (CVPR 2022), section 3.2; DAT++ (2309.01430), section 3.3; kinds as in the published code.
+    """
+
+    num_heads: int
+    num_groups: int
+    key_stride: int
+    offset_kernel: int
+    offset_range_factor: float
+    position_bias: str
+    use_offsets: bool
+    table_shape: tuple[int, int]
+    dtype: Any = jnp.float32
+    implementation: str = "auto"  # "auto" or "plain", of every op inside
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        groups, kind = self.num_groups, self.position_bias
+        if channels % groups or self.num_heads % groups:
+            raise ValueError(f"{groups} groups must divide the {channels} channels and the {self.num_heads} heads.")
+        if kind not in POSITION_BIAS_KINDS:
+            raise ValueError(f"Unknown position bias {kind!r}; choose one of {', '.join(POSITION_BIAS_KINDS)}.")
+
+        query = linear(channels, channels, name="proj_q", dtype=self.dtype)(x)
+        if self.use_offsets:
+            positions = self._predict_positions(query)
+            points = gs.to_pixels(positions, (height, width)).reshape(batch, groups, -1, 2)
+            sampled = gs.grid_sample(x, points, implementation=self.implementation)
+        else:
+            key_shape = self._key_shape((height, width))
+            shape = (batch, groups, *key_shape, 2)
+            positions = deformable_ops.key_positions(jnp.zeros(shape), range_factor=self.offset_range_factor)
+            points = None
+            sampled = average_pool(x, stride=self.key_stride, pooled_shape=key_shape).reshape(batch, -1, channels)
+        self.sow("intermediates", "positions", positions)
+
+        key = linear(channels, channels, name="proj_k", dtype=self.dtype)(sampled)
+        value = linear(channels, channels, name="proj_v", dtype=self.dtype)(sampled)
+        table = bias = None
+        if self.use_offsets and kind == "table":
+            side_y, side_x = (2 * size - 1 for size in self.table_shape)
+            table = self.param("rpe_table", table_init(0.01), (self.num_heads, side_y, side_x))
+        elif self.use_offsets and kind == "fixed":
+            bias = self._fixed_bias((height, width))
+        elif self.use_offsets and kind == "log_cpb":
+            bias = self._log_cpb(positions.reshape(batch, groups, -1, 2), (height, width))
+        out = deformable_ops.deformable_attention(
+            query,
+            key,
+            value,
+            num_heads=self.num_heads,
+            points=points,
+            table=table,
+            bias=bias,
+            implementation=self.implementation,
+        )
+        if kind == "dwc":
+            out = out + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="rpe_table")(query)
+        return linear(channels, channels, name="proj_out", dtype=self.dtype)(out)
+
+    def _key_shape(self, map_shape):
+        return deformable_ops.key_grid_shape(map_shape, kernel_size=self.offset_kernel, stride=self.key_stride)
+
+    def _predict_positions(self, query):
+        """(B, H, W, C) -> (B, G, Hk, Wk, 2). All in float32 or better: a position has to resolve parts of a pixel."""
+        batch, height, width, channels = query.shape
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        groups, k, s = self.num_groups, self.offset_kernel, self.key_stride
+        grouped = query.reshape(batch, height, width, groups, channels // groups)
+        grouped = jnp.moveaxis(grouped, 3, 1).reshape(batch * groups, height, width, channels // groups)
+        padding = 0 if k == s else k // 2
+        convolve = DepthwiseConv(
+            k, s, padding, dtype=dtype, implementation=self.implementation, name="conv_offset_0"
+        )
+        x = convolve(grouped)
+        x = gelu(layer_norm(name="conv_offset_1", dtype=dtype)(x))
+        offsets = linear(2, channels // groups, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
+        offsets = offsets.reshape(batch, groups, *offsets.shape[1:])
+        return deformable_ops.key_positions(offsets, range_factor=self.offset_range_factor)
+
+    def _fixed_bias(self, map_shape):
+        """(1, M, H * W, N): the learned bias, resized linearly over queries and keys on a map of another size."""
+        key_shape, table_keys = self._key_shape(map_shape), self._key_shape(self.table_shape)
+        learned = (self.num_heads, math.prod(self.table_shape), math.prod(table_keys))
+        bias = self.param("rpe_table", table_init(0.01), learned)
+        if map_shape != self.table_shape:
+            bias = bias.reshape(self.num_heads, *self.table_shape, *table_keys)
+            bias = jax.image.resize(bias, (self.num_heads, *map_shape, *key_shape), "linear", antialias=False)
+        return bias.reshape(1, self.num_heads, math.prod(map_shape), math.prod(key_shape))
+
+    def _log_cpb(self, positions, map_shape):
+        """(B, M, H * W, N)."""
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        heads = self.num_heads // self.num_groups
+        x = bias_ops.log_displacements(positions, map_shape=map_shape)
+        x = nn.relu(linear(32, 2, name="rpe_table_0", dtype=dtype)(x))
+        x = linear(heads, 32, name="rpe_table_2", dtype=dtype, use_bias=False)(x)  # (B, G, H * W, N, M / G)
+        return jnp.moveaxis(x, -1, 2).reshape(x.shape[0], self.num_heads, *x.shape[2:4])
+
+
+def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) -> jax.Array:
+    """Mean over windows of stride x stride, over the pixels that exist where the last window hangs over the border.
+
+    Args:
+      x: (B, H, W, C).
+      pooled_shape: (H', W'), at most ceil(H / stride) and ceil(W / stride).
+    """
+    covered = tuple(size * stride for size in pooled_shape)
+
+    def window_sums(maps):  # (B, H, W, C) -> (B, H', W', C)
+        maps = maps[:, : covered[0], : covered[1]]
+        maps = _pad_bottom_right(maps, *covered)
+        return maps.reshape(maps.shape[0], pooled_shape[0], stride, pooled_shape[1], stride, -1).sum(axis=(2, 4))
+
+    return window_sums(x) / window_sums(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+
+
+class NeighborhoodAttention(nn.Module):
+    """Neighborhood attention (stage type N). A side smaller than the window is padded with zeros before the
+    projection, unmasked, and cropped after, as published for dense prediction.
+    """
+
+    num_heads: int
+    kernel_size: int
+    dtype: Any = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x):
+        _, height, width, channels = x.shape
+        k = self.kernel_size
+        x = _pad_bottom_right(x, max(height, k), max(width, k))
+        query, key, value = jnp.split(linear(3 * channels, channels, name="qkv", dtype=self.dtype)(x), 3, axis=-1)
+        table = self.param("rpb", table_init(0.02), (self.num_heads, 2 * k - 1, 2 * k - 1))
+        out = neighborhood_ops.neighborhood_attention(
+            query,
+            key,
+            value,
+            table,
+            kernel_size=k,
+            num_heads=self.num_heads,
+            implementation=self.implementation,
+        )
+        return linear(channels, channels, name="proj", dtype=self.dtype)(out[:, :height, :width])
+
+
+class WindowAttention(nn.Module):
+    """Window attention (stage type L), or with shifted windows (S). A map that is not whole windows is padded with
+    zeros before the projection, unmasked, and cropped after, as published for dense prediction.
+    """
+
+    num_heads: int
+    window_size: int
+    shifted: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        _, height, width, channels = x.shape
+        w = self.window_size
+        x = _pad_bottom_right(x, -(-height // w) * w, -(-width // w) * w)
+        query, key, value = jnp.split(linear(3 * channels, channels, name="proj_qkv", dtype=self.dtype)(x), 3, axis=-1)
+        shape = ((2 * w - 1) ** 2, self.num_heads)
+        table = self.param("relative_position_bias_table", table_init(0.01), shape)
+        out = window_ops.window_attention(
+            query, key, value, table, window_size=w, num_heads=self.num_heads, shifted=self.shifted
+        )
+        return linear(channels, channels, name="proj_out", dtype=self.dtype)(out[:, :height, :width])
+
+
+class SpatialReductionAttention(nn.Module):
+    """Attention of every pixel to a map reduced ``ratio`` times by a strided convolution (stage type P).
+
+    Rows and columns beyond whole windows of the convolution are not seen by it, as published; a map smaller than one
+    window is padded with zeros up to it. Source: Pyramid Vision Transformer (2102.12122).
+    """
+
+    num_heads: int
+    ratio: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        query = linear(channels, channels, name="q", dtype=self.dtype)(x).reshape(batch, -1, channels)
+        if self.ratio > 1:
+            x = _pad_bottom_right(x, max(height, self.ratio), max(width, self.ratio))
+            reduce = dict(kernel_size=self.ratio, stride=self.ratio, padding=0)
+            x = conv(channels, channels, **reduce, name="proj_ds_0", dtype=self.dtype)(x)
+            x = layer_norm(name="proj_ds_1", dtype=self.dtype)(x)
+        packed = linear(2 * channels, channels, name="kv", dtype=self.dtype)(x.reshape(batch, -1, channels))
+        key, value = jnp.split(packed, 2, axis=-1)
+        out = attention_ops.multi_head_attention(query, key, value, num_heads=self.num_heads)
+        return linear(channels, channels, name="proj", dtype=self.dtype)(out.reshape(batch, height, width, channels))
+
+
+class SlideAttention(nn.Module):
+    """Slide attention (stage type E), inside a quarter of the channels; these must be a multiple of 4 * heads."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        inner, heads = channels // 4, self.num_heads
+        if channels % (4 * heads):
+            raise ValueError(f"Slide attention wants channels divisible by 4 * {heads} heads, got {channels}.")
+        packed = linear(3 * inner, channels, name="qkv", dtype=self.dtype)(x)
+        packed = packed.reshape(batch, height, width, heads, 3, inner // heads)  # ordered (head, q | k | v, width)
+        query, key, value = (packed[..., i, :].reshape(batch, height, width, inner) for i in range(3))
+        versions = 9 * inner // heads
+        kernel = self.param("dep_conv1_kernel", uniform_init(9), (3, 3, 1, versions))
+        bias_fixed = self.param("dep_conv_bias", uniform_init(9), (versions,))
+        bias_learned = self.param("dep_conv1_bias", uniform_init(9), (versions,))
+        table = self.param("relative_position_bias_table", table_init(0.01), (1, heads, 1, 9, 1, 1))
+        out = slide_ops.slide_attention(
+            query,
+            key,
+            value,
+            kernel.astype(self.dtype),
+            (bias_fixed + bias_learned).astype(self.dtype),
+            table.reshape(heads, 9).astype(self.dtype),
+            num_heads=heads,
+            scale=1 / math.sqrt(channels / heads),
+        )
+        return linear(channels, inner, name="proj", dtype=self.dtype)(out)

@@ -1,0 +1,281 @@
+"""DAT and DAT++: the backbone and its classifier."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dat_jax.models import attention
+from dat_jax.models.layers import DepthwiseConv, DropPath, LayerScale, Mlp, conv, gelu, layer_norm, linear
+
+STAGE_TYPES = {
+    "N": "neighborhood attention",
+    "D": "deformable attention",
+    "L": "window attention",
+    "S": "shifted window attention",
+    "P": "spatial-reduction attention",
+    "E": "slide attention",
+    "X": "depthwise convolution",
+}
+MIN_IMAGE_SIDE = 32
+
+
+class Stem(nn.Module):
+    """(B, H, W, 3) -> (B, H / 4, W / 4, features), rounded up with convolutions, down with plain patches."""
+
+    features: int
+    conv_patches: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.conv_patches:
+            x = conv(self.features, 3, kernel_size=4, stride=4, padding=0, name="conv1", dtype=self.dtype)(x)
+            return layer_norm(name="norm1", dtype=self.dtype)(x)
+        half = self.features // 2
+        x = conv(half, 3, kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
+        x = gelu(layer_norm(name="norm1", dtype=self.dtype)(x))
+        x = conv(self.features, half, kernel_size=3, stride=2, padding=1, name="conv2", dtype=self.dtype)(x)
+        return layer_norm(name="norm2", dtype=self.dtype)(x)
+
+
+class DownProjection(nn.Module):
+    """(B, H, W, C) -> (B, H / 2, W / 2, features), rounded as the stem's."""
+
+    features: int
+    conv_patches: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        kernel_size, padding = (3, 1) if self.conv_patches else (2, 0)
+        window = dict(kernel_size=kernel_size, stride=2, padding=padding)
+        x = conv(self.features, x.shape[-1], **window, use_bias=False, name="conv", dtype=self.dtype)(x)
+        return layer_norm(name="norm", dtype=self.dtype)(x)
+
+
+class Block(nn.Module):
+    """(LPU,) attention and MLP, each in a residual branch. ``make_attention`` makes the attention, given its name."""
+
+    make_attention: Any
+    expansion: int
+    lpu: bool
+    conv_mlp: bool
+    layer_scale_init: float
+    drop_path_rate: float
+    dtype: Any
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        def branch(x, module, index):
+            x = module(layer_norm(name=f"norm{index}", dtype=self.dtype)(x))
+            if self.layer_scale_init > 0:
+                x = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(x)
+            return DropPath(self.drop_path_rate)(x, train=train)
+
+        if self.lpu:
+            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="lpu")(x)
+        mlp = Mlp(self.expansion, self.conv_mlp, dtype=self.dtype, implementation=self.implementation, name="mlp")
+        x = x + branch(x, self.make_attention(name="attn"), 1)
+        return x + branch(x, mlp, 2)
+
+
+class ConvBlock(nn.Module):
+    """(LPU,) then one residual branch of depthwise convolution, LayerNorm and MLP, as in ConvNeXt (stage type X)."""
+
+    window_size: int
+    expansion: int
+    lpu: bool
+    conv_mlp: bool
+    drop_path_rate: float
+    dtype: Any
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        options = dict(dtype=self.dtype, implementation=self.implementation)
+        if self.lpu:
+            x = x + DepthwiseConv(**options, name="lpu")(x)
+        # Only odd windows keep the size of the map, which the residual sum needs.
+        branch = DepthwiseConv(self.window_size, **options, name="conv")(x)
+        branch = layer_norm(name="norm", dtype=self.dtype)(branch)
+        branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch)
+        return x + DropPath(self.drop_path_rate)(branch, train=train)
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, after a projection where the width changes."""
+
+    features: int
+    blocks: Any  # functions of a name, each making a block
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        if x.shape[-1] != self.features:
+            x = linear(self.features, x.shape[-1], name="proj", dtype=self.dtype)(x)
+        for index, make_block in enumerate(self.blocks):
+            x = make_block(name=f"blocks_{index}")(x, train=train)
+        return x
+
+
+class DAT(nn.Module):
+    """Vision transformer with deformable attention.
+
+    ``model.apply(variables, images, train=False)`` takes images (B, H, W, 3), normalised by the ImageNet mean and
+    deviation, of any size from 32 x 32, and returns logits (B, num_classes) in float32 or better. Training needs a
+    random key "dropout" where the drop path rate is not zero.
+
+    Attributes (tuples have one entry a stage):
+      num_classes: width of the head.
+      image_size: side, or (height, width), of the images that position tables are made for; others work as well.
+      dim_stem, dims: widths.
+      stages: a string of block types a stage, such as "ND"; ``STAGE_TYPES`` lists them.
+      num_heads: attention heads.
+      num_groups, key_strides, offset_kernels, offset_range_factors, position_bias, use_offsets: of D blocks, see
+        ``attention.DeformableAttention``.
+      window_sizes: of L, S and X blocks. neighborhood_sizes: of N blocks. reduction_ratios: of P blocks.
+      lpu, conv_mlp: whether a stage's blocks have a local perception unit, a convolution in the MLP.
+      conv_patches: overlapping convolutions in stem and down-projections (DAT++), or plain patches.
+      layer_scale_init: initial LayerScale; not positive for none.
+      expansion: width of the MLPs, in widths of the stage.
+      drop_path_rate: of the last block; rises linearly from 0 over all blocks.
+      dtype: of the computation. Parameters are float32; positions, softmax and statistics float32 or better.
+      implementation: "auto" or "plain", of every op (see ``ops.dispatch``).
+
+    Raises:
+      ValueError: the settings do not fit together, or images have an impossible shape.
+
+    Source: DAT++ (2309.01430), section 3 and table 1; DAT (CVPR 2022).
+    """
+
+    num_classes: int = 1000
+    image_size: int | tuple[int, int] = 224
+    dim_stem: int = 64
+    dims: tuple[int, ...] = (64, 128, 256, 512)
+    stages: tuple[str, ...] = ("ND", "NDND", "ND" * 9, "DD")
+    num_heads: tuple[int, ...] = (2, 4, 8, 16)
+    num_groups: tuple[int, ...] = (1, 2, 4, 8)
+    key_strides: tuple[int, ...] = (8, 4, 2, 1)
+    offset_kernels: tuple[int, ...] = (9, 7, 5, 3)
+    offset_range_factors: tuple[float, ...] = (-1, -1, -1, -1)
+    position_bias: tuple[str, ...] = ("table", "table", "table", "table")
+    use_offsets: tuple[bool, ...] = (True, True, True, True)
+    window_sizes: tuple[int, ...] = (7, 7, 7, 7)
+    neighborhood_sizes: tuple[int, ...] = (7, 7, 7, 7)
+    reduction_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    lpu: tuple[bool, ...] = (True, True, True, True)
+    conv_mlp: tuple[bool, ...] = (True, True, True, True)
+    layer_scale_init: tuple[float, ...] = (-1, -1, -1, -1)
+    conv_patches: bool = True
+    expansion: int = 4
+    drop_path_rate: float = 0.0
+    dtype: Any = jnp.float32
+    implementation: str = "auto"
+
+    def setup(self):
+        self._check()
+        options = dict(conv_patches=self.conv_patches, dtype=self.dtype)
+        rates = np.linspace(0, self.drop_path_rate, sum(map(len, self.stages)))
+        starts = np.cumsum([0, *map(len, self.stages)])
+        self.patch_proj = Stem(self.dim_stem, **options)
+        self.stage_modules = [
+            Stage(
+                self.dims[i],
+                [self._block_maker(i, kind, rates[starts[i] + j]) for j, kind in enumerate(self.stages[i])],
+                dtype=self.dtype,
+                name=f"stages_{i}",
+            )
+            for i in range(len(self.stages))
+        ]
+        self.down_projs = [DownProjection(dim, **options) for dim in self.dims[1:]]
+        self.cls_norm = layer_norm(dtype=self.dtype)
+        self.cls_head = linear(self.num_classes, self.dims[-1], dtype=jnp.promote_types(self.dtype, jnp.float32))
+
+    def features(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
+        """(B, H, W, 3) -> the map after each stage, strides 4, 8, 16 and 32, (B, H_i, W_i, dims[i]), without any norm
+        after it.
+        """
+        self._check_images(images)
+        x = self.patch_proj(images.astype(self.dtype))
+        maps = []
+        for index, stage in enumerate(self.stage_modules):
+            x = stage(self.down_projs[index - 1](x) if index else x, train=train)
+            maps.append(x)
+        return tuple(maps)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """(B, H, W, 3) -> logits (B, num_classes)."""
+        x = self.cls_norm(self.features(images, train=train)[-1])
+        return self.cls_head(x.mean(axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
+
+    def _block_maker(self, i: int, kind: str, drop_path_rate: float):
+        """A function of a name that makes a block of stage ``i``."""
+        options = dict(dtype=self.dtype, implementation=self.implementation)
+        common = dict(
+            expansion=self.expansion,
+            lpu=self.lpu[i],
+            conv_mlp=self.conv_mlp[i],
+            drop_path_rate=float(drop_path_rate),
+            **options,
+        )
+        if kind == "X":
+            return lambda name: ConvBlock(self.window_sizes[i], **common, name=name)
+
+        def make_attention(name):
+            heads = self.num_heads[i]
+            if kind == "N":
+                return attention.NeighborhoodAttention(heads, self.neighborhood_sizes[i], **options, name=name)
+            if kind in "LS":
+                window = self.window_sizes[i]
+                return attention.WindowAttention(heads, window, shifted=kind == "S", dtype=self.dtype, name=name)
+            if kind == "P":
+                return attention.SpatialReductionAttention(
+                    heads, self.reduction_ratios[i], dtype=self.dtype, name=name
+                )
+            if kind == "E":
+                return attention.SlideAttention(heads, dtype=self.dtype, name=name)
+            return attention.DeformableAttention(
+                num_heads=heads,
+                num_groups=self.num_groups[i],
+                key_stride=self.key_strides[i],
+                offset_kernel=self.offset_kernels[i],
+                offset_range_factor=self.offset_range_factors[i],
+                position_bias=self.position_bias[i],
+                use_offsets=self.use_offsets[i],
+                table_shape=self._table_shape(i),
+                **options,
+                name=name,
+            )
+
+        return lambda name: Block(make_attention, layer_scale_init=self.layer_scale_init[i], **common, name=name)
+
+    def _table_shape(self, stage: int) -> tuple[int, int]:
+        """(H, W) of a stage's map at the configured image size."""
+        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+        stride = 4 * 2**stage
+        return tuple(-(-side // stride) if self.conv_patches else side // stride for side in sides)
+
+    def _check(self):
+        for name in (
+            "dims num_heads num_groups key_strides offset_kernels offset_range_factors position_bias use_offsets "
+            "window_sizes neighborhood_sizes reduction_ratios lpu conv_mlp layer_scale_init"
+        ).split():
+            if len(getattr(self, name)) != len(self.stages):
+                raise ValueError(f"{name} wants one entry for each of the {len(self.stages)} stages, got {getattr(self, name)}.")
+        for i, kinds in enumerate(self.stages):
+            unknown = set(kinds) - set(STAGE_TYPES)
+            if unknown:
+                choices = ", ".join(f"{key} ({name})" for key, name in STAGE_TYPES.items())
+                raise ValueError(f"Unknown block type {sorted(unknown)[0]!r} in stages; choose from {choices}.")
+            if set(kinds) & set("NDLSPE") and self.dims[i] % self.num_heads[i]:
+                raise ValueError(f"Stage {i}: {self.num_heads[i]} heads do not divide {self.dims[i]} channels.")
+
+    def _check_images(self, images):
+        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
+            raise ValueError(
+                f"DAT wants images (B, H, W, 3) with sides of at least {MIN_IMAGE_SIDE} pixels, got {images.shape}."
+            )

@@ -1,0 +1,136 @@
+"""Layers that the blocks of every stage share. Maps are (B, H, W, C); parameters are float32."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dat_jax.ops import depthwise
+
+
+def uniform_init(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): what the published models start from, weights and biases alike."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def table_init(std: float) -> nn.initializers.Initializer:
+    """Normal of this standard deviation. Published as truncated at -2 and 2, which is 100 deviations away or more."""
+    return nn.initializers.normal(std)
+
+
+def linear(
+    features: int, in_features: int, *, dtype: Any, name: str | None = None, use_bias: bool = True
+) -> nn.Dense:
+    """nn.Dense with the published initialisation."""
+    init = uniform_init(in_features)
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+
+
+def conv(
+    features: int,
+    in_features: int,
+    *,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    name: str,
+    dtype: Any,
+    use_bias: bool = True,
+) -> nn.Conv:
+    """nn.Conv, square, with the published initialisation."""
+    init = uniform_init(in_features * kernel_size**2)
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=init,
+        bias_init=init,
+        name=name,
+    )
+
+
+def layer_norm(*, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm over channels, eps 1e-5, statistics in float32 or better."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def gelu(x):
+    """The exact GELU (erf)."""
+    return nn.gelu(x, approximate=False)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution with bias, zero padding ``padding`` (kernel_size // 2 unless given)."""
+
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int | None = None
+    dtype: Any = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x):
+        init = uniform_init(self.kernel_size**2)
+        kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, 1, x.shape[-1]))
+        bias = self.param("bias", init, (x.shape[-1],))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        out = depthwise.depthwise_conv(
+            x,
+            kernel,
+            stride=self.stride,
+            padding=self.kernel_size // 2 if self.padding is None else self.padding,
+            implementation=self.implementation,
+        )
+        return out + bias.reshape(1, 1, 1, -1)
+
+
+class DropPath(nn.Module):
+    """Drops the branch of an example with probability ``rate``, scales what stays by 1 / (1 - rate).
+
+    Random stream: "dropout". Source: Deep Networks with Stochastic Depth (1603.09382).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        return nn.Dropout(self.rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
+
+
+class LayerScale(nn.Module):
+    """Multiplies every channel by a learned factor. Source: CaiT (2103.17239)."""
+
+    initial_value: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.constant(self.initial_value), (x.shape[-1],))
+        return x * scale.astype(self.dtype).reshape(1, 1, 1, -1)
+
+
+class Mlp(nn.Module):
+    """Linear, (a depthwise 3 x 3 convolution added,) GELU, linear; ``expansion`` times as wide inside."""
+
+    expansion: int = 4
+    depthwise: bool = False
+    dtype: Any = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x):
+        channels, hidden = x.shape[-1], self.expansion * x.shape[-1]
+        x = linear(hidden, channels, name="linear1", dtype=self.dtype)(x)
+        if self.depthwise:
+            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x)
+        return linear(channels, hidden, name="linear2", dtype=self.dtype)(gelu(x))

@@ -1,0 +1,89 @@
+"""The published variants by name."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from dat_jax.models.dat import DAT
+
+
+def _dat_pp(dims, num_heads, num_groups, drop_path_rate) -> dict[str, Any]:
+    """DAT++ (2309.01430), table 1. The rest is the defaults of ``DAT``."""
+    return dict(
+        dim_stem=dims[0], dims=dims, num_heads=num_heads, num_groups=num_groups, drop_path_rate=drop_path_rate
+    )
+
+
+def _dat(dims, num_heads, num_groups, third_stage, drop_path_rate) -> dict[str, Any]:
+    """DAT v1 (CVPR 2022), table 1: windows first, deformable attention in the last two stages."""
+    return dict(
+        dim_stem=dims[0],
+        dims=dims,
+        stages=("LS", "LS", third_stage, "LD"),
+        num_heads=num_heads,
+        num_groups=num_groups,
+        key_strides=(1, 1, 1, 1),
+        offset_range_factors=(2, 2, 2, 2),
+        lpu=(False,) * 4,
+        conv_mlp=(False,) * 4,
+        conv_patches=False,
+        drop_path_rate=drop_path_rate,
+    )
+
+
+_TINY = _dat_pp((64, 128, 256, 512), (2, 4, 8, 16), (1, 2, 4, 8), 0.2)
+_BASE = _dat_pp((128, 256, 512, 1024), (4, 8, 16, 32), (2, 4, 8, 16), 0.7)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dat_pp_tiny": _TINY,
+    "dat_pp_small": _dat_pp((96, 192, 384, 768), (3, 6, 12, 24), (1, 2, 3, 6), 0.4),
+    "dat_pp_base": _BASE,
+    "dat_pp_base_384": {**_BASE, "drop_path_rate": 0.6},  # keeps tables made for 224, as published
+    # DAT+, the paper's ablation: dat_pp_tiny without its convolutions.
+    "dat_p_tiny": {**_TINY, "lpu": (False,) * 4, "conv_mlp": (False,) * 4, "conv_patches": False},
+    "dat_tiny": _dat((96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 6), "LD" * 3, 0.2),
+    "dat_small": _dat((96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 6), "LD" * 9, 0.3),
+    "dat_base": _dat((128, 256, 512, 1024), (4, 8, 16, 32), (1, 1, 4, 8), "LD" * 9, 0.5),
+    # Not published: small enough to train on a CPU in minutes, on images of 64 x 64.
+    "dat_pp_nano": dict(
+        image_size=64,
+        dim_stem=32,
+        dims=(32, 64, 128, 256),
+        stages=("ND", "ND", "ND", "DD"),
+        num_heads=(1, 2, 4, 8),
+        num_groups=(1, 1, 2, 4),
+        key_strides=(4, 2, 1, 1),
+        offset_kernels=(7, 5, 3, 3),
+        neighborhood_sizes=(7, 5, 3, 3),
+        drop_path_rate=0.05,
+    ),
+}
+
+
+def list_models() -> list[str]:
+    """Names that ``create_model`` knows."""
+    return list(VARIANTS)
+
+
+def create_model(name: str, **overrides) -> DAT:
+    """Makes a model by name.
+
+    Args:
+      name: one of ``list_models()``.
+      **overrides: attributes of ``DAT``, such as num_classes, image_size, drop_path_rate, dtype.
+
+    Raises:
+      ValueError: unknown name or attribute; the nearest known one is named.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"Unknown model {name!r}{_nearest(name, VARIANTS)}. Models: {', '.join(VARIANTS)}.")
+    fields = [field.name for field in dataclasses.fields(DAT) if field.name not in ("parent", "name")]
+    for key in overrides:
+        if key not in fields:
+            raise ValueError(f"DAT has no attribute {key!r}{_nearest(key, fields)}. Attributes: {', '.join(fields)}.")
+    return DAT(**{**VARIANTS[name], **overrides})
+
+
+def _nearest(word, known) -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0)
+    return f", did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,85 @@
+"""Deformable attention: every query attends to N keys at positions that were learned from the image."""
+
+import jax
+import jax.numpy as jnp
+
+from dat_jax.ops import attention, position_bias
+
+
+def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int) -> tuple[int, int]:
+    """(Hk, Wk): shape of the key grid, the output of a convolution with padding kernel // 2 (0 if kernel == stride)."""
+    padding = 0 if kernel_size == stride else kernel_size // 2
+    return tuple((size + 2 * padding - kernel_size) // stride + 1 for size in map_shape)
+
+
+def reference_points(key_shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """Where the keys sit before any offset: (Hk, Wk, 2), (y, x) in normalised coordinates.
+
+    Key i of n is at (i + 0.5) / (n - 1) * 2 - 1, as published: not symmetric, the last one lies beyond 1. A side of one
+    key, where the published formula divides by zero, has it at the centre, 0.
+    """
+    lines = [(jnp.arange(n, dtype=dtype) + 0.5) / (n - 1) * 2 - 1 if n > 1 else jnp.zeros(1, dtype) for n in key_shape]
+    return jnp.stack(jnp.meshgrid(*lines, indexing="ij"), axis=-1)
+
+
+def key_positions(offsets: jax.Array, *, range_factor: float) -> jax.Array:
+    """Positions of the keys from the raw output of the offset network.
+
+    Args:
+      offsets: (B, G, Hk, Wk, 2), (dy, dx). float32 or better.
+      range_factor: f. Where f >= 0 the offset is tanh(offset) * f / (Hk - 1 | Wk - 1) and the position is free; where
+        f < 0 the raw offset is added and the position is clamped to [-1, 1].
+
+    Returns:
+      (B, G, Hk, Wk, 2), (y, x) in normalised coordinates.
+
+    Source: DAT (CVPR 2022), equation 6; DAT++ (2309.01430), section 3.2.
+    """
+    key_shape = offsets.shape[2:4]
+    reference = reference_points(key_shape, offsets.dtype)[None, None]
+    if range_factor < 0:
+        return jnp.clip(reference + offsets, -1.0, 1.0)
+    # The published code rounds 1 / (n - 1) to float32; doing the same keeps float64 comparisons exact.
+    step = jnp.asarray([1 / max(n - 1, 1) for n in key_shape], jnp.float32).astype(offsets.dtype)
+    return reference + jnp.tanh(offsets) * (step * range_factor).reshape(1, 1, 1, 1, 2)
+
+
+def deformable_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    num_heads: int,
+    points: jax.Array | None = None,
+    table: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Attention of every pixel to the N sampled keys, with the position bias of a table or a given one.
+
+    Args:
+      query: (B, H, W, C).
+      key, value: (B, N, C), projections of the features sampled at ``points``.
+      num_heads: M; heads of a group are consecutive.
+      points: (B, G, N, 2), key positions (y, x) in pixels of the map; needed with ``table``.
+      table: (M, 2 * H0 - 1, 2 * W0 - 1) position bias table, see ``position_bias.table_position_bias``.
+      bias: (B | 1, M, H * W, N), a bias of another kind.
+      implementation: of the table's lookup.
+
+    Returns:
+      (B, H, W, C), of the dtype of ``value``.
+
+    Raises:
+      ValueError: table and bias are both given, or a table without points.
+
+    Source: DAT (CVPR 2022), equations 8 and 9.
+    """
+    batch, height, width, channels = query.shape
+    if table is not None:
+        if bias is not None or points is None:
+            raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
+        bias = position_bias.table_position_bias(
+            table, points, map_shape=(height, width), implementation=implementation
+        )
+    flat = query.reshape(batch, height * width, channels)
+    return attention.multi_head_attention(flat, key, value, num_heads=num_heads, bias=bias).reshape(query.shape)

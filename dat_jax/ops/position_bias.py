@@ -1,0 +1,144 @@
+"""Relative position bias between the pixels of a map and keys at real-valued positions.
+
+The published model samples a table bilinearly at every (query, key) pair. Rows and columns separate, and for one key
+the fractional part is the same for every query, so the exact bias needs no gather per pair:
+
+* "slice": the bias of a key is one H x W window of the table, blended from four neighbours. Needs a table made for this
+  map size.
+* "matmul": two products with hat weights. Any map size, no gather or scatter in either direction.
+* "gather", "map_coordinates": the pairwise lookup itself, as references.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dat_jax.ops import dispatch
+from dat_jax.ops import grid_sample as gs
+
+
+def table_position_bias(
+    table: jax.Array,
+    points: jax.Array,
+    *,
+    map_shape: tuple[int, int],
+    implementation: str = "auto",
+) -> jax.Array:
+    """Bias of every (query, key) pair, from a table over relative displacements.
+
+    In normalised coordinates the table is sampled at 0.5 * (query - key), which in its pixels is
+    row = (i - y) * (H0 - 1) / (H - 1) + (H0 - 1) for the query at row i and the key at row y; columns likewise.
+
+    Args:
+      table: (M, 2 * H0 - 1, 2 * W0 - 1), a map of H0 x W0 being the one the table was made for.
+      points: (B, G, N, 2), key positions (y, x) in pixels of the map; heads h belongs to group h // (M / G).
+      map_shape: (H, W), the queries being its pixels.
+      implementation: one of those above. See ``dispatch``.
+
+    Returns:
+      (B, M, H * W, N), float32 or better. Zero where a displacement lies outside the table.
+
+    Raises:
+      ValueError: heads are not a multiple of groups, "slice" is asked for on another map size, or the
+        implementation is unknown.
+
+    Source: DAT (CVPR 2022), section 3.2, "Offset generation", deformable relative position bias.
+    """
+    if table.ndim != 3 or table.shape[0] % points.shape[1]:
+        raise ValueError(
+            f"table_position_bias wants a table (M, 2H - 1, 2W - 1) with M a multiple of {points.shape[1]} groups, "
+            f"got {table.shape}."
+        )
+    dtype = jnp.promote_types(points.dtype, jnp.float32)
+    points, table = points.astype(dtype), table.astype(dtype)
+    fits = table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
+    implementation = dispatch.choose("position_bias", implementation, map_shape=map_shape, table_fits=fits)
+    if implementation == "slice":
+        if not fits:
+            raise ValueError(
+                f'implementation="slice" wants a table of twice the map size minus one, got a table {table.shape[1:]} '
+                f'for the map {map_shape}; "matmul" and "gather" take any size.'
+            )
+        return _bias_slice(table, points, map_shape)
+    if implementation == "matmul":
+        return _bias_matmul(table, points, map_shape)
+    return _bias_pairwise(table, points, map_shape, implementation)
+
+
+def _table_coordinates(points: jax.Array, table: jax.Array, map_shape: tuple[int, int], axis: int) -> jax.Array:
+    """Row (axis 0) or column (axis 1) of the table for every line of queries and every key: (B, G, N, size)."""
+    size, center = map_shape[axis], (table.shape[1 + axis] - 1) // 2
+    scale = center / (size - 1) if size > 1 else 1.0  # a map of one pixel has one displacement: none
+    queries = jnp.arange(size, dtype=points.dtype).reshape(1, 1, 1, size)
+    return (queries - points[..., axis, None]) * scale + center
+
+
+def _bias_pairwise(table, points, map_shape, implementation):
+    (batch, groups, keys, _), (height, width) = points.shape, map_shape
+    heads = table.shape[0]
+    rows = _table_coordinates(points, table, map_shape, 0)
+    columns = _table_coordinates(points, table, map_shape, 1)
+    pairs = jnp.stack(
+        jnp.broadcast_arrays(rows[..., :, None], columns[..., None, :]), axis=-1
+    )  # (B, G, N, H, W, 2): a point of the table for every pair
+    pairs = jnp.moveaxis(pairs, 2, 4).reshape(batch, groups, height * width * keys, 2)
+    features = jnp.broadcast_to(jnp.moveaxis(table, 0, -1)[None], (batch, *table.shape[1:], heads))
+    bias = gs.grid_sample(features, pairs, implementation=implementation)  # (B, H * W * N, M)
+    return jnp.moveaxis(bias, -1, 1).reshape(batch, heads, height * width, keys)
+
+
+def _bias_matmul(table, points, map_shape):
+    (batch, groups, keys, _), (height, width) = points.shape, map_shape
+    heads = table.shape[0]
+    rows = gs.linear_weights(_table_coordinates(points, table, map_shape, 0), table.shape[1])
+    columns = gs.linear_weights(_table_coordinates(points, table, map_shape, 1), table.shape[2])
+    grouped = table.reshape(groups, heads // groups, *table.shape[1:])
+    lines = jnp.einsum("bgnit,gmtu->bgmniu", rows, grouped, precision=lax.Precision.HIGHEST)
+    bias = jnp.einsum("bgmniu,bgnju->bgmijn", lines, columns, precision=lax.Precision.HIGHEST)
+    return bias.reshape(batch, heads, height * width, keys)
+
+
+def _bias_slice(table, points, map_shape):
+    (batch, groups, keys, _), (height, width) = points.shape, map_shape
+    heads = table.shape[0]
+    # Padded with zeros, so that the window of a key far outside the map is a window of zeros.
+    padded = jnp.pad(table, ((0, 0), (height + 1, height + 1), (width + 1, width + 1)))
+    grouped = padded.reshape(groups, heads // groups, *padded.shape[1:])
+    shape = jnp.asarray(map_shape, points.dtype).reshape(1, 1, 1, 2)
+    first = shape - 1 - points  # table row and column of query (0, 0)
+    lower = jnp.floor(first)
+    fraction = first - lower
+    start = (jnp.clip(lower, -shape - 1, 2 * shape - 1) + shape + 1).astype(jnp.int32)
+
+    def window(group_table, corner):  # (M / G, ., .), (2,) -> (M / G, H + 1, W + 1)
+        size = (group_table.shape[0], height + 1, width + 1)
+        return lax.dynamic_slice(group_table, (jnp.zeros_like(corner[0]), corner[0], corner[1]), size)
+
+    over_keys = jax.vmap(window, in_axes=(None, 0), out_axes=-1)
+    windows = jax.vmap(jax.vmap(over_keys), in_axes=(None, 0))(grouped, start)  # (B, G, M / G, H + 1, W + 1, N)
+    fraction_y, fraction_x = (fraction[..., axis][:, :, None, None, None, :] for axis in (0, 1))
+    windows = windows[..., :-1, :, :] * (1 - fraction_y) + windows[..., 1:, :, :] * fraction_y
+    windows = windows[..., :-1, :] * (1 - fraction_x) + windows[..., 1:, :] * fraction_x
+    return windows.reshape(batch, heads, height * width, keys)
+
+
+def log_displacements(points: jax.Array, *, map_shape: tuple[int, int]) -> jax.Array:
+    """Log-spaced displacements of every (query, key) pair, the input of the log-CPB network.
+
+    With d = 4 * (query - key) in normalised coordinates: sign(d) * log2(|d| + 1) / log2(8).
+
+    Args:
+      points: (B, G, N, 2), key positions in NORMALISED coordinates, (y, x).
+      map_shape: (H, W) of the map of queries. A side of one pixel has its query at the centre, 0.
+
+    Returns:
+      (B, G, H * W, N, 2), float32 or better.
+
+    Source: Swin Transformer V2, section 3.3, as applied by the published DAT++ code.
+    """
+    dtype = jnp.promote_types(points.dtype, jnp.float32)
+    height, width = map_shape
+    lines = [jnp.linspace(-1, 1, size, dtype=dtype) if size > 1 else jnp.zeros(1, dtype) for size in map_shape]
+    queries = jnp.stack(jnp.meshgrid(*lines, indexing="ij"), axis=-1).reshape(1, 1, height * width, 1, 2)
+    displacement = 4 * (queries - points.astype(dtype)[:, :, None])
+    return jnp.sign(displacement) * jnp.log2(jnp.abs(displacement) + 1) / 3
