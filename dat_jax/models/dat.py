@@ -238,6 +238,7 @@ class DAT(nn.Module):
                 )
             if kind == "E":
                 return attention.SlideAttention(heads, dtype=self.dtype, name=name)
+            configured = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
             return attention.DeformableAttention(
                 num_heads=heads,
                 num_groups=self.num_groups[i],
@@ -246,18 +247,17 @@ class DAT(nn.Module):
                 offset_range_factor=self.offset_range_factors[i],
                 position_bias=self.position_bias[i],
                 use_offsets=self.use_offsets[i],
-                table_shape=self._table_shape(i),
+                table_shape=self.map_shape(configured, stage=i),
                 **options,
                 name=name,
             )
 
         return lambda name: Block(make_attention, layer_scale_init=self.layer_scale_init[i], **common, name=name)
 
-    def _table_shape(self, stage: int) -> tuple[int, int]:
-        """(H, W) of a stage's map at the configured image size."""
-        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+    def map_shape(self, image_shape: tuple[int, int], *, stage: int) -> tuple[int, int]:
+        """(H, W) of a stage's map for images of a size."""
         stride = 4 * 2**stage
-        return tuple(-(-side // stride) if self.conv_patches else side // stride for side in sides)
+        return tuple(-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
 
     def _check(self):
         for name in (

@@ -1,5 +1,7 @@
 """Depthwise convolution."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,13 +45,66 @@ def depthwise_conv(
 
 
 def _shifted_products(x, kernel, stride, padding):
+    if stride == 1 and padding < kernel.shape[0]:
+        return _stride_one(x, kernel, padding)
+    return _sum_over_windows(x, kernel, stride, padding)
+
+
+def _sum_over_windows(x, kernel, stride, padding):
+    """With a stride there are few windows: these are stacked, so that the program grows with their number along a side,
+    not with the K * K taps.
+    """
     size = kernel.shape[0]
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    height, width = ((side - size) // stride + 1 for side in x.shape[1:3])
-    total = 0.0
-    for dy in range(size):
-        for dx in range(size):
-            rows = slice(dy, dy + (height - 1) * stride + 1, stride)
-            columns = slice(dx, dx + (width - 1) * stride + 1, stride)
-            total = total + x[:, rows, columns] * kernel[dy, dx][None, None]
-    return total
+    x = _pad(x, padding)
+    rows, columns = (range(0, side - size + 1, stride) for side in x.shape[1:3])
+    x = jnp.stack([x[:, row : row + size] for row in rows], axis=1)  # (B, Hk, K, W, C)
+    x = jnp.stack([x[:, :, :, column : column + size] for column in columns], axis=2)  # (B, Hk, Wk, K, K, C)
+    return (x * kernel[None, None, None, :, :, 0]).sum(axis=(3, 4))
+
+
+def _sum_of_taps(x, kernel, padding):
+    taps = _taps(x, kernel.shape[0], padding)
+    return sum(tap * weight[None, None] for tap, weight in zip(taps, kernel.reshape(-1, 1, x.shape[-1]), strict=True))
+
+
+def _taps(x, size, padding):
+    """What each of the size * size kernel positions is multiplied with, each of the shape of the output; stride 1."""
+    x = _pad(x, padding)
+    height, width = (side - size + 1 for side in x.shape[1:3])
+    return [x[:, dy : dy + height, dx : dx + width] for dy in range(size) for dx in range(size)]
+
+
+def _pad(x, padding):
+    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _stride_one(x, kernel, padding):
+    return _sum_of_taps(x, kernel, padding)
+
+
+def _stride_one_forward(x, kernel, padding):
+    return _sum_of_taps(x, kernel, padding), (x, kernel)
+
+
+def _stride_one_backward(padding, residuals, gradient):
+    """The gradient of the input is a convolution with the turned kernel, that of the kernel a sum for each tap."""
+    x, kernel = residuals
+    size = kernel.shape[0]
+    to_input = _sum_of_taps(gradient, kernel[::-1, ::-1], size - 1 - padding)
+    to_kernel = jnp.stack([_sum_over_map(tap * gradient) for tap in _taps(x, size, padding)])
+    return to_input, to_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _sum_over_map(x):
+    """(B, H, W, C) -> (C,). XLA's CPU backend fuses slice and product into a reduction that runs without vector
+    instructions; halving by additions first is six times faster (7.7 against 45 ms for the nine taps of a map
+    (64, 16, 16, 128) on 2 cores).
+    """
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.promote_types(x.dtype, jnp.float32))
+    while x.shape[0] > 64 and x.shape[0] % 2 == 0:
+        x = x[: x.shape[0] // 2] + x[x.shape[0] // 2 :]
+    return x.sum(axis=0)
+
+
+_stride_one.defvjp(_stride_one_forward, _stride_one_backward)

@@ -1,0 +1,1 @@
+"""One ml_collections file a run; common.py holds what they share."""

@@ -1,0 +1,96 @@
+"""What a run's configuration must hold. Values live in configs/; this module only checks them."""
+
+import difflib
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dat_jax.errors import UserError
+
+# Key -> type, or a tuple of the allowed values, or a group. What each means is said in configs/common.py.
+SCHEMA: dict[str, Any] = {
+    "task": ("classification",),
+    "seed": int,
+    "epochs": int,
+    "batch_size": int,
+    "accumulate_steps": int,
+    "ema_decay": float,
+    "log_every": int,
+    "model": None,  # name, dtype and any attribute of the model; create_model checks them
+    "data": {
+        "name": str,
+        "image_size": int,
+        "max_rotation": float,
+        "max_shift": float,
+        "max_scale": float,
+        "workers": int,
+    },
+    "loss": {"label_smoothing": float},
+    "optimizer": {"b1": float, "b2": float, "eps": float, "weight_decay": float, "clip_norm": float},
+    "schedule": {
+        "base_lr": float,
+        "warmup_lr": float,
+        "min_lr": float,
+        "warmup_epochs": float,
+        "reference_batch_size": int,
+    },
+    "mesh": {"data": int, "fsdp": int},
+    "eval": {"batch_size": int, "every_epochs": int, "checkpoint": ("best", "latest")},
+}
+_AT_LEAST_ONE = ("epochs", "batch_size", "accumulate_steps", "log_every", "data.image_size", "eval.batch_size")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks keys, types and ranges of a run's configuration.
+
+    Raises:
+      UserError: names the first unknown key with the nearest known one, missing key, or impossible value.
+    """
+    _check_group(config, SCHEMA, "config")
+    model = config.model
+    if not isinstance(model, Mapping | ConfigDict) or "name" not in model or "dtype" not in model:
+        raise UserError("config.model wants a group with at least name and dtype.")
+    if model.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"config.model.dtype wants one of auto, float32, bfloat16, got {model.dtype!r}.")
+    for path in (*_AT_LEAST_ONE, "eval.every_epochs", "mesh.fsdp", "schedule.reference_batch_size"):
+        if _get(config, path) < 1:
+            raise UserError(f"config.{path} wants a number of at least 1, got {_get(config, path)}.")
+    for path in ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
+        if not 0 <= _get(config, path) < 1:
+            raise UserError(f"config.{path} wants a number from 0 to below 1, got {_get(config, path)}.")
+    if config.mesh.data < 1 and config.mesh.data != -1:
+        raise UserError(f"config.mesh.data wants a number of devices or -1 for all, got {config.mesh.data}.")
+
+
+def _get(config, path):
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def _check_group(group, schema, path):
+    for key in group:
+        if key not in schema:
+            near = difflib.get_close_matches(key, schema, n=1, cutoff=0)[0]
+            raise UserError(f"Unknown key {path}.{key}; did you mean {path}.{near}?")
+    for key, wanted in schema.items():
+        name = f"{path}.{key}"
+        if key not in group:
+            raise UserError(f"Missing key {name}; configs/common.py has its default.")
+        _check_value(group[key], wanted, name)
+
+
+def _check_value(value, wanted, name):
+    if isinstance(wanted, dict):
+        if not isinstance(value, Mapping | ConfigDict):
+            raise UserError(f"{name} wants a group of keys ({', '.join(wanted)}), got {value!r}.")
+        _check_group(value, wanted, name)
+    elif isinstance(wanted, tuple):
+        if value not in wanted:
+            raise UserError(f"{name} wants one of {', '.join(wanted)}, got {value!r}.")
+    elif wanted is not None:
+        kind = {float: numbers.Real, int: numbers.Integral, str: str}[wanted]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{name} wants a value of type {wanted.__name__}, got {value!r}.")

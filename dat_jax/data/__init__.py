@@ -1,0 +1,1 @@
+"""Sources of examples, transforms of one example, batches. Knows nothing of models."""

@@ -1,0 +1,68 @@
+"""Batches of a source, each a pure function of the seed and the step.
+
+So a run that resumes at step n sees what it would have seen, and the number of workers changes nothing.
+"""
+
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+_PREFETCHED_BATCHES = 4
+
+
+def make_train_batches(
+    source,
+    transform: Callable[[dict, np.random.Generator], dict],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless training batches: every epoch shuffled anew, every example transformed with a generator of its own.
+
+    Args:
+      source: see ``data.sources``.
+      transform: of one record, with its random generator.
+      batch_size: examples a batch of THIS process.
+      seed: of order and draws.
+      start_step: the first batch to give.
+      process_index, process_count: this process takes every process_count-th example.
+      workers: processes that load; 0 loads in threads.
+
+    Yields:
+      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,)}.
+    """
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
+    batches = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)[start_step:]
+    threads = grain.ReadOptions(num_threads=_PREFETCHED_BATCHES, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    loader = batches.to_iter_dataset(threads)
+    if workers:
+        loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(loader)
+
+
+def make_eval_batches(
+    source,
+    transform: Callable[[dict], dict],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in order. All processes give the same number of batches, filled up where examples run out.
+
+    Yields:
+      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,), "mask": float32 (batch_size,)}, mask 1 for
+      an example and 0 for filling.
+    """
+    steps = -(-len(source) // (batch_size * process_count))
+    for step in range(steps):
+        first = step * batch_size * process_count + process_index
+        indices = first + np.arange(batch_size) * process_count
+        records = [transform(source[int(min(i, len(source) - 1))]) for i in indices]
+        batch = {key: np.stack([record[key] for record in records]) for key in records[0]}
+        yield {**batch, "mask": (indices < len(source)).astype(np.float32)}

@@ -1,0 +1,1 @@
+"""Metrics over a whole data set, from a predict function."""

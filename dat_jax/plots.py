@@ -1,0 +1,96 @@
+"""Pictures from arrays: learning curves, predictions, sampled points. Needs numpy and matplotlib only."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def save_curves(path: pathlib.Path, series: Mapping[str, Mapping[int, float]]) -> None:
+    """Loss, accuracy and learning rate against the step.
+
+    Args:
+      path: of the PNG file.
+      series: metric name ("train/loss", "eval/top1", ...) -> {step: value}.
+    """
+    panels = {
+        "loss": ("train/loss", "eval/loss"),
+        "top-1 accuracy, %": ("train/top1", "eval/top1"),
+        "learning rate": ("train/learning_rate",),
+    }
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name in names:
+            points = sorted(series.get(name, {}).items())
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if name.startswith("eval") else None)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def save_predictions(
+    path: pathlib.Path,
+    images: np.ndarray,
+    *,
+    labels: Sequence[int],
+    predictions: Sequence[int],
+    class_names: Sequence[str],
+) -> None:
+    """A grid of images with what was predicted; mistakes in red, with the label.
+
+    Args:
+      path: of the PNG file.
+      images: uint8 (N, H, W, 3).
+      labels, predictions: class indices, (N,).
+    """
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(columns * 1.2, rows * 1.45), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, label, prediction in zip(grid, images, labels, predictions, strict=False):
+        right = label == prediction
+        title = class_names[prediction] if right else f"{class_names[prediction]}, is {class_names[label]}"
+        axes.imshow(image)
+        axes.set_title(title, color="black" if right else "red", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def save_sampled_points(
+    path: pathlib.Path, images: np.ndarray, positions: Mapping[str, np.ndarray], *, map_shapes: Mapping[str, tuple]
+) -> None:
+    """Where deformable attention looks: a row an image, a column a D block, one colour a group of heads.
+
+    Args:
+      path: of the PNG file.
+      images: uint8 (N, H, W, 3).
+      positions: block name -> (N, G, Hk, Wk, 2), (y, x), -1 and 1 the centres of the first and last pixel of the block's
+        map.
+      map_shapes: block name -> (height, width) of that map. Its pixels are drawn as cells that tile the image.
+    """
+    blocks = sorted(positions)
+    figure = Figure(figsize=(1.9 * (len(blocks) + 1), 2.0 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), len(blocks) + 1, squeeze=False)
+    for row, image in zip(grid, images, strict=True):
+        row[0].imshow(image)
+    for column, name in enumerate(blocks, start=1):
+        grid[0][column].set_title(name, fontsize=8)
+        for index, image in enumerate(images):
+            _draw_points(grid[index][column], image, positions[name][index], map_shapes[name])
+    for axes in grid.ravel():
+        axes.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_points(axes, image, points, map_shape):
+    axes.imshow(image, alpha=0.6)
+    for group, group_points in enumerate(points):
+        pixels = (group_points.reshape(-1, 2) + 1) / 2 * (np.array(map_shape) - 1)
+        y, x = ((pixels + 0.5) / np.array(map_shape) * np.array(image.shape[:2]) - 0.5).T
+        axes.scatter(x, y, s=9, color=f"C{group}", alpha=0.9)
+    axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))

@@ -1,0 +1,59 @@
+"""Image classification."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dat_jax.models.dat import DAT
+from dat_jax.tasks import Task
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 (B, H, W, 3) -> float32: scaled to 0..1, less the ImageNet mean, over its deviation."""
+    mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 3) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def smooth_labels(labels: jax.Array, *, num_classes: int, smoothing: float) -> jax.Array:
+    """int (B,) -> (B, num_classes): 1 - s + s / K for the class, s / K for the others."""
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over the batch of -sum(targets * log_softmax(logits)); logits and targets (B, K)."""
+    return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def make_classification_task(model: DAT, *, label_smoothing: float) -> Task:
+    """Cross-entropy on smoothed labels.
+
+    Batches hold "image", uint8 (B, H, W, 3), and "label", int (B,). Outputs of ``predict``: "logits" (B, K), and of every
+    D block by name "positions", those of its keys, (B, G, Hk, Wk, 2), (y, x) in [-1, 1], and "map_shapes", the (height,
+    width) of the map they are on.
+    """
+
+    def init(key, batch):
+        return model.init(key, normalize(batch["image"]))
+
+    def loss(variables, batch, key):
+        logits = model.apply(variables, normalize(batch["image"]), train=True, rngs={"dropout": key})
+        targets = smooth_labels(batch["label"], num_classes=model.num_classes, smoothing=label_smoothing)
+        value = soft_cross_entropy(logits, targets)
+        top1 = (logits.argmax(axis=-1) == batch["label"]).mean(dtype=logits.dtype)
+        return value, {"loss": value, "top1": top1}, {}
+
+    def predict(variables, batch):
+        images = normalize(batch["image"])
+        logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+        positions = {
+            f"{stage}/{block}": sown["attn"]["positions"][0]
+            for stage, blocks in state.get("intermediates", {}).items()
+            for block, sown in blocks.items()
+        }
+        map_shapes = {name: model.map_shape(images.shape[1:3], stage=int(name[7])) for name in positions}
+        return {"logits": logits, "positions": positions, "map_shapes": map_shapes}
+
+    return Task(init=init, loss=loss, predict=predict)

@@ -1,0 +1,38 @@
+"""AdamW as the published recipe has it."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales all gradients by min(1, max_norm / (norm + 1e-6)), PyTorch's rule; optax's own has no 1e-6."""
+
+    def update(updates, state, params=None):
+        del params
+        scale = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def weight_decay_mask(params):
+    """True for the parameters that decay: those with more than one axis, but for position bias tables.
+
+    ``rpe_table`` (with the log-CPB network's weights) and ``relative_position_bias_table`` do not decay; the ``rpb`` of
+    neighborhood attention does.
+    """
+
+    def decays(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return leaf.ndim > 1 and "rpe_table" not in name and "relative_position_bias_table" not in name
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay on ``weight_decay_mask``, after clipping to ``clip_norm`` where that is > 0."""
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=weight_decay_mask)
+    return optax.chain(clip_by_global_norm(clip_norm), adamw) if clip_norm > 0 else adamw
