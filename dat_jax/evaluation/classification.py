@@ -26,9 +26,9 @@ def make_evaluator(predict: Callable) -> Callable[[dict, Iterable[dict]], dict[s
     def sums(variables, batch):
         logits = predict(variables, batch)["logits"].astype(jnp.float32)
         labels, mask = batch["label"], batch["mask"]
-        # Rank of the true class, ties counted against it, so that constant logits score nothing.
+        # Rank of the true class. Ties and NaN count against it, so that logits that say nothing score nothing.
         own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-        rank = (logits >= own).sum(axis=-1) - 1
+        rank = (~(logits < own)).sum(axis=-1) - 1
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
         return {
             "top1": ((rank < 1) * mask).sum(),

@@ -209,7 +209,11 @@ class DAT(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """(B, H, W, 3) -> logits (B, num_classes)."""
-        x = self.cls_norm(self.features(images, train=train)[-1])
+        return self.classify(self.features(images, train=train)[-1])
+
+    def classify(self, last_map: jax.Array) -> jax.Array:
+        """The last of ``features``, (B, H, W, dims[-1]) -> logits (B, num_classes)."""
+        x = self.cls_norm(last_map)
         return self.cls_head(x.mean(axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
 
     def _block_maker(self, i: int, kind: str, drop_path_rate: float):

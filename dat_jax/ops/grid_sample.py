@@ -47,7 +47,7 @@ def linear_weights(positions: jax.Array, size: int) -> jax.Array:
     fraction = (positions - lower)[..., None]
     lower = lower[..., None]
     pixels = jnp.arange(size, dtype=positions.dtype).reshape((1,) * positions.ndim + (size,))
-    zero = jnp.zeros((), positions.dtype)
+    zero = 0 * fraction  # NaN for a position that is: a broken position must not look like one outside the line
     return jnp.where(pixels == lower, 1 - fraction, zero) + jnp.where(pixels == lower + 1, fraction, zero)
 
 
@@ -70,8 +70,8 @@ def grid_sample(features: jax.Array, points: jax.Array, *, implementation: str =
     Source: DAT (CVPR 2022), equation 7; sampling with aligned corners and zero padding as published.
     """
     batch, height, width, channels = features.shape
-    groups = points.shape[1]
-    if points.ndim != 4 or points.shape[0] != batch or points.shape[3] != 2 or channels % groups:
+    groups = points.shape[1] if points.ndim == 4 else 0
+    if not groups or points.shape[0] != batch or points.shape[3] != 2 or channels % groups:
         raise ValueError(
             f"grid_sample wants points (B, G, N, 2) with B = {batch} and G a divisor of {channels} channels, "
             f"got points of shape {points.shape}."

@@ -44,7 +44,9 @@ def table_position_bias(
 
     Source: DAT (CVPR 2022), section 3.2, "Offset generation", deformable relative position bias.
     """
-    if table.ndim != 3 or table.shape[0] % points.shape[1]:
+    if points.ndim != 4 or points.shape[3] != 2:
+        raise ValueError(f"table_position_bias wants points (B, G, N, 2), got {points.shape}.")
+    if table.ndim != 3 or table.shape[0] % points.shape[1] or not all(side % 2 for side in table.shape[1:]):
         raise ValueError(
             f"table_position_bias wants a table (M, 2H - 1, 2W - 1) with M a multiple of {points.shape[1]} groups, "
             f"got {table.shape}."

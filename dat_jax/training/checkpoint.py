@@ -34,7 +34,8 @@ class Checkpoints:
             best_fn=score, best_mode="max", preservation_policy=keep, cleanup_tmp_directories=True
         )
         self._directory = directory
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
         self._digests = jax.jit(compute_digests)
 
     def __enter__(self):
@@ -72,13 +73,14 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model, or damaged; the arrays are named.
         """
-        self._check_structure(step, abstract_state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
-            )
-        except (ValueError, OSError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._check_structure(step, abstract_state)
+            restored = self._manager.restore(step, args=args)
+        except UserError:
+            raise
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).split(" [tensorstore_spec")[0]
             raise UserError(f"The checkpoint {self._directory / str(step)} cannot be read: {reason}") from error
         state, meta = restored["state"], restored["meta"]
         digests = _named(self._digests(state))

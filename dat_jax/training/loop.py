@@ -292,8 +292,8 @@ def _initialize(run: Run) -> TrainState:
 
 def _restore(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
     state, position = checkpoints.restore(step, run.abstract_state)
-    expected = _data_position(run.config, step)
-    differing = [f"{key} {position.get(key)}, now {expected[key]}" for key in expected if position.get(key) != expected[key]]
+    now = _data_position(run.config, step)
+    differing = [f"{key} {position[key]}, now {now[key]}" for key in ("batch_size", "seed") if position[key] != now[key]]
     if differing:
         raise UserError(
             f"The run in this work directory was started with {'; '.join(differing)}. Its data would not continue where "

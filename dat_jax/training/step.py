@@ -68,7 +68,7 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema_params, params)
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         state = TrainState(
             step=state.step + 1,
             params=params,

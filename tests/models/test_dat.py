@@ -1,0 +1,182 @@
+"""The model over its settings: block types, position biases, sizes, dtypes, drop path, initialisation, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dat_jax
+from dat_jax.models.attention import POSITION_BIAS_KINDS
+from dat_jax.models.dat import STAGE_TYPES
+from tests.random_variables import random_variables
+
+
+def make_small(**overrides):
+    """Two stages of one block each."""
+    settings = dict(
+        num_classes=5,
+        image_size=64,
+        dim_stem=8,
+        dims=(16, 24),  # neither equal to the stem's nor doubling
+        stages=("N", "D"),
+        num_heads=(2, 2),
+        num_groups=(1, 2),
+        key_strides=(2, 2),
+        offset_kernels=(3, 3),
+        offset_range_factors=(-1, -1),
+        position_bias=("table", "table"),
+        use_offsets=(True, True),
+        window_sizes=(7, 7),
+        neighborhood_sizes=(7, 7),
+        reduction_ratios=(2, 2),
+        lpu=(True, True),
+        conv_mlp=(True, True),
+        layer_scale_init=(-1, -1),
+    )
+    return dat_jax.DAT(**{**settings, **overrides})
+
+
+def random_images(*shape):
+    return jax.random.normal(jax.random.key(0), (*shape, 3))
+
+
+def apply(model, variables, images, **options):
+    return jax.jit(lambda v, x: model.apply(v, x, **options))(variables, images)
+
+
+def run(model, images, **options):
+    return apply(model, random_variables(model, images), images, **options)
+
+
+@pytest.mark.parametrize("kind", sorted(STAGE_TYPES))
+def test_every_block_type_takes_any_map_and_differentiates(kind):
+    model, images = make_small(stages=(kind, kind), layer_scale_init=(0.5, 0.5)), random_images(1, 45, 70)
+    variables = random_variables(model, images)
+    gradients = jax.jit(jax.grad(lambda v: (model.apply(v, images) ** 2).sum()))(variables)["params"]
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    for block in (gradients["stages_0"]["blocks_0"], gradients["stages_1"]["blocks_0"]):
+        attention = {"conv": block["conv"]} if kind == "X" else block["attn"]
+        assert all(jnp.abs(leaf).max() > 0 for path, leaf in jax.tree_util.tree_leaves_with_path(attention))
+
+
+@pytest.mark.parametrize("use_offsets", [True, False])
+@pytest.mark.parametrize("kind", POSITION_BIAS_KINDS)
+def test_every_position_bias_takes_any_map(kind, use_offsets):
+    model = make_small(stages=("D", "D"), position_bias=(kind, kind), use_offsets=(use_offsets, use_offsets))
+    variables = random_variables(model, random_images(1, 64, 64))
+    for shape in [(64, 64), (33, 90)]:
+        logits, state = apply(model, variables, random_images(2, *shape), mutable=["intermediates"])
+        assert logits.shape == (2, 5)
+        assert jnp.isfinite(logits).all()
+        positions = state["intermediates"]["stages_1"]["blocks_0"]["attn"]["positions"][0]
+        height, width = (-(-(-(-side // 8)) // 2) for side in shape)
+        assert positions.shape == (2, 2, height, width, 2)
+        assert jnp.abs(positions).max() <= 1
+    has_table = any("rpe_table" in name for name in variables["params"]["stages_1"]["blocks_0"]["attn"])
+    assert has_table == (kind != "none" and (use_offsets or kind == "dwc"))
+
+
+def test_fixed_bias_is_used_as_it_is_at_its_own_size():
+    model, images = make_small(position_bias=("none", "fixed")), random_images(1, 64, 64)
+    variables = random_variables(model, images)
+    table = variables["params"]["stages_1"]["blocks_0"]["attn"]["rpe_table"]
+    assert table.shape == (2, 8 * 8, 4 * 4)
+    gradients = jax.jit(jax.grad(lambda v: model.apply(v, images).sum()))(variables)["params"]
+    assert jnp.abs(gradients["stages_1"]["blocks_0"]["attn"]["rpe_table"]).max() > 0
+
+
+def test_positions_without_offsets_are_the_reference_grid():
+    model = make_small(use_offsets=(True, False))
+    _, state = run(model, random_images(1, 64, 64), mutable=["intermediates"])
+    positions = state["intermediates"]["stages_1"]["blocks_0"]["attn"]["positions"][0]
+    lines = np.minimum((np.arange(4) + 0.5) / 3 * 2 - 1, 1)
+    np.testing.assert_allclose(positions[0, 0, :, 0, 0], lines, rtol=1e-6)
+    np.testing.assert_allclose(positions[0, 1, 0, :, 1], lines, rtol=1e-6)
+
+
+def test_the_smallest_image_has_a_map_of_one_pixel():
+    model = dat_jax.create_model("dat_pp_nano", image_size=32, stages=("N", "N", "N", "D"))
+    logits = run(model, random_images(1, 32, 32))
+    assert jnp.isfinite(logits).all()
+    assert [x.shape[1:3] for x in run(model, random_images(1, 32, 32), method="features")] == [
+        (8, 8),
+        (4, 4),
+        (2, 2),
+        (1, 1),
+    ]
+
+
+def test_features_round_sizes_up_with_convolutions_and_down_with_patches():
+    for conv_patches, wanted in [(True, [(12, 17), (6, 9)]), (False, [(11, 16), (5, 8)])]:
+        maps = run(make_small(conv_patches=conv_patches), random_images(1, 45, 67), method="features")
+        assert [x.shape[1:3] for x in maps] == wanted
+        assert [x.shape[3] for x in maps] == [16, 24]
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters_and_positions():
+    images = random_images(2, 64, 64)
+    variables = random_variables(make_small(), images)
+    wanted = apply(make_small(), variables, images)
+    got, state = apply(make_small(dtype=jnp.bfloat16), variables, images, mutable=["intermediates"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert got.dtype == jnp.float32
+    assert state["intermediates"]["stages_1"]["blocks_0"]["attn"]["positions"][0].dtype == jnp.float32
+    np.testing.assert_allclose(got, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
+    assert apply(make_small(dtype=jnp.bfloat16), variables, images, method="features")[0].dtype == jnp.bfloat16
+
+
+def test_drop_path_drops_whole_examples_only_in_training():
+    images = jnp.broadcast_to(random_images(1, 64, 64), (16, 64, 64, 3))
+    model = make_small(drop_path_rate=0.5)
+    variables = random_variables(model, images)
+    evaluated = apply(model, variables, images)
+    np.testing.assert_allclose(evaluated, jnp.broadcast_to(evaluated[:1], evaluated.shape), rtol=1e-4)
+    trained = apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(2)})
+    # The last block has two branches, each kept or dropped for a whole example: at most four results.
+    assert 2 <= len(np.unique(np.round(np.asarray(trained), 4), axis=0)) <= 4
+
+
+def test_drop_path_rates_rise_linearly():
+    model = dat_jax.create_model("dat_pp_nano", drop_path_rate=0.5).bind({})
+    rates = [block(name="b").drop_path_rate for stage in model.stage_modules for block in stage.blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.5, 6))
+
+
+def test_initialisation_is_the_published_one():
+    model = make_small(stages=("ND", "D"), image_size=224)
+    params = jax.jit(model.init)(jax.random.key(0), random_images(1, 64, 64))["params"]
+    block = params["stages_0"]["blocks_1"]
+    for layer, fan_in in [
+        (block["attn"]["proj_q"], 16),
+        (block["mlp"]["linear2"], 64),
+        (block["mlp"]["dwc"], 9),
+        (params["patch_proj"]["conv2"], 4 * 9),
+        (params["cls_head"], 24),
+    ]:
+        bound = 1 / np.sqrt(fan_in)
+        for leaf in (layer["kernel"], layer["bias"]):
+            assert jnp.abs(leaf).max() <= bound
+            if leaf.size > 100:
+                np.testing.assert_allclose(jnp.std(leaf), bound / np.sqrt(3), rtol=0.15)
+    assert "bias" not in block["attn"]["conv_offset_3"]
+    np.testing.assert_allclose(jnp.std(block["attn"]["rpe_table"]), 0.01, rtol=0.15)
+    np.testing.assert_allclose(jnp.std(params["stages_0"]["blocks_0"]["attn"]["rpb"]), 0.02, rtol=0.25)
+    np.testing.assert_array_equal(params["cls_norm"]["scale"], 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shape", "message"),
+    [
+        (dict(), (1, 31, 64), "sides of at least 32 pixels, got"),
+        (dict(stages=("N", "Q")), (1, 64, 64), "Unknown block type 'Q'.*choose from"),
+        (dict(num_heads=(3, 2)), (1, 64, 64), "3 heads do not divide 16 channels"),
+        (dict(num_groups=(1, 5)), (1, 64, 64), "5 groups must divide"),
+        (dict(lpu=(True,)), (1, 64, 64), "lpu wants one entry for each of the 2 stages"),
+        (dict(position_bias=("table", "tabel")), (1, 64, 64), "Unknown position bias 'tabel'; choose one of table"),
+        (dict(stages=("E", "D"), num_heads=(8, 2)), (1, 64, 64), "divisible by 4 \\* 8 heads"),
+        (dict(implementation="fast"), (1, 64, 64), "no implementation 'fast'; choose one of auto"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(overrides, shape, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(make_small(**overrides).init, jax.random.key(0), jnp.zeros((*shape, 3)))

@@ -1,0 +1,79 @@
+"""The models agree with the recorded arrays of the published ones: forward, positions, loss and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dat_jax import conversion
+from dat_jax.tasks.classification import smooth_labels, soft_cross_entropy
+from tests.golden_files import Golden, relative_error
+
+# Of recorded quantities: float64 ones, ones stored in float32, gradient norms, full gradients.
+TOLERANCES = {
+    "float64": {"logits": 1e-9, "stages": 1e-7, "positions": 1e-9, "norms": 1e-9, "gradients": 1e-7},
+    "float32": {"logits": 1e-5, "stages": 1e-5, "positions": 1e-5, "norms": 1e-4, "gradients": 1e-4},
+}
+
+
+def check_golden(name: str, dtype: str, *, implementation: str = "auto") -> None:
+    golden, tolerance = Golden(name, dtype), TOLERANCES[dtype]
+    model, variables = conversion.from_official(
+        golden.config, golden.state_dict, dtype=jnp.dtype(dtype), implementation=implementation
+    )
+    labels = jnp.arange(len(golden.images)) % 10
+    targets = smooth_labels(labels, num_classes=10, smoothing=0.1).astype(dtype)
+
+    def loss_and_outputs(params):
+        stages, state = model.apply({"params": params}, golden.images, mutable=["intermediates"], method="features")
+        logits = model.apply({"params": params}, stages[-1], method="classify")
+        return soft_cross_entropy(logits, targets), (logits, stages, state["intermediates"])
+
+    (loss, (logits, stages, sown)), gradients = jax.jit(jax.value_and_grad(loss_and_outputs, has_aux=True))(
+        variables["params"]
+    )
+    assert logits.dtype == dtype
+    assert relative_error(logits, golden.arrays["logits"]) < tolerance["logits"]
+    assert relative_error(loss, golden.arrays["loss"]) < tolerance["logits"]
+    for index, stage in enumerate(stages):
+        assert relative_error(jnp.moveaxis(stage, -1, 1), golden.arrays[f"stage{index}"]) < tolerance["stages"]
+
+    recorded_positions = golden.group("pos.")
+    for key, wanted in recorded_positions.items():
+        _, i, _, j = key.split(".")
+        got = sown[f"stages_{i}"][f"blocks_{j}"]["attn"]["positions"][0]
+        assert relative_error(got, wanted) < tolerance["positions"], key
+
+    ours, norms = conversion.to_official(model, gradients), golden.group("gradnorm.")
+    assert set(ours) == set(norms)
+    for key, wanted in norms.items():
+        norm = np.linalg.norm(ours[key])
+        if key.endswith("proj_k.bias") and "rpe_table" in " ".join(ours):  # zero in exact arithmetic
+            assert norm < 1e-6, key
+        else:
+            assert relative_error(norm, wanted) < tolerance["norms"], key
+    for key, wanted in golden.group("grad.").items():
+        assert relative_error(ours[key], wanted) < tolerance["gradients"], key
+
+
+@pytest.mark.parametrize("name", ["pp_mini", "v1_mini"])
+def test_float32(name):
+    check_golden(name, "float32")
+
+
+@pytest.mark.parametrize("name", ["pp_mini", "v1_mini"])
+def test_float64(name, x64):
+    check_golden(name, "float64")
+
+
+def test_matmul_forms_of_an_accelerator_in_float64(x64, monkeypatch):
+    """What "auto" chooses off the CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    check_golden("pp_mini", "float64")
+
+
+def test_plain_implementations():
+    golden = Golden("pp_mini", np.float32)
+    model, variables = conversion.from_official(golden.config, golden.state_dict, implementation="plain")
+    logits = jax.jit(model.apply)(variables, golden.images)
+    assert relative_error(logits, golden.arrays["logits"]) < 1e-5

@@ -1,0 +1,59 @@
+"""The variants: their sizes, every parameter's name and shape, and what create_model refuses."""
+
+import json
+import math
+
+import flax
+import jax
+import jax.numpy as jnp
+import pytest
+
+import dat_jax
+from tests.golden_files import DIRECTORY
+
+COUNTS = {
+    "dat_pp_tiny": 23_962_876,
+    "dat_pp_small": 53_127_366,
+    "dat_pp_base": 93_690_640,
+    "dat_pp_base_384": 93_690_640,
+    "dat_p_tiny": 22_772_796,
+    "dat_tiny": 28_319_138,
+    "dat_small": 49_700_402,
+    "dat_base": 87_881_632,
+}
+
+
+def parameter_shapes(name: str) -> dict[str, list[int]]:
+    model = dat_jax.create_model(name)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+    flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+    return {path: list(leaf.shape) for path, leaf in sorted(flat.items())}
+
+
+@pytest.mark.parametrize("name", dat_jax.list_models())
+def test_names_and_shapes_of_parameters_are_the_written_down_ones(name):
+    shapes = parameter_shapes(name)
+    assert shapes == json.loads((DIRECTORY / "parameters.json").read_text())[name]
+    if name in COUNTS:
+        assert sum(map(math.prod, shapes.values())) == COUNTS[name]
+
+
+def test_every_published_variant_is_listed():
+    assert set(dat_jax.list_models()) == {*COUNTS, "dat_pp_nano"}
+
+
+def test_overrides_replace_attributes():
+    model = dat_jax.create_model("dat_pp_tiny", num_classes=7, drop_path_rate=0.1)
+    assert (model.num_classes, model.drop_path_rate, model.dims) == (7, 0.1, (64, 128, 256, 512))
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="'dat_pp_tinny', did you mean 'dat_pp_tiny'"):
+        dat_jax.create_model("dat_pp_tinny")
+    with pytest.raises(ValueError, match="'drop_path', did you mean 'drop_path_rate'"):
+        dat_jax.create_model("dat_pp_tiny", drop_path=0.1)
+
+
+if __name__ == "__main__":
+    lists = {name: parameter_shapes(name) for name in dat_jax.list_models()}
+    (DIRECTORY / "parameters.json").write_text(json.dumps(lists) + "\n")

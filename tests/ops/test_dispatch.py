@@ -1,0 +1,51 @@
+"""The choice between the algorithms of an op."""
+
+import jax
+import pytest
+
+from dat_jax.ops import dispatch
+
+
+def test_every_op_has_a_plain_algorithm():
+    assert dispatch.PLAIN.keys() == dispatch.IMPLEMENTATIONS.keys()
+    assert all(dispatch.PLAIN[op] in names for op, names in dispatch.IMPLEMENTATIONS.items())
+
+
+@pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
+def test_a_named_algorithm_is_taken(op):
+    for name in dispatch.IMPLEMENTATIONS[op]:
+        assert dispatch.choose(op, name, map_shape=(8, 8)) == name
+    assert dispatch.choose(op, "plain", map_shape=(8, 8)) == dispatch.PLAIN[op]
+
+
+@pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("map_shape", [(1, 1), (14, 14), (56, 56), (200, 334)])
+def test_auto_takes_one_of_the_algorithms(monkeypatch, op, platform, map_shape):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert dispatch.choose(op, "auto", map_shape=map_shape) in dispatch.IMPLEMENTATIONS[op]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_auto_slices_only_a_table_that_fits(monkeypatch, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert dispatch.choose("position_bias", "auto", map_shape=(8, 8), table_fits=False) != "slice"
+
+
+def test_on_this_cpu_the_measured_choices_are_taken():
+    chosen = {op: dispatch.choose(op, "auto", map_shape=(56, 56), table_fits=True) for op in dispatch.IMPLEMENTATIONS}
+    assert chosen == {
+        "grid_sample": "matmul",
+        "position_bias": "slice",
+        "neighborhood_attention": "tiles",
+        "depthwise_conv": "shifts",
+    }
+    assert dispatch.choose("neighborhood_attention", "auto", map_shape=(16, 7)) == "dense"
+    assert dispatch.choose("grid_sample", "auto", map_shape=(65, 64)) == "gather"
+
+
+@pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
+def test_an_unknown_algorithm_is_refused_with_the_choices(op):
+    choices = ", ".join(("auto", "plain", *dispatch.IMPLEMENTATIONS[op]))
+    with pytest.raises(ValueError, match=f"{op} has no implementation 'fastest'; choose one of {choices}"):
+        dispatch.choose(op, "fastest", map_shape=(8, 8))

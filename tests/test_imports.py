@@ -1,0 +1,74 @@
+"""Who may import whom, read from the code, and that every module imports."""
+
+import ast
+import importlib
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "dat_jax").rglob("*.py"))
+}
+# Package -> what of dat_jax and of third parties its modules may import. Standard library and numpy are free.
+ALLOWED = {
+    "dat_jax.ops": {"dat_jax.ops", "jax", "chex"},
+    "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
+    "dat_jax.tasks": {"dat_jax.tasks", "dat_jax.models", "dat_jax.ops", "jax", "optax"},
+    "dat_jax.data": {"dat_jax.data", "dat_jax.errors", "grain", "PIL"},
+    "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.plots", "jax"},
+    "dat_jax.conversion": {"dat_jax.conversion", "dat_jax.models", "flax", "jax"},
+    "dat_jax.training": {
+        *("dat_jax.training", "dat_jax.tasks", "dat_jax.data", "dat_jax.evaluation", "dat_jax.models"),
+        *("dat_jax.config", "dat_jax.errors", "dat_jax.plots"),
+        *("flax", "jax", "ml_collections", "optax", "orbax", "rich", "tensorboardX"),
+    },
+    "dat_jax.plots": {"matplotlib"},
+    "dat_jax.errors": set(),
+    "dat_jax.config": {"dat_jax.errors", "ml_collections"},
+}
+STANDARD = {
+    *("collections", "csv", "dataclasses", "difflib", "functools", "gzip", "importlib", "json", "math", "numbers"),
+    *("pathlib", "re", "time", "typing", "numpy"),
+}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # `from dat_jax import plots` imports dat_jax.plots
+            found |= {f"{node.module}.{name.name}" for name in node.names} if node.module == "dat_jax" else {node.module}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_imports_only_what_its_layer_may(module):
+    importlib.import_module(module)
+    for package, allowed in ALLOWED.items():
+        if module == package or module.startswith(package + "."):
+            free = allowed | STANDARD
+            for name in imports(MODULES[module]):
+                assert any(name == base or name.startswith(base + ".") for base in free), f"{module} imports {name}"
+
+
+def test_the_rules_cover_every_package():
+    top = {".".join(module.split(".")[:2]) for module in MODULES} - {"dat_jax", "dat_jax.main"}
+    assert top == set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("word", "only_in"),
+    [
+        ("orbax", {"dat_jax/training/checkpoint.py"}),
+        ('"fsdp"', {"dat_jax/training/sharding.py", "dat_jax/config.py"}),  # the configuration's key of the same name
+        ("import torch", set()),
+        ("tensorflow", set()),
+    ],
+)
+def test_what_stands_in_one_place_stands_nowhere_else(word, only_in):
+    found = {str(path.relative_to(ROOT)) for path in MODULES.values() if word in path.read_text()}
+    assert found == only_in

@@ -1,0 +1,158 @@
+"""Whole runs in a work directory: files, resuming, going on, evaluation, and what stops a run."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dat_jax.errors import UserError
+from dat_jax.training import loop
+from dat_jax.training.metrics import read_metrics
+from tests import tiny_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A work directory after two epochs, and what training returned."""
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, loop.train(tiny_config.get_config(), str(directory))
+
+
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def with_values(**values):
+    config = tiny_config.get_config().unlock()
+    config.update_from_flattened_dict(values)
+    return config.lock()
+
+
+def test_a_run_learns_and_leaves_its_files(finished):
+    directory, result = finished
+    assert result["examples"] == 50
+    assert result["top1"] > 80  # chance is 50
+    names = {path.name for path in directory.iterdir()}
+    assert names >= {"checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
+    assert names >= {"curves.png", "predictions.png", "sampled_points.png"}
+    assert json.loads((directory / "config.json").read_text())["batch_size"] == 16
+    series = read_metrics(directory / "metrics.jsonl")
+    assert list(series["train/loss"]) == [5, 10, 15, 20]
+    assert list(series["eval/top1"]) == [10, 20]
+    assert result["top1"] == max(series["eval/top1"].values())
+    assert series["train/images_per_second"][20] > 0
+
+
+def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path, capsys):
+    directory = copy(finished, tmp_path)
+    before = (directory / "metrics.jsonl").read_text()
+    assert loop.train(tiny_config.get_config(), str(directory)) == finished[1]
+    assert "All 2 epochs are done" in capsys.readouterr().out
+    assert (directory / "metrics.jsonl").read_text() == before
+    assert loop.evaluate(tiny_config.get_config(), str(directory)) == finished[1]
+    latest = loop.evaluate(with_values(**{"eval.checkpoint": "latest"}), str(directory))
+    assert latest["top1"] == read_metrics(directory / "metrics.jsonl")["eval/top1"][20]
+
+
+def test_more_epochs_go_on_from_the_last_step(finished, tmp_path, capsys):
+    directory = copy(finished, tmp_path)
+    loop.train(with_values(epochs=3), str(directory))
+    assert "Resumed at step 20 of 30" in capsys.readouterr().out
+    assert list(read_metrics(directory / "metrics.jsonl")["eval/top1"]) == [10, 20, 30]
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path, monkeypatch):
+    """Stopped in the middle of the second epoch, it repeats that epoch from the checkpoint of the first."""
+    original = loop.make_jitted_step
+
+    def stop_at_15(run):
+        step = original(run)
+
+        def stopping(state, batch):
+            if int(state.step) == 15:
+                raise KeyboardInterrupt
+            return step(state, batch)
+
+        return stopping
+
+    monkeypatch.setattr(loop, "make_jitted_step", stop_at_15)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(tiny_config.get_config(), str(tmp_path))
+    monkeypatch.setattr(loop, "make_jitted_step", original)
+    assert loop.train(tiny_config.get_config(), str(tmp_path)) == finished[1]
+    whole, resumed = (read_metrics(path / "metrics.jsonl")["train/loss"] for path in (finished[0], tmp_path))
+    assert resumed == whole
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(finished, tmp_path, monkeypatch):
+    directory = copy(finished, tmp_path)
+    before = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    original = loop.make_jitted_step
+
+    def poisoned(run):
+        step = original(run)
+
+        def poison(state, batch):
+            state, metrics = step(state, batch)
+            return state, {**metrics, "loss": metrics["loss"] * (np.nan if int(state.step) == 23 else 1)}
+
+        return poison
+
+    monkeypatch.setattr(loop, "make_jitted_step", poisoned)
+    with pytest.raises(UserError, match="The loss became nan at step 23; the checkpoint of step 20 is untouched"):
+        loop.train(with_values(epochs=3), str(directory))
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):
+    directory = copy(finished, tmp_path)
+    other = tiny_config.get_config(dims=(24,))
+    for call in (loop.train, loop.evaluate):
+        with pytest.raises(UserError, match="is of another model or optimizer: .* wanted"):
+            call(other, str(directory))
+    assert loop.evaluate(tiny_config.get_config(), str(directory)) == finished[1]
+
+
+def test_data_that_would_not_continue_is_refused(finished, tmp_path):
+    with pytest.raises(UserError, match="started with batch_size 16, now 8"):
+        loop.train(with_values(batch_size=8), str(copy(finished, tmp_path)))
+    with pytest.raises(UserError, match="started with seed 0, now 7"):
+        loop.train(with_values(seed=7), str(copy(finished, tmp_path / "again")))
+
+
+def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="There are no checkpoints in"):
+        loop.evaluate(tiny_config.get_config(), str(tmp_path))
+    (tmp_path / "checkpoints" / "30").mkdir(parents=True)  # a stray empty folder is no checkpoint
+    with pytest.raises(UserError, match="There is no complete checkpoint"):
+        loop.evaluate(tiny_config.get_config(), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 41}, "batch_size 41 is not a multiple of 8: 8 devices times 1"),
+        ({"accumulate_steps": 3}, "batch_size 16 is not a multiple of 24: 8 devices times 3"),
+        ({"eval.batch_size": 100}, "eval.batch_size 100 is not a multiple of 8 devices"),
+        ({"batch_size": 168}, "more than the 160 training examples"),
+        ({"mesh.data": 3}, "data=3 x fsdp=1 does not make up 8 devices"),
+        ({"mesh.fsdp": 3}, "does not make up 8 devices"),
+        ({"data.name": "mnist"}, "Unknown data set 'mnist'; choose one of mnist5k, halves"),
+        ({"data.image_size": 16}, "The model cannot be built: DAT wants images .* at least 32 pixels, got"),
+        ({"model.name": "dat_pp_nanno"}, "Unknown model 'dat_pp_nanno', did you mean 'dat_pp_nano'"),
+        ({"model.dtype": "float16"}, "model.dtype wants one of auto, float32, bfloat16, got 'float16'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(values, message, tmp_path):
+    assert len(jax.devices()) == 8
+    with pytest.raises(UserError, match=message):
+        loop.train(with_values(**values), str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_work_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"work directory .* cannot be written: Not a directory"):
+        loop.train(tiny_config.get_config(), str(tmp_path / "file" / "run"))

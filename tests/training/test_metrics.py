@@ -1,0 +1,40 @@
+"""Metrics on disk and on the console."""
+
+import pytest
+
+from dat_jax.errors import UserError
+from dat_jax.training.metrics import MetricWriter, Progress, format_duration, read_metrics
+
+
+def test_what_is_written_is_read_back_and_the_last_of_a_repeated_step_counts(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(5, {"loss": 2.0}, prefix="train")
+        writer.write(10, {"loss": 1.0}, prefix="train")
+    with MetricWriter(tmp_path) as writer:  # a resumed run appends
+        writer.write(10, {"loss": 0.5}, prefix="train")
+        writer.write(10, {"top1": 90.0}, prefix="eval")
+    assert read_metrics(tmp_path / "metrics.jsonl") == {"train/loss": {5: 2.0, 10: 0.5}, "eval/top1": {10: 90.0}}
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_an_unfinished_last_line_is_passed_over_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 2.0}\n{"step": 2, "a"')
+    assert read_metrics(path) == {"a": {1: 2.0}}
+    path.write_text('{"step": 1\n{"step": 2, "a": 1.0}\n')
+    with pytest.raises(UserError, match="line 1, is not JSON"):
+        read_metrics(path)
+
+
+def test_rate_and_time_left(monkeypatch):
+    now = iter([100.0, 102.0, 110.0, 111.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    progress = Progress(start_step=10, total_steps=40, batch_size=8)
+    assert progress.update(20) == (40.0, 4.0)  # 10 steps in 2 s; 20 left
+    progress.skip()  # 8 s of evaluation
+    assert progress.update(25) == (40.0, 3.0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3723, "1:02:03")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text

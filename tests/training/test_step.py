@@ -1,0 +1,119 @@
+"""The training step: meshes agree, parts of a batch add up, averages follow, draws differ by step."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import quickstart
+from dat_jax.tasks import Task
+from dat_jax.training import loop
+from dat_jax.training.optimizer import clip_by_global_norm
+from dat_jax.training.state import init_state
+from dat_jax.training.step import make_train_step
+from tests import tiny_config
+
+
+def losses_on(mesh: dict[str, int], devices, monkeypatch) -> tuple[list[float], loop.Run, object]:
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    config = tiny_config.get_config(dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
+    config.mesh = mesh
+    run = loop.make_run(config)
+    state, step = loop._initialize(run), loop.make_jitted_step(run)
+    losses = []
+    for batch in itertools.islice(loop.train_batches(run, start_step=0), 5):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, run, state
+
+
+def test_five_steps_are_the_same_on_every_mesh(monkeypatch):
+    devices = jax.devices()
+    assert len(devices) == 8
+    wanted, _, _ = losses_on({"data": 1, "fsdp": 1}, devices[:1], monkeypatch)
+    assert wanted[0] != wanted[4]
+    for mesh in ({"data": 8, "fsdp": 1}, {"data": 4, "fsdp": 2}, {"data": 1, "fsdp": 8}):
+        losses, run, state = losses_on(mesh, devices, monkeypatch)
+        np.testing.assert_allclose(losses, wanted, rtol=1e-5, err_msg=str(mesh))
+        kernel = state.params["stages_0"]["blocks_0"]["mlp"]["linear1"]["kernel"]  # 128 x 512
+        moment = state.opt_state[1][0].mu["stages_0"]["blocks_0"]["mlp"]["linear1"]["kernel"]
+        for array in (kernel, moment):
+            assert array.addressable_shards[0].data.size == 128 * 512 // mesh["fsdp"]
+        assert state.params["cls_head"]["bias"].addressable_shards[0].data.shape == (2,)
+
+
+def linear_task():
+    """loss = mean of (w . x - y)^2, with a count of calls as model state and noise from the key as a metric."""
+
+    def init(key, batch):
+        return {"params": {"w": jnp.ones(3)}, "calls": jnp.zeros(())}
+
+    def loss(variables, batch, key):
+        error = batch["x"] @ variables["params"]["w"] - batch["y"]
+        value = (error**2).mean()
+        return value, {"loss": value, "draw": jax.random.uniform(key)}, {"calls": variables["calls"] + 1}
+
+    return Task(init=init, loss=loss, predict=lambda variables, batch: {})
+
+
+def run_steps(count, **options):
+    task, optimizer = linear_task(), optax.sgd(0.1)
+    rng = np.random.default_rng(0)
+    batch = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=8), jnp.float32)}
+    state = init_state(jax.random.key(0), batch, task=task, optimizer=optimizer, ema="ema_decay" in options)
+    step = jax.jit(make_train_step(task=task, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, **options))
+    states, metrics = [state], []
+    for _ in range(count):
+        state, values = step(states[-1], batch)
+        states.append(state)
+        metrics.append(values)
+    return states, metrics
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+    whole, metrics = run_steps(3)
+    parts, part_metrics = run_steps(3, accumulate_steps=4)
+    np.testing.assert_allclose(parts[-1].params["w"], whole[-1].params["w"], rtol=1e-6)
+    np.testing.assert_allclose(part_metrics[-1]["loss"], metrics[-1]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(part_metrics[-1]["grad_norm"], metrics[-1]["grad_norm"], rtol=1e-6)
+    assert (float(whole[-1].model_state["calls"]), float(parts[-1].model_state["calls"])) == (3, 12)
+
+
+def test_averaged_weights_follow_the_weights_and_are_what_is_evaluated():
+    states, _ = run_steps(2, ema_decay=0.75)
+    first, second, third = (state.params["w"] for state in states)
+    average = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
+    np.testing.assert_allclose(states[-1].ema_params["w"], average, rtol=1e-6)
+    assert states[-1].eval_variables["params"] is states[-1].ema_params
+    assert run_steps(1)[0][-1].ema_params is None
+
+
+def test_random_draws_differ_by_step_and_repeat_with_the_seed():
+    draws = [float(metrics["draw"]) for metrics in run_steps(3)[1]]
+    assert len(set(draws)) == 3
+    assert draws == [float(metrics["draw"]) for metrics in run_steps(3)[1]]
+
+
+@pytest.mark.parametrize(("norm", "wanted"), [(10.0, 10 * 5 / (10 + 1e-6)), (2.0, 2.0)])
+def test_clipping_follows_pytorch(norm, wanted):
+    clip = clip_by_global_norm(5.0)
+    gradients = {"a": jnp.array([0.6 * norm]), "b": jnp.array([0.8 * norm])}
+    clipped, _ = clip.update(gradients, clip.init(gradients))
+    np.testing.assert_allclose(optax.tree.norm(clipped), wanted, rtol=1e-6)
+
+
+def test_the_quickstart_step_has_consistent_shapes():
+    run = loop.make_run(quickstart.get_config())
+    side = run.config.data.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((64, side, side, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((64,), jnp.int32),
+    }
+    state, metrics = jax.eval_shape(loop.make_jitted_step(run), run.abstract_state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), run.abstract_state
+    )
+    assert set(metrics) == {"loss", "top1", "grad_norm", "learning_rate"}
