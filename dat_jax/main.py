@@ -29,6 +29,7 @@ def _fail(message: str):
 
 
 def main(_):
+    """One call, and its mistakes as one sentence."""
     if not _WORKDIR.value or _CONFIG.value is None:
         _fail("Wanted: --config=FILE --workdir=DIR, such as --config=configs/quickstart.py --workdir=runs/quickstart.")
     if not isinstance(_CONFIG.value, ConfigDict):

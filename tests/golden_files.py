@@ -17,7 +17,8 @@ class Golden:
         self.config = json.loads(str(self.arrays["config"]))
         # Integer buffers stay as they are.
         self.state_dict = {
-            key: value.astype(dtype) if value.dtype == np.float16 else value for key, value in self.group("param.").items()
+            key: value.astype(dtype) if value.dtype == np.float16 else value
+            for key, value in self.group("param.").items()
         }
         self.images = self.arrays["images"].astype(dtype).transpose(0, 2, 3, 1)
 

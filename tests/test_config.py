@@ -9,7 +9,9 @@ from configs import common, quickstart
 from dat_jax.config import validate
 from dat_jax.errors import UserError
 
-CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
+CONFIGS = sorted(
+    path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__"
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -28,7 +30,11 @@ def test_a_locked_configuration_refuses_new_keys():
     ("key", "value", "message"),
     [
         ("epoch", 3, "Unknown key config.epoch; did you mean config.epochs"),
-        ("optimizer.weight_deacy", 0.1, "Unknown key config.optimizer.weight_deacy; did you mean config.optimizer.weight_decay"),
+        (
+            "optimizer.weight_deacy",
+            0.1,
+            "Unknown key config.optimizer.weight_deacy; did you mean config.optimizer.weight_decay",
+        ),
         ("batch_size", 2.5, "config.batch_size wants a value of type int, got 2.5"),
         ("batch_size", 0, "config.batch_size wants a number of at least 1, got 0"),
         ("loss.label_smoothing", 1.0, "from 0 to below 1, got 1.0"),

@@ -13,7 +13,7 @@ MODULES = {
 }
 # Package -> what of dat_jax and of third parties its modules may import. Standard library and numpy are free.
 ALLOWED = {
-    "dat_jax.ops": {"dat_jax.ops", "jax", "chex"},
+    "dat_jax.ops": {"dat_jax.ops", "jax"},
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
     "dat_jax.tasks": {"dat_jax.tasks", "dat_jax.models", "dat_jax.ops", "jax", "optax"},
     "dat_jax.data": {"dat_jax.data", "dat_jax.errors", "grain", "PIL"},
@@ -41,7 +41,9 @@ def imports(path: pathlib.Path) -> set[str]:
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             # `from dat_jax import plots` imports dat_jax.plots
-            found |= {f"{node.module}.{name.name}" for name in node.names} if node.module == "dat_jax" else {node.module}
+            found |= (
+                {f"{node.module}.{name.name}" for name in node.names} if node.module == "dat_jax" else {node.module}
+            )
     return found
 
 

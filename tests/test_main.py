@@ -21,7 +21,10 @@ def run(*arguments):
     [
         ([], "Wanted: --config=FILE --workdir=DIR"),
         (["--config=configs/quickstart.py"], "Wanted: --config=FILE --workdir=DIR"),
-        (["--config=configs/quickstart.py", "--config.batchsize=4"], 'Did you mean "batch_size" instead of "batchsize"'),
+        (
+            ["--config=configs/quickstart.py", "--config.batchsize=4"],
+            'Did you mean "batch_size" instead of "batchsize"',
+        ),
         (["--config=configs/quickstart.py", "--config.batch_size=many"], "invalid literal for int"),
         (["--config=configs/nothing.py", "--workdir={tmp}"], "no configuration at configs/nothing.py"),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--mode=predict"], "should be one of"),

@@ -66,7 +66,9 @@ def model_from_official(config: Mapping[str, Any], **overrides) -> DAT:
     c = {**_DEFAULTS, **config}
     stages = tuple("".join(kinds) for kinds in c["stage_spec"])
     if c["patch_size"] != 4 or c["drop_rate"] or c["attn_drop_rate"]:
-        raise ValueError("Every published model has patch_size 4 and no dropout but drop path; other values are unknown.")
+        raise ValueError(
+            "Every published model has patch_size 4 and no dropout but drop path; other values are unknown."
+        )
     if [len(kinds) for kinds in stages] != list(c["depths"]):
         raise ValueError(f"depths {list(c['depths'])} do not count the blocks of stage_spec {list(stages)}.")
     bias = [_position_bias(c, i) for i in range(len(stages))]

@@ -112,9 +112,7 @@ class DeformableAttention(nn.Module):
         grouped = query.reshape(batch, height, width, groups, channels // groups)
         grouped = jnp.moveaxis(grouped, 3, 1).reshape(batch * groups, height, width, channels // groups)
         padding = 0 if k == s else k // 2
-        convolve = DepthwiseConv(
-            k, s, padding, dtype=dtype, implementation=self.implementation, name="conv_offset_0"
-        )
+        convolve = DepthwiseConv(k, s, padding, dtype=dtype, implementation=self.implementation, name="conv_offset_0")
         x = convolve(grouped)
         x = gelu(layer_norm(name="conv_offset_1", dtype=dtype)(x))
         offsets = linear(2, channels // groups, name="conv_offset_3", dtype=dtype, use_bias=False)(x)

@@ -20,6 +20,10 @@ STAGE_TYPES = {
     "X": "depthwise convolution",
 }
 MIN_IMAGE_SIDE = 32
+_ENTRY_A_STAGE = (
+    *("dims", "num_heads", "num_groups", "key_strides", "offset_kernels", "offset_range_factors", "position_bias"),
+    *("use_offsets", "window_sizes", "neighborhood_sizes", "reduction_ratios", "lpu", "conv_mlp", "layer_scale_init"),
+)
 
 
 class Stem(nn.Module):
@@ -237,9 +241,7 @@ class DAT(nn.Module):
                 window = self.window_sizes[i]
                 return attention.WindowAttention(heads, window, shifted=kind == "S", dtype=self.dtype, name=name)
             if kind == "P":
-                return attention.SpatialReductionAttention(
-                    heads, self.reduction_ratios[i], dtype=self.dtype, name=name
-                )
+                return attention.SpatialReductionAttention(heads, self.reduction_ratios[i], dtype=self.dtype, name=name)
             if kind == "E":
                 return attention.SlideAttention(heads, dtype=self.dtype, name=name)
             configured = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
@@ -264,12 +266,11 @@ class DAT(nn.Module):
         return tuple(-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
 
     def _check(self):
-        for name in (
-            "dims num_heads num_groups key_strides offset_kernels offset_range_factors position_bias use_offsets "
-            "window_sizes neighborhood_sizes reduction_ratios lpu conv_mlp layer_scale_init"
-        ).split():
+        for name in _ENTRY_A_STAGE:
             if len(getattr(self, name)) != len(self.stages):
-                raise ValueError(f"{name} wants one entry for each of the {len(self.stages)} stages, got {getattr(self, name)}.")
+                raise ValueError(
+                    f"{name} wants one entry for each of the {len(self.stages)} stages, got {getattr(self, name)}."
+                )
         for i, kinds in enumerate(self.stages):
             unknown = set(kinds) - set(STAGE_TYPES)
             if unknown:

@@ -25,9 +25,7 @@ def table_init(std: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(std)
 
 
-def linear(
-    features: int, in_features: int, *, dtype: Any, name: str | None = None, use_bias: bool = True
-) -> nn.Dense:
+def linear(features: int, in_features: int, *, dtype: Any, name: str | None = None, use_bias: bool = True) -> nn.Dense:
     """nn.Dense with the published initialisation."""
     init = uniform_init(in_features)
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, bias_init=init, name=name)

@@ -9,9 +9,7 @@ from dat_jax.models.dat import DAT
 
 def _dat_pp(dims, num_heads, num_groups, drop_path_rate) -> dict[str, Any]:
     """DAT++ (2309.01430), table 1. The rest is the defaults of ``DAT``."""
-    return dict(
-        dim_stem=dims[0], dims=dims, num_heads=num_heads, num_groups=num_groups, drop_path_rate=drop_path_rate
-    )
+    return dict(dim_stem=dims[0], dims=dims, num_heads=num_heads, num_groups=num_groups, drop_path_rate=drop_path_rate)
 
 
 def _dat(dims, num_heads, num_groups, third_stage, drop_path_rate) -> dict[str, Any]:

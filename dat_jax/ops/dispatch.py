@@ -43,7 +43,7 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fi
 
 
 def _fastest(op, map_shape, table_fits):
-    """Measured in experiments/ops on a CPU; for accelerators, by the bytes that their compilers count (README)."""
+    """On CPU by the times that experiments/ops measures; products instead of gathers elsewhere, not yet timed on a device."""
     cpu = jax.default_backend() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts

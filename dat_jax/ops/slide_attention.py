@@ -36,7 +36,7 @@ def slide_attention(
 
     Source: Slide-Transformer (2304.04237), as the published DAT++ code has it.
     """
-    batch, height, width, channels = query.shape
+    _, height, width, channels = query.shape
     head_width = channels // num_heads
     taps = kernel.reshape(9, head_width, 9)  # (tap, channel of a head, version)
     # The fixed convolution has a one-hot kernel: version j is tap j.

@@ -1,7 +1,6 @@
 """The training loop and the evaluation of a checkpoint. Knows nothing of pictures: a task and its evaluation do."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -53,6 +52,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
+        """Of all epochs."""
         return self.steps_per_epoch * self.config.epochs
 
 
@@ -293,7 +293,9 @@ def _initialize(run: Run) -> TrainState:
 def _restore(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
     state, position = checkpoints.restore(step, run.abstract_state)
     now = _data_position(run.config, step)
-    differing = [f"{key} {position[key]}, now {now[key]}" for key in ("batch_size", "seed") if position[key] != now[key]]
+    differing = [
+        f"{key} {position[key]}, now {now[key]}" for key in ("batch_size", "seed") if position[key] != now[key]
+    ]
     if differing:
         raise UserError(
             f"The run in this work directory was started with {'; '.join(differing)}. Its data would not continue where "

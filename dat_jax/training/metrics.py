@@ -15,7 +15,7 @@ class MetricWriter:
     """Appends to metrics.jsonl and to TensorBoard files in ``directory``. Use as a context manager."""
 
     def __init__(self, directory: pathlib.Path):
-        self._file = open(directory / "metrics.jsonl", "a")
+        self._file = (directory / "metrics.jsonl").open("a")  # closed by __exit__
         self._tensorboard = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
 
     def __enter__(self):

@@ -1,5 +1,7 @@
 """The model over its settings: block types, position biases, sizes, dtypes, drop path, initialisation, errors."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,7 @@ def test_every_position_bias_takes_any_map(kind, use_offsets):
         assert logits.shape == (2, 5)
         assert jnp.isfinite(logits).all()
         positions = state["intermediates"]["stages_1"]["blocks_0"]["attn"]["positions"][0]
-        height, width = (-(-(-(-side // 8)) // 2) for side in shape)
+        height, width = (math.ceil(math.ceil(side / 8) / 2) for side in shape)
         assert positions.shape == (2, 2, height, width, 2)
         assert jnp.abs(positions).max() <= 1
     has_table = any("rpe_table" in name for name in variables["params"]["stages_1"]["blocks_0"]["attn"])

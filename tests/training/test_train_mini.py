@@ -67,9 +67,14 @@ def test_weight_decay_spares_the_recorded_names():
     golden = Golden("train_mini", np.float32)
     model, variables = conversion.from_official(golden.config, golden.state_dict)
     decays = conversion.to_official(
-        model, jax.tree.map(lambda leaf, d: np.full(leaf.shape, d), variables["params"], weight_decay_mask(variables["params"]))
+        model,
+        jax.tree.map(
+            lambda leaf, d: np.full(leaf.shape, d), variables["params"], weight_decay_mask(variables["params"])
+        ),
     )
-    assert {name for name, decay in decays.items() if not decay.any()} == set(json.loads(str(golden.arrays["no_decay"])))
+    assert {name for name, decay in decays.items() if not decay.any()} == set(
+        json.loads(str(golden.arrays["no_decay"]))
+    )
 
 
 def test_weight_decay_of_the_tiny_model_counts_as_published():

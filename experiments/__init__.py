@@ -1,0 +1,1 @@
+"""Studies that import dat_jax and are imported by nothing."""

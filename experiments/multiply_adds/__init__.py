@@ -1,0 +1,1 @@
+"""Multiply-adds of the variants."""

@@ -1,0 +1,64 @@
+"""Parameters and multiply-adds of every variant, beside the published ones: python -m experiments.multiply_adds.count
+
+Counted from the traced program of the plain implementations, for one image: every convolution and every matrix product,
+attention's two products and the one-by-one products of neighborhood attention's windows included. Not counted: what is not
+a product of sums (norms, GELU, softmax, biases, sampling of features and tables).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+import dat_jax
+
+# Multiply-adds in billions at this image side, as the papers give them: DAT++ (2309.01430), DAT v1 (CVPR 2022).
+PUBLISHED = {
+    ("dat_pp_tiny", 224): 4.3,
+    ("dat_pp_small", 224): 9.4,
+    ("dat_pp_base", 224): 16.6,
+    ("dat_pp_base_384", 384): 49.7,
+    ("dat_tiny", 224): 4.6,
+    ("dat_small", 224): 9.0,
+    ("dat_base", 224): 15.8,
+    ("dat_p_tiny", 224): None,
+    ("dat_pp_nano", 48): None,
+}
+
+
+def count_multiply_adds(jaxpr) -> int:
+    """Of all products and convolutions in a jaxpr, those of inner jaxprs included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            sizes = equation.invars[0].aval.shape
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(sizes[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += count_multiply_adds(inner)
+    return total
+
+
+def main():
+    """Prints the table."""
+    table = Table("model", "image", "parameters", "multiply-adds, G", "published, G")
+    for (name, side), published in PUBLISHED.items():
+        model = dat_jax.create_model(name, implementation="plain")
+        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+        counted = count_multiply_adds(jax.make_jaxpr(model.apply)(variables, images).jaxpr)
+        table.add_row(name, str(side), f"{parameters:,}", f"{counted / 1e9:.2f}", str(published or "-"))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
