@@ -39,7 +39,15 @@ SCHEMA: dict[str, Any] = {
     "mesh": {"data": int, "fsdp": int},
     "eval": {"batch_size": int, "every_epochs": int, "checkpoint": ("best", "latest")},
 }
-_AT_LEAST_ONE = ("epochs", "batch_size", "accumulate_steps", "log_every", "data.image_size", "eval.batch_size")
+_AT_LEAST_ONE = (
+    *("epochs", "batch_size", "accumulate_steps", "log_every", "data.image_size", "eval.batch_size"),
+    *("eval.every_epochs", "mesh.fsdp", "schedule.reference_batch_size"),
+)
+_AT_LEAST_ZERO = (
+    *("seed", "data.max_rotation", "data.max_shift", "data.max_scale", "data.workers"),
+    *("optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"),
+    *("schedule.base_lr", "schedule.warmup_lr", "schedule.min_lr", "schedule.warmup_epochs"),
+)
 
 
 def validate(config: ConfigDict) -> None:
@@ -54,9 +62,12 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.model wants a group with at least name and dtype.")
     if model.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"config.model.dtype wants one of auto, float32, bfloat16, got {model.dtype!r}.")
-    for path in (*_AT_LEAST_ONE, "eval.every_epochs", "mesh.fsdp", "schedule.reference_batch_size"):
+    for path in _AT_LEAST_ONE:
         if _get(config, path) < 1:
             raise UserError(f"config.{path} wants a number of at least 1, got {_get(config, path)}.")
+    for path in _AT_LEAST_ZERO:
+        if not _get(config, path) >= 0:
+            raise UserError(f"config.{path} wants a number of at least 0, got {_get(config, path)}.")
     for path in ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
         if not 0 <= _get(config, path) < 1:
             raise UserError(f"config.{path} wants a number from 0 to below 1, got {_get(config, path)}.")

@@ -11,13 +11,12 @@ from dat_jax.errors import UserError
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go; a run in it goes on.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint of the work directory.")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "Whether this is one of several processes, as on a TPU pod.")
 
 
 def _parse_flags(argv):
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # of the flags, and whatever a configuration's own code raises
         # ml_collections says an unknown key as '\'key\'\nDid you mean ...'
         message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
         _fail(f"Flags: {message.strip(chr(34))}")
@@ -34,13 +33,8 @@ def main(_):
         _fail("Wanted: --config=FILE --workdir=DIR, such as --config=configs/quickstart.py --workdir=runs/quickstart.")
     if not isinstance(_CONFIG.value, ConfigDict):
         _fail(f"There is no configuration at {flags.FLAGS['config'].config_filename}.")
-    # Imported late, so that a mistake in the flags is said at once.
-    import jax
+    from dat_jax.training import loop  # late, so that a mistake in the flags is said at once
 
-    from dat_jax.training import loop
-
-    if _MULTIHOST.value:
-        jax.distributed.initialize()
     try:
         run = loop.train if _MODE.value == "train" else loop.evaluate
         run(_CONFIG.value, _WORKDIR.value)

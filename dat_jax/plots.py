@@ -1,6 +1,7 @@
 """Pictures from arrays: learning curves, predictions, sampled points. Needs numpy and matplotlib only."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -73,7 +74,7 @@ def save_sampled_points(
         map.
       map_shapes: block name -> (height, width) of that map. Its pixels are drawn as cells that tile the image.
     """
-    blocks = sorted(positions)
+    blocks = sorted(positions, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     figure = Figure(figsize=(1.9 * (len(blocks) + 1), 2.0 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), len(blocks) + 1, squeeze=False)
     for row, image in zip(grid, images, strict=True):

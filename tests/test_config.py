@@ -41,6 +41,9 @@ def test_a_locked_configuration_refuses_new_keys():
         ("eval.checkpoint", "newest", "wants one of best, latest, got 'newest'"),
         ("task", "detection", "config.task wants one of classification, got 'detection'"),
         ("mesh.data", 0, "a number of devices or -1 for all, got 0"),
+        ("seed", -1, "config.seed wants a number of at least 0, got -1"),
+        ("data.max_shift", -0.1, "config.data.max_shift wants a number of at least 0"),
+        ("schedule.base_lr", float("nan"), "config.schedule.base_lr wants a number of at least 0, got nan"),
         ("data", "mnist5k", "config.data wants a group of keys"),
     ],
 )

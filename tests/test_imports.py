@@ -16,7 +16,7 @@ ALLOWED = {
     "dat_jax.ops": {"dat_jax.ops", "jax"},
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
     "dat_jax.tasks": {"dat_jax.tasks", "dat_jax.models", "dat_jax.ops", "jax", "optax"},
-    "dat_jax.data": {"dat_jax.data", "dat_jax.errors", "grain", "PIL"},
+    "dat_jax.data": {"dat_jax.data", "dat_jax.errors", "grain", "PIL", "absl"},
     "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.plots", "jax"},
     "dat_jax.conversion": {"dat_jax.conversion", "dat_jax.models", "flax", "jax"},
     "dat_jax.training": {

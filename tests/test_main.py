@@ -26,6 +26,7 @@ def run(*arguments):
             'Did you mean "batch_size" instead of "batchsize"',
         ),
         (["--config=configs/quickstart.py", "--config.batch_size=many"], "invalid literal for int"),
+        (["--config={tmp}/broken.py", "--workdir={tmp}"], "invalid syntax"),
         (["--config=configs/nothing.py", "--workdir={tmp}"], "no configuration at configs/nothing.py"),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--mode=predict"], "should be one of"),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--config.batch_size=60"], "60 is not a multiple of 8"),
@@ -35,6 +36,7 @@ def run(*arguments):
 )
 def test_mistakes_end_with_one_sentence(arguments, message, tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "broken.py").write_text("def get_config(:")
     result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert result.returncode == 1
     assert message in result.stderr

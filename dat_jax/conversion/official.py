@@ -119,7 +119,7 @@ def from_official(
       **overrides: attributes of ``DAT``, such as dtype.
 
     Returns:
-      The model, and variables {"params": ...} of float32 (float64 where the state dict has it).
+      The model, and variables {"params": ...} of float32 (float64 where the state dict has it and jax_enable_x64 is on).
 
     Raises:
       ValueError: names every unknown, missing and mis-shaped weight at once.

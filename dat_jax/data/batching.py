@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 _PREFETCHED_BATCHES = 4
 
@@ -41,6 +42,8 @@ def make_train_batches(
     threads = grain.ReadOptions(num_threads=_PREFETCHED_BATCHES, prefetch_buffer_size=_PREFETCHED_BATCHES)
     loader = batches.to_iter_dataset(threads)
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers want it, also where no command line was read
+            flags.FLAGS.mark_as_parsed()
         loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(loader)
 

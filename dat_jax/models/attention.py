@@ -38,7 +38,7 @@ class DeformableAttention(nn.Module):
       offset_range_factor: f; negative for free offsets and clamped positions.
       position_bias: "table", "dwc" (a depthwise convolution of the queries added to the output), "fixed" (one number for
         each head, query and key), "log_cpb" (a small network on log-spaced displacements) or "none".
-      use_offsets: False samples nothing: keys are x average-pooled, without any bias of the logits.
+      use_offsets: False samples nothing: keys are x average-pooled, without any position bias.
       table_shape: (H0, W0), the map that tables are made for.
 
     Source: DAT (CVPR 2022), section 3.2; DAT++ (2309.01430), section 3.3; kinds as in the published code.
@@ -97,7 +97,7 @@ class DeformableAttention(nn.Module):
             bias=bias,
             implementation=self.implementation,
         )
-        if kind == "dwc":
+        if self.use_offsets and kind == "dwc":
             out = out + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="rpe_table")(query)
         return linear(channels, channels, name="proj_out", dtype=self.dtype)(out)
 
@@ -144,7 +144,7 @@ def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) ->
 
     Args:
       x: (B, H, W, C).
-      pooled_shape: (H', W'), at most ceil(H / stride) and ceil(W / stride).
+      pooled_shape: (H', W'). A window without any pixel, where that asks for more than there are, gives zero.
     """
     covered = tuple(size * stride for size in pooled_shape)
 
@@ -153,7 +153,7 @@ def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) ->
         maps = _pad_bottom_right(maps, *covered)
         return maps.reshape(maps.shape[0], pooled_shape[0], stride, pooled_shape[1], stride, -1).sum(axis=(2, 4))
 
-    return window_sums(x) / window_sums(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+    return window_sums(x) / jnp.maximum(window_sums(jnp.ones((1, *x.shape[1:3], 1), x.dtype)), 1)
 
 
 class NeighborhoodAttention(nn.Module):

@@ -103,7 +103,6 @@ class ConvBlock(nn.Module):
         options = dict(dtype=self.dtype, implementation=self.implementation)
         if self.lpu:
             x = x + DepthwiseConv(**options, name="lpu")(x)
-        # Only odd windows keep the size of the map, which the residual sum needs.
         branch = DepthwiseConv(self.window_size, **options, name="conv")(x)
         branch = layer_norm(name="norm", dtype=self.dtype)(branch)
         branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch)
@@ -266,6 +265,8 @@ class DAT(nn.Module):
         return tuple(-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
 
     def _check(self):
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate wants a number from 0 to below 1, got {self.drop_path_rate}.")
         for name in _ENTRY_A_STAGE:
             if len(getattr(self, name)) != len(self.stages):
                 raise ValueError(
@@ -276,6 +277,8 @@ class DAT(nn.Module):
             if unknown:
                 choices = ", ".join(f"{key} ({name})" for key, name in STAGE_TYPES.items())
                 raise ValueError(f"Unknown block type {sorted(unknown)[0]!r} in stages; choose from {choices}.")
+            if "X" in kinds and self.window_sizes[i] % 2 == 0:  # the residual sum needs a map of the same size
+                raise ValueError(f"Stage {i}: X blocks want an odd window, got {self.window_sizes[i]}.")
             if set(kinds) & set("NDLSPE") and self.dims[i] % self.num_heads[i]:
                 raise ValueError(f"Stage {i}: {self.num_heads[i]} heads do not divide {self.dims[i]} channels.")
 

@@ -27,6 +27,11 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
+def _stage_of(block_name: str) -> int:
+    """stages_2/blocks_5 -> 2."""
+    return int(block_name.split("/")[0].removeprefix("stages_"))
+
+
 def make_classification_task(model: DAT, *, label_smoothing: float) -> Task:
     """Cross-entropy on smoothed labels.
 
@@ -42,7 +47,7 @@ def make_classification_task(model: DAT, *, label_smoothing: float) -> Task:
         logits = model.apply(variables, normalize(batch["image"]), train=True, rngs={"dropout": key})
         targets = smooth_labels(batch["label"], num_classes=model.num_classes, smoothing=label_smoothing)
         value = soft_cross_entropy(logits, targets)
-        top1 = (logits.argmax(axis=-1) == batch["label"]).mean(dtype=logits.dtype)
+        top1 = 100 * (logits.argmax(axis=-1) == batch["label"]).mean(dtype=logits.dtype)
         return value, {"loss": value, "top1": top1}, {}
 
     def predict(variables, batch):
@@ -53,7 +58,7 @@ def make_classification_task(model: DAT, *, label_smoothing: float) -> Task:
             for stage, blocks in state.get("intermediates", {}).items()
             for block, sown in blocks.items()
         }
-        map_shapes = {name: model.map_shape(images.shape[1:3], stage=int(name[7])) for name in positions}
+        map_shapes = {name: model.map_shape(images.shape[1:3], stage=_stage_of(name)) for name in positions}
         return {"logits": logits, "positions": positions, "map_shapes": map_shapes}
 
     return Task(init=init, loss=loss, predict=predict)

@@ -11,6 +11,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from dat_jax.errors import UserError
 
+_WAY_OUT = "Delete that folder to go on from the other checkpoint beside it."
+
 
 class Checkpoints:
     """Checkpoints in a folder: the newest and the best by a metric are kept.
@@ -20,9 +22,13 @@ class Checkpoints:
     Args:
       directory: made if missing.
       metric: name of the metric, larger is better.
+      read_only: for reading beside a run that writes: makes, saves and cleans up nothing.
+
+    Raises:
+      UserError: the folder cannot be written, or holds a step that is not a complete checkpoint.
     """
 
-    def __init__(self, directory: pathlib.Path, *, metric: str):
+    def __init__(self, directory: pathlib.Path, *, metric: str, read_only: bool = False):
         def score(metrics):
             return metrics[metric]
 
@@ -31,11 +37,21 @@ class Checkpoints:
             [policies.LatestN(n=1), policies.BestN(get_metric_fn=score, reverse=False, n=1)]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=score, best_mode="max", preservation_policy=keep, cleanup_tmp_directories=True
+            best_fn=score,
+            best_mode="max",
+            preservation_policy=None if read_only else keep,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
         )
         self._directory = directory
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
+        try:
+            if not read_only:
+                _refuse_incomplete_steps(directory)
+            self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
+        except OSError as error:
+            raise UserError(f"The checkpoints in {directory} cannot be opened: {error.strerror}.") from error
         self._digests = jax.jit(compute_digests)
 
     def __enter__(self):
@@ -45,13 +61,16 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state, *, data_position: dict[str, int], metrics: dict[str, float]) -> None:
-        """Saves the state at its own step, if that step is not saved yet. Returns before all is on disk."""
+        """Saves the state at its own step. Returns before all is on disk.
+
+        Raises:
+          UserError: the checkpoint was not taken, because a later step is there already.
+        """
         step = int(state.step)
-        if step in self._complete_steps():  # a run that goes on from its last evaluation
-            return
         meta = {"data_position": data_position, "digests": _named(self._digests(state))}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args, metrics=metrics)
+        if not self._manager.save(step, args=args, metrics=metrics):
+            raise UserError(f"Step {step} was not saved: {self._directory} holds a later step.")
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -73,32 +92,30 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model, or damaged; the arrays are named.
         """
+        where = self._directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
             self._check_structure(step, abstract_state)
             restored = self._manager.restore(step, args=args)
+            state, meta = restored["state"], restored["meta"]
+            saved, position = meta["digests"], meta["data_position"]
         except UserError:
             raise
         except (ValueError, OSError, KeyError, RuntimeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__).split(" [tensorstore_spec")[0]
-            raise UserError(f"The checkpoint {self._directory / str(step)} cannot be read: {reason}") from error
-        state, meta = restored["state"], restored["meta"]
+            raise UserError(f"The checkpoint {where} cannot be read: {reason}. {_WAY_OUT}") from error
         digests = _named(self._digests(state))
-        damaged = [name for name, digest in meta["digests"].items() if digests.get(name) != digest]
+        damaged = [name for name, digest in saved.items() if digests.get(name) != digest]
         if damaged:
             raise UserError(
-                f"The checkpoint {self._directory / str(step)} is damaged: {', '.join(damaged)} differ from what was saved."
+                f"The checkpoint {where} is damaged: {', '.join(damaged)} differ from what was saved. {_WAY_OUT}"
             )
-        return state, meta["data_position"]
+        return state, position
 
     def _complete_steps(self) -> list[int]:
         """Steps with both items, on disk. An empty folder with a number for a name is none."""
         self._manager.wait_until_finished()
-        return [
-            step
-            for step in self._manager.all_steps()
-            if all((self._directory / str(step) / item).is_dir() for item in ("state", "meta"))
-        ]
+        return [step for step in self._manager.all_steps() if _is_complete(self._directory / str(step))]
 
     def _check_structure(self, step, abstract_state):
         saved = self._manager.item_metadata(step)["state"]
@@ -117,8 +134,20 @@ class Checkpoints:
             )
 
 
+def _is_complete(path: pathlib.Path) -> bool:
+    return all((path / item).is_dir() for item in ("state", "meta"))
+
+
+def _refuse_incomplete_steps(directory: pathlib.Path) -> None:
+    """Orbax takes any folder with a number for a checkpoint, and saves nothing before that step."""
+    for path in sorted(directory.glob("*")):
+        if path.name.isdigit() and not _is_complete(path):
+            raise UserError(f"{path} is not a complete checkpoint and would hide others: move it away or delete it.")
+
+
 def compute_digests(tree):
-    """A uint32 for every array, that changes if any one of its bits does.
+    """A uint32 for every array, that changes if any one of its bits does (arrays of 2 or 4 bytes a number; others are
+    taken as float32).
 
     The bits of every element, as unsigned integers, times an odd number that depends on the place, summed modulo 2^32.
     Computed where the arrays are, and independent of how they are split.

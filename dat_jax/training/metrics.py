@@ -8,14 +8,16 @@ import tensorboardX
 from rich.console import Console
 from rich.table import Table
 
-from dat_jax.errors import UserError
-
 
 class MetricWriter:
-    """Appends to metrics.jsonl and to TensorBoard files in ``directory``. Use as a context manager."""
+    """Appends to metrics.jsonl and to TensorBoard files in ``directory``. Use as a context manager, in one process."""
 
     def __init__(self, directory: pathlib.Path):
-        self._file = (directory / "metrics.jsonl").open("a")  # closed by __exit__
+        path = directory / "metrics.jsonl"
+        if path.exists():  # a killed run may have left an unfinished last line
+            text = path.read_text()
+            path.write_text(text[: text.rfind("\n") + 1])
+        self._file = path.open("a")  # closed by __exit__
         self._tensorboard = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
 
     def __enter__(self):
@@ -34,21 +36,26 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
 
 
+class NullWriter:
+    """Writes nothing: for all processes but the first."""
+
+    def write(self, step: int, metrics: dict[str, float], *, prefix: str) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: pathlib.Path) -> dict[str, dict[int, float]]:
     """{metric name: {step: value}} of a metrics.jsonl; the last line counts where a step was repeated after a resume.
 
-    Raises:
-      UserError: a line that is not JSON; an unfinished last line, as a killed run leaves it, is passed over.
+    A line that is not JSON, as a killed run may leave, is passed over; without a file there are no metrics.
     """
+    if not path.exists():
+        return {}
     series: dict[str, dict[int, float]] = {}
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines):
+    for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) - 1:
-                break
-            raise UserError(f"{path}, line {number + 1}, is not JSON.") from error
+        except json.JSONDecodeError:
+            continue
         step = record.pop("step")
         for name, value in record.items():
             series.setdefault(name, {})[step] = value

@@ -14,17 +14,16 @@ AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**16  # numbers; smaller arrays cost more to gather than they save
 
 
-def make_mesh(*, data: int, fsdp: int, devices=None) -> Mesh:
+def make_mesh(*, data: int, fsdp: int) -> Mesh:
     """A mesh over all devices.
 
     Args:
       data, fsdp: sizes of the axes; data = -1 takes what fsdp leaves.
-      devices: default all.
 
     Raises:
       UserError: the sizes do not make up the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices()
     if data == -1:
         data = len(devices) // fsdp
     if data * fsdp != len(devices):

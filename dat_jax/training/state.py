@@ -21,11 +21,6 @@ class TrainState:
     ema_params: Any
 
     @property
-    def variables(self) -> dict[str, Any]:
-        """What training applies."""
-        return {"params": self.params, **self.model_state}
-
-    @property
     def eval_variables(self) -> dict[str, Any]:
         """What is evaluated: the averaged weights where there are any."""
         return {"params": self.params if self.ema_params is None else self.ema_params, **self.model_state}

@@ -108,6 +108,10 @@ def test_batches_repeat_with_the_seed_and_start_at_any_step(digits):
     assert (batches[0]["image"] != take(digits["train"], 1, seed=2)[0]["image"]).any()
 
 
+def test_workers_change_nothing(digits):
+    assert_equal(take(digits["train"], 3), take(digits["train"], 3, workers=1))
+
+
 def test_an_epoch_has_every_example_once_and_the_next_is_shuffled_anew(digits):
     class Numbered:
         def __len__(self):

@@ -75,7 +75,7 @@ def test_every_position_bias_takes_any_map(kind, use_offsets):
         assert positions.shape == (2, 2, height, width, 2)
         assert jnp.abs(positions).max() <= 1
     has_table = any("rpe_table" in name for name in variables["params"]["stages_1"]["blocks_0"]["attn"])
-    assert has_table == (kind != "none" and (use_offsets or kind == "dwc"))
+    assert has_table == (kind != "none" and use_offsets)
 
 
 def test_fixed_bias_is_used_as_it_is_at_its_own_size():
@@ -176,6 +176,8 @@ def test_initialisation_is_the_published_one():
         (dict(lpu=(True,)), (1, 64, 64), "lpu wants one entry for each of the 2 stages"),
         (dict(position_bias=("table", "tabel")), (1, 64, 64), "Unknown position bias 'tabel'; choose one of table"),
         (dict(stages=("E", "D"), num_heads=(8, 2)), (1, 64, 64), "divisible by 4 \\* 8 heads"),
+        (dict(stages=("X", "D"), window_sizes=(4, 7)), (1, 64, 64), "X blocks want an odd window, got 4"),
+        (dict(drop_path_rate=1.0), (1, 64, 64), "drop_path_rate wants a number from 0 to below 1, got 1.0"),
         (dict(implementation="fast"), (1, 64, 64), "no implementation 'fast'; choose one of auto"),
     ],
 )

@@ -33,7 +33,7 @@ def save(directory, scores: dict[int, float]):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.4})
     (tmp_path / "7").mkdir()  # a stray empty folder is no checkpoint
-    with Checkpoints(tmp_path, metric="score") as checkpoints:
+    with Checkpoints(tmp_path, metric="score", read_only=True) as checkpoints:
         assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 4)
         for step in (2, 4):
             state, position = checkpoints.restore(step, abstract(make_state(0)))
@@ -42,6 +42,29 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
                 np.testing.assert_array_equal(got, wanted)
                 assert got.dtype == wanted.dtype
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "7"]
+
+
+def test_a_folder_that_would_hide_what_is_saved_is_refused_before_anything_is_lost(tmp_path):
+    save(tmp_path, {1: 0.2})
+    (tmp_path / "7").mkdir()
+    with pytest.raises(UserError, match="7 is not a complete checkpoint and would hide others"):
+        save(tmp_path, {2: 0.3})
+    with Checkpoints(tmp_path, metric="score", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 1
+
+
+def test_a_step_before_the_latest_is_not_dropped_silently(tmp_path):
+    with pytest.raises(UserError, match="Step 2 was not saved: .* holds a later step"):
+        save(tmp_path, {3: 0.2, 2: 0.3})
+
+
+def test_a_reader_leaves_what_is_being_written_alone(tmp_path):
+    save(tmp_path, {1: 0.2})
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path, metric="score", read_only=True) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (1, 1)
+        assert int(checkpoints.restore(1, abstract(make_state(0)))[0].step) == 1
+    assert (tmp_path / "2.orbax-checkpoint-tmp").is_dir()
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):

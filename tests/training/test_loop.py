@@ -86,7 +86,13 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path, monk
     assert resumed == whole
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "step_of_it", "message"),
+    [("loss", 23, "The loss became nan at step 23"), ("grad_norm", 30, "The gradient's norm became nan at step 30")],
+)
+def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(
+    finished, tmp_path, monkeypatch, name, step_of_it, message
+):
     directory = copy(finished, tmp_path)
     before = sorted(path.name for path in (directory / "checkpoints").iterdir())
     original = loop.make_jitted_step
@@ -96,12 +102,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(fini
 
         def poison(state, batch):
             state, metrics = step(state, batch)
-            return state, {**metrics, "loss": metrics["loss"] * (np.nan if int(state.step) == 23 else 1)}
+            return state, {**metrics, name: metrics[name] * (np.nan if int(state.step) == step_of_it else 1)}
 
         return poison
 
     monkeypatch.setattr(loop, "make_jitted_step", poisoned)
-    with pytest.raises(UserError, match="The loss became nan at step 23; the checkpoint of step 20 is untouched"):
+    with pytest.raises(UserError, match=f"{message}; the checkpoint of step 20 is untouched"):
         loop.train(with_values(epochs=3), str(directory))
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == before
 
@@ -118,6 +124,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):
 def test_data_that_would_not_continue_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match="started with batch_size 16, now 8"):
         loop.train(with_values(batch_size=8), str(copy(finished, tmp_path)))
+    assert loop.evaluate(with_values(batch_size=8, seed=7), str(tmp_path / "copy")) == finished[1]
     with pytest.raises(UserError, match="started with seed 0, now 7"):
         loop.train(with_values(seed=7), str(copy(finished, tmp_path / "again")))
 
@@ -125,9 +132,11 @@ def test_data_that_would_not_continue_is_refused(finished, tmp_path):
 def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="There are no checkpoints in"):
         loop.evaluate(tiny_config.get_config(), str(tmp_path))
-    (tmp_path / "checkpoints" / "30").mkdir(parents=True)  # a stray empty folder is no checkpoint
+    (tmp_path / "checkpoints" / "30").mkdir(parents=True)  # a stray empty folder is no checkpoint, and hides none
     with pytest.raises(UserError, match="There is no complete checkpoint"):
         loop.evaluate(tiny_config.get_config(), str(tmp_path))
+    with pytest.raises(UserError, match="30 is not a complete checkpoint and would hide others: move it away"):
+        loop.train(tiny_config.get_config(), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +149,7 @@ def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
         ({"mesh.data": 3}, "data=3 x fsdp=1 does not make up 8 devices"),
         ({"mesh.fsdp": 3}, "does not make up 8 devices"),
         ({"data.name": "mnist"}, "Unknown data set 'mnist'; choose one of mnist5k, halves"),
-        ({"data.image_size": 16}, "The model cannot be built: DAT wants images .* at least 32 pixels, got"),
+        ({"data.image_size": 16}, "config.model cannot be built: DAT wants images .* at least 32 pixels, got"),
         ({"model.name": "dat_pp_nanno"}, "Unknown model 'dat_pp_nanno', did you mean 'dat_pp_nano'"),
         ({"model.dtype": "float16"}, "model.dtype wants one of auto, float32, bfloat16, got 'float16'"),
     ],

@@ -2,7 +2,6 @@
 
 import pytest
 
-from dat_jax.errors import UserError
 from dat_jax.training.metrics import MetricWriter, Progress, format_duration, read_metrics
 
 
@@ -17,13 +16,15 @@ def test_what_is_written_is_read_back_and_the_last_of_a_repeated_step_counts(tmp
     assert any((tmp_path / "tensorboard").iterdir())
 
 
-def test_an_unfinished_last_line_is_passed_over_and_a_broken_one_is_named(tmp_path):
+def test_a_line_that_a_killed_run_left_unfinished_hurts_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == {}
     path.write_text('{"step": 1, "a": 2.0}\n{"step": 2, "a"')
     assert read_metrics(path) == {"a": {1: 2.0}}
-    path.write_text('{"step": 1\n{"step": 2, "a": 1.0}\n')
-    with pytest.raises(UserError, match="line 1, is not JSON"):
-        read_metrics(path)
+    with MetricWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 4.0}, prefix="train")
+    assert read_metrics(path) == {"a": {1: 2.0}, "train/loss": {3: 4.0}}
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_rate_and_time_left(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from configs import quickstart
 from dat_jax.tasks import Task
-from dat_jax.training import loop
+from dat_jax.training import run as run_lib
 from dat_jax.training.optimizer import clip_by_global_norm
 from dat_jax.training.state import init_state
 from dat_jax.training.step import make_train_step
@@ -21,10 +21,10 @@ def losses_on(mesh: dict[str, int], devices, monkeypatch) -> tuple[list[float], 
     monkeypatch.setattr(jax, "devices", lambda: devices)
     config = tiny_config.get_config(dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
     config.mesh = mesh
-    run = loop.make_run(config)
-    state, step = loop._initialize(run), loop.make_jitted_step(run)
+    run = run_lib.make_run(config)
+    state, step = run_lib.initialize(run), run_lib.make_jitted_step(run)
     losses = []
-    for batch in itertools.islice(loop.train_batches(run, start_step=0), 5):
+    for batch in itertools.islice(run_lib.train_batches(run, start_step=0), 5):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     return losses, state
@@ -106,13 +106,13 @@ def test_clipping_follows_pytorch(norm, wanted):
 
 
 def test_the_quickstart_step_has_consistent_shapes():
-    run = loop.make_run(quickstart.get_config())
+    run = run_lib.make_run(quickstart.get_config())
     side = run.config.data.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((64, side, side, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((64,), jnp.int32),
     }
-    state, metrics = jax.eval_shape(loop.make_jitted_step(run), run.abstract_state, batch)
+    state, metrics = jax.eval_shape(run_lib.make_jitted_step(run), run.abstract_state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), run.abstract_state
     )

@@ -1,0 +1,242 @@
+"""What a configuration determines before the first step: data, task, optimizer, mesh, and the functions on them.
+
+This is where a task is put together with its data and its evaluation; the loop only sees the result.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dat_jax.config import validate
+from dat_jax.data.batching import make_eval_batches, make_train_batches
+from dat_jax.data.sources import load_source
+from dat_jax.data.transforms import make_eval_transform, make_train_transform
+from dat_jax.errors import UserError
+from dat_jax.evaluation import classification as classification_evaluation
+from dat_jax.models.registry import create_model
+from dat_jax.tasks import Task
+from dat_jax.tasks.classification import make_classification_task
+from dat_jax.training import sharding
+from dat_jax.training.optimizer import make_optimizer
+from dat_jax.training.schedule import warmup_cosine
+from dat_jax.training.state import TrainState, init_state
+from dat_jax.training.step import make_train_step
+
+_INIT_STREAM = 0  # random streams: fold_in(seed, stream)
+_EVALUATIONS = {"classification": classification_evaluation}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that a configuration determines.
+
+    Attributes:
+      metric: of the evaluation, what the best checkpoint is best in.
+      evaluate: (variables, batches) -> metrics.
+      state_sharding, abstract_state: of the training state, with the structure of a TrainState.
+    """
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    task: Task
+    train_source: Any
+    eval_source: Any
+    steps_per_epoch: int
+    optimizer: Any
+    schedule: Any
+    state_sharding: TrainState
+    abstract_state: TrainState
+    metric: str
+    evaluate: Callable
+
+    @property
+    def total_steps(self) -> int:
+        """Of all epochs."""
+        return self.steps_per_epoch * self.config.epochs
+
+
+def make_run(config: ConfigDict) -> Run:
+    """Builds what the configuration determines and checks that it fits together.
+
+    Raises:
+      UserError: says what does not fit.
+    """
+    validate(config)
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    train_source = load_source(config.data.name, split="train")
+    eval_source = load_source(config.data.name, split="validation")
+    if config.eval.batch_size % mesh.size:
+        raise UserError(f"config.eval.batch_size {config.eval.batch_size} is not a multiple of {mesh.size} devices.")
+    if config.batch_size > len(train_source):
+        raise UserError(
+            f"config.batch_size {config.batch_size} is more than the {len(train_source)} training examples."
+        )
+    steps_per_epoch = len(train_source) // config.batch_size
+
+    settings = config.model.to_dict()
+    dtype = compute_dtype(settings.pop("dtype"))
+    schedule = _make_schedule(config, steps_per_epoch)
+    optimizer = make_optimizer(schedule, **config.optimizer.to_dict())
+    try:
+        model = create_model(settings.pop("name"), dtype=dtype, num_classes=len(train_source.class_names), **settings)
+        task = make_classification_task(model, label_smoothing=config.loss.label_smoothing)
+        abstract = jax.eval_shape(_init_function(config, task, optimizer), jax.random.key(0))
+    except (ValueError, TypeError) as error:  # settings that do not fit together, or images that the model cannot take
+        raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
+    shardings = sharding.state_sharding(abstract, mesh)
+    evaluation = _EVALUATIONS[config.task]
+    return Run(
+        config=config,
+        mesh=mesh,
+        task=task,
+        train_source=train_source,
+        eval_source=eval_source,
+        steps_per_epoch=steps_per_epoch,
+        optimizer=optimizer,
+        schedule=schedule,
+        state_sharding=shardings,
+        abstract_state=jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+        ),
+        metric=evaluation.METRIC,
+        evaluate=evaluation.make_evaluator(task.predict),
+    )
+
+
+def check_train_batch(run: Run) -> None:
+    """Raises a UserError where the training batch cannot be split over devices and accumulated steps."""
+    config = run.config
+    parts = run.mesh.size * config.accumulate_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"config.batch_size {config.batch_size} is not a multiple of {parts}: {run.mesh.size} devices times "
+            f"{config.accumulate_steps} accumulated steps."
+        )
+
+
+def initialize(run: Run) -> TrainState:
+    """The state at step 0, on the mesh."""
+    key = jax.random.fold_in(jax.random.key(run.config.seed), _INIT_STREAM)
+    init = _init_function(run.config, run.task, run.optimizer)
+    # It runs once, and is mostly random numbers: on CPU half of its compile time goes into making it fast.
+    options = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=run.state_sharding, compiler_options=options)(key)
+
+
+def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The training step on the run's mesh. It takes the state's memory for the new state."""
+    step = make_train_step(
+        task=run.task,
+        optimizer=run.optimizer,
+        schedule=run.schedule,
+        seed=run.config.seed,
+        accumulate_steps=run.config.accumulate_steps,
+        ema_decay=run.config.ema_decay,
+    )
+    return jax.jit(
+        step,
+        in_shardings=(run.state_sharding, sharding.batch_sharding(run.mesh)),
+        out_shardings=(run.state_sharding, sharding.replicated(run.mesh)),
+        donate_argnums=0,
+    )
+
+
+def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
+    """Endless global batches on the devices, from a step on."""
+    data = run.config.data
+    transform = make_train_transform(
+        image_size=data.image_size,
+        max_rotation=data.max_rotation,
+        max_shift=data.max_shift,
+        max_scale=data.max_scale,
+    )
+    batches = make_train_batches(
+        run.train_source,
+        transform,
+        batch_size=run.config.batch_size // jax.process_count(),
+        seed=run.config.seed,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=data.workers,
+    )
+    return (sharding.put_batch(batch, run.mesh) for batch in batches)
+
+
+def eval_batches(run: Run) -> Iterator[dict]:
+    """Every example of the evaluation once, in global batches on the devices."""
+    batches = make_eval_batches(
+        run.eval_source,
+        make_eval_transform(image_size=run.config.data.image_size),
+        batch_size=run.config.eval.batch_size // jax.process_count(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return (sharding.put_batch(batch, run.mesh) for batch in batches)
+
+
+def save_pictures(run: Run, state: TrainState, directory: pathlib.Path) -> None:
+    """What the task's evaluation draws of 32 examples, spread over the data set."""
+    if jax.process_count() > 1:  # no process can draw from another's part of the weights
+        return
+    count = min(32, len(run.eval_source))
+    spread = np.linspace(0, len(run.eval_source) - 1, count).astype(int)  # over all classes, where they are sorted
+    transform = make_eval_transform(image_size=run.config.data.image_size)
+    records = [transform(run.eval_source[int(index)]) for index in np.random.default_rng(0).permutation(spread)]
+    _EVALUATIONS[run.config.task].save_pictures(
+        run.task.predict,
+        jax.device_get(state.eval_variables),
+        {key: np.stack([record[key] for record in records]) for key in records[0]},
+        class_names=run.eval_source.class_names,
+        directory=directory,
+    )
+
+
+def describe(run: Run) -> dict[str, str]:
+    """The table that a run starts with."""
+    config, devices = run.config, jax.devices()
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
+    return {
+        "model": f"{config.model.name}, {parameters:,} parameters, {compute_dtype(config.model.dtype)}",
+        "data": f"{config.data.name}: {len(run.train_source):,} to train, {len(run.eval_source):,} to validate, "
+        f"{config.data.image_size} x {config.data.image_size}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items()),
+        "batch": f"{config.batch_size} in {config.accumulate_steps} part(s), {run.steps_per_epoch} steps an epoch",
+        "length": f"{config.epochs} epochs, {run.total_steps} steps",
+    }
+
+
+def compute_dtype(name: str):
+    """The dtype of "auto", "float32" or "bfloat16"; auto is float32 on CPU, else bfloat16."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jax.numpy.dtype(name)
+
+
+def _make_schedule(config, steps_per_epoch):
+    s = config.schedule
+    scale = config.batch_size / s.reference_batch_size
+    return warmup_cosine(
+        base_lr=s.base_lr * scale,
+        warmup_lr=s.warmup_lr * scale,
+        min_lr=s.min_lr * scale,
+        warmup_steps=round(s.warmup_epochs * steps_per_epoch),
+        total_steps=config.epochs * steps_per_epoch,
+    )
+
+
+def _init_function(config, task, optimizer):
+    side = config.data.image_size
+
+    def init(key):
+        batch = {"image": jax.numpy.zeros((1, side, side, 3), jax.numpy.uint8)}
+        return init_state(key, batch, task=task, optimizer=optimizer, ema=config.ema_decay > 0)
+
+    return init
