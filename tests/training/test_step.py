@@ -19,7 +19,7 @@ from tests import tiny_config
 
 def losses_on(mesh: dict[str, int], devices, monkeypatch) -> tuple[list[float], object]:
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    config = tiny_config.get_config(dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
+    config = tiny_config.get_config(stages=("D",), dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
     config.mesh = mesh
     run = run_lib.make_run(config)
     state, step = run_lib.initialize(run), run_lib.make_jitted_step(run)
