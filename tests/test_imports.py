@@ -29,7 +29,19 @@ ALLOWED = {
     "dat_jax.config": {"dat_jax.errors", "ml_collections"},
 }
 STANDARD = {
-    *("collections", "contextlib", "csv", "dataclasses", "difflib", "functools", "gzip", "importlib", "json", "math", "numbers"),
+    *(
+        "collections",
+        "contextlib",
+        "csv",
+        "dataclasses",
+        "difflib",
+        "functools",
+        "gzip",
+        "importlib",
+        "json",
+        "math",
+        "numbers",
+    ),
     *("pathlib", "re", "time", "typing", "numpy"),
 }
 

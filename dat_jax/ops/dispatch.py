@@ -43,7 +43,7 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fi
 
 
 def _fastest(op, map_shape, table_fits):
-    """On CPU by the times that experiments/ops measures; products instead of gathers elsewhere, not yet timed on a device."""
+    """On CPU by what was fastest there; products instead of gathers elsewhere, which has not been timed on a device yet."""
     cpu = jax.default_backend() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts
