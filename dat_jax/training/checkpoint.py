@@ -11,7 +11,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from dat_jax.errors import UserError
 
-_WAY_OUT = "Delete that folder to go on from the other checkpoint beside it."
+_WAY_OUT = "Without that folder the run goes on from the other checkpoint, if there is one beside it."
 
 
 class Checkpoints:
