@@ -20,13 +20,30 @@ def get_config() -> ConfigDict:
     # Any attribute of dat_jax.DAT may be added.
     config.model = ConfigDict(dict(name="dat_pp_tiny", dtype="auto", drop_path_rate=0.2))
 
+    # What is started from where the work directory has no checkpoint: "" is from scratch; else weights that
+    # `python -m dat_jax.conversion` wrote, or the work directory of another run.
+    config.init_from = ""
+    config.init_head_rows = ""  # a file with a number for each class: the row of the loaded head that it takes
+
     config.data = ConfigDict()
-    config.data.name = "mnist5k"
+    config.data.name = "imagenet"
+    # TFDS array_record (as `python -m dat_jax.data.prepare` writes), or folders train/<class>, val/<class>. "" for
+    # embedded data, by name.
+    config.data.directory = ""
     config.data.image_size = 224
-    config.data.max_rotation = 0.0  # degrees
-    config.data.max_shift = 0.0  # of the side
-    config.data.max_scale = 0.0  # 0.1: sizes from 1 / 1.1 to 1.1
+    config.data.eval_resize = 256  # to eval_resize x eval_resize, then the central image_size x image_size
     config.data.workers = 0  # processes that load; 0 loads in threads of this one
+
+    config.augmentation = ConfigDict()
+    config.augmentation.min_crop_area = 0.08  # of the image
+    config.augmentation.max_crop_aspect = 4 / 3  # width / height, or height / width
+    config.augmentation.flip_probability = 0.5
+    config.augmentation.rand_augment_count = 2  # operations an image, each applied with probability 1/2; 0: none
+    config.augmentation.rand_augment_magnitude = 9.0  # of 10
+    config.augmentation.rand_augment_std = 0.5
+    config.augmentation.erasing_probability = 0.25
+    config.augmentation.mixup_alpha = 0.8  # 0: no mixup
+    config.augmentation.cutmix_alpha = 1.0  # 0: no cutmix; with both, evenly
 
     config.loss = ConfigDict(dict(label_smoothing=0.1))
 
@@ -46,6 +63,9 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.batch_size = 1024
-    config.eval.every_epochs = 1  # evaluates and saves
+    config.eval.every = 1  # epochs; evaluates and saves
     config.eval.checkpoint = "best"  # what --mode=eval takes: best or latest
+    # More sets for --mode=eval: folders of a class each, or TFDS array_record. Of a set that has only some of the classes
+    # only those are predicted. real: the file real.json of the Reassessed Labels, for the validation images.
+    config.eval.sets = ConfigDict(dict(v2="", a="", r="", sketch="", real=""))
     return config

@@ -2,7 +2,7 @@
 
 python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores, 2 to 5 minutes. Expected: 97.5 % top-1 on the 1,000 held-out digits.
+Hardware: 2 CPU cores, 2 to 5 minutes. Expected: 97.8 % top-1 on the 1,000 held-out digits.
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +15,16 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(dict(name="dat_pp_nano", dtype="auto", drop_path_rate=0.05))
     config.data.name = "mnist5k"
     config.data.image_size = 48
-    config.data.max_rotation = 10.0
-    config.data.max_shift = 0.08
-    config.data.max_scale = 0.15
+    config.data.eval_resize = 48
+    config.augmentation.min_crop_area = 0.75
+    config.augmentation.max_crop_aspect = 1.2
+    config.augmentation.flip_probability = 0.0  # digits have a left and a right
+    config.augmentation.rand_augment_count = 1
+    config.augmentation.rand_augment_magnitude = 3.0
+    config.augmentation.rand_augment_std = 1.0
+    config.augmentation.erasing_probability = 0.0
+    config.augmentation.mixup_alpha = 0.0
+    config.augmentation.cutmix_alpha = 0.0
     config.epochs = 6
     config.batch_size = 64
     config.log_every = 10

@@ -5,4 +5,11 @@ from dat_jax.models.dat import DAT
 from dat_jax.models.registry import VARIANTS, create_model, list_models
 
 __version__ = "0.1.0"
-__all__ = ["DAT", "VARIANTS", "conversion", "create_model", "list_models"]
+__all__ = ["DAT", "VARIANTS", "conversion", "create_model", "list_models", "load_pretrained"]
+
+
+def load_pretrained(path, **overrides):
+    """(model, variables) of an export or a run's work directory: see ``training.pretrained.load_pretrained``."""
+    from dat_jax.training import pretrained  # late: it reads checkpoints, which takes a while to import
+
+    return pretrained.load_pretrained(path, **overrides)

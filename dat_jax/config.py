@@ -18,14 +18,26 @@ SCHEMA: dict[str, Any] = {
     "accumulate_steps": int,
     "ema_decay": float,
     "log_every": int,
+    "init_from": str,
+    "init_head_rows": str,
     "model": None,  # name, dtype and any attribute of the model; create_model checks them
     "data": {
         "name": str,
+        "directory": str,
         "image_size": int,
-        "max_rotation": float,
-        "max_shift": float,
-        "max_scale": float,
+        "eval_resize": int,
         "workers": int,
+    },
+    "augmentation": {
+        "min_crop_area": float,
+        "max_crop_aspect": float,
+        "flip_probability": float,
+        "rand_augment_count": int,
+        "rand_augment_magnitude": float,
+        "rand_augment_std": float,
+        "erasing_probability": float,
+        "mixup_alpha": float,
+        "cutmix_alpha": float,
     },
     "loss": {"label_smoothing": float},
     "optimizer": {"b1": float, "b2": float, "eps": float, "weight_decay": float, "clip_norm": float},
@@ -37,14 +49,20 @@ SCHEMA: dict[str, Any] = {
         "reference_batch_size": int,
     },
     "mesh": {"data": int, "fsdp": int},
-    "eval": {"batch_size": int, "every_epochs": int, "checkpoint": ("best", "latest")},
+    "eval": {
+        "batch_size": int,
+        "every": int,
+        "checkpoint": ("best", "latest"),
+        "sets": {"v2": str, "a": str, "r": str, "sketch": str, "real": str},
+    },
 }
 _AT_LEAST_ONE = (
     *("epochs", "batch_size", "accumulate_steps", "log_every", "data.image_size", "eval.batch_size"),
-    *("eval.every_epochs", "mesh.fsdp", "schedule.reference_batch_size"),
+    *("eval.every", "mesh.fsdp", "schedule.reference_batch_size", "augmentation.max_crop_aspect"),
 )
 _AT_LEAST_ZERO = (
-    *("seed", "data.max_rotation", "data.max_shift", "data.max_scale", "data.workers"),
+    *("seed", "data.workers", "augmentation.rand_augment_count", "augmentation.rand_augment_magnitude"),
+    *("augmentation.rand_augment_std", "augmentation.mixup_alpha", "augmentation.cutmix_alpha"),
     *("optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"),
     *("schedule.base_lr", "schedule.warmup_lr", "schedule.min_lr", "schedule.warmup_epochs"),
 )
@@ -71,6 +89,14 @@ def validate(config: ConfigDict) -> None:
     for path in ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
         if not 0 <= _get(config, path) < 1:
             raise UserError(f"config.{path} wants a number from 0 to below 1, got {_get(config, path)}.")
+    for path in ("augmentation.flip_probability", "augmentation.erasing_probability", "augmentation.min_crop_area"):
+        if not 0 <= _get(config, path) <= 1:
+            raise UserError(f"config.{path} wants a number from 0 to 1, got {_get(config, path)}.")
+    if config.data.eval_resize < config.data.image_size:
+        raise UserError(
+            f"config.data.eval_resize wants at least config.data.image_size {config.data.image_size}, got "
+            f"{config.data.eval_resize}."
+        )
     if config.mesh.data < 1 and config.mesh.data != -1:
         raise UserError(f"config.mesh.data wants a number of devices or -1 for all, got {config.mesh.data}.")
 

@@ -49,7 +49,9 @@ def get_config(**model):
     }
     config.data.image_size = 32
     config.data.name = "halves"
-    config.data.max_shift = 0.0
+    config.data.eval_resize = 32
+    config.augmentation.min_crop_area = 1.0
+    config.augmentation.max_crop_aspect = 1.0
     config.batch_size = 16
     config.epochs = 2
     config.log_every = 5

@@ -1,5 +1,6 @@
-"""Published PyTorch configurations and weights to ours, and weights back."""
+"""Published PyTorch configurations and weights to ours, and weights back. As a command: ``__main__``."""
 
+from dat_jax.conversion.files import read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, to_official
 
-__all__ = ["from_official", "model_from_official", "to_official"]
+__all__ = ["from_official", "model_from_official", "read_weights", "to_official", "write_safetensors"]

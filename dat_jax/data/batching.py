@@ -3,6 +3,7 @@
 So a run that resumes at step n sees what it would have seen, and the number of workers changes nothing.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import grain
@@ -39,13 +40,7 @@ def make_train_batches(
     """
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
     batches = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)[start_step:]
-    threads = grain.ReadOptions(num_threads=_PREFETCHED_BATCHES, prefetch_buffer_size=_PREFETCHED_BATCHES)
-    loader = batches.to_iter_dataset(threads)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain's workers want it, also where no command line was read
-            flags.FLAGS.mark_as_parsed()
-        loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(loader)
+    return _load(batches, workers)
 
 
 def make_eval_batches(
@@ -55,6 +50,7 @@ def make_eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order. All processes give the same number of batches, filled up where examples run out.
 
@@ -62,10 +58,23 @@ def make_eval_batches(
       {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,), "mask": float32 (batch_size,)}, mask 1 for
       an example and 0 for filling.
     """
+
+    def load(place: int) -> dict:
+        record = transform(source[min(place, len(source) - 1)])
+        return {**record, "mask": np.float32(place < len(source))}
+
     steps = -(-len(source) // (batch_size * process_count))
-    for step in range(steps):
-        first = step * batch_size * process_count + process_index
-        indices = first + np.arange(batch_size) * process_count
-        records = [transform(source[int(min(i, len(source) - 1))]) for i in indices]
-        batch = {key: np.stack([record[key] for record in records]) for key in records[0]}
-        yield {**batch, "mask": (indices < len(source)).astype(np.float32)}
+    places = grain.MapDataset.range(steps * batch_size * process_count)
+    return _load(places[process_index::process_count].map(load).batch(batch_size), workers)
+
+
+def _load(batches: grain.MapDataset, workers: int) -> Iterator[dict]:
+    """Loads ahead, in threads of this process or in processes."""
+    threads = grain.ReadOptions(num_threads=_PREFETCHED_BATCHES, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    loader = batches.to_iter_dataset(threads)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers want it, also where no command line was read
+            flags.FLAGS.mark_as_parsed()
+        loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    with contextlib.closing(iter(loader)) as batches:  # ends the workers with whoever takes the batches
+        yield from batches

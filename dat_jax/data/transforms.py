@@ -1,4 +1,8 @@
-"""Transforms of one record on the host, in uint8. Every random draw comes from the generator that is passed in."""
+"""Transforms of one record on the host, in uint8. Every random draw comes from the generator that is passed in.
+
+The order and the distributions are those of the published recipe: random resized crop, flip, RandAugment. What follows,
+normalising, erasing and mixing, runs on the device (tasks/augmentation.py).
+"""
 
 import math
 from collections.abc import Callable
@@ -6,50 +10,78 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from dat_jax.data.images import resize_bicubic
+from dat_jax.data.randaugment import apply_operation, draw_operations
 
-def make_eval_transform(*, image_size: int) -> Callable[[dict], dict]:
-    """Resizes the image to image_size x image_size, bilinear."""
+_CROP_TRIES = 10
+
+
+def make_eval_transform(*, resize: int, image_size: int) -> Callable[[dict], dict]:
+    """Resizes to resize x resize whatever the ratio was, bicubic, and takes the central image_size x image_size.
+
+    Pixels are Pillow's. The recipe has 256 and 224, or 384 and 384 (spec: the published evaluation).
+    """
+    border = round((resize - image_size) / 2)
 
     def transform(record: dict) -> dict:
-        image = Image.fromarray(record["image"]).resize((image_size, image_size), Image.Resampling.BILINEAR)
+        image = Image.fromarray(record["image"]).resize((resize, resize), Image.Resampling.BICUBIC)
+        image = image.crop((border, border, border + image_size, border + image_size))
         return {**record, "image": np.asarray(image)}
 
     return transform
 
 
 def make_train_transform(
-    *, image_size: int, max_rotation: float, max_shift: float, max_scale: float
+    *,
+    image_size: int,
+    min_crop_area: float,
+    max_crop_aspect: float,
+    flip_probability: float,
+    rand_augment_count: int,
+    rand_augment_magnitude: float,
+    rand_augment_std: float,
 ) -> Callable[[dict, np.random.Generator], dict]:
-    """Resizes to image_size x image_size under a random rotation, shift and change of size, in one bilinear resampling.
+    """Random resized crop to image_size x image_size, horizontal flip, RandAugment.
 
     Args:
       image_size: side of the result.
-      max_rotation: degrees, either way.
-      max_shift: of the side, either way, along each axis.
-      max_scale: s for sizes from 1 / (1 + s) to 1 + s, log-uniform.
+      min_crop_area: of the image; the crop's is uniform between it and 1.
+      max_crop_aspect: r for width / height between 1 / r and r, log-uniform.
+      flip_probability: of mirroring left and right.
+      rand_augment_count, rand_augment_magnitude, rand_augment_std: see ``draw_operations``; a count of 0 does nothing.
     """
 
     def transform(record: dict, rng: np.random.Generator) -> dict:
-        image = Image.fromarray(record["image"])
-        angle = math.radians(rng.uniform(-max_rotation, max_rotation))
-        scale = math.exp(rng.uniform(-1, 1) * math.log1p(max_scale))
-        shift_x, shift_y = rng.uniform(-max_shift, max_shift, size=2)
-        matrix = _output_to_input(image.size, image_size, angle, scale, (shift_x, shift_y))
-        size = (image_size, image_size)
-        image = image.transform(size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
-        return {**record, "image": np.asarray(image)}
+        image = record["image"]
+        height, width = image.shape[:2]
+        x, y, w, h = draw_crop(rng, width=width, height=height, min_area=min_crop_area, max_aspect=max_crop_aspect)
+        image = resize_bicubic(image[y : y + h, x : x + w], width=image_size, height=image_size)
+        if rng.uniform() < flip_probability:
+            image = np.ascontiguousarray(image[:, ::-1])
+        operations = draw_operations(
+            rng, count=rand_augment_count, magnitude=rand_augment_magnitude, magnitude_std=rand_augment_std
+        )
+        for name, argument in operations:
+            image = apply_operation(image, name, argument)
+        return {**record, "image": image}
 
     return transform
 
 
-def _output_to_input(input_size, output_side, angle, scale, shift):
-    """The six numbers of PIL's affine transform: input (x, y) of an output (x, y), both in pixels from the corner."""
-    zoom_x, zoom_y = (side / output_side / scale for side in input_size)
-    cos, sin = math.cos(angle), math.sin(angle)
-    center = output_side / 2
-    # output, from its centre and less the shift -> rotated -> scaled to input pixels -> from the input's corner
-    from_x, from_y = center + shift[0] * output_side, center + shift[1] * output_side
-    a, b, d, e = zoom_x * cos, zoom_x * sin, -zoom_y * sin, zoom_y * cos
-    c = input_size[0] / 2 - a * from_x - b * from_y
-    f = input_size[1] / 2 - d * from_x - e * from_y
-    return a, b, c, d, e, f
+def draw_crop(
+    rng: np.random.Generator, *, width: int, height: int, min_area: float, max_aspect: float
+) -> tuple[int, int, int, int]:
+    """The place of a random resized crop in an image, (x, y, width, height) in pixels.
+
+    Up to ten draws of an area and a ratio, the first that fits at a uniform place; otherwise the largest central crop
+    with a ratio within the bounds (torchvision's RandomResizedCrop).
+    """
+    for _ in range(_CROP_TRIES):
+        area = rng.uniform(min_area, 1) * width * height
+        aspect = math.exp(rng.uniform(-1, 1) * math.log(max_aspect))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w = min(width, round(height * max_aspect))
+    h = min(height, round(width * max_aspect))
+    return (width - w) // 2, (height - h) // 2, w, h

@@ -12,23 +12,30 @@ from dat_jax import plots
 METRIC = "top1"  # what the best checkpoint is best in
 
 
-def make_evaluator(predict: Callable) -> Callable[[dict, Iterable[dict]], dict[str, float]]:
-    """Makes ``evaluate(variables, batches) -> metrics``, compiled once for its batches' shapes.
+def make_evaluator(predict: Callable) -> Callable[..., dict[str, float]]:
+    """Makes ``evaluate(variables, batches, *, classes=None) -> metrics``, compiled once for its batches' shapes.
 
     Args:
       predict: (variables, batch) -> {"logits": (B, K)}. Batches hold "label" and "mask", 1 for each example that counts.
+        Where they hold "acceptable", bool (B, K), every class that is true is right, and examples without one do not count.
 
     Returns:
-      A function giving {"top1", "top5": percent, "loss": mean cross-entropy, "examples": how many were counted}.
+      A function giving {"top1", "top5": percent, "loss": mean cross-entropy, "examples": how many were counted}; with
+      "acceptable", top1 and examples. classes: indices of those that can be predicted, of a set without the others.
     """
 
     @jax.jit
-    def sums(variables, batch):
+    def sums(variables, batch, allowed):  # allowed: bool (1, K)
         logits = predict(variables, batch)["logits"].astype(jnp.float32)
+        logits = jnp.where(allowed, logits, -jnp.inf)
         labels, mask = batch["label"], batch["mask"]
+        if "acceptable" in batch:
+            right = jnp.take_along_axis(batch["acceptable"], logits.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+            mask = mask * batch["acceptable"].any(axis=-1)
+            return {"top1": (right * mask).sum(), "examples": mask.sum()}
         # Rank of the true class. Ties and NaN count against it, so that logits that say nothing score nothing.
         own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-        rank = (~(logits < own)).sum(axis=-1) - 1
+        rank = ((~(logits < own)) & allowed).sum(axis=-1) - 1
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
         return {
             "top1": ((rank < 1) * mask).sum(),
@@ -37,18 +44,18 @@ def make_evaluator(predict: Callable) -> Callable[[dict, Iterable[dict]], dict[s
             "examples": mask.sum(),
         }
 
-    def evaluate(variables, batches):
-        totals = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "examples": 0.0}
+    def evaluate(variables, batches, *, classes=None):
+        totals = {}
         for batch in batches:
-            for name, value in sums(variables, batch).items():
-                totals[name] += float(value)
-        count = totals["examples"]
-        return {
-            "top1": 100 * totals["top1"] / count,
-            "top5": 100 * totals["top5"] / count,
-            "loss": totals["loss"] / count,
-            "examples": int(count),
-        }
+            if not totals:
+                count = jax.eval_shape(predict, variables, batch)["logits"].shape[-1]
+                allowed = np.isin(np.arange(count), np.arange(count) if classes is None else classes)[None]
+            for name, value in sums(variables, batch, allowed).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        examples = totals.pop("examples")
+        means = {name: total / max(examples, 1.0) for name, total in totals.items()}
+        percent = {name: 100 * means[name] for name in ("top1", "top5") if name in means}
+        return {**means, **percent, "examples": int(examples)}
 
     return evaluate
 

@@ -6,6 +6,7 @@ import optax
 
 from dat_jax.models.dat import DAT
 from dat_jax.tasks import Task
+from dat_jax.tasks.augmentation import erase_randomly, mix
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -32,8 +33,15 @@ def _stage_of(block_name: str) -> int:
     return int(block_name.split("/")[0].removeprefix("stages_"))
 
 
-def make_classification_task(model: DAT, *, label_smoothing: float) -> Task:
-    """Cross-entropy on smoothed labels.
+def make_classification_task(
+    model: DAT,
+    *,
+    label_smoothing: float,
+    erasing_probability: float = 0.0,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+) -> Task:
+    """Cross-entropy on smoothed labels, of images that are erased and mixed as ``tasks.augmentation`` says.
 
     Batches hold "image", uint8 (B, H, W, 3), and "label", int (B,). Outputs of ``predict``: "logits" (B, K), and of every
     D block by name "positions", those of its keys, (B, G, Hk, Wk, 2), (y, x) in [-1, 1], and "map_shapes", the (height,
@@ -44,10 +52,16 @@ def make_classification_task(model: DAT, *, label_smoothing: float) -> Task:
         return model.init(key, normalize(batch["image"]))
 
     def loss(variables, batch, key):
-        logits = model.apply(variables, normalize(batch["image"]), train=True, rngs={"dropout": key})
+        dropout, erasing, mixing = jax.random.split(key, 3)
+        images = normalize(batch["image"])
         targets = smooth_labels(batch["label"], num_classes=model.num_classes, smoothing=label_smoothing)
+        if erasing_probability > 0:
+            images = erase_randomly(images, erasing, probability=erasing_probability)
+        images, targets = mix(images, targets, mixing, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+        logits = model.apply(variables, images, train=True, rngs={"dropout": dropout})
         value = soft_cross_entropy(logits, targets)
-        top1 = 100 * (logits.argmax(axis=-1) == batch["label"]).mean(dtype=logits.dtype)
+        # Of a mixed image the class with the larger part counts.
+        top1 = 100 * (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=logits.dtype)
         return value, {"loss": value, "top1": top1}, {}
 
     def predict(variables, batch):

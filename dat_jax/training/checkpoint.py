@@ -1,10 +1,21 @@
-"""Checkpoints of a run: state, data position and a digest of every array. The only file that imports orbax."""
+"""Checkpoints of a run: state, data position and a digest of every array. Exports: weights alone, and what they are of.
 
+The only file that imports orbax.
+"""
+
+import hashlib
+import json
+import os
 import pathlib
+import re
+import shutil
+from collections.abc import Mapping
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
@@ -178,3 +189,140 @@ def _named(tree) -> dict[str, int]:
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     return {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def read_best_params(directory: str | os.PathLike, *, metric: str) -> tuple[dict[str, Any], int]:
+    """The weights that the best checkpoint is evaluated with: the averaged ones where there are any.
+
+    Args:
+      directory: of the checkpoints. It is only read, and the optimizer's arrays in it are not.
+      metric: name of the metric, larger is better.
+
+    Returns:
+      Parameters as nested dictionaries of numpy arrays, and the step they are of.
+
+    Raises:
+      UserError: there is no complete checkpoint, or it is damaged; the arrays are named.
+    """
+    directory = pathlib.Path(directory)
+    with Checkpoints(directory, metric=metric, read_only=True) as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise UserError(f"There is no complete checkpoint in {directory}.")
+    where = directory / str(step)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            saved = reader.restore((where / "meta").absolute())["digests"]
+        group = "ema_params" if any(name.startswith("ema_params/") for name in saved) else "params"
+        saved = {name: digest for name, digest in saved.items() if name.startswith(f"{group}/")}
+        params = _read_arrays(where / "state", names=saved, partial=True)
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"The checkpoint {where} cannot be read: {_reason(error)}.") from error
+    digests = _named(jax.jit(compute_digests)(params))
+    damaged = [name for name, digest in saved.items() if digests.get(name) != digest]
+    if damaged:
+        raise UserError(f"The checkpoint {where} is damaged: {', '.join(damaged)} differ from what was saved.")
+    return params[group], step
+
+
+def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], description: Mapping[str, Any]) -> str:
+    """Writes weights and what describes them into a new folder, which appears when it is whole.
+
+    It holds params/, the arrays, and model.json: the description, and under "arrays" shape, dtype and checksum of every
+    array by name, and under "checksum" that of all.
+
+    Args:
+      directory: must not exist.
+      params: nested dictionaries of arrays; they may be on devices.
+      description: what JSON can hold.
+
+    Returns:
+      ``checksum`` of the parameters.
+
+    Raises:
+      UserError: the folder exists already, or cannot be written.
+    """
+    directory = pathlib.Path(directory)
+    if directory.exists():
+        raise UserError(f"{directory} exists already and nothing is overwritten; name another folder.")
+    arrays = {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(params, sep="/").items()}
+    records = {
+        name: {"shape": array.shape, "dtype": array.dtype.name, "checksum": checksum({name: array})}
+        for name, array in sorted(arrays.items())
+    }
+    manifest = {**description, "checksum": checksum(arrays), "arrays": records}
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        with _exporter() as writer:
+            tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
+            writer.save((unfinished / "params").absolute(), args=ocp.args.PyTreeSave(tree))
+        (unfinished / "model.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        unfinished.rename(directory)
+    except (OSError, ValueError) as error:  # a full disk is a ValueError of tensorstore
+        raise UserError(f"{directory} cannot be written: {_reason(error)}.") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return manifest["checksum"]
+
+
+def load_export(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what ``save_export`` wrote.
+
+    Returns:
+      Parameters as nested dictionaries of numpy arrays, and the description, with "checksum" of all parameters.
+
+    Raises:
+      UserError: it is no export, or damaged; the arrays are named.
+    """
+    directory = pathlib.Path(directory)
+    records = {}
+    try:
+        manifest = json.loads((directory / "model.json").read_text())
+        records, wanted = manifest.pop("arrays"), manifest["checksum"]
+        saved = {name: record["checksum"] for name, record in records.items()}
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory} is no export, or its model.json is damaged: {_reason(error)}.") from error
+    try:
+        params = _read_arrays(directory / "params", names=saved)
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        # The message has the path of the array that could not be read: a folder by its name, with dots.
+        named = [name for name in saved if re.search(rf"/params/{re.escape(name.replace('/', '.'))}[/.]", str(error))]
+        what = f"{', '.join(named)} cannot be read" if named else _reason(error)
+        raise UserError(f"The export {directory} is damaged: {what}.") from error
+    arrays = flax.traverse_util.flatten_dict(params, sep="/")
+    damaged = [name for name in saved if name not in arrays or checksum({name: arrays[name]}) != saved[name]]
+    if damaged:
+        raise UserError(f"The export {directory} is damaged: {', '.join(damaged)} differ from what was saved.")
+    if checksum(arrays) != wanted:
+        raise UserError(f"The export {directory} is damaged: its arrays together are not those that were saved.")
+    return params, manifest
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes in the order of the names, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
+        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _exporter():
+    # One folder an array, so that a damaged one is known by its name.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+
+
+def _read_arrays(directory: pathlib.Path, *, names, partial: bool = False) -> dict[str, Any]:
+    """Arrays by name on the host, as nested dictionaries. ``partial`` leaves others that are there alone."""
+    tree = flax.traverse_util.unflatten_dict({name: np.empty(0) for name in names}, sep="/")
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    with _exporter() as reader:
+        return reader.restore(
+            directory.absolute(), args=ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=partial)
+        )
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+    return text.split(" [tensorstore_spec")[0].rstrip(".")

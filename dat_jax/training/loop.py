@@ -18,10 +18,10 @@ from dat_jax.training.run import (
     check_train_batch,
     describe,
     eval_batches,
-    initialize,
     make_jitted_step,
     make_run,
     save_pictures,
+    start_state,
     train_batches,
 )
 from dat_jax.training.state import TrainState
@@ -47,10 +47,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     directory = _make_directory(workdir)
     metrics_lib.print_table(console, "dat_jax", {**describe(run), "work directory": str(directory)})
     with Checkpoints(directory / "checkpoints", metric=run.metric) as checkpoints:
-        # A checkpoint in the work directory is gone on from; otherwise the run starts from scratch.
+        # A checkpoint in the work directory is gone on from; otherwise the run starts from the weights that
+        # config.init_from names; otherwise from scratch.
         latest = checkpoints.latest_step()
         if latest is None:
-            state = initialize(run)
+            state = start_state(run, note=console.print)
         else:
             state, position = checkpoints.restore(latest, run.abstract_state)
             _check_data_position(position, config)
@@ -66,30 +67,43 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     if jax.process_index() == 0:
         plots.save_curves(directory / "curves.png", metrics_lib.read_metrics(directory / "metrics.jsonl"))
     save_pictures(run, best, directory)
-    _print_result(console, result, int(best.step), directory)
+    _print_result(console, result, f"step {int(best.step)} in {directory / 'checkpoints'}")
     return result
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
-    """Evaluates the best or the latest checkpoint of a work directory, as ``config.eval.checkpoint`` says.
+    """Evaluates a checkpoint of a work directory, or the weights that ``config.init_from`` names where it has none.
+
+    ``config.eval.checkpoint`` chooses the best or the latest. Beside the validation images every set of
+    ``config.eval.sets`` is evaluated.
 
     Returns:
-      Evaluation metrics. The work directory is only read.
+      Evaluation metrics, those of the sets under "set/metric". The work directory is only read.
 
     Raises:
       UserError: no checkpoint, or one of another model.
     """
-    run, directory = make_run(config), pathlib.Path(workdir)
-    if not (directory / "checkpoints").is_dir():
-        raise UserError(f"There are no checkpoints in {directory}; train first, or name another --workdir.")
-    with Checkpoints(directory / "checkpoints", metric=run.metric, read_only=True) as checkpoints:
-        best = config.eval.checkpoint == "best"
-        step = checkpoints.best_step() if best else checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"There is no complete checkpoint in {directory / 'checkpoints'}.")
-        state, _ = checkpoints.restore(step, run.abstract_state)
+    run, console, directory = make_run(config), _console(), pathlib.Path(workdir)
+    if (directory / "checkpoints").is_dir():
+        with Checkpoints(directory / "checkpoints", metric=run.metric, read_only=True) as checkpoints:
+            best = config.eval.checkpoint == "best"
+            step = checkpoints.best_step() if best else checkpoints.latest_step()
+            if step is None:
+                raise UserError(f"There is no complete checkpoint in {directory / 'checkpoints'}.")
+            state, _ = checkpoints.restore(step, run.abstract_state)
+            origin = f"step {step} in {directory / 'checkpoints'}"
+    elif config.init_from:
+        state, origin = start_state(run, note=console.print), config.init_from
+    else:
+        raise UserError(
+            f"There are no checkpoints in {directory}; train first, name another --workdir, or weights with "
+            "--config.init_from."
+        )
     result = run.evaluate(state.eval_variables, eval_batches(run))
-    _print_result(_console(), result, step, directory)
+    for name, (source, classes) in run.eval_sets.items():
+        metrics = run.evaluate(state.eval_variables, eval_batches(run, source), classes=classes)
+        result |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+    _print_result(console, result, origin)
     return result
 
 
@@ -105,7 +119,7 @@ def _train_steps(run: Run, state: TrainState, checkpoints: Checkpoints, writer, 
         if progress is None:  # compiling is not counted into the rate
             jax.block_until_ready(metrics)
             progress = metrics_lib.Progress(start_step=step, total_steps=run.total_steps, batch_size=config.batch_size)
-        due = step % (run.steps_per_epoch * config.eval.every_epochs) == 0 or step == run.total_steps
+        due = step % (run.steps_per_epoch * config.eval.every) == 0 or step == run.total_steps
         if step % config.log_every == 0 or due:
             summary = _summarize(pending, step, checkpoints)
             pending = []
@@ -202,6 +216,6 @@ def _make_writer(config: ConfigDict, directory: pathlib.Path):
     return metrics_lib.MetricWriter(directory)
 
 
-def _print_result(console: Console, result: dict[str, float], step: int, directory: pathlib.Path) -> None:
+def _print_result(console: Console, result: dict[str, float], origin: str) -> None:
     rows = {name: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for name, value in result.items()}
-    metrics_lib.print_table(console, "Result", {**rows, "checkpoint": f"step {step} in {directory / 'checkpoints'}"})
+    metrics_lib.print_table(console, "Result", {**rows, "weights": origin})

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from dat_jax.config import validate
 from dat_jax.data.batching import make_eval_batches, make_train_batches
-from dat_jax.data.sources import load_source
+from dat_jax.data.eval_sets import load_eval_sets
+from dat_jax.data.sources import SPLITS, load_source
 from dat_jax.data.transforms import make_eval_transform, make_train_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation import classification as classification_evaluation
@@ -24,6 +25,7 @@ from dat_jax.tasks import Task
 from dat_jax.tasks.classification import make_classification_task
 from dat_jax.training import sharding
 from dat_jax.training.optimizer import make_optimizer
+from dat_jax.training.pretrained import load_for_finetuning
 from dat_jax.training.schedule import warmup_cosine
 from dat_jax.training.state import TrainState, init_state
 from dat_jax.training.step import make_train_step
@@ -39,6 +41,7 @@ class Run:
     Attributes:
       metric: of the evaluation, what the best checkpoint is best in.
       evaluate: (variables, batches) -> metrics.
+      eval_sets: name -> (source, indices of its classes or None for all), beside the validation images.
       state_sharding, abstract_state: of the training state, with the structure of a TrainState.
     """
 
@@ -47,6 +50,7 @@ class Run:
     task: Task
     train_source: Any
     eval_source: Any
+    eval_sets: dict[str, tuple[Any, Any]]
     steps_per_epoch: int
     optimizer: Any
     schedule: Any
@@ -69,8 +73,9 @@ def make_run(config: ConfigDict) -> Run:
     """
     validate(config)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    train_source = load_source(config.data.name, split="train")
-    eval_source = load_source(config.data.name, split="validation")
+    train_source, eval_source = (
+        load_source(config.data.name, directory=config.data.directory, split=split) for split in SPLITS
+    )
     if config.eval.batch_size % mesh.size:
         raise UserError(f"config.eval.batch_size {config.eval.batch_size} is not a multiple of {mesh.size} devices.")
     if config.batch_size > len(train_source):
@@ -85,7 +90,12 @@ def make_run(config: ConfigDict) -> Run:
     optimizer = make_optimizer(schedule, **config.optimizer.to_dict())
     try:
         model = create_model(settings.pop("name"), dtype=dtype, num_classes=len(train_source.class_names), **settings)
-        task = make_classification_task(model, label_smoothing=config.loss.label_smoothing)
+        augmentation = config.augmentation.to_dict()
+        task = make_classification_task(
+            model,
+            label_smoothing=config.loss.label_smoothing,
+            **{name: augmentation[name] for name in ("erasing_probability", "mixup_alpha", "cutmix_alpha")},
+        )
         abstract = jax.eval_shape(_init_function(config, task, optimizer), jax.random.key(0))
     except (ValueError, TypeError) as error:  # settings that do not fit together, or images that the model cannot take
         raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
@@ -97,6 +107,7 @@ def make_run(config: ConfigDict) -> Run:
         task=task,
         train_source=train_source,
         eval_source=eval_source,
+        eval_sets=load_eval_sets(config.eval.sets.to_dict(), eval_source),
         steps_per_epoch=steps_per_epoch,
         optimizer=optimizer,
         schedule=schedule,
@@ -129,6 +140,28 @@ def initialize(run: Run) -> TrainState:
     return jax.jit(init, out_shardings=run.state_sharding, compiler_options=options)(key)
 
 
+def start_state(run: Run, *, note: Callable[[str], None]) -> TrainState:
+    """The state at step 0 with the weights that ``config.init_from`` names, or as initialised where it is "".
+
+    Args:
+      run: the run.
+      note: is told what was adapted.
+
+    Raises:
+      UserError: weights that are missing, damaged, or do not fit.
+    """
+    state, config = initialize(run), run.config
+    if not config.init_from:
+        return state
+    params, notes = load_for_finetuning(
+        config.init_from, fresh_params=state.params, head_rows=_read_head_rows(config, run.train_source)
+    )
+    for sentence in [f"Starting from the weights of {config.init_from}.", *notes]:
+        note(sentence)
+    params = jax.device_put(params, run.state_sharding.params)
+    return state.replace(params=params, ema_params=None if state.ema_params is None else params)
+
+
 def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The training step on the run's mesh. Off the CPU it takes the state's memory for the new state."""
     step = make_train_step(
@@ -150,12 +183,15 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
 
 def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
     """Endless global batches on the devices, from a step on."""
-    data = run.config.data
+    data, augmentation = run.config.data, run.config.augmentation
     transform = make_train_transform(
         image_size=data.image_size,
-        max_rotation=data.max_rotation,
-        max_shift=data.max_shift,
-        max_scale=data.max_scale,
+        min_crop_area=augmentation.min_crop_area,
+        max_crop_aspect=augmentation.max_crop_aspect,
+        flip_probability=augmentation.flip_probability,
+        rand_augment_count=augmentation.rand_augment_count,
+        rand_augment_magnitude=augmentation.rand_augment_magnitude,
+        rand_augment_std=augmentation.rand_augment_std,
     )
     batches = make_train_batches(
         run.train_source,
@@ -170,14 +206,15 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
     return (sharding.put_batch(batch, run.mesh) for batch in batches)
 
 
-def eval_batches(run: Run) -> Iterator[dict]:
-    """Every example of the evaluation once, in global batches on the devices."""
+def eval_batches(run: Run, source=None) -> Iterator[dict]:
+    """Every example of the evaluation, or of another source, once, in global batches on the devices."""
     batches = make_eval_batches(
-        run.eval_source,
-        make_eval_transform(image_size=run.config.data.image_size),
+        run.eval_source if source is None else source,
+        _eval_transform(run.config),
         batch_size=run.config.eval.batch_size // jax.process_count(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        workers=run.config.data.workers,
     )
     return (sharding.put_batch(batch, run.mesh) for batch in batches)
 
@@ -188,7 +225,7 @@ def save_pictures(run: Run, state: TrainState, directory: pathlib.Path) -> None:
         return
     count = min(32, len(run.eval_source))
     spread = np.linspace(0, len(run.eval_source) - 1, count).astype(int)  # over all classes, where they are sorted
-    transform = make_eval_transform(image_size=run.config.data.image_size)
+    transform = _eval_transform(run.config)
     records = [transform(run.eval_source[int(index)]) for index in np.random.default_rng(0).permutation(spread)]
     _EVALUATIONS[run.config.task].save_pictures(
         run.task.predict,
@@ -219,6 +256,25 @@ def compute_dtype(name: str):
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jax.numpy.dtype(name)
+
+
+def _read_head_rows(config, source):
+    if not config.init_head_rows:
+        return None
+    try:
+        rows = np.loadtxt(config.init_head_rows, dtype=np.int64, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.init_head_rows {config.init_head_rows} cannot be read: {error}.") from error
+    if len(rows) != len(source.class_names):
+        raise UserError(
+            f"config.init_head_rows wants a number for each of the {len(source.class_names)} classes, "
+            f"{config.init_head_rows} has {len(rows)}."
+        )
+    return rows
+
+
+def _eval_transform(config):
+    return make_eval_transform(resize=config.data.eval_resize, image_size=config.data.image_size)
 
 
 def _make_schedule(config, steps_per_epoch):

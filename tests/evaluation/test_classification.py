@@ -37,3 +37,23 @@ def test_logits_that_are_not_numbers_score_nothing():
     evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})
     metrics = evaluate({}, make_batches(np.full((10, 10), np.nan, np.float32), np.arange(10), 10))
     assert metrics["top1"] == 0.0
+
+
+def test_of_a_set_with_some_classes_only_those_are_predicted():
+    logits = np.array([[5.0, 1.0, 0.0, 4.0], [9.0, 0.0, 3.0, 2.0]], np.float32)
+    evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})
+    batches = list(make_batches(logits, np.array([3, 3]), 2))
+    assert evaluate({}, batches)["top1"] == 0.0
+    metrics = evaluate({}, batches, classes=[2, 3])
+    assert (metrics["top1"], metrics["top5"], metrics["examples"]) == (50.0, 100.0, 2)
+    wanted = -(logits[:, 3] - np.log(np.exp(logits[:, 2:]).sum(axis=-1))).mean()
+    np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
+
+
+def test_any_acceptable_class_is_right_and_examples_without_one_do_not_count():
+    logits = np.eye(4, dtype=np.float32)
+    acceptable = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]], bool)
+    evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})
+    batch = {"logits": logits, "label": np.arange(4), "mask": np.array([1, 1, 1, 0], np.float32)}
+    metrics = evaluate({}, [{**batch, "acceptable": acceptable}])
+    assert metrics == {"top1": 50.0, "examples": 2}

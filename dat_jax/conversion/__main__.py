@@ -1,0 +1,200 @@
+"""Converts weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE]
+
+WEIGHTS with published names (.pth, .pt, .safetensors) become an export, the folder OUT, which dat_jax.load_pretrained
+reads and config.init_from takes. An export or the work directory of a run becomes OUT.safetensors with published names.
+"""
+
+import pathlib
+import sys
+import textwrap
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import yaml
+from absl import app, flags, logging
+from rich.console import Console
+
+from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
+from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
+from dat_jax.errors import UserError
+from dat_jax.models.dat import DAT
+from dat_jax.models.registry import create_model, list_models
+from dat_jax.training.checkpoint import checksum, load_export
+from dat_jax.training.metrics import print_table
+from dat_jax.training.pretrained import describe_model, export_model, load_trained
+
+_USAGE = "WEIGHTS OUT [--model=NAME | --yaml=FILE]"
+_MODEL = flags.DEFINE_string("model", None, "What the weights are of, one of dat_jax.list_models().")
+_YAML = flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.")
+
+
+def import_weights(weights: str, out: str, *, model: str | None = None, yaml_file: str | None = None) -> dict[str, str]:
+    """A file with published names -> an export.
+
+    Args:
+      weights: a file that ``read_weights`` reads.
+      out: the folder to make.
+      model: a name of the registry; the class count is that of the weights.
+      yaml_file: a published configuration, instead. With neither the registry is searched for names and shapes.
+
+    Returns:
+      Rows of a table: what was written.
+
+    Raises:
+      UserError: damage, weights of another model, or ``out`` exists. Nothing is written then.
+    """
+    _refuse_existing(out)
+    if pathlib.Path(out).suffix in SUFFIXES:
+        raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
+    state_dict = read_weights(weights)
+    if yaml_file is not None:
+        name, found = yaml_file, _model_from_yaml(yaml_file)
+    elif model is not None:
+        name, found = model, _with_classes_of(state_dict, model)
+    else:
+        name, found = _find_model(state_dict, weights)
+    try:
+        # All attributes are given, so that of the published configuration none is left to say.
+        found, variables = from_official({}, state_dict, **describe_model(found))
+    except ValueError as error:
+        raise UserError(f"{weights} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
+    export_model(out, model=found, params=variables["params"])
+    written, description = load_export(out)
+    return _rows(name, found, written, description["checksum"], wanted=variables["params"], where=out)
+
+
+def export_weights(trained: str, out: str) -> dict[str, str]:
+    """An export, or a run's work directory -> a .safetensors file with published names, float32.
+
+    Returns:
+      Rows of a table: what was written.
+
+    Raises:
+      UserError: damage, or ``out`` exists. Nothing is written then.
+    """
+    _refuse_existing(out)
+    if pathlib.Path(out).suffix != ".safetensors":
+        raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
+    model, params = load_trained(trained)
+    state_dict = to_official(model, params)
+    write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)})
+    # Read as anyone's weights are read.
+    _, variables = from_official({}, read_weights(out), **describe_model(model))
+    return _rows(trained, model, variables["params"], _checksum(params), wanted=params, where=out)
+
+
+def _refuse_existing(out):
+    if pathlib.Path(out).exists():
+        raise UserError(f"{out} exists already and nothing is overwritten; name another place.")
+
+
+def _model_from_yaml(path: str) -> DAT:
+    """Of the published YAML only MODEL.DAT says what the model is; DATA.IMG_SIZE is the size that it is run on."""
+    try:
+        config = yaml.safe_load(pathlib.Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    for key in ("MODEL", "DAT"):
+        config = config.get(key) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} wants a mapping MODEL.DAT, as in the published YAML files.")
+    try:
+        return model_from_official(config)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"{path} does not describe a model: {error}") from error
+
+
+def _with_classes_of(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:
+    head = np.shape(state_dict.get("cls_head.weight"))
+    try:
+        return create_model(name, **({"num_classes": head[0]} if head else {}))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _find_model(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, DAT]:
+    """The first of the registry with these names and shapes. Those of the same shapes differ in drop path only."""
+    shapes = {name: array.shape for name, array in state_dict.items()}
+    for name in list_models():
+        model = _with_classes_of(state_dict, name)
+        if shapes.get("cls_norm.norm.weight") == (model.dims[-1],):  # shapes of all take seconds
+            wanted = official_shapes(model)
+            if all(shapes.get(key) == shape for key, shape in wanted.items()):
+                return name, model
+    raise UserError(
+        f"{weights} has names or shapes of no known model; say --yaml=FILE, the published configuration, or --model=NAME, "
+        f"one of {', '.join(list_models())}, to see what differs."
+    )
+
+
+def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Slide attention's first convolution, (9 D, 1, 3, 3): channel c * 9 + j takes tap j. Ours has no array for it."""
+    taps = np.eye(9, dtype=np.float32).reshape(9, 1, 3, 3)
+    suffix = ".dep_conv1.weight"
+    return {
+        f"{name.removesuffix(suffix)}.dep_conv.weight": np.tile(taps, (len(kernel) // 9, 1, 1, 1))
+        for name, kernel in state_dict.items()
+        if name.endswith(suffix)
+    }
+
+
+def _checksum(params) -> str:
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    return checksum({name: np.asarray(array) for name, array in flat.items()})
+
+
+def _rows(name: str, model: DAT, written, written_checksum: str, *, wanted: Any, where: str) -> dict[str, str]:
+    """What the table says, once what was read back is what was meant."""
+    if not _checksum(written) == written_checksum == _checksum(wanted):
+        raise UserError(f"{where} was written, but other numbers were read back; do not use it.")
+    return {
+        "model": name,
+        "parameters": f"{sum(array.size for array in jax.tree.leaves(written)):,}",
+        "classes": str(model.num_classes),
+        "checksum": written_checksum,
+        "written": where,
+    }
+
+
+def _fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(f"Flags: {' '.join(str(error).split())}")
+
+
+def main(argv):
+    """One call, and its mistakes as one sentence."""
+    if len(argv) != 3 or (_MODEL.value is not None and _YAML.value is not None):
+        _fail(f"Wanted: {_USAGE}, got {' '.join(argv[1:]) or 'nothing'}.")
+    _, weights, out = argv
+    jax.config.update("jax_platforms", "cpu")  # another program may have the accelerator
+    try:
+        if not pathlib.Path(weights).is_dir():
+            rows = import_weights(weights, out, model=_MODEL.value, yaml_file=_YAML.value)
+        elif _MODEL.value is None and _YAML.value is None:
+            rows = export_weights(weights, out)
+        else:
+            raise UserError(f"--model and --yaml are for a file of weights; the folder {weights} says what it is of.")
+    except UserError as error:
+        _fail(str(error))
+    width = max(map(len, rows.values())) + 20  # a path or checksum that is cut off says nothing
+    print_table(Console(highlight=False, width=width), "Converted", rows)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.set_verbosity(logging.ERROR)
+    # Where arrays cannot be read, the reader leaves an event loop behind, and a traceback that says no more.
+    sys.unraisablehook = lambda _: None
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,155 @@
+"""Further evaluation sets of a classifier: other images of its classes, or other labels of its validation images.
+
+ImageNet-V2 (1902.10811), -A (1907.07174), -R (2006.16241), -Sketch (1905.13549) and the Reassessed Labels (2006.07159).
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dat_jax.data.archives import Member, list_images, name_some, read_member
+from dat_jax.data.images import decode_image
+from dat_jax.data.sources import EncodedSource, has_metadata, load_source
+from dat_jax.errors import UserError
+
+_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
+
+
+def load_eval_sets(paths: dict[str, str], eval_source) -> dict[str, tuple[Any, np.ndarray | None]]:
+    """The sets that have a path.
+
+    Args:
+      paths: name -> path, "" for none. "real" wants the file real.json, the others a directory: folders of a class each,
+        named as the classes or by their numbers, or a data set of TFDS in array_record.
+      eval_source: of the validation images, whose classes are meant.
+
+    Returns:
+      name -> (source, indices of the classes that the set has, or None for all).
+
+    Raises:
+      UserError: nothing there, or classes that are not among those of ``eval_source``.
+    """
+    return {
+        name: (load_reassessed(path, eval_source), None)
+        if name == "real"
+        else _load_set(pathlib.Path(path), eval_source.class_names)
+        for name, path in paths.items()
+        if path
+    }
+
+
+def _load_set(directory: pathlib.Path, class_names: Sequence[str]):
+    if not directory.is_dir():
+        raise UserError(f"There is no directory {directory} of images to evaluate.")
+    if has_metadata(directory):
+        source = load_source("", directory=str(directory), split="validation")
+        labels = index_by_name_or_number(source.class_names, class_names, place=str(directory))
+        source = _Relabelled(source, labels, tuple(class_names))
+    else:
+        members = list_images(str(directory))
+        folders = sorted({member.class_name for member in members})
+        labels = index_by_name_or_number(folders, class_names, place=str(directory))
+        table = dict(zip(folders, labels.tolist(), strict=True))
+        records = _MemberRecords(tuple(members), np.array([table[member.class_name] for member in members], np.int32))
+        source = EncodedSource(records, tuple(class_names), skip_damaged=False)
+    classes = np.unique(labels)
+    return source, None if len(classes) == len(class_names) else classes
+
+
+def index_by_name_or_number(names: Sequence[str], class_names: Sequence[str], *, place: str) -> np.ndarray:
+    """The index of each name among the classes, int32; names that are all numbers are the indices themselves.
+
+    Raises:
+      UserError: names that are neither; named, with ``place`` where they come from.
+    """
+    index = {name: label for label, name in enumerate(class_names)}
+    if all(name.isdecimal() and name not in index for name in names):
+        index = {name: int(name) for name in names if int(name) < len(class_names)}
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise UserError(
+            f"{place} has classes that the model's data have not: {name_some(unknown)}; wanted folders named as the "
+            f"{len(class_names)} classes, or by their numbers."
+        )
+    return np.array([index[name] for name in names], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MemberRecords:
+    members: tuple[Member, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+        member = self.members[index]
+        return read_member(member), int(self.labels[index]), member.name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Relabelled:
+    source: Any
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.source[index]
+        return {**record, "label": self.labels[record["label"]]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reassessed:
+    """Records with "acceptable", bool (K,): the classes that are right for the image, perhaps none."""
+
+    source: EncodedSource
+    acceptable: tuple[tuple[int, ...], ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        data, label, name = self.source.records[index]
+        number = _VALIDATION_NAME.search(name)
+        if number is None or not 0 < int(number[1]) <= len(self.acceptable):
+            raise UserError(
+                f"The Reassessed Labels want images named ILSVRC2012_val_00000001 to {len(self.acceptable):08}, got {name}."
+            )
+        right = np.zeros(len(self.class_names), bool)
+        right[list(self.acceptable[int(number[1]) - 1])] = True
+        return {"image": decode_image(data, name=name), "label": np.int32(label), "acceptable": right}
+
+
+def load_reassessed(path: str, eval_source: EncodedSource) -> _Reassessed:
+    """The validation images with every class that is right for them.
+
+    Args:
+      path: of real.json: a list with a list of class indices for each image, in the order of the images' numbers.
+      eval_source: of the validation images, by their published names.
+
+    Raises:
+      UserError: not such a file, or a source without names.
+    """
+    if not isinstance(eval_source, EncodedSource):
+        raise UserError("The Reassessed Labels (config.eval.sets.real) are for ImageNet's validation images.")
+    try:
+        lists = json.loads(pathlib.Path(path).read_text())
+        acceptable = tuple(tuple(int(label) for label in labels) for labels in lists)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"The Reassessed Labels {path} cannot be read: {error}.") from error
+    count = len(eval_source.class_names)
+    if any(not 0 <= label < count for labels in acceptable for label in labels):
+        raise UserError(f"The Reassessed Labels {path} have classes beyond the {count} of the validation images.")
+    return _Reassessed(eval_source, acceptable)

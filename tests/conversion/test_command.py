@@ -1,0 +1,211 @@
+"""python -m dat_jax.conversion: there and back, and mistakes that end with one sentence and write nothing."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import dat_jax
+from dat_jax.conversion import read_weights, to_official, write_safetensors
+from dat_jax.conversion.__main__ import export_weights, import_weights
+from dat_jax.errors import UserError
+from dat_jax.training.pretrained import export_model
+from tests.conversion import pth_writer as pth
+from tests.golden_files import Golden, relative_error
+from tests.random_variables import random_variables
+
+ROOT = pathlib.Path(__file__).parents[2]
+BUFFERS = ("relative_position_index", "attn_mask", "q_grid", "reference")
+
+
+def run(*arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "dat_jax.conversion", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+
+
+def write_yaml(path, settings):
+    path.write_text(json.dumps({"MODEL": {"TYPE": "dat", "DAT": settings}, "DATA": {"IMG_SIZE": 384}}))  # JSON is YAML
+    return str(path)
+
+
+def nano(**settings):
+    model = dat_jax.create_model("dat_pp_nano", num_classes=3, **settings)
+    return model, random_variables(model, np.zeros((1, 48, 48, 3), np.float32))["params"]
+
+
+@pytest.fixture(scope="module")
+def nano_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nano") / "nano.safetensors"
+    write_safetensors(path, to_official(*nano()))
+    return path
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("pp_mini", "pth"), ("v1_mini", "safetensors")])
+def test_published_weights_there_and_back(name, suffix, tmp_path):
+    golden = Golden(name, np.float32)
+    weights, out = tmp_path / f"w.{suffix}", tmp_path / "export"
+    (pth.write_pth if suffix == "pth" else write_safetensors)(weights, golden.state_dict)
+    rows = import_weights(str(weights), str(out), yaml_file=write_yaml(tmp_path / "m.yaml", golden.config))
+    assert rows["classes"] == "10"
+
+    model, variables = dat_jax.load_pretrained(out)
+    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, golden.images)
+    assert relative_error(logits, golden.arrays["logits"]) < 1e-5
+
+    back = tmp_path / "back.safetensors"
+    assert export_weights(str(out), str(back))["checksum"] == rows["checksum"]
+    wanted = {key: array for key, array in golden.state_dict.items() if not key.endswith(BUFFERS)}
+    got = load_file(back)
+    assert set(got) == set(wanted)
+    for key, array in wanted.items():
+        assert got[key].dtype == array.dtype
+        np.testing.assert_array_equal(got[key], array)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "export", "m.yaml", weights.name]
+
+
+def test_the_command_finds_the_model_and_says_what_it_wrote(nano_file, tmp_path):
+    result = run(nano_file, tmp_path / "export")
+    assert (result.returncode, result.stderr) == (0, "")
+    for word in ("dat_pp_nano", f"{sum(a.size for a in jax.tree.leaves(nano()[1])):,}", str(tmp_path / "export")):
+        assert word in result.stdout
+    checksum = json.loads((tmp_path / "export" / "model.json").read_text())["checksum"]
+    assert re.fullmatch("[0-9a-f]{64}", checksum)
+    assert checksum in result.stdout
+    model, variables = dat_jax.load_pretrained(tmp_path / "export")
+    wanted_model, wanted = nano()
+    assert model == wanted_model
+    assert all(map(np.array_equal, jax.tree.leaves(variables["params"]), jax.tree.leaves(wanted)))
+
+    result = run(tmp_path / "export", tmp_path / "back.safetensors")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert checksum in result.stdout
+    assert (tmp_path / "back.safetensors").read_bytes() == nano_file.read_bytes()
+
+
+def test_the_fixed_kernels_of_slide_attention_are_written_as_published(tmp_path):
+    model, params = nano(stages=("E", "D", "X", "E"))
+    export_model(tmp_path / "export", model=model, params=params)
+    export_weights(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
+    weights = read_weights(tmp_path / "w.safetensors")
+    kernels = {name for name in weights if name.endswith("dep_conv.weight")}
+    assert kernels == {"stages.0.attns.0.dep_conv.weight", "stages.3.attns.0.dep_conv.weight"}
+    for name in kernels:
+        assert weights[name].shape == weights[name.replace("dep_conv", "dep_conv1")].shape
+        for channel, kernel in enumerate(weights[name][:, 0]):
+            tap = channel % 9
+            assert (kernel.sum(), kernel[tap // 3, tap % 3]) == (1, 1)
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    model, params = nano()
+    weights = {name: array.astype(np.float16) for name, array in to_official(model, params).items()}
+    write_safetensors(tmp_path / "w.safetensors", weights)
+    import_weights(str(tmp_path / "w.safetensors"), str(tmp_path / "export"), model="dat_pp_nano")
+    _, variables = dat_jax.load_pretrained(tmp_path / "export")
+    bias = variables["params"]["cls_head"]["bias"]
+    np.testing.assert_array_equal(bias, weights["cls_head.bias"].astype(np.float32))
+    assert bias.dtype == np.float32
+
+
+GOOD_YAML = {
+    "heads": [1, 2, 4, 6],
+    "stage_spec": [["N"], ["N"], ["N"], ["N"]],
+    "depths": [1, 1, 1, 1],
+    "dims": [32, 64, 128, 192],
+}
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        (
+            "{nano}",
+            dict(model="dat_pp_tiny"),
+            r"dat_pp_tiny: These weights are not of this model\. \d+ unknown: stages",
+        ),
+        ("{nano}", dict(model="dat_tinny"), "Unknown model 'dat_tinny', did you mean 'dat_tiny'"),
+        ("{nano}", dict(yaml_file="{tmp}/keys.yaml"), r"Unknown keys in the published configuration: \['img_sise'\]"),
+        ("{nano}", dict(yaml_file="{tmp}/other.yaml"), "other.yaml: These weights are not of this model"),
+        ("{nano}", dict(yaml_file="{tmp}/short.yaml"), "short.yaml does not describe a model"),
+        ("{nano}", dict(yaml_file="{tmp}/empty.yaml"), r"wants a mapping MODEL\.DAT"),
+        ("{nano}", dict(yaml_file="{tmp}/broken.yaml"), "broken.yaml cannot be read: while parsing"),
+        ("{nano}", dict(yaml_file="{tmp}/none.yaml"), "none.yaml cannot be read: No such file"),
+        (
+            "{tmp}/other.safetensors",
+            {},
+            "no known model; say --yaml=FILE.* or --model=NAME, one of dat_pp_tiny, .*nano",
+        ),
+        ("{tmp}/cut.safetensors", {}, "cut.safetensors is damaged"),
+        ("{tmp}/none.pth", {}, "There is no file"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(weights, options, message, nano_file, tmp_path):
+    write_yaml(tmp_path / "keys.yaml", {**GOOD_YAML, "img_sise": 3})
+    write_yaml(tmp_path / "other.yaml", GOOD_YAML)
+    write_yaml(tmp_path / "short.yaml", {**GOOD_YAML, "use_pes": [True]})
+    (tmp_path / "empty.yaml").write_text("MODEL:\n  TYPE: dat\n")
+    (tmp_path / "broken.yaml").write_text("MODEL: [dat\n")
+    write_safetensors(tmp_path / "other.safetensors", {"cls_norm.norm.weight": np.ones(192, np.float32)})
+    (tmp_path / "cut.safetensors").write_bytes(nano_file.read_bytes()[:-1])
+    before = sorted(tmp_path.iterdir())
+    options = {key: value.format(tmp=tmp_path) for key, value in options.items()}
+    with pytest.raises(UserError, match=message) as info:
+        import_weights(weights.format(nano=nano_file, tmp=tmp_path), str(tmp_path / "out"), **options)
+    assert "\n" not in str(info.value)
+    assert len(str(info.value)) < 1000
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_exists_is_not_overwritten(nano_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match="out exists already and nothing is overwritten"):
+        import_weights(str(nano_file), str(out))
+    assert not list(out.iterdir())
+    import_weights(str(nano_file), str(tmp_path / "export"))
+    (tmp_path / "w.safetensors").write_text("precious")
+    with pytest.raises(UserError, match="w.safetensors exists already"):
+        export_weights(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
+    assert (tmp_path / "w.safetensors").read_text() == "precious"
+    with pytest.raises(UserError, match=r"ends in \.safetensors where WEIGHTS is a folder, got .*w\.pth"):
+        export_weights(str(tmp_path / "export"), str(tmp_path / "w.pth"))
+    with pytest.raises(UserError, match="OUT is the name of a folder where WEIGHTS is a file"):
+        import_weights(str(nano_file), str(tmp_path / "new.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"Wanted: WEIGHTS OUT \[--model=NAME | --yaml=FILE\], got nothing\."),
+        (["a", "b", "c"], "Wanted: WEIGHTS OUT"),
+        (["a.pth", "b", "--model=x", "--yaml=y"], "Wanted: WEIGHTS OUT"),
+        (["a.pth", "b", "--modle=x"], "Unknown command line flag 'modle'"),
+        (["{tmp}", "{tmp}/b.safetensors", "--model=dat_tiny"], "--model and --yaml are for a file of weights"),
+        (["{tmp}", "{tmp}/b.safetensors"], r"Wanted an export \(with model.json\) or the work directory"),
+        (["{tmp}/evil.pth", "{tmp}/out"], r"evil.pth would run code \(names os.system\); refused\."),
+        (["{tmp}/damaged", "{tmp}/b.safetensors"], r"damaged is damaged: cls_head/kernel cannot be read\."),
+    ],
+)
+def test_mistakes_on_the_command_line_end_with_one_sentence(arguments, message, tmp_path):
+    pth.write_archive(tmp_path / "evil.pth", pth.call("os", "system", pth.text(f"touch {tmp_path / 'ran'}")), {})
+    if "{tmp}/damaged" in arguments:
+        model, params = nano()
+        export_model(tmp_path / "damaged", model=model, params=params)
+        chunk = tmp_path / "damaged" / "params" / "cls_head.kernel" / "0.0"
+        chunk.write_bytes(chunk.read_bytes()[:-20])
+    before = sorted(tmp_path.iterdir())
+    result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.returncode == 1
+    assert re.search(message, result.stderr)
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before
