@@ -3,6 +3,7 @@
 A published weight and ours hold the same numbers; names and axis orders differ. Both are tables below.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -223,6 +224,7 @@ def _entries(model: DAT) -> list[tuple[tuple[str, ...], str, _Transform]]:
     return [(path, *_published(path, model)) for path in _param_shapes(model)]
 
 
+@functools.lru_cache(maxsize=8)  # tracing a large model takes seconds, and every table here is made from it
 def _param_shapes(model: DAT) -> dict[tuple[str, ...], tuple[int, ...]]:
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]

@@ -1,7 +1,7 @@
 """Top-1 and top-5 accuracy over a whole data set, and a picture of predictions."""
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,9 @@ def make_evaluator(predict: Callable) -> Callable[..., dict[str, float]]:
             for name, value in sums(variables, batch, allowed).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         examples = totals.pop("examples")
-        means = {name: total / max(examples, 1.0) for name, total in totals.items()}
-        percent = {name: 100 * means[name] for name in ("top1", "top5") if name in means}
-        return {**means, **percent, "examples": int(examples)}
+        scales = {"top1": 100, "top5": 100, "loss": 1}
+        means = {name: scales[name] * totals[name] / max(examples, 1.0) for name in scales if name in totals}
+        return {**means, "examples": int(examples)}
 
     return evaluate
 

@@ -150,12 +150,12 @@ def start_state(run: Run, *, note: Callable[[str], None]) -> TrainState:
     Raises:
       UserError: weights that are missing, damaged, or do not fit.
     """
-    state, config = initialize(run), run.config
+    config = run.config
+    head_rows = _read_head_rows(config, run.train_source)
+    state = initialize(run)
     if not config.init_from:
         return state
-    params, notes = load_for_finetuning(
-        config.init_from, fresh_params=state.params, head_rows=_read_head_rows(config, run.train_source)
-    )
+    params, notes = load_for_finetuning(config.init_from, fresh_params=state.params, head_rows=head_rows)
     for sentence in [f"Starting from the weights of {config.init_from}.", *notes]:
         note(sentence)
     params = jax.device_put(params, run.state_sharding.params)

@@ -187,7 +187,7 @@ def measure_batches(files: list[bytes]) -> None:
         for _ in itertools.islice(batches, 24):
             pass
         rate = 24 * 128 / (time.perf_counter() - start)
-        rows[f"{workers} processes" if workers else "threads"] = (f"{rate:.0f}",)
+        rows[f"worker processes: {workers}"] = (f"{rate:.0f}",)
         del batches
     table(f"loading, {os.cpu_count()} cores | images/s", rows)
 
