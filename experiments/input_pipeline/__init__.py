@@ -1,0 +1,1 @@
+"""Rates of the host part of the recipe."""

@@ -19,7 +19,6 @@ from dat_jax.training.state import init_state
 from dat_jax.training.step import make_train_step
 from tests import tiny_config
 
-
 CONFIGS = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
