@@ -20,6 +20,11 @@ STAGE_TYPES = {
     "X": "depthwise convolution",
 }
 MIN_IMAGE_SIDE = 32
+_REMAT_POLICIES = {
+    "none": None,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 _ENTRY_A_STAGE = (
     *("dims", "num_heads", "num_groups", "key_strides", "offset_kernels", "offset_range_factors", "position_bias"),
     *("use_offsets", "window_sizes", "neighborhood_sizes", "reduction_ratios", "lpu", "conv_mlp", "layer_scale_init"),
@@ -68,17 +73,16 @@ class Block(nn.Module):
     lpu: bool
     conv_mlp: bool
     layer_scale_init: float
-    drop_path_rate: float
     dtype: Any
     implementation: str
 
     @nn.compact
-    def __call__(self, x, *, train: bool):
+    def __call__(self, x, drop_path_rate, train: bool):
         def branch(x, module, index):
             x = module(layer_norm(name=f"norm{index}", dtype=self.dtype)(x))
             if self.layer_scale_init > 0:
                 x = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(x)
-            return DropPath(self.drop_path_rate)(x, train=train)
+            return DropPath()(x, drop_path_rate, train=train)
 
         if self.lpu:
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="lpu")(x)
@@ -94,35 +98,96 @@ class ConvBlock(nn.Module):
     expansion: int
     lpu: bool
     conv_mlp: bool
-    drop_path_rate: float
     dtype: Any
     implementation: str
 
     @nn.compact
-    def __call__(self, x, *, train: bool):
+    def __call__(self, x, drop_path_rate, train: bool):
         options = dict(dtype=self.dtype, implementation=self.implementation)
         if self.lpu:
             x = x + DepthwiseConv(**options, name="lpu")(x)
         branch = DepthwiseConv(self.window_size, **options, name="conv")(x)
         branch = layer_norm(name="norm", dtype=self.dtype)(branch)
         branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch)
-        return x + DropPath(self.drop_path_rate)(branch, train=train)
+        return x + DropPath()(branch, drop_path_rate, train=train)
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, after a projection where the width changes."""
+    """The blocks of one resolution, after a projection where the width changes.
+
+    Attributes:
+      features: width.
+      blocks: functions of a name and a parent, each making a block.
+      drop_path_rates: of the blocks.
+      period: blocks i and i + period are alike. Where scan is set, the repetitions are one loop over their stacked
+        parameters, so that one of them is compiled; parameters keep their names.
+      scan: see ``DAT``.
+    """
 
     features: int
-    blocks: Any  # functions of a name, each making a block
+    blocks: Any
+    drop_path_rates: tuple[float, ...]
+    period: int
+    scan: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x, *, train: bool):
         if x.shape[-1] != self.features:
             x = linear(self.features, x.shape[-1], name="proj", dtype=self.dtype)(x)
-        for index, make_block in enumerate(self.blocks):
-            x = make_block(name=f"blocks_{index}")(x, train=train)
+        if self.scan and len(self.blocks) > self.period and not self.is_initializing():
+            return self._scan(x, train)
+        for index, (make_block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
+            x = make_block(name=f"blocks_{index}", parent=self)(x, rate, train)
         return x
+
+    def _scan(self, x, train):
+        """All repetitions of the first ``period`` blocks, in a loop."""
+        blocks = [make_block(name=None, parent=None) for make_block in self.blocks[: self.period]]
+        params = self.variables["params"]
+
+        def stack(position):  # of the blocks at one position of the period: (repetitions, ...)
+            trees = [params[f"blocks_{index}"] for index in range(position, len(self.blocks), self.period)]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+        repetitions = len(self.blocks) // self.period
+        rates = jnp.asarray(self.drop_path_rates, jnp.float32).reshape(repetitions, self.period)
+        random = train and max(self.drop_path_rates) > 0
+        keys = jax.random.split(self.make_rng("dropout"), rates.shape) if random else None
+        sow = self.is_mutable_collection("intermediates")
+
+        def repetition(x, inputs):
+            params, rates, keys = inputs
+            sown = []
+            for position, block in enumerate(blocks):
+                rngs = {"dropout": keys[position]} if random else {}
+                arguments = ({"params": params[position]}, x, rates[position] if random else 0.0, train)
+                if sow:
+                    x, state = block.apply(*arguments, rngs=rngs, mutable=["intermediates"])
+                    sown.append(state.get("intermediates", {}))
+                else:
+                    x = block.apply(*arguments, rngs=rngs)
+            return x, sown
+
+        x, sown = jax.lax.scan(repetition, x, ([stack(position) for position in range(self.period)], rates, keys))
+        for index in range(len(self.blocks) if sow else 0):
+            of_block = jax.tree.map(lambda leaf, i=index: leaf[i // self.period], sown[index % self.period])
+            if of_block:
+                self.put_variable("intermediates", f"blocks_{index}", of_block)
+        return x
+
+
+def _remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """The block as ``DAT.remat`` says."""
+    if policy == "none":
+        return block
+    # ``train`` decides what is computed; the module itself is argument 0
+    return nn.remat(block, static_argnums=(3,), policy=_REMAT_POLICIES[policy])
+
+
+def _period(kinds: str) -> int:
+    """Of "NDNDND" 2, of "DD" 1, of "NDD" 3."""
+    return next(p for p in range(1, len(kinds) + 1) if kinds[:p] * (len(kinds) // p) == kinds)
 
 
 class DAT(nn.Module):
@@ -146,6 +211,10 @@ class DAT(nn.Module):
       layer_scale_init: initial LayerScale; not positive for none.
       expansion: width of the MLPs, in widths of the stage.
       drop_path_rate: of the last block; rises linearly from 0 over all blocks.
+      remat: what is computed again in the backward pass instead of kept: "none", "blocks" (all but the inputs of the
+        blocks) or "dots" (all but those and the results of linear layers).
+      scan_blocks: the repeated blocks of a stage are one loop over their stacked parameters instead of so many copies,
+        which compiles faster. Parameters have the same names, results differ by rounding, drop path by its draws.
       dtype: of the computation. Parameters are float32; positions, softmax and statistics float32 or better.
       implementation: "auto" or "plain", of every op (see ``ops.dispatch``).
 
@@ -176,6 +245,8 @@ class DAT(nn.Module):
     conv_patches: bool = True
     expansion: int = 4
     drop_path_rate: float = 0.0
+    remat: str = "none"
+    scan_blocks: bool = False
     dtype: Any = jnp.float32
     implementation: str = "auto"
 
@@ -188,11 +259,14 @@ class DAT(nn.Module):
         self.stage_modules = [
             Stage(
                 self.dims[i],
-                [self._block_maker(i, kind, rates[starts[i] + j]) for j, kind in enumerate(self.stages[i])],
+                [self._block_maker(i, kind) for kind in kinds],
+                tuple(float(rate) for rate in rates[starts[i] : starts[i + 1]]),
+                period=_period(kinds),
+                scan=self.scan_blocks,
                 dtype=self.dtype,
                 name=f"stages_{i}",
             )
-            for i in range(len(self.stages))
+            for i, kinds in enumerate(self.stages)
         ]
         self.down_projs = [DownProjection(dim, **options) for dim in self.dims[1:]]
         self.cls_norm = layer_norm(dtype=self.dtype)
@@ -219,18 +293,18 @@ class DAT(nn.Module):
         x = self.cls_norm(last_map)
         return self.cls_head(x.mean(axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
 
-    def _block_maker(self, i: int, kind: str, drop_path_rate: float):
-        """A function of a name that makes a block of stage ``i``."""
+    def _block_maker(self, i: int, kind: str):
+        """A function of a name and a parent that makes a block of stage ``i``."""
         options = dict(dtype=self.dtype, implementation=self.implementation)
         common = dict(
             expansion=self.expansion,
             lpu=self.lpu[i],
             conv_mlp=self.conv_mlp[i],
-            drop_path_rate=float(drop_path_rate),
             **options,
         )
         if kind == "X":
-            return lambda name: ConvBlock(self.window_sizes[i], **common, name=name)
+            make_conv_block = _remat(ConvBlock, self.remat)
+            return lambda **place: make_conv_block(self.window_sizes[i], **common, **place)
 
         def make_attention(name):
             heads = self.num_heads[i]
@@ -257,7 +331,8 @@ class DAT(nn.Module):
                 name=name,
             )
 
-        return lambda name: Block(make_attention, layer_scale_init=self.layer_scale_init[i], **common, name=name)
+        make_block = _remat(Block, self.remat)
+        return lambda **place: make_block(make_attention, layer_scale_init=self.layer_scale_init[i], **common, **place)
 
     def map_shape(self, image_shape: tuple[int, int], *, stage: int) -> tuple[int, int]:
         """(H, W) of a stage's map for images of a size."""
@@ -267,6 +342,8 @@ class DAT(nn.Module):
     def _check(self):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate wants a number from 0 to below 1, got {self.drop_path_rate}.")
+        if self.remat not in _REMAT_POLICIES:
+            raise ValueError(f"Unknown remat {self.remat!r}; choose one of {', '.join(_REMAT_POLICIES)}.")
         for name in _ENTRY_A_STAGE:
             if len(getattr(self, name)) != len(self.stages):
                 raise ValueError(

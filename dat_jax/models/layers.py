@@ -95,14 +95,16 @@ class DepthwiseConv(nn.Module):
 class DropPath(nn.Module):
     """Drops the branch of an example with probability ``rate``, scales what stays by 1 / (1 - rate).
 
-    Random stream: "dropout". Source: Deep Networks with Stochastic Depth (1603.09382).
+    ``rate`` may be traced. Random stream: "dropout". Source: Deep Networks with Stochastic Depth (1603.09382).
     """
 
-    rate: float
-
     @nn.compact
-    def __call__(self, x, *, train: bool):
-        return nn.Dropout(self.rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
+    def __call__(self, x, rate: float | jax.Array, *, train: bool):
+        if not train or (isinstance(rate, float) and rate == 0):
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
+        return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 class LayerScale(nn.Module):

@@ -1,9 +1,12 @@
 """Deformable attention: every query attends to N keys at positions that were learned from the image."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from dat_jax.ops import attention, position_bias
+from dat_jax.ops import attention, dispatch, position_bias
 
 
 def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int) -> tuple[int, int]:
@@ -54,8 +57,12 @@ def deformable_attention(
     table: jax.Array | None = None,
     bias: jax.Array | None = None,
     implementation: str = "auto",
+    tile_shape: tuple[int, int] | None = None,
 ) -> jax.Array:
     """Attention of every pixel to the N sampled keys, with the position bias of a table or a given one.
+
+    On a large map its tiles are done one after the other, and computed again in the backward pass: the logits and
+    biases of one tile are all that stands in memory at a time. A bias that is given stands there as it is.
 
     Args:
       query: (B, H, W, C).
@@ -65,6 +72,7 @@ def deformable_attention(
       table: (M, 2 * H0 - 1, 2 * W0 - 1) position bias table, see ``position_bias.table_position_bias``.
       bias: (B | 1, M, H * W, N), a bias of another kind.
       implementation: of the table's lookup.
+      tile_shape: (height, width) of the tiles of queries, the map's own for one. Unless given ``dispatch`` chooses.
 
     Returns:
       (B, H, W, C), of the dtype of ``value``.
@@ -74,12 +82,47 @@ def deformable_attention(
 
     Source: DAT (CVPR 2022), equations 8 and 9.
     """
-    batch, height, width, channels = query.shape
-    if table is not None:
-        if bias is not None or points is None:
-            raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
-        bias = position_bias.table_position_bias(
-            table, points, map_shape=(height, width), implementation=implementation
-        )
-    flat = query.reshape(batch, height * width, channels)
-    return attention.multi_head_attention(flat, key, value, num_heads=num_heads, bias=bias).reshape(query.shape)
+    if table is not None and (bias is not None or points is None):
+        raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
+    map_shape = query.shape[1:3]
+
+    def attend(queries, tile):  # (B, tile height, tile width, C)
+        tile_bias = bias
+        if table is not None:
+            tile_bias = position_bias.table_position_bias(
+                table, points, map_shape=map_shape, tile=tile, implementation=implementation
+            )
+        flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
+        out = attention.multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
+        return out.reshape(queries.shape)
+
+    if tile_shape is None:
+        tile_shape = dispatch.choose_query_tile(map_shape, pairs_a_query=num_heads * key.shape[1])
+    if bias is not None or tile_shape == map_shape:
+        return attend(query, position_bias.Tile((0, 0), map_shape))
+    return _map_tiles(attend, query, tile_shape)
+
+
+def _map_tiles(function, x, tile_shape):
+    """Applies a function of a tile (B, h, w, C) and its place to all tiles of (B, H, W, C), in turn, with recomputation."""
+    batch, height, width, channels = x.shape
+    counts = tuple(-(-size // side) for size, side in zip((height, width), tile_shape, strict=True))
+    padding = tuple(count * side - size for count, side, size in zip(counts, tile_shape, (height, width), strict=True))
+    tiles = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
+    tiles = tiles.reshape(batch, counts[0], tile_shape[0], counts[1], tile_shape[1], channels)
+    tiles = tiles.transpose(1, 3, 0, 2, 4, 5).reshape(math.prod(counts), batch, *tile_shape, channels)
+    rows, columns = jnp.meshgrid(
+        *(jnp.arange(n) * side for n, side in zip(counts, tile_shape, strict=True)), indexing="ij"
+    )
+
+    @jax.checkpoint
+    def one(place, tile):
+        return function(tile, position_bias.Tile(place, tile_shape))
+
+    def step(_, item):
+        return None, one(*item)
+
+    _, out = lax.scan(step, None, ((rows.reshape(-1), columns.reshape(-1)), tiles))
+    out = out.reshape(*counts, batch, *tile_shape, channels).transpose(2, 0, 3, 1, 4, 5)
+    out = out.reshape(batch, counts[0] * tile_shape[0], counts[1] * tile_shape[1], channels)
+    return out[:, :height, :width]

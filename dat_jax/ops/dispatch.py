@@ -4,6 +4,11 @@ Every op with several algorithms takes ``implementation=``: the name of one of t
 platform, or "plain" for the obvious one that the others are tested against.
 """
 
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+
 import jax
 
 IMPLEMENTATIONS = {
@@ -18,6 +23,27 @@ PLAIN = {
     "neighborhood_attention": "gather",
     "depthwise_conv": "conv",
 }
+
+
+_PLATFORM = contextvars.ContextVar("platform", default=None)
+
+
+def target_platform() -> str:
+    """What the program is compiled for: "cpu", "gpu" or "tpu". That of the default devices, unless ``compiling_for``."""
+    return _PLATFORM.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """What is traced within is traced for another platform: "cpu", "gpu" or "tpu".
+
+    jax keeps the trace of a function object, so the functions have to be made within too.
+    """
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fits: bool = False) -> str:
@@ -44,7 +70,7 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fi
 
 def _fastest(op, map_shape, table_fits):
     """On CPU by what was fastest there; products instead of gathers elsewhere, which has not been timed on a device yet."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = target_platform() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts
     if op == "position_bias":
@@ -53,3 +79,21 @@ def _fastest(op, map_shape, table_fits):
         return "dense" if max(map_shape) <= 16 else "tiles"
     # The matrix of hat weights has H * W numbers a point: past this size the gather's few rows are less work.
     return "matmul" if map_shape[0] * map_shape[1] <= 4096 else "gather"
+
+
+MAX_PAIRS = 2**23  # (head, query, key) of an image whose logits may stand in memory at a time; 32 MB in float32
+TILE_PAIRS = 2**22  # of a tile, where there are more
+
+
+def choose_query_tile(map_shape: tuple[int, int], *, pairs_a_query: int) -> tuple[int, int]:
+    """(height, width) of the tiles of queries that attention is done in: about square, or the whole map.
+
+    Args:
+      map_shape: (H, W) of the map of queries.
+      pairs_a_query: heads times keys.
+    """
+    if map_shape[0] * map_shape[1] * pairs_a_query <= MAX_PAIRS:
+        return map_shape
+    side = max(1, math.isqrt(TILE_PAIRS // pairs_a_query))
+    # As many tiles as that side asks for, and these as equal as they can be.
+    return tuple(-(-size // -(-size // side)) for size in map_shape)

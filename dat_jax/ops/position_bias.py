@@ -9,6 +9,8 @@ the fractional part is the same for every query, so the exact bias needs no gath
 * "gather", "map_coordinates": the pairwise lookup itself, as references.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,11 +19,19 @@ from dat_jax.ops import dispatch
 from dat_jax.ops import grid_sample as gs
 
 
+class Tile(NamedTuple):
+    """A part of a map: (row, column) of its first pixel, which may be traced, and (height, width)."""
+
+    first: tuple[int | jax.Array, int | jax.Array]
+    shape: tuple[int, int]
+
+
 def table_position_bias(
     table: jax.Array,
     points: jax.Array,
     *,
     map_shape: tuple[int, int],
+    tile: Tile | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Bias of every (query, key) pair, from a table over relative displacements.
@@ -33,10 +43,12 @@ def table_position_bias(
       table: (M, 2 * H0 - 1, 2 * W0 - 1), a map of H0 x W0 being the one the table was made for.
       points: (B, G, N, 2), key positions (y, x) in pixels of the map; heads h belongs to group h // (M / G).
       map_shape: (H, W), the queries being its pixels.
+      tile: the part of the map whose queries are wanted; all of it unless given.
       implementation: one of those above. See ``dispatch``.
 
     Returns:
-      (B, M, H * W, N), float32 or better. Zero where a displacement lies outside the table.
+      (B, M, H * W, N), float32 or better; H and W are those of the tile. Zero where a displacement lies outside the
+      table.
 
     Raises:
       ValueError: heads are not a multiple of groups, "slice" is asked for on another map size, or the
@@ -51,6 +63,7 @@ def table_position_bias(
             f"table_position_bias wants a table (M, 2H - 1, 2W - 1) with M a multiple of {points.shape[1]} groups, "
             f"got {table.shape}."
         )
+    tile = Tile((0, 0), map_shape) if tile is None else tile
     dtype = jnp.promote_types(points.dtype, jnp.float32)
     points, table = points.astype(dtype), table.astype(dtype)
     fits = table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
@@ -61,25 +74,25 @@ def table_position_bias(
                 f'implementation="slice" wants a table of twice the map size minus one, got a table {table.shape[1:]} '
                 f'for the map {map_shape}; "matmul" and "gather" take any size.'
             )
-        return _bias_slice(table, points, map_shape)
+        return _bias_slice(table, points, map_shape, tile)
     if implementation == "matmul":
-        return _bias_matmul(table, points, map_shape)
-    return _bias_pairwise(table, points, map_shape, implementation)
+        return _bias_matmul(table, points, map_shape, tile)
+    return _bias_pairwise(table, points, map_shape, tile, implementation)
 
 
-def _table_coordinates(points: jax.Array, table: jax.Array, map_shape: tuple[int, int], axis: int) -> jax.Array:
+def _table_coordinates(points: jax.Array, table: jax.Array, map_shape, tile: Tile, axis: int) -> jax.Array:
     """Row (axis 0) or column (axis 1) of the table for every line of queries and every key: (B, G, N, size)."""
     size, center = map_shape[axis], (table.shape[1 + axis] - 1) // 2
     scale = center / (size - 1) if size > 1 else 1.0  # a map of one pixel has one displacement: none
-    queries = jnp.arange(size, dtype=points.dtype).reshape(1, 1, 1, size)
+    queries = tile.first[axis] + jnp.arange(tile.shape[axis], dtype=points.dtype).reshape(1, 1, 1, -1)
     return (queries - points[..., axis, None]) * scale + center
 
 
-def _bias_pairwise(table, points, map_shape, implementation):
-    (batch, groups, keys, _), (height, width) = points.shape, map_shape
+def _bias_pairwise(table, points, map_shape, tile, implementation):
+    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
     heads = table.shape[0]
-    rows = _table_coordinates(points, table, map_shape, 0)
-    columns = _table_coordinates(points, table, map_shape, 1)
+    rows = _table_coordinates(points, table, map_shape, tile, 0)
+    columns = _table_coordinates(points, table, map_shape, tile, 1)
     pairs = jnp.stack(
         jnp.broadcast_arrays(rows[..., :, None], columns[..., None, :]), axis=-1
     )  # (B, G, N, H, W, 2): a point of the table for every pair
@@ -89,28 +102,29 @@ def _bias_pairwise(table, points, map_shape, implementation):
     return jnp.moveaxis(bias, -1, 1).reshape(batch, heads, height * width, keys)
 
 
-def _bias_matmul(table, points, map_shape):
-    (batch, groups, keys, _), (height, width) = points.shape, map_shape
+def _bias_matmul(table, points, map_shape, tile):
+    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
     heads = table.shape[0]
-    rows = gs.linear_weights(_table_coordinates(points, table, map_shape, 0), table.shape[1])
-    columns = gs.linear_weights(_table_coordinates(points, table, map_shape, 1), table.shape[2])
+    rows = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 0), table.shape[1])
+    columns = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 1), table.shape[2])
     grouped = table.reshape(groups, heads // groups, *table.shape[1:])
     lines = jnp.einsum("bgnit,gmtu->bgmniu", rows, grouped, precision=lax.Precision.HIGHEST)
     bias = jnp.einsum("bgmniu,bgnju->bgmijn", lines, columns, precision=lax.Precision.HIGHEST)
     return bias.reshape(batch, heads, height * width, keys)
 
 
-def _bias_slice(table, points, map_shape):
-    (batch, groups, keys, _), (height, width) = points.shape, map_shape
+def _bias_slice(table, points, map_shape, tile):
+    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
     heads = table.shape[0]
     # Padded with zeros, so that the window of a key far outside the map is a window of zeros.
-    padded = jnp.pad(table, ((0, 0), (height + 1, height + 1), (width + 1, width + 1)))
+    padded = jnp.pad(table, ((0, 0), *((size + 1, size + 1) for size in map_shape)))
     grouped = padded.reshape(groups, heads // groups, *padded.shape[1:])
     shape = jnp.asarray(map_shape, points.dtype).reshape(1, 1, 1, 2)
     first = shape - 1 - points  # table row and column of query (0, 0)
     lower = jnp.floor(first)
     fraction = first - lower
     start = (jnp.clip(lower, -shape - 1, 2 * shape - 1) + shape + 1).astype(jnp.int32)
+    start = start + jnp.asarray(tile.first, jnp.int32).reshape(1, 1, 1, 2)
 
     def window(group_table, corner):  # (M / G, ., .), (2,) -> (M / G, H + 1, W + 1)
         size = (group_table.shape[0], height + 1, width + 1)

@@ -11,6 +11,7 @@ import dat_jax
 from dat_jax.models.attention import POSITION_BIAS_KINDS
 from dat_jax.models.dat import STAGE_TYPES
 from tests.random_variables import random_variables
+from tests.reference import compare
 
 
 def make_small(**overrides):
@@ -140,8 +141,63 @@ def test_drop_path_drops_whole_examples_only_in_training():
 
 def test_drop_path_rates_rise_linearly():
     model = dat_jax.create_model("dat_pp_nano", drop_path_rate=0.5).bind({})
-    rates = [block(name="b").drop_path_rate for stage in model.stage_modules for block in stage.blocks]
+    rates = [rate for stage in model.stage_modules for rate in stage.drop_path_rates]
     np.testing.assert_allclose(rates, np.linspace(0, 0.5, 6))
+
+
+def value_gradients_and_intermediates(model, variables, images):
+    def loss(params):
+        out, state = model.apply({"params": params}, images, mutable=["intermediates"])
+        return (out**2).sum(), state
+
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=compare.compiler_options())
+    return program(variables["params"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(scan_blocks=True), dict(remat="blocks"), dict(remat="dots"), dict(remat="dots", scan_blocks=True)],
+)
+def test_loops_and_recomputation_change_nothing(x64, options):
+    """Loss, gradients and key positions, of parameters of the same names."""
+    settings = dict(stages=("NDND", "DD"), dtype=jnp.float64, drop_path_rate=0.2)
+    images = random_images(2, 40, 56).astype(jnp.float64)
+    plain, model = make_small(**settings), make_small(**settings, **options)
+    variables = random_variables(plain, images)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, variables, random_variables(model, images))
+    assert all(jax.tree.leaves(same))
+    (wanted_loss, wanted_state), wanted = value_gradients_and_intermediates(plain, variables, images)
+    (loss, state), gradients = value_gradients_and_intermediates(model, variables, images)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), state, wanted_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), gradients, wanted)
+
+
+def test_loops_compile_one_repetition():
+    model = make_small(stages=("NDNDND", "D"))
+    images = random_images(1, 64, 64)
+    variables = random_variables(model, images)
+    lengths = [
+        len(jax.make_jaxpr(lambda v, m=m: m.apply(v, images))(variables).pretty_print())
+        for m in (model, model.clone(scan_blocks=True))
+    ]
+    assert lengths[1] < 0.6 * lengths[0]
+
+
+def test_in_loops_every_block_drops_by_its_own_rate():
+    """Rates 0, 1/6 ... 1/2; the last block's two branches are each dropped for half of the examples."""
+    images = jnp.broadcast_to(random_images(1, 64, 64), (64, 64, 64, 3))
+    model = make_small(stages=("D", "DDD"), drop_path_rate=0.5, scan_blocks=True)
+    variables = random_variables(model, images)
+    zeroed = jax.tree.map(jnp.zeros_like, variables["params"]["stages_1"])
+    zeroed["blocks_2"] = variables["params"]["stages_1"]["blocks_2"]  # only the last block does anything
+    variables = {"params": {**variables["params"], "stages_1": zeroed}}
+    trained = apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(2)})
+    results, counts = np.unique(np.round(np.asarray(trained), 4), axis=0, return_counts=True)
+    assert 3 <= len(results) <= 4
+    assert counts.max() < 40
+    with pytest.raises(ValueError, match="Unknown remat 'all'; choose one of none, blocks, dots"):
+        apply(make_small(remat="all"), variables, images)
 
 
 def test_initialisation_is_the_published_one():

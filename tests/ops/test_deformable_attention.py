@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dat_jax.ops import deformable_attention as da
-from dat_jax.ops import depthwise
+from dat_jax.ops import depthwise, dispatch
 from tests.reference import attention as reference
 from tests.reference import compare, sampling
 
@@ -100,10 +100,10 @@ def make_arguments(map_shape, table_map, *, heads, groups, keys, width, batch=2)
     return query, key, value, compare.random_points(1, (batch, groups, keys), map_shape) * extent, table
 
 
-def attend(num_heads, implementation="auto"):
+def attend(num_heads, implementation="auto", **options):
     def function(query, key, value, points, table):
         return da.deformable_attention(
-            query, key, value, num_heads=num_heads, points=points, table=table, implementation=implementation
+            query, key, value, num_heads=num_heads, points=points, table=table, implementation=implementation, **options
         )
 
     return function
@@ -131,6 +131,65 @@ def test_maps_of_one_pixel_equal_the_reference(x64, map_shape, implementation):
     arguments = make_arguments(map_shape, map_shape, heads=2, groups=2, keys=3, width=2)
     expected = compare.run(functools.partial(reference.deformable_attention, num_heads=2), *arguments)
     np.testing.assert_allclose(compare.run(attend(2, implementation), *arguments), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("map_shape", "table_map", "heads", "groups", "tile_shape"),
+    [
+        ((4, 6), (4, 6), 2, 1, (2, 3)),
+        ((5, 7), (5, 7), 4, 2, (2, 3)),  # the last tiles hang over the border
+        ((5, 3), (5, 3), 2, 2, (5, 1)),
+        ((3, 5), (3, 5), 1, 1, (1, 1)),
+        ((5, 4), (3, 2), 2, 1, (3, 3)),
+        ((4, 4), (6, 6), 2, 1, (7, 3)),  # a tile higher than the map
+    ],
+)
+def test_tiles_equal_the_whole(x64, map_shape, table_map, heads, groups, tile_shape):
+    query, key, value, _, table = make_arguments(map_shape, table_map, heads=heads, groups=groups, keys=5, width=2)
+    points = compare.random_points(1, (2, groups, 5), map_shape, margin=8.0)  # also far outside
+    names = ("slice", "matmul", "gather") if map_shape == table_map else ("matmul", "gather")
+    functions = {name: attend(heads, name, tile_shape=tile_shape) for name in names}
+    whole = attend(heads, "gather", tile_shape=map_shape)
+    compare.assert_same(functions, whole, query, key, value, points, table)
+
+
+def test_tiles_without_a_bias_equal_the_whole(x64):
+    query, key, value, *_ = make_arguments((5, 7), (5, 7), heads=2, groups=1, keys=4, width=3)
+    whole, tiles = (
+        functools.partial(da.deformable_attention, num_heads=2, tile_shape=shape) for shape in ((5, 7), (3, 2))
+    )
+    compare.assert_same({"tiles": tiles}, whole, query, key, value)
+
+
+def test_on_a_large_map_no_array_has_the_pairs_of_all_queries_and_keys():
+    """Neither forward nor backward: 2 heads x 96 x 160 queries x 600 keys would be 18 million numbers."""
+    arguments = make_arguments((96, 160), (14, 14), heads=2, groups=1, keys=600, width=2, batch=1)
+    program = jax.make_jaxpr(jax.grad(lambda *a: attend(2)(*a).sum(), argnums=(0, 1, 2, 3, 4)))(*arguments)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (variable.aval.size for variable in equation.outvars)
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from sizes(inner)
+
+    found = list(sizes(program.jaxpr))
+    assert len(found) > 100
+    assert max(found) <= dispatch.MAX_PAIRS
+
+
+@pytest.mark.parametrize(
+    ("map_shape", "pairs", "wanted"),
+    [
+        ((56, 56), 2 * 49, (56, 56)),
+        ((200, 336), 2 * 1050, (40, 42)),
+        ((3, 2**24), 1, (3, 2048)),
+        ((2, 2), 2**23, (1, 1)),
+    ],
+)
+def test_query_tiles_by_hand(map_shape, pairs, wanted):
+    assert dispatch.choose_query_tile(map_shape, pairs_a_query=pairs) == wanted
 
 
 @pytest.mark.parametrize("bias_batch", [None, 1, 2])
