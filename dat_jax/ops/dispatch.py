@@ -86,14 +86,18 @@ TILE_PAIRS = 2**22  # of a tile, where there are more
 
 
 def choose_query_tile(map_shape: tuple[int, int], *, pairs_a_query: int) -> tuple[int, int]:
-    """(height, width) of the tiles of queries that attention is done in: about square, or the whole map.
+    """(height, width) of the tiles of queries that attention is done in: the whole map, or some whole rows, or part of one.
+
+    Rows, because what the lookup of the position bias does for a row serves all of its columns: 40 square tiles took 17 s
+    where 34 tiles of rows and the whole map took 8 (backbone of dat_pp_tiny on 800 x 1333, 2 CPU cores).
 
     Args:
       map_shape: (H, W) of the map of queries.
       pairs_a_query: heads times keys.
     """
-    if map_shape[0] * map_shape[1] * pairs_a_query <= MAX_PAIRS:
+    height, width = map_shape
+    if height * width * pairs_a_query <= MAX_PAIRS:
         return map_shape
-    side = max(1, math.isqrt(TILE_PAIRS // pairs_a_query))
-    # As many tiles as that side asks for, and these as equal as they can be.
-    return tuple(-(-size // -(-size // side)) for size in map_shape)
+    rows, columns = max(1, TILE_PAIRS // (pairs_a_query * width)), max(1, min(width, TILE_PAIRS // pairs_a_query))
+    # As many tiles as that asks for, and these as equal as they can be.
+    return tuple(-(-size // -(-size // side)) for size, side in ((height, rows), (width, columns)))
