@@ -14,7 +14,9 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.get_config()
-    config.model = ConfigDict(dict(name="dat_pp_base_384", dtype="auto", drop_path_rate=0.6))
+    config.model = ConfigDict(
+        dict(name="dat_pp_base_384", dtype="auto", drop_path_rate=0.6, remat="blocks", scan_blocks=True)
+    )
     config.init_from = "runs/dat_pp_b"
     config.data.name = "imagenet"
     config.data.directory = "data/imagenet"

@@ -6,7 +6,6 @@ platform, or "plain" for the obvious one that the others are tested against.
 
 import contextlib
 import contextvars
-import math
 from collections.abc import Iterator
 
 import jax

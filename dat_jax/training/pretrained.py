@@ -21,7 +21,7 @@ from dat_jax.models.registry import create_model
 from dat_jax.training.checkpoint import load_export, read_best_params, save_export
 
 # Attributes of DAT that are of flax, or change how the function is computed but not which.
-_NOT_DESCRIBED = {"parent", "name", "dtype", "implementation"}
+_NOT_DESCRIBED = {"parent", "name", "dtype", "implementation", "remat", "scan_blocks"}
 _HEAD = "cls_head"
 
 
@@ -165,7 +165,7 @@ def export_model(directory: str | os.PathLike, *, model: DAT, params: Mapping[st
 
 
 def describe_model(model: DAT) -> dict[str, Any]:
-    """Every attribute that determines the function, as JSON can hold it; not dtype and implementation."""
+    """Every attribute that determines the function, as JSON can hold it; not how it is computed."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in _NOT_DESCRIBED]
     return {name: getattr(model, name) for name in names}
 

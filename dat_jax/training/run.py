@@ -6,7 +6,7 @@ This is where a task is put together with its data and its evaluation; the loop 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from dat_jax.data.transforms import make_eval_transform, make_train_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation import classification as classification_evaluation
 from dat_jax.models.registry import create_model
+from dat_jax.ops.dispatch import target_platform
 from dat_jax.tasks import Task
 from dat_jax.tasks.classification import make_classification_task
 from dat_jax.training import sharding
@@ -65,15 +66,22 @@ class Run:
         return self.steps_per_epoch * self.config.epochs
 
 
-def make_run(config: ConfigDict) -> Run:
+def make_run(
+    config: ConfigDict, *, devices: Sequence[jax.Device] | None = None, sources: tuple[Any, Any] | None = None
+) -> Run:
     """Builds what the configuration determines and checks that it fits together.
+
+    Args:
+      config: see configs/common.py.
+      devices: of the mesh; all of this platform, unless given.
+      sources: to train and to evaluate; those that ``config.data`` names, unless given.
 
     Raises:
       UserError: says what does not fit.
     """
     validate(config)
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    train_source, eval_source = (
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+    train_source, eval_source = sources or (
         load_source(config.data.name, directory=config.data.directory, split=split) for split in SPLITS
     )
     if config.eval.batch_size % mesh.size:
@@ -177,7 +185,7 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
         in_shardings=(run.state_sharding, sharding.batch_sharding(run.mesh)),
         out_shardings=(run.state_sharding, sharding.replicated(run.mesh)),
         # On one CPU device jax 0.7.2 computes other losses from the second step on where the state is donated.
-        donate_argnums=() if jax.default_backend() == "cpu" else 0,
+        donate_argnums=() if target_platform() == "cpu" else 0,
     )
 
 
@@ -254,7 +262,7 @@ def describe(run: Run) -> dict[str, str]:
 def compute_dtype(name: str):
     """The dtype of "auto", "float32" or "bfloat16"; auto is float32 on CPU, else bfloat16."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if target_platform() == "cpu" else "bfloat16"
     return jax.numpy.dtype(name)
 
 

@@ -3,6 +3,8 @@
 Axes: "data" splits the batch; "fsdp" splits the batch too, and large parameters with their optimizer state.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -14,16 +16,17 @@ AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**16  # numbers; smaller arrays cost more to gather than they save
 
 
-def make_mesh(*, data: int, fsdp: int) -> Mesh:
-    """A mesh over all devices.
+def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over devices.
 
     Args:
       data, fsdp: sizes of the axes; data = -1 takes what fsdp leaves.
+      devices: all of this platform, unless given.
 
     Raises:
       UserError: the sizes do not make up the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if data == -1:
         data = len(devices) // fsdp
     if data * fsdp != len(devices):

@@ -1,0 +1,491 @@
+"""Compiles a configuration's steps for a TPU or GPU that is not there, and says what the compiler says.
+
+python -m dat_jax.compile_report --config=FILE --topology=v5e:2x2|v6e:2x2|v5p:2x2x1|h100 [--config.KEY=VALUE ...]
+
+Needs the compiler: `pip install libtpu` for a TPU, `pip install "jax[cuda12]"` for a GPU. No data set is read.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+from rich.table import Table
+
+from dat_jax import hlo
+from dat_jax.config import validate
+from dat_jax.data.sources import SPLITS, load_source
+from dat_jax.errors import UserError
+from dat_jax.ops.dispatch import compiling_for
+from dat_jax.targets import TARGET_CONFIG, Chip, find_devices, first_line
+from dat_jax.training import run as run_lib
+from dat_jax.training import sharding
+
+STEPS = ("train", "eval")
+# Products of a GPU go to its library: their tiles are chosen by timing, and without a device some are taken that do not work.
+_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_BATCH_UNIT = 8  # of --find_batch, examples a chip
+_LARGEST_BATCH = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """What a run asks of a data set before its first step: a number of examples, and names of the classes."""
+
+    examples: int
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.examples
+
+
+def compile_report(
+    config: ConfigDict,
+    *,
+    topology: str,
+    steps: Sequence[str] = STEPS,
+    sources: tuple[Any, Any] | None = None,
+    target_config: str | pathlib.Path = TARGET_CONFIG,
+    top: int = 0,
+) -> dict[str, Any]:
+    """Compiles the steps of a run and collects what the compiler says, every number for one chip.
+
+    Args:
+      config: of a run; batch sizes are over all chips.
+      topology, target_config: see ``find_devices``.
+      steps: of "train" and "eval". "eval" is the logits of a batch, which is what an evaluation spends its time on.
+      sources: of the run, such as StandIns; those that ``config.data`` names, unless given.
+      top: rows of the tables of bytes by op.
+
+    Returns:
+      {"topology", "chips", "device", "dtype", "versions", "steps": step -> its report}; see ``report_step``.
+
+    Raises:
+      UserError: what does not fit together, or what the compiler refuses for another reason than memory.
+    """
+    chip, devices = find_devices(topology, target_config=target_config)
+    config = _without_files(config)
+    validate(config)
+    with compiling_for(chip.platform):
+        run = run_lib.make_run(config, devices=devices, sources=sources)
+        if "train" in steps:
+            run_lib.check_train_batch(run)
+        return {
+            "topology": topology,
+            "chips": len(devices),
+            "device": devices[0].device_kind,
+            "model": config.model.name,
+            "image_size": config.data.image_size,
+            "dtype": str(run_lib.compute_dtype(config.model.dtype)),
+            "versions": _versions(chip.platform),
+            "steps": {step: report_step(run, step, chip=chip, top=top) for step in steps},
+        }
+
+
+def _without_files(config: ConfigDict) -> ConfigDict:
+    """Nothing that is only read before or after the steps has to be there."""
+    config = ConfigDict(config.to_dict())
+    if isinstance(config.get("eval"), ConfigDict) and isinstance(config.eval.get("sets"), ConfigDict):
+        config.eval.sets = {name: "" for name in config.eval.sets}
+    return config
+
+
+def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
+    """Lowers and compiles one step of a run. The caller has set ``compiling_for``.
+
+    Returns:
+      Bytes and FLOPs of one chip: "batch_size" over all chips, "fits", "message" of the compiler where
+      it does not; "memory", "cost", "roofline", "collectives", "gather", "scatter", "loops", "lower_seconds",
+      "compile_seconds", and "top" where asked for. Of a step that does not fit only those up to "memory" are known.
+    """
+    function, arguments, batch_size = _step_function(run, step)
+    start = time.perf_counter()
+    traced = function.trace(*arguments)
+    lowered = traced.lower()
+    lowered_at = time.perf_counter()
+    report = {
+        "batch_size": batch_size,
+        "batch_size_per_chip": batch_size // run.mesh.size,
+        "fits": False,
+        "memory": {**_state_bytes(run, step), "available": chip.memory_bytes},
+        "lower_seconds": lowered_at - start,
+    }
+    try:
+        compiled = lowered.compile(_COMPILER_OPTIONS.get(chip.platform))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"The compiler refuses the {step} step: {first_line(error)}") from error
+        return {**report, "message": _memory_message(error), "compile_seconds": time.perf_counter() - lowered_at}
+    report["compile_seconds"] = time.perf_counter() - lowered_at
+    module = hlo.parse(compiled.as_text())
+    report["memory"] = _memory(compiled.memory_analysis(), _state_bytes(run, step), available=chip.memory_bytes)
+    report["fits"] = chip.memory_bytes is None or report["memory"]["peak"] <= chip.memory_bytes
+    by_opcode, by_path = hlo.traffic(module)
+    report["cost"] = _cost(compiled, by_opcode, count_product_flops(traced.jaxpr.jaxpr) / run.mesh.size)
+    report["roofline"] = _roofline(report["cost"], chip, report["batch_size_per_chip"])
+    report["collectives"] = hlo.collectives(module)
+    report |= {opcode: hlo.count_indexed(module, opcode) for opcode in ("gather", "scatter")}
+    report["loops"] = [hlo.trip_count(module, i) for _, i in module if i.opcode == "while"]
+    if top:
+        report["top"] = {"op": _largest(by_opcode, top), "module": _largest(by_path, top)}
+    return report
+
+
+def _step_function(run, step):
+    """(jitted function, abstract arguments, batch size) with the run's shardings."""
+    side, train = run.config.data.image_size, step == "train"
+    size = run.config.batch_size if train else run.config.eval.batch_size
+    where = sharding.batch_sharding(run.mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, side, side, 3), "uint8", sharding=where),
+        "label": jax.ShapeDtypeStruct((size,), "int32", sharding=where),
+    }
+    if train:
+        return run_lib.make_jitted_step(run), (run.abstract_state, batch), size
+    predict = jax.jit(lambda variables, batch: run.task.predict(variables, batch)["logits"])
+    return predict, (run.abstract_state.eval_variables, batch), size
+
+
+def _state_bytes(run, step) -> dict[str, int]:
+    def count(tree):
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        )
+
+    state = run.abstract_state
+    if step == "eval":
+        return {"parameters": count(state.eval_variables)}
+    return {
+        "parameters": count(state.params),
+        "averaged_parameters": count(state.ema_params),
+        "optimizer_state": count(state.opt_state),
+    }
+
+
+def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[str, float | None]:
+    """Of ``memory_analysis``. The peak: arguments, results that do not take their place, temporaries and code at once."""
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+    return {
+        **state,
+        "other_arguments": max(arguments - sum(state.values()), 0),  # the batch, model state, and padding of all
+        "outputs": outputs,
+        "outputs_in_place": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "generated_code": stats.generated_code_size_in_bytes,
+        "peak": arguments
+        + outputs
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes,
+        "available": available,
+    }
+
+
+def _cost(compiled, by_opcode, product_flops: float) -> dict[str, float | None]:
+    """The compiler's own count (a loop's body once; None on a GPU) and ours (as often as it runs)."""
+    analysis = compiled.cost_analysis() or {}
+    return {
+        "flops": analysis.get("flops"),
+        "bytes_accessed": analysis.get("bytes accessed"),
+        "product_flops": product_flops,
+        **{key: sum(c[key] for c in by_opcode.values()) for key in ("bytes", "padded_bytes", "hbm_bytes")},
+    }
+
+
+def _roofline(cost, chip: Chip, batch: int) -> dict[str, Any]:
+    """Least seconds a step, by what binds; "memory" is the compiler's count of bytes, or ours where it has none or loops."""
+    if chip.flops_per_second is None:
+        return {}
+    seconds = {
+        "compute_seconds": max(cost["flops"] or 0, cost["product_flops"]) / chip.flops_per_second,
+        "memory_seconds": max(cost["bytes_accessed"] or 0, cost["padded_bytes"]) / chip.bytes_per_second,
+        "hbm_seconds": cost["hbm_bytes"] / chip.bytes_per_second,
+    }
+    bound = "compute" if seconds["compute_seconds"] >= seconds["memory_seconds"] else "memory"
+    slowest = max(seconds["compute_seconds"], seconds["memory_seconds"])
+    return {**seconds, "binds": bound, "images_per_second": batch / slowest if slowest else None}
+
+
+def count_product_flops(jaxpr) -> float:
+    """FLOPs (two a multiply-add) of the matrix products and convolutions of a jaxpr, over all devices.
+
+    The body of a scan counts as often as it runs and of a conditional the largest branch; a while loop counts once.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            features = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
+        else:
+            inner = [count_product_flops(body) for value in params.values() for body in _bodies(value)]
+            if name == "scan":
+                total += params["length"] * sum(inner)
+            elif name == "pallas_call":
+                total += math.prod(params["grid_mapping"].grid) * sum(inner)
+            else:
+                total += max(inner, default=0.0) if name == "cond" else sum(inner)
+    return total
+
+
+def _bodies(value) -> list:
+    if isinstance(value, tuple | list):
+        return [body for item in value for body in _bodies(item)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if hasattr(value, "eqns") else []
+
+
+def _largest(table: dict, top: int) -> list[dict]:
+    names = sorted(table, key=lambda name: table[name]["padded_bytes"], reverse=True)
+    return [{"name": name, **table[name]} for name in names[:top]]
+
+
+def largest_that_fits(fits: Callable[[int], bool], *, unit: int, limit: int) -> int:
+    """The largest multiple of ``unit`` up to ``limit`` that fits, or 0; doubling first, then halving the interval."""
+    low, high = 0, unit
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    if high > limit:
+        high = limit + unit
+    while high - low > unit:
+        middle = (low + high) // 2 // unit * unit
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def find_batch(
+    config: ConfigDict, step: str, *, topology: str, sources: tuple[Any, Any], note: Callable[[str], None], **options
+) -> dict[str, Any]:
+    """The report of a step with the largest batch a chip that fits, a multiple of 8 for each accumulated part.
+
+    Args:
+      config, topology, options: of ``compile_report``.
+      step: "train" or "eval".
+      sources: their classes count; there are always enough examples.
+      note: is told of every batch that was tried.
+
+    Raises:
+      UserError: not even the smallest fits.
+    """
+    chips = len(find_devices(topology, target_config=options.get("target_config", TARGET_CONFIG))[1])
+    sources = tuple(StandIn(_LARGEST_BATCH * chips, source.class_names) for source in sources)
+    reports: dict[int, dict] = {}
+
+    def fits(batch: int) -> bool:
+        tried = ConfigDict(config.to_dict())
+        tried.batch_size = batch * chips
+        tried.eval.batch_size = batch * chips
+        reports[batch] = compile_report(tried, topology=topology, steps=(step,), sources=sources, **options)
+        report = reports[batch]["steps"][step]
+        verdict = f"fits, peak {_size(report['memory']['peak'])}" if report["fits"] else "does not fit"
+        note(f"{step}: a batch of {batch} a chip {verdict}.")
+        return report["fits"]
+
+    unit = _BATCH_UNIT * (config.accumulate_steps if step == "train" else 1)
+    largest = largest_that_fits(fits, unit=unit, limit=_LARGEST_BATCH)
+    if not largest:
+        raise UserError(f"Not even a batch of {unit} a chip fits the {step} step on {topology}.")
+    return reports[largest]
+
+
+def _versions(platform: str) -> dict[str, str]:
+    packages = {"tpu": ["libtpu"], "gpu": ["jax-cuda12-plugin", "nvidia-cudnn-cu12"], "cpu": []}[platform]
+    found = {}
+    for package in ["jax", "jaxlib", *packages]:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _memory_message(error: Exception) -> str:
+    """The compiler's sentences with its numbers, without its list of allocations."""
+    lines = [line.strip() for line in str(error).splitlines() if re.search(r"\d(\.\d+)?[KMGT]i?B?\b", line)]
+    return " ".join(" ".join(lines or [first_line(error)]).split())[:800]
+
+
+def make_sources(config: ConfigDict, *, classes: int, examples: int) -> tuple[Any, Any]:
+    """Stand-ins where ``config.data.directory`` names a data set, else the embedded data themselves."""
+    if config.data.directory:
+        return (StandIn(examples, tuple(map(str, range(classes)))),) * 2
+    return tuple(load_source(config.data.name, split=split) for split in SPLITS)
+
+
+def write_json(path: str | pathlib.Path, report: dict) -> None:
+    """Under a temporary name first.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}.") from error
+
+
+def print_report(console: Console, report: dict) -> None:
+    """The tables, a column for each step."""
+    chips = f"{report['chips']} x {report['device']}"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    console.print(f"{report['model']}, {report['image_size']} x {report['image_size']}, {report['dtype']}, for {chips}")
+    console.print(f"Compiled with {versions}. Every number is for one chip and one step.")
+    columns = {step: _column(found) for step, found in report["steps"].items()}
+    table = Table(report["topology"], *columns)
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        table.add_row(name, *(column.get(name, "-") for column in columns.values()))
+    console.print(table)
+    for step, found in report["steps"].items():
+        if "message" in found:
+            console.print(f"{step} does not fit: {found['message']}")
+        for kind, rows in found.get("top", {}).items():
+            table = Table(f"{step}, by {kind}", "ops", "GB", "GB padded", "GB in HBM")
+            for row in rows:
+                sizes = (f"{row[key] / 1e9:.3f}" for key in ("bytes", "padded_bytes", "hbm_bytes"))
+                table.add_row(row["name"], f"{row['ops']:,}", *sizes)
+            console.print(table)
+    console.print(_NOTES, style="dim")
+
+
+_NOTES = (
+    "Peak: arguments, results that do not take the place of arguments, temporaries and code, all at once. FLOPs and bytes "
+    "accessed are the compiler's: a loop's body counts once, tiles with their padding, and arrays on the chip as well as "
+    "those in its HBM. FLOPs of products are those of the traced program. Operands and results are read from the compiled "
+    "text, whole but for slices; both count as often as loops run. Collectives, gathers and scatters "
+    "in a loop count once; a dynamic slice is neither."
+)
+_COSTS = {
+    "flops": "FLOPs",
+    "product_flops": "FLOPs of products",
+    "bytes_accessed": "bytes accessed",
+    "bytes": "operands and results",
+    "padded_bytes": "the same, padded",
+    "hbm_bytes": "those in HBM",
+}
+
+
+def _column(found: dict) -> dict[str, str]:
+    """Row -> value."""
+    memory, batch = found["memory"], found["batch_size_per_chip"]
+    rows = {"batch of a chip; of all": f"{batch}; {found['batch_size']}"}
+    rows |= {key.replace("_", " "): _size(size) for key, size in memory.items() if size is not None}
+    if memory["available"] is not None:
+        rows["fits"] = "yes" if found["fits"] else "no"
+    if cost := found.get("cost"):
+        untiled = cost["padded_bytes"] == cost["bytes"] == cost["hbm_bytes"]
+        for key, name in _COSTS.items():
+            if cost[key] is not None and not (untiled and key in ("padded_bytes", "hbm_bytes")):
+                rows[f"{name}, G; an image"] = f"{cost[key] / 1e9:,.2f}; {cost[key] / batch / 1e9:.3f}"
+    if roofline := found.get("roofline"):
+        rows["at peak FLOP/s, ms"] = f"{1e3 * roofline['compute_seconds']:.2f}"
+        rows["at memory bandwidth, ms"] = f"{1e3 * roofline['memory_seconds']:.2f}"
+        rows["likewise, what is in HBM, ms"] = f"{1e3 * roofline['hbm_seconds']:.2f}"
+        rows["what binds"] = f"{roofline['binds']}, {roofline['images_per_second']:,.0f} images/s at most"
+    if cost:
+        rows["collectives"] = "\n".join(
+            f"{kind} {row['count']}, {row['bytes'] / 1e6:.1f} MB"
+            + f", {row['in_loops']} in loops" * (row["in_loops"] > 0)
+            for kind, row in found["collectives"].items()
+        )
+        for kind in ("gather", "scatter"):
+            row = found[kind]
+            rows[f"{kind}s"] = f"{row['count']}" + f", largest {row['largest']}" * (row["count"] > 0)
+        runs = sorted(Counter(found["loops"]).items(), key=lambda run: run[0] or 0)
+        rows["loops"] = ", ".join(f"{loops} x {times or 'unknown'} times" for times, loops in runs)
+    rows["traced and lowered, s"] = f"{found['lower_seconds']:.1f}"
+    rows["compiled, s"] = f"{found['compile_seconds']:.1f}"
+    return {name: value or "none" for name, value in rows.items()}
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def _define_flags():
+    """Only where this is the program: dat_jax.main has a flag of the same name."""
+    config_flags.DEFINE_config_file("config", None, "The run, a file of configs/.", lock_config=True)
+    flags.DEFINE_string(
+        "topology", None, "What to compile for: v5e:2x2, v6e:2x2, v5p:2x2x1 and other sizes, h100, cpu."
+    )
+    flags.DEFINE_list("steps", list(STEPS), "Which steps.")
+    flags.DEFINE_string("json", None, "A file for the report as JSON.")
+    flags.DEFINE_bool("find_batch", False, "Searches the largest batch a chip that fits; each try is a compilation.")
+    flags.DEFINE_integer("top", 0, "Rows of tables of where bytes come from, by op and by module.", lower_bound=0)
+    flags.DEFINE_integer("classes", 1000, "Of the data set, where config.data.directory names one.", lower_bound=1)
+    flags.DEFINE_integer("examples", 1_281_167, "Of the data set, likewise.", lower_bound=1)
+    flags.DEFINE_string("target_config", str(TARGET_CONFIG), "The file that describes a GPU to its compiler.")
+
+
+def _parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:  # of the flags, and whatever a configuration's own code raises
+        message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+        _fail(f"Flags: {message.strip(chr(34))}")
+
+
+def _fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main(_):
+    """One call, and its mistakes as one sentence."""
+    values = flags.FLAGS
+    if values.config is None or not values.topology:
+        _fail("Wanted: --config=FILE --topology=NAME, such as --config=configs/dat_pp_t.py --topology=v5e:2x2.")
+    if not isinstance(values.config, ConfigDict):
+        _fail(f"There is no configuration at {values['config'].config_filename}.")
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    console = Console(highlight=False)
+    try:
+        report = _make_report(values, console)
+        print_report(console, report)  # first: it may have taken minutes
+        if values.json:
+            write_json(values.json, report)
+    except UserError as error:
+        _fail(str(error))
+
+
+def _make_report(values, console: Console) -> dict:
+    if not values.steps or not set(values.steps) <= set(STEPS):
+        raise UserError(f"--steps wants some of {', '.join(STEPS)}, got {','.join(values.steps) or 'none'}.")
+    validate(values.config)
+    find_devices(values.topology, target_config=values.target_config)  # its mistakes before data are read
+    sources = make_sources(values.config, classes=values.classes, examples=values.examples)
+    options = dict(topology=values.topology, sources=sources, target_config=values.target_config, top=values.top)
+    if not values.find_batch:
+        return compile_report(values.config, steps=values.steps, **options)
+    reports = [find_batch(values.config, step, note=console.print, **options) for step in values.steps]
+    return {**reports[0], "steps": {step: found for report in reports for step, found in report["steps"].items()}}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.set_verbosity(logging.ERROR)
+    _define_flags()
+    app.run(main, flags_parser=_parse_flags)
