@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 import time
 import warnings
 from collections import Counter
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dat_jax import hlo
+from dat_jax.command_line import fail, parse_flags
 from dat_jax.config import validate
 from dat_jax.data.sources import SPLITS, load_source
 from dat_jax.errors import UserError
@@ -440,26 +440,13 @@ def _define_flags():
     flags.DEFINE_string("target_config", str(TARGET_CONFIG), "The file that describes a GPU to its compiler.")
 
 
-def _parse_flags(argv):
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # of the flags, and whatever a configuration's own code raises
-        message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-        _fail(f"Flags: {message.strip(chr(34))}")
-
-
-def _fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
 def main(_):
     """One call, and its mistakes as one sentence."""
     values = flags.FLAGS
     if values.config is None or not values.topology:
-        _fail("Wanted: --config=FILE --topology=NAME, such as --config=configs/dat_pp_t.py --topology=v5e:2x2.")
+        fail("Wanted: --config=FILE --topology=NAME, such as --config=configs/dat_pp_t.py --topology=v5e:2x2.")
     if not isinstance(values.config, ConfigDict):
-        _fail(f"There is no configuration at {values['config'].config_filename}.")
+        fail(f"There is no configuration at {values['config'].config_filename}.")
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
     console = Console(highlight=False)
     try:
@@ -468,7 +455,7 @@ def main(_):
         if values.json:
             write_json(values.json, report)
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _make_report(values, console: Console) -> dict:
@@ -488,4 +475,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.set_verbosity(logging.ERROR)
     _define_flags()
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -1,11 +1,11 @@
 """Trains or evaluates: python -m dat_jax.main --config=FILE --workdir=DIR [--mode=eval] [--config.KEY=VALUE ...]"""
 
-import sys
 import warnings
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from dat_jax.command_line import fail, parse_flags
 from dat_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, a file of configs/.", lock_config=True)
@@ -13,36 +13,22 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint of the work directory.")
 
 
-def _parse_flags(argv):
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # of the flags, and whatever a configuration's own code raises
-        # ml_collections says an unknown key as '\'key\'\nDid you mean ...'
-        message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-        _fail(f"Flags: {message.strip(chr(34))}")
-
-
-def _fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
 def main(_):
     """One call, and its mistakes as one sentence."""
     if not _WORKDIR.value or _CONFIG.value is None:
-        _fail("Wanted: --config=FILE --workdir=DIR, such as --config=configs/quickstart.py --workdir=runs/quickstart.")
+        fail("Wanted: --config=FILE --workdir=DIR, such as --config=configs/quickstart.py --workdir=runs/quickstart.")
     if not isinstance(_CONFIG.value, ConfigDict):
-        _fail(f"There is no configuration at {flags.FLAGS['config'].config_filename}.")
+        fail(f"There is no configuration at {flags.FLAGS['config'].config_filename}.")
     from dat_jax.training import loop  # late, so that a mistake in the flags is said at once
 
     try:
         run = loop.train if _MODE.value == "train" else loop.evaluate
         run(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.set_verbosity(logging.ERROR)
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -18,12 +18,12 @@ ALLOWED = {
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
     "dat_jax.tasks": {"dat_jax.tasks", "dat_jax.models", "dat_jax.ops", "jax", "optax"},
     "dat_jax.data": {
-        *("dat_jax.data", "dat_jax.errors"),
+        *("dat_jax.data", "dat_jax.command_line", "dat_jax.errors"),
         *("PIL", "absl", "array_record", "cv2", "grain", "rich", "tensorflow_datasets"),
     },
     "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.plots", "jax"},
     "dat_jax.conversion": {
-        *("dat_jax.conversion", "dat_jax.models", "dat_jax.errors"),
+        *("dat_jax.conversion", "dat_jax.models", "dat_jax.command_line", "dat_jax.errors"),
         *("dat_jax.training.checkpoint", "dat_jax.training.metrics", "dat_jax.training.pretrained"),
         *("absl", "flax", "jax", "ml_dtypes", "rich", "safetensors", "yaml"),
     },
@@ -33,12 +33,21 @@ ALLOWED = {
         *("flax", "jax", "ml_collections", "optax", "orbax", "rich", "tensorboardX"),
     },
     "dat_jax.compile_report": {
-        *("dat_jax.config", "dat_jax.data", "dat_jax.errors", "dat_jax.hlo", "dat_jax.models", "dat_jax.tasks"),
+        *(
+            "dat_jax.command_line",
+            "dat_jax.config",
+            "dat_jax.data",
+            "dat_jax.errors",
+            "dat_jax.hlo",
+            "dat_jax.models",
+            "dat_jax.tasks",
+        ),
         *("dat_jax.ops.dispatch", "dat_jax.targets", "dat_jax.training", "absl", "jax", "ml_collections", "rich"),
     },
     "dat_jax.targets": {"dat_jax.errors", "jax"},
     "dat_jax.hlo": set(),
     "dat_jax.plots": {"matplotlib"},
+    "dat_jax.command_line": {"absl"},
     "dat_jax.errors": set(),
     "dat_jax.config": {"dat_jax.errors", "ml_collections"},
 }

@@ -18,6 +18,7 @@ import yaml
 from absl import app, flags, logging
 from rich.console import Console
 
+from dat_jax.command_line import fail, parse_flags
 from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
 from dat_jax.errors import UserError
@@ -161,22 +162,10 @@ def _rows(name: str, model: DAT, written, written_checksum: str, *, wanted: Any,
     }
 
 
-def _fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _parse_flags(argv):
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(f"Flags: {' '.join(str(error).split())}")
-
-
 def main(argv):
     """One call, and its mistakes as one sentence."""
     if len(argv) != 3 or (_MODEL.value is not None and _YAML.value is not None):
-        _fail(f"Wanted: {_USAGE}, got {' '.join(argv[1:]) or 'nothing'}.")
+        fail(f"Wanted: {_USAGE}, got {' '.join(argv[1:]) or 'nothing'}.")
     _, weights, out = argv
     jax.config.update("jax_platforms", "cpu")  # another program may have the accelerator
     try:
@@ -187,7 +176,7 @@ def main(argv):
         else:
             raise UserError(f"--model and --yaml are for a file of weights; the folder {weights} says what it is of.")
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
     width = max(map(len, rows.values())) + 20  # a path or checksum that is cut off says nothing
     print_table(Console(highlight=False, width=width), "Converted", rows)
 
@@ -197,4 +186,4 @@ if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
     # Where arrays cannot be read, the reader leaves an event loop behind, and a traceback that says no more.
     sys.unraisablehook = lambda _: None
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -19,7 +19,6 @@ import pathlib
 import posixpath
 import shutil
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dat_jax.command_line import fail, parse_flags
 from dat_jax.data.archives import Member, index_classes, list_images, plain_reason, read_member
 from dat_jax.data.images import check_image
 from dat_jax.data.sources import METADATA_FILES, PREPARE_INPUTS, SPLITS
@@ -389,11 +389,6 @@ def _describe(shards: Sequence[Shard]) -> str:
     return "; ".join(parts)
 
 
-def _fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
 def _define_flags() -> flags.FlagValues:
     """Flags of this program alone: importing it defines none."""
     values = flags.FlagValues()
@@ -412,27 +407,20 @@ def _define_flags() -> flags.FlagValues:
 _FLAGS = _define_flags()
 
 
-def _parse_flags(argv):
-    flags.FLAGS.append_flag_values(_FLAGS)
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(f"Flags: {plain_reason(error)}")
-
-
 def main(_):
     """One call, and its mistakes as one sentence."""
     options = {name: _FLAGS[name].value for name in _FLAGS}
     if not (options["train"] and options["validation"] and options["output"]):
-        _fail("Wanted: --train=PATH --validation=PATH --output=DIR, a PATH being a tar or a folder of images.")
+        fail("Wanted: --train=PATH --validation=PATH --output=DIR, a PATH being a tar or a folder of images.")
     try:
         print(prepare(**options))
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        _fail("Interrupted: the same command goes on from here.")
+        fail("Interrupted: the same command goes on from here.")
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
-    app.run(main, flags_parser=_parse_flags)
+    flags.FLAGS.append_flag_values(_FLAGS)
+    app.run(main, flags_parser=parse_flags)
