@@ -1,0 +1,1 @@
+"""Time and memory of the backbone on large images."""
