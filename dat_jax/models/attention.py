@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dat_jax.models.layers import DepthwiseConv, conv, gelu, layer_norm, linear, table_init, uniform_init
+from dat_jax.models.layers import DepthwiseConv, LayerNorm, conv, linear, table_init, uniform_init
+from dat_jax.ops import activation
 from dat_jax.ops import attention as attention_ops
 from dat_jax.ops import deformable_attention as deformable_ops
 from dat_jax.ops import grid_sample as gs
@@ -114,7 +115,7 @@ class DeformableAttention(nn.Module):
         padding = 0 if k == s else k // 2
         convolve = DepthwiseConv(k, s, padding, dtype=dtype, implementation=self.implementation, name="conv_offset_0")
         x = convolve(grouped)
-        x = gelu(layer_norm(name="conv_offset_1", dtype=dtype)(x))
+        x = activation.gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
         offsets = linear(2, channels // groups, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
         offsets = offsets.reshape(batch, groups, *offsets.shape[1:])
         return deformable_ops.key_positions(offsets, range_factor=self.offset_range_factor)
@@ -228,7 +229,7 @@ class SpatialReductionAttention(nn.Module):
             x = _pad_bottom_right(x, max(height, self.ratio), max(width, self.ratio))
             reduce = dict(kernel_size=self.ratio, stride=self.ratio, padding=0)
             x = conv(channels, channels, **reduce, name="proj_ds_0", dtype=self.dtype)(x)
-            x = layer_norm(name="proj_ds_1", dtype=self.dtype)(x)
+            x = LayerNorm(name="proj_ds_1", dtype=self.dtype)(x)
         packed = linear(2 * channels, channels, name="kv", dtype=self.dtype)(x.reshape(batch, -1, channels))
         key, value = jnp.split(packed, 2, axis=-1)
         out = attention_ops.multi_head_attention(query, key, value, num_heads=self.num_heads)

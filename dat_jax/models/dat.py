@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.models import attention
-from dat_jax.models.layers import DepthwiseConv, DropPath, LayerScale, Mlp, conv, gelu, layer_norm, linear
+from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Mlp, conv, linear
+from dat_jax.ops import activation
 
 STAGE_TYPES = {
     "N": "neighborhood attention",
@@ -42,12 +43,12 @@ class Stem(nn.Module):
     def __call__(self, x):
         if not self.conv_patches:
             x = conv(self.features, 3, kernel_size=4, stride=4, padding=0, name="conv1", dtype=self.dtype)(x)
-            return layer_norm(name="norm1", dtype=self.dtype)(x)
+            return LayerNorm(name="norm1", dtype=self.dtype)(x)
         half = self.features // 2
         x = conv(half, 3, kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
-        x = gelu(layer_norm(name="norm1", dtype=self.dtype)(x))
+        x = activation.gelu(LayerNorm(name="norm1", dtype=self.dtype)(x))
         x = conv(self.features, half, kernel_size=3, stride=2, padding=1, name="conv2", dtype=self.dtype)(x)
-        return layer_norm(name="norm2", dtype=self.dtype)(x)
+        return LayerNorm(name="norm2", dtype=self.dtype)(x)
 
 
 class DownProjection(nn.Module):
@@ -62,7 +63,7 @@ class DownProjection(nn.Module):
         kernel_size, padding = (3, 1) if self.conv_patches else (2, 0)
         window = dict(kernel_size=kernel_size, stride=2, padding=padding)
         x = conv(self.features, x.shape[-1], **window, use_bias=False, name="conv", dtype=self.dtype)(x)
-        return layer_norm(name="norm", dtype=self.dtype)(x)
+        return LayerNorm(name="norm", dtype=self.dtype)(x)
 
 
 class Block(nn.Module):
@@ -79,7 +80,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, drop_path_rate, train: bool):
         def branch(x, module, index):
-            x = module(layer_norm(name=f"norm{index}", dtype=self.dtype)(x))
+            x = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x))
             if self.layer_scale_init > 0:
                 x = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(x)
             return DropPath()(x, drop_path_rate, train=train)
@@ -107,7 +108,7 @@ class ConvBlock(nn.Module):
         if self.lpu:
             x = x + DepthwiseConv(**options, name="lpu")(x)
         branch = DepthwiseConv(self.window_size, **options, name="conv")(x)
-        branch = layer_norm(name="norm", dtype=self.dtype)(branch)
+        branch = LayerNorm(name="norm", dtype=self.dtype)(branch)
         branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch)
         return x + DropPath()(branch, drop_path_rate, train=train)
 
@@ -269,7 +270,7 @@ class DAT(nn.Module):
             for i, kinds in enumerate(self.stages)
         ]
         self.down_projs = [DownProjection(dim, **options) for dim in self.dims[1:]]
-        self.cls_norm = layer_norm(dtype=self.dtype)
+        self.cls_norm = LayerNorm(dtype=self.dtype)
         self.cls_head = linear(self.num_classes, self.dims[-1], dtype=jnp.promote_types(self.dtype, jnp.float32))
 
     def features(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:

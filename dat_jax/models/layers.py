@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops import depthwise
+from dat_jax.ops import activation, depthwise, normalization
 
 
 def uniform_init(fan_in: int) -> nn.initializers.Initializer:
@@ -57,14 +57,30 @@ def conv(
     )
 
 
-def layer_norm(*, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+class LayerNorm(nn.Module):
     """LayerNorm over channels, eps 1e-5, statistics in float32 or better."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return normalization.layer_norm(x.astype(self.dtype), scale, bias, 1e-5)
 
 
-def gelu(x):
-    """The exact GELU (erf)."""
-    return nn.gelu(x, approximate=False)
+class GeluLinear(nn.Module):
+    """GELU, then a linear layer; parameters are those of ``linear``."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        init = uniform_init(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,))
+        return activation.gelu_linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
 
 
 class DepthwiseConv(nn.Module):
@@ -133,4 +149,4 @@ class Mlp(nn.Module):
         x = linear(hidden, channels, name="linear1", dtype=self.dtype)(x)
         if self.depthwise:
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x)
-        return linear(channels, hidden, name="linear2", dtype=self.dtype)(gelu(x))
+        return GeluLinear(channels, dtype=self.dtype, name="linear2")(x)

@@ -1,9 +1,17 @@
-"""Plain multi-head attention on packed channels: the core that the other attention ops share."""
+"""Multi-head attention on packed channels: the core that the other attention ops share."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+
+from jax.ad_checkpoint import checkpoint_name
+
+from dat_jax.ops import recompute, reduction
+
+_RESULTS = "attention_results"
+# Of ``jax.checkpoint``: what ``attend`` computed is kept, how its arguments were put together is not.
+KEEP_RESULTS = jax.checkpoint_policies.save_only_these_names(_RESULTS)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
@@ -41,11 +49,63 @@ def multi_head_attention(
     Returns:
       (..., Nq, C), of the dtype of ``value``. Logits and softmax are float32 or better.
     """
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    heads = [split_heads(x, num_heads) for x in (query, key, value)]
-    scale = 1 / math.sqrt(heads[0].shape[-1])
-    logits = jnp.einsum("...qmd,...kmd->...mqk", heads[0], heads[1], preferred_element_type=dtype) * scale
-    if bias is not None:
-        logits = logits + bias.astype(dtype)
-    weights = softmax(logits).astype(value.dtype)
-    return jnp.einsum("...mqk,...kmd->...qmd", weights, heads[2]).reshape(query.shape)
+    q, k, v = (jnp.moveaxis(split_heads(x, num_heads), -2, -3) for x in (query, key, value))  # (..., M, N, D)
+    if bias is None:
+        bias = jnp.zeros((1,) * q.ndim, jnp.promote_types(q.dtype, jnp.float32))
+    out = attend(q, k, v, bias)
+    return jnp.moveaxis(out, -3, -2).reshape(query.shape)
+
+
+@jax.custom_vjp
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias) v of heads.
+
+    For the backward pass it keeps its inputs and its output; the weights are computed again.
+
+    Args:
+      query: (..., Nq, D). key, value: (..., Nk, D).
+      bias: broadcastable to (..., Nq, Nk), same rank, float32 or better.
+
+    Returns:
+      (..., Nq, D), of the dtype of ``value``.
+
+    Source of the backward pass: FlashAttention (2205.14135), algorithm 4.
+    """
+    exponentials, total = _exponentials(query, key, bias)
+    # Divided after the product: D numbers a query instead of Nk. On CPU the whole is then one loop that writes no weights.
+    product = jnp.einsum("...qk,...kd->...qd", exponentials.astype(value.dtype), value, preferred_element_type=total.dtype)
+    return (product / total).astype(value.dtype)
+
+
+def _exponentials(query, key, bias):
+    """exp(logits - the largest of the query), (..., Nq, Nk), and their sums, (..., Nq, 1)."""
+    dtype = jnp.promote_types(query.dtype, bias.dtype)
+    scale = 1 / math.sqrt(query.shape[-1])
+    logits = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=dtype) * scale + bias
+    exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials, exponentials.sum(axis=-1, keepdims=True)
+
+
+def _attend_forward(query, key, value, bias):
+    out = checkpoint_name(attend(query, key, value, bias), _RESULTS)
+    return out, (query, key, value, bias, out)
+
+
+def _attend_backward(residuals, gradient):
+    query, key, value, bias, out = recompute.barrier(residuals)
+    exponentials, total = _exponentials(query, key, bias)
+    dtype = total.dtype
+    weights = exponentials / total
+    to_weights = jnp.einsum("...qd,...kd->...qk", gradient, value, preferred_element_type=dtype)
+    along = (gradient.astype(dtype) * out.astype(dtype)).sum(axis=-1, keepdims=True)
+    to_logits = weights * (to_weights - along)
+    scaled = (to_logits * (1 / math.sqrt(query.shape[-1]))).astype(query.dtype)
+    to_query = jnp.einsum("...qk,...kd->...qd", scaled, key)
+    # In this order what a product has to transpose is the gradient or the query, not the weights.
+    to_key = jnp.einsum("...qd,...qk->...dk", query, scaled).swapaxes(-1, -2)
+    to_value = jnp.einsum("...qd,...qk->...dk", gradient, weights.astype(value.dtype)).swapaxes(-1, -2)
+    summed = [axis for axis, size in enumerate(bias.shape) if size == 1 and to_logits.shape[axis] > 1]
+    return to_query, to_key, to_value, reduction.sum_over_axes(to_logits, summed).astype(bias.dtype)
+
+
+attend.defvjp(_attend_forward, _attend_backward)

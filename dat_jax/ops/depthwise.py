@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dat_jax.ops import dispatch
+from dat_jax.ops import dispatch, reduction
 
 
 def depthwise_conv(
@@ -92,19 +92,8 @@ def _stride_one_backward(padding, residuals, gradient):
     x, kernel = residuals
     size = kernel.shape[0]
     to_input = _sum_of_taps(gradient, kernel[::-1, ::-1], size - 1 - padding)
-    to_kernel = jnp.stack([_sum_over_map(tap * gradient) for tap in _taps(x, size, padding)])
+    to_kernel = jnp.stack([reduction.sum_over_positions(tap * gradient) for tap in _taps(x, size, padding)])
     return to_input, to_kernel.reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _sum_over_map(x):
-    """(B, H, W, C) -> (C,). XLA's CPU backend fuses slice and product into a reduction that runs without vector
-    instructions; halving by additions first is six times faster (7.7 against 45 ms for the nine taps of a map
-    (64, 16, 16, 128) on 2 cores).
-    """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.promote_types(x.dtype, jnp.float32))
-    while x.shape[0] > 64 and x.shape[0] % 2 == 0:
-        x = x[: x.shape[0] // 2] + x[x.shape[0] // 2 :]
-    return x.sum(axis=0)
 
 
 _stride_one.defvjp(_stride_one_forward, _stride_one_backward)

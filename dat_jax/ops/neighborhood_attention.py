@@ -1,5 +1,6 @@
 """Neighborhood attention: each pixel attends to the K x K window around it, shifted inward at the borders."""
 
+import functools
 import math
 
 import jax
@@ -105,38 +106,51 @@ def _tiled(query, key, value, table, kernel_size, num_heads, tile):
     column_starts, column_index = _tile_line(width, tile[1], kernel_size)
     (tile_rows, _, halo_rows), (tile_columns, _, halo_columns) = row_index.shape, column_index.shape
 
-    padding = (tile_rows * tile[0] - height, tile_columns * tile[1] - width)
-    queries = jnp.pad(query, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
-    queries = queries.reshape(batch, tile_rows, tile[0], tile_columns, tile[1], channels).swapaxes(2, 3)
-    queries = queries.reshape(batch, tile_rows, tile_columns, tile[0] * tile[1], channels)
+    def rows_of_queries(x):  # (B, H, W, C) -> (tile rows, B, tile, tile columns * tile, C)
+        padding = (tile_rows * tile[0] - height, tile_columns * tile[1] - width)
+        x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
+        return jnp.moveaxis(x.reshape(batch, tile_rows, tile[0], *x.shape[2:]), 1, 0)
 
-    def halos(x):  # (B, H, W, C) -> (B, tile rows, tile columns, halo, C)
-        x = jnp.stack([x[:, start : start + halo_rows] for start in row_starts], axis=1)
-        x = jnp.stack([x[:, :, :, start : start + halo_columns] for start in column_starts], axis=2)
-        return x.reshape(batch, tile_rows, tile_columns, halo_rows * halo_columns, channels)
+    def rows_of_keys(x):  # (B, H, W, C) -> (tile rows, B, halo, W, C)
+        return jnp.stack([x[:, start : start + halo_rows] for start in row_starts])
 
-    bias = _tile_bias(table, row_index, column_index)
-    out = attention.multi_head_attention(queries, halos(key), halos(value), num_heads=num_heads, bias=bias)
-    out = out.reshape(batch, tile_rows, tile_columns, *tile, channels).swapaxes(2, 3)
-    out = out.reshape(batch, tile_rows * tile[0], tile_columns * tile[1], channels)
-    return out[:, :height, :width]
+    def attend_row(row):  # of tiles
+        queries, keys, values, index = row
+        queries = queries.reshape(batch, tile[0], tile_columns, tile[1], num_heads, -1).transpose(0, 2, 4, 1, 3, 5)
+
+        def halos(x):  # (B, halo, W, C) -> (B, tile columns, M, keys, D)
+            x = jnp.stack([x[:, :, start : start + halo_columns] for start in column_starts], axis=1)
+            x = x.reshape(batch, tile_columns, halo_rows * halo_columns, num_heads, -1)
+            return jnp.moveaxis(x, 3, 2)
+
+        bias = _tile_bias(table, index[None], column_index)  # (1, tile columns, M, queries, keys)
+        queries = queries.reshape(batch, tile_columns, num_heads, tile[0] * tile[1], -1)
+        out = attention.attend(queries, halos(keys), halos(values), bias.astype(jnp.promote_types(table.dtype, "float32")))
+        out = out.reshape(batch, tile_columns, num_heads, *tile, -1).transpose(0, 3, 1, 4, 2, 5)
+        return out.reshape(batch, tile[0], tile_columns * tile[1], channels)
+
+    rows = (rows_of_queries(query), rows_of_keys(key), rows_of_keys(value), jnp.asarray(row_index))
+    # What one row of tiles needs is kept for none of them: the halos hold every key three to four times.
+    attend_row = jax.checkpoint(attend_row, policy=attention.KEEP_RESULTS)
+    # One row after the other on CPU, where fresh memory is what costs: half a second a GiB.
+    over_rows = functools.partial(jax.lax.map, attend_row) if dispatch.target_platform() == "cpu" else jax.vmap(attend_row)
+    out = jnp.moveaxis(over_rows(rows), 0, 1)
+    return out.reshape(batch, tile_rows * tile[0], tile_columns * tile[1], channels)[:, :height, :width]
 
 
 def _tile_bias(table, row_index, column_index):
-    """(1, tile rows, tile columns, M, queries, keys): the table's entries, -inf outside the windows.
+    """(tile rows, tile columns, M, queries, keys): the table's entries, -inf outside the windows.
 
     The lookup separates into rows and columns: two products with one-hot matrices, exact and without a scatter in the
     backward pass.
     """
-    side = table.shape[1]
-    rows, columns = (
-        jnp.asarray(index[..., None] == np.arange(side), table.dtype) for index in (row_index, column_index)
-    )
+    pixels = jnp.arange(table.shape[1])
+    rows, columns = ((index[..., None] == pixels.reshape((1,) * index.ndim + (-1,))).astype(table.dtype) for index in (row_index, column_index))
     highest = jax.lax.Precision.HIGHEST
     bias = jnp.einsum("aiku,muv->amikv", rows, table, precision=highest)
     bias = jnp.einsum("amikv,bjlv->abmijkl", bias, columns, precision=highest)
-    inside_rows = jnp.asarray(row_index >= 0)[:, None, None, :, None, :, None]
-    inside_columns = jnp.asarray(column_index >= 0)[None, :, None, None, :, None, :]
+    inside_rows = (row_index >= 0)[:, None, None, :, None, :, None]
+    inside_columns = (column_index >= 0)[None, :, None, None, :, None, :]
     bias = jnp.where(inside_rows & inside_columns, bias, -jnp.inf)
     tile_rows, tile_columns, heads, *pair = bias.shape
-    return bias.reshape(1, tile_rows, tile_columns, heads, pair[0] * pair[1], pair[2] * pair[3])
+    return bias.reshape(tile_rows, tile_columns, heads, pair[0] * pair[1], pair[2] * pair[3])
