@@ -112,7 +112,7 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
       it does not; "memory", "cost", "roofline", "collectives", "gather", "scatter", "loops", "lower_seconds",
       "compile_seconds", and "top" where asked for. Of a step that does not fit only those up to "memory" are known.
     """
-    function, arguments, batch_size = _step_function(run, step)
+    function, arguments, batch_size = step_function(run, step)
     start = time.perf_counter()
     traced = function.trace(*arguments)
     lowered = traced.lower()
@@ -145,8 +145,8 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
     return report
 
 
-def _step_function(run, step):
-    """(jitted function, abstract arguments, batch size) with the run's shardings."""
+def step_function(run, step: str):
+    """(jitted function, abstract arguments, batch size) of the "train" or the "eval" step, with the run's shardings."""
     side, train = run.config.data.image_size, step == "train"
     size = run.config.batch_size if train else run.config.eval.batch_size
     where = sharding.batch_sharding(run.mesh)

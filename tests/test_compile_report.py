@@ -66,7 +66,7 @@ def test_what_is_compiled_for_another_platform_is_what_it_would_run():
     for platform in ("cpu", "tpu"):
         with dispatch.compiling_for(platform):
             run = run_lib.make_run(config)
-            step, arguments, _ = compile_report._step_function(run, "train")
+            step, arguments, _ = compile_report.step_function(run, "train")
             lowered = step.lower(*arguments)
             donated[platform] = {leaf.donated for leaf in jax.tree.leaves(lowered.args_info[0][0])}
             assert ("bf16" in lowered.as_text()) == (platform == "tpu")
@@ -130,7 +130,7 @@ def test_accumulated_parts_are_all_counted():
         config = tiny_config.get_config(stages=("D",)).unlock()
         config.accumulate_steps = parts
         run = run_lib.make_run(config)
-        step, arguments, _ = compile_report._step_function(run, "train")
+        step, arguments, _ = compile_report.step_function(run, "train")
         flops[parts] = count_product_flops(step.trace(*arguments).jaxpr.jaxpr)
     assert math.isclose(flops[1], flops[2], rel_tol=0.05)
 
