@@ -1,6 +1,8 @@
 """The steps of a run as the project makes them, compiled and run in a fresh process."""
 
+import ctypes
 import functools
+import pathlib
 import time
 from typing import Any
 
@@ -103,8 +105,8 @@ def measure_step(
     """For ``measure.compile_then_run``: compiles a step and runs it.
 
     Returns:
-      What ``compile_step`` says, "seconds" a step (the median) and "peak_bytes" of the process; or {"failed": why} where
-      its temporaries alone are more than max_gib.
+      What ``compile_step`` and ``run_and_measure`` say; or {"failed": why} where its temporaries alone are more than
+      max_gib.
     """
     measure.use_cache(cache)
     config = make_config(variant, batch=batch, image_side=image_side, **(model or {}))
@@ -113,6 +115,34 @@ def measure_step(
     if report["temporary_bytes"] > max_gib * 2**30:
         return {"failed": f"not run: {report['temporary_bytes'] / 2**30:.1f} GiB of temporaries"}
     call = make_call(compiled, step, fill(arguments))
+    return report | run_and_measure(call, repeats=repeats, min_seconds=min_seconds)
+
+
+def run_and_measure(call, *, repeats: int, min_seconds: float) -> dict[str, Any]:
+    """Of a compiled program that has not run yet.
+
+    Returns:
+      {"seconds": the median, "resident_bytes": memory of the process before the first run, "peak_bytes": while it runs,
+      "whole_peak_bytes": since the process started}.
+    """
+    before = peak_host_memory()
+    resident = _forget_peak()
     jax.block_until_ready(call())
-    seconds = measure.time_interleaved({"step": call}, repeats=repeats, min_seconds=min_seconds)["step"]
-    return {**report, "seconds": seconds, "peak_bytes": peak_host_memory()}
+    seconds = measure.time_interleaved({"": call}, repeats=repeats, min_seconds=min_seconds)[""]
+    peak = peak_host_memory()
+    return {
+        "seconds": seconds,
+        "resident_bytes": resident,
+        "peak_bytes": peak,
+        "whole_peak_bytes": max(before, peak),
+    }
+
+
+def _forget_peak() -> int | None:
+    """Gives freed memory back and starts the process's peak anew; bytes that are resident then. None off Linux."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # tracing and loading left a few hundred MB of freed heap
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return peak_host_memory()

@@ -6,8 +6,9 @@ Writes results.md and results.png. images: one square image of every side, featu
 its own sides. batches: the same at 224. modules: the attention of an N and of a D block of every stage, with the slope of
 log(seconds) against log(pixels) between one map and the next: 1 is linear. At a fixed stride the keys of a D block grow with
 the pixels as the queries do, so its products grow with the square. large: one 800 x 1333 image, as detection has it, with the
-scores of deformable attention in tiles of rows and over the whole map. Steps are compiled in one process and run in another:
-the peak of resident memory is the latter's, Python and jax (about 0.3 GiB) included.
+scores of deformable attention in tiles of rows and over the whole map. Programs are compiled in one process and run in another
+that finds them: "resident before" is what the latter holds before the first run (Python, jax, the program, weights, images),
+the peak while it runs has the program's own memory on top, the peak with compiling is the first process's.
 """
 
 import functools
@@ -42,7 +43,6 @@ def measure_features(
 
     import dat_jax
     from dat_jax.ops import dispatch
-    from dat_jax.training.metrics import peak_host_memory
     from experiments import steps
 
     measure.use_cache(cache)
@@ -58,10 +58,8 @@ def measure_features(
     arguments = jax.tree.map(
         lambda leaf: jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32)), (shapes, images)
     )
-    jax.block_until_ready(compiled(*arguments))
     call = functools.partial(compiled, *arguments)
-    seconds = measure.time_interleaved({"features": call}, repeats=repeats, min_seconds=min_seconds)["features"]
-    return {**report, "seconds": seconds, "peak_bytes": peak_host_memory()}
+    return report | steps.run_and_measure(call, repeats=repeats, min_seconds=min_seconds)
 
 
 def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int, min_seconds: float) -> dict[str, Any]:
@@ -122,18 +120,14 @@ def slope(before: tuple[float, float], after: tuple[float, float]) -> float:
 def format_step(row: dict[str, str], found: dict[str, Any], *, batch: int = 1) -> dict[str, str]:
     """A row of the tables of steps, with what identifies it."""
     columns = (
-        "s",
-        "images/s",
-        "temporaries, GiB",
-        "peak of the process, GiB",
-        "the same with compiling, GiB",
-        "compiled, s",
+        *("s", "images/s", "temporaries, GiB", "resident before, GiB", "peak while it runs, GiB"),
+        *("peak with compiling, GiB", "compiled, s"),
     )
     if "failed" in found:
         return row | dict.fromkeys(columns, "-") | {"s": found["failed"]}
     values = (
         *(measure.format_number(found["seconds"]), measure.format_number(batch / found["seconds"])),
-        *(measure.format_gib(found[n]) for n in ("temporary_bytes", "peak_bytes", "peak_bytes_with_compiling")),
+        *(measure.format_gib(found[f"{name}_bytes"]) for name in ("temporary", "resident", "peak", "compiling_peak")),
         f"{found['compile_seconds']:.1f}",
     )
     return row | dict(zip(columns, values, strict=True))

@@ -72,8 +72,8 @@ HLO = """HloModule jit_step
 
 ENTRY %main (x: f32[2]) -> f32[2] {
   %x = f32[2]{0} parameter(0)
-  %query = f32[2]{0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(s)/jvp(DAT)/DAT.features/stages_0/blocks_1/attn/proj_q/exp"}
-  %back = f32[2]{0} copy(%query), metadata={op_name="jit(s)/transpose(jvp(DAT))/DAT.features/stages_0/blocks_0/attn/ab,b->a/mul"}
+  %query = f32[2]{0} fusion(%x), calls=%fused, metadata={op_name="jit(s)/jvp(DAT)/stages_0/blocks_1/attn/proj_q/exp"}
+  %back = f32[2]{0} copy(%query), metadata={op_name="jit(s)/transpose(jvp(DAT))/stages_0/blocks_0/attn/ab,b->a/mul"}
   ROOT %adam = f32[2]{0} copy(%back), metadata={op_name="jit(s)/add"}
 }
 """
