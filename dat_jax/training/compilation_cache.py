@@ -1,6 +1,7 @@
 """Compiled programs kept on disk, so that a run that starts again does not compile again."""
 
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -56,5 +57,5 @@ def _machine_digest() -> str:
     except OSError:  # not Linux
         lines = []
     features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    described = [platform.machine(), platform.processor(), jax.lib.__version__, *features]
+    described = [platform.machine(), platform.processor(), importlib.metadata.version("jaxlib"), *features]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:12]
