@@ -108,14 +108,15 @@ def run_fresh(target: str, **arguments) -> dict[str, Any]:
 def compile_then_run(target: str, **arguments) -> dict[str, Any]:
     """Calls a function in two fresh processes, the second of which finds what the first compiled.
 
-    The compiler's own memory would hide a program's. The function takes ``cache``, a directory for ``use_cache``.
+    The compiler's own memory would hide a program's. The function takes ``cache``, a directory for ``use_cache``, and
+    ``repeats``, which is 0 in the first process: run once, for the peak of memory.
 
     Returns:
       What the second returned, but "compile_seconds" of the first, and its "whole_peak_bytes" as "compiling_peak_bytes"; or
       {"failed": why}.
     """
     with tempfile.TemporaryDirectory() as cache:
-        first = run_fresh(target, cache=cache, **arguments)
+        first = run_fresh(target, cache=cache, **{**arguments, "repeats": 0})
         second = first if "failed" in first else run_fresh(target, cache=cache, **arguments)
     if "failed" in second:
         return second
@@ -163,7 +164,7 @@ def format_number(value: float | None) -> str:
 
 def format_gib(size: float | None) -> str:
     """Bytes as GiB."""
-    return "-" if size is None else f"{size / 2**30:.2f}"
+    return "-" if size is None else f"{size / 2**30:.{2 if size > 2**27 else 3}f}"
 
 
 def write_results(directory: pathlib.Path, *, title: str, sections: Mapping[str, str], name: str = "results") -> None:

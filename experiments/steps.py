@@ -122,13 +122,15 @@ def run_and_measure(call, *, repeats: int, min_seconds: float) -> dict[str, Any]
     """Of a compiled program that has not run yet.
 
     Returns:
-      {"seconds": the median, "resident_bytes": memory of the process before the first run, "peak_bytes": while it runs,
-      "whole_peak_bytes": since the process started}.
+      {"seconds": the median, or None without repeats, "resident_bytes": memory of the process before the first run,
+      "peak_bytes": while it runs, "whole_peak_bytes": since the process started}.
     """
     before = peak_host_memory()
     resident = _forget_peak()
     jax.block_until_ready(call())
-    seconds = measure.time_interleaved({"": call}, repeats=repeats, min_seconds=min_seconds)[""]
+    seconds = None
+    if repeats:
+        seconds = measure.time_interleaved({"": call}, repeats=repeats, min_seconds=min_seconds)[""]
     peak = peak_host_memory()
     return {
         "seconds": seconds,

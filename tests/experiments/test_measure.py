@@ -1,6 +1,7 @@
 """What the benchmarks share, without measuring anything that takes long."""
 
 import itertools
+import pathlib
 
 import pytest
 
@@ -17,6 +18,14 @@ def return_or_end(*, value=None, end=None):
     return {"value": value}
 
 
+def compile_or_load(*, cache, repeats, name):
+    """The second process finds what the first left."""
+    file = pathlib.Path(cache) / name
+    found = file.exists()
+    file.touch()
+    return {"repeats": repeats, "compile_seconds": 0.0 if found else 9.0, "whole_peak_bytes": 1 if found else 5}
+
+
 def refuse():
     raise ValueError("no such thing")
 
@@ -26,6 +35,12 @@ def test_a_fresh_process_gives_what_the_function_returns_or_why_it_failed():
     assert measure.run_fresh(f"{name}:return_or_end", value=[1, "two"]) == {"value": [1, "two"]}
     assert measure.run_fresh(f"{name}:return_or_end", end=9) == {"failed": "ended by SIGKILL"}
     assert measure.run_fresh(f"{name}:refuse") == {"failed": "ValueError: no such thing"}
+
+
+def test_what_is_compiled_in_one_process_is_run_in_another():
+    target = "tests.experiments.test_measure:compile_or_load"
+    found = measure.compile_then_run(target, repeats=3, name="program")
+    assert found == {"repeats": 3, "compile_seconds": 9.0, "whole_peak_bytes": 1, "compiling_peak_bytes": 5}
 
 
 def test_all_calls_are_measured_in_turn(monkeypatch):
