@@ -167,11 +167,7 @@ def run_images(options) -> tuple[str, dict]:
         train_sizes=options.train_sides,
         arguments_of=lambda side: (1, side),
     )
-    return measure.format_table(rows), {"one image: s by its pixels": {k: _by_pixels(v) for k, v in lines.items()}}
-
-
-def _by_pixels(seconds: dict[int, float]) -> dict[int, float]:
-    return {side**2: value for side, value in seconds.items()}
+    return measure.format_table(rows), {"one image: s by its side": lines}
 
 
 def run_batches(options) -> tuple[str, dict]:
@@ -214,9 +210,9 @@ def run_modules(options) -> tuple[str, dict]:
                 }
             )
             previous = kind, point
-            lines.setdefault(f"{kind}, stage {stage}", {})[side**2] = seconds
+            lines.setdefault(f"{kind}, stage {stage}", {})[side] = seconds
         print(f"modules of stage {stage}", flush=True)
-    return measure.format_table(rows), {"attention modules: s by pixels of the map": lines}
+    return measure.format_table(rows), {"attention modules: s by side of the map": lines}
 
 
 def run_large(options) -> tuple[str, dict]:
