@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
     config.accumulate_steps = 1  # the batch is split into so many parts, one after the other
     config.ema_decay = 0.0  # 0: none; else the average of the weights is what is evaluated
     config.log_every = 50  # steps
-    config.profile = (
-        0  # steps to trace, after three others, into WORKDIR/profile (for TensorBoard or ui.perfetto.dev); 0: none
-    )
+    # Steps to trace into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; 0: none. They come after three others, and
+    # the first process traces its own devices.
+    config.profile = 0
 
     # Where compiled programs are kept, so that a run that starts again does not compile again: a directory, "" for nowhere,
     # or auto: what JAX_COMPILATION_CACHE_DIR names, else dat_jax in the user's cache (XDG_CACHE_HOME, ~/.cache). Nothing is

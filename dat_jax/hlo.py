@@ -332,8 +332,10 @@ def describe_opcode(module: Module, instruction: Instruction) -> str:
 
 
 def module_path(op_name: str, *, depth: int = _MODULE_DEPTH) -> str:
-    """The first names of modules:
-    jit(train_step)/transpose(jvp(DAT))/DAT.features/stages_0/blocks_1/attn/proj/dot_general -> stages_0/blocks_1/attn."""
+    """jit(train_step)/transpose(jvp(DAT))/DAT.features/stages_0/blocks_1/attn/proj/dot_general -> stages_0/blocks_1/attn.
+
+    depth: how many names of modules at most.
+    """
     if not op_name:
         return "(no name)"
     parts = re.sub(r"\bjit\([^()]*\)", "", op_name).split("/")[:-1]  # without the primitive

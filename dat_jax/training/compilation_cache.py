@@ -15,8 +15,10 @@ def enable(setting: str, *, note: Callable[[str], None]) -> pathlib.Path | None:
 
     On CPU the programs are for this machine's processor. XLA writes its features into an entry and complains on the console
     where those of the machine that loads it differ; what jax makes of it varies by version: it compiles again, or runs
-    instructions that the processor does not have. jax's key of an entry is not known to tell such machines apart, and
-    a home directory may be shared by several. So on CPU entries lie in a folder for each set of features and jaxlib.
+    instructions that the processor does not have. jax's key of an entry has the name of the platform ("cpu"), versions,
+    flags and a fingerprint of the devices, which is not documented to tell processors apart, and a home directory may be
+    shared by several machines. So on CPU entries lie in a folder for each set of features and jaxlib. Some Intel
+    processors complain even about their own entries (jax issue 38445, seen up to 0.10.1) and compile every time.
 
     Args:
       setting: ``config.compilation_cache``: a directory, "auto" for the one that JAX_COMPILATION_CACHE_DIR names or else
