@@ -15,6 +15,14 @@ def get_config() -> ConfigDict:
     config.accumulate_steps = 1  # the batch is split into so many parts, one after the other
     config.ema_decay = 0.0  # 0: none; else the average of the weights is what is evaluated
     config.log_every = 50  # steps
+    # Steps to trace into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; 0: none. They come after three others, and
+    # the first process traces its own devices.
+    config.profile = 0
+
+    # Where compiled programs are kept, so that a run that starts again does not compile again: a directory, "" for nowhere,
+    # or auto: what JAX_COMPILATION_CACHE_DIR names, else dat_jax in the user's cache (XDG_CACHE_HOME, ~/.cache). Nothing is
+    # ever removed there; the whole directory may be.
+    config.compilation_cache = "auto"
 
     # name: dat_jax.list_models(). dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
     # Any attribute of dat_jax.DAT may be added, such as remat="blocks" (less memory) and scan_blocks=True (compiles faster).

@@ -29,6 +29,7 @@ from dat_jax.command_line import fail, parse_flags
 from dat_jax.config import validate
 from dat_jax.data.sources import SPLITS, load_source
 from dat_jax.errors import UserError
+from dat_jax.flops import count_product_flops
 from dat_jax.ops.dispatch import compiling_for
 from dat_jax.targets import TARGET_CONFIG, Chip, find_devices, first_line
 from dat_jax.training import run as run_lib
@@ -111,7 +112,7 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
       it does not; "memory", "cost", "roofline", "collectives", "gather", "scatter", "loops", "lower_seconds",
       "compile_seconds", and "top" where asked for. Of a step that does not fit only those up to "memory" are known.
     """
-    function, arguments, batch_size = _step_function(run, step)
+    function, arguments, batch_size = step_function(run, step)
     start = time.perf_counter()
     traced = function.trace(*arguments)
     lowered = traced.lower()
@@ -144,8 +145,8 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
     return report
 
 
-def _step_function(run, step):
-    """(jitted function, abstract arguments, batch size) with the run's shardings."""
+def step_function(run, step: str):
+    """(jitted function, abstract arguments, batch size) of the "train" or the "eval" step, with the run's shardings."""
     side, train = run.config.data.image_size, step == "train"
     size = run.config.batch_size if train else run.config.eval.batch_size
     where = sharding.batch_sharding(run.mesh)
@@ -217,40 +218,6 @@ def _roofline(cost, chip: Chip, batch: int) -> dict[str, Any]:
     bound = "compute" if seconds["compute_seconds"] >= seconds["memory_seconds"] else "memory"
     slowest = max(seconds["compute_seconds"], seconds["memory_seconds"])
     return {**seconds, "binds": bound, "images_per_second": batch / slowest if slowest else None}
-
-
-def count_product_flops(jaxpr) -> float:
-    """FLOPs (two a multiply-add) of the matrix products and convolutions of a jaxpr, over all devices.
-
-    The body of a scan counts as often as it runs and of a conditional the largest branch; a while loop counts once.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            features = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
-        else:
-            inner = [count_product_flops(body) for value in params.values() for body in _bodies(value)]
-            if name == "scan":
-                total += params["length"] * sum(inner)
-            elif name == "pallas_call":
-                total += math.prod(params["grid_mapping"].grid) * sum(inner)
-            else:
-                total += max(inner, default=0.0) if name == "cond" else sum(inner)
-    return total
-
-
-def _bodies(value) -> list:
-    if isinstance(value, tuple | list):
-        return [body for item in value for body in _bodies(item)]
-    value = getattr(value, "jaxpr", value)
-    return [value] if hasattr(value, "eqns") else []
 
 
 def _largest(table: dict, top: int) -> list[dict]:
@@ -434,6 +401,7 @@ def _define_flags():
     flags.DEFINE_list("steps", list(STEPS), "Which steps.")
     flags.DEFINE_string("json", None, "A file for the report as JSON.")
     flags.DEFINE_bool("find_batch", False, "Searches the largest batch a chip that fits; each try is a compilation.")
+    flags.DEFINE_alias("find-batch", "find_batch")
     flags.DEFINE_integer("top", 0, "Rows of tables of where bytes come from, by op and by module.", lower_bound=0)
     flags.DEFINE_integer("classes", 1000, "Of the data set, where config.data.directory names one.", lower_bound=1)
     flags.DEFINE_integer("examples", 1_281_167, "Of the data set, likewise.", lower_bound=1)

@@ -18,6 +18,8 @@ SCHEMA: dict[str, Any] = {
     "accumulate_steps": int,
     "ema_decay": float,
     "log_every": int,
+    "profile": int,
+    "compilation_cache": str,
     "init_from": str,
     "init_head_rows": str,
     "model": None,  # name, dtype and any attribute of the model; create_model checks them
@@ -61,7 +63,7 @@ _AT_LEAST_ONE = (
     *("eval.every", "mesh.fsdp", "schedule.reference_batch_size", "augmentation.max_crop_aspect"),
 )
 _AT_LEAST_ZERO = (
-    *("seed", "data.workers", "augmentation.rand_augment_count", "augmentation.rand_augment_magnitude"),
+    *("seed", "profile", "data.workers", "augmentation.rand_augment_count", "augmentation.rand_augment_magnitude"),
     *("augmentation.rand_augment_std", "augmentation.mixup_alpha", "augmentation.cutmix_alpha"),
     *("optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"),
     *("schedule.base_lr", "schedule.warmup_lr", "schedule.min_lr", "schedule.warmup_epochs"),

@@ -331,10 +331,13 @@ def describe_opcode(module: Module, instruction: Instruction) -> str:
     return f"fusion of {kind or 'elementwise ops'}"
 
 
-def module_path(op_name: str) -> str:
-    """jit(train_step)/transpose(jvp(DAT))/DAT.features/stages_0/blocks_1/attn/proj/dot_general -> stages_0/blocks_1/attn."""
+def module_path(op_name: str, *, depth: int = _MODULE_DEPTH) -> str:
+    """jit(train_step)/transpose(jvp(DAT))/DAT.features/stages_0/blocks_1/attn/proj/dot_general -> stages_0/blocks_1/attn.
+
+    depth: how many names of modules at most.
+    """
     if not op_name:
         return "(no name)"
     parts = re.sub(r"\bjit\([^()]*\)", "", op_name).split("/")[:-1]  # without the primitive
     names = [p for p in parts if p[:1].islower() and not set("(.") & set(p) and p not in _STRUCTURE]  # not classes
-    return "/".join(names[:_MODULE_DEPTH]) or "(outside the model)"
+    return "/".join(names[:depth]) or "(outside the model)"

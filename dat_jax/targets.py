@@ -20,22 +20,31 @@ TARGET_CONFIG = pathlib.Path(__file__).parents[1] / "experiments" / "targets" / 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Public figures of one device: bfloat16 dense peak, bandwidth and size of its memory (HBM)."""
+    """Public figures of one device: bfloat16 dense peak, bandwidth and size of its memory (HBM).
+
+    device_kinds: what jax calls it.
+    """
 
     platform: str  # "tpu", "gpu" or "cpu"
     flops_per_second: float | None
     bytes_per_second: float | None
     memory_bytes: float | None
+    device_kinds: tuple[str, ...] = ()
 
 
 CHIPS = {
-    "v5e": Chip("tpu", 197e12, 819e9, 16 * 2**30),
-    "v5p": Chip("tpu", 459e12, 2765e9, 95 * 2**30),
-    "v6e": Chip("tpu", 918e12, 1640e9, 32 * 2**30),
-    "h100": Chip("gpu", 989e12, 3350e9, 80e9),  # SXM
+    "v5e": Chip("tpu", 197e12, 819e9, 16 * 2**30, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip("tpu", 459e12, 2765e9, 95 * 2**30, ("TPU v5", "TPU v5p")),
+    "v6e": Chip("tpu", 918e12, 1640e9, 32 * 2**30, ("TPU v6 lite", "TPU v6e")),
+    "h100": Chip("gpu", 989e12, 3350e9, 80e9, ("NVIDIA H100 80GB HBM3",)),  # SXM
     "cpu": Chip("cpu", None, None, None),
 }
 _ACCELERATOR_TYPES = {"v5e": "v5litepod-{chips}", "v5p": "v5p-{cores}", "v6e": "v6e-{chips}"}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip that jax calls so, if it is known here."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
 def find_devices(topology: str, *, target_config: str | pathlib.Path = TARGET_CONFIG) -> tuple[Chip, Sequence[Any]]:

@@ -3,6 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is written to the home directory, by programs neither
 # Tests compile far more than they compute: without LLVM's optimisations they take half the time.
 os.environ["XLA_FLAGS"] = " ".join(
     (

@@ -29,7 +29,8 @@ ALLOWED = {
     },
     "dat_jax.training": {
         *("dat_jax.training", "dat_jax.tasks", "dat_jax.data", "dat_jax.evaluation", "dat_jax.models"),
-        *("dat_jax.config", "dat_jax.errors", "dat_jax.ops.dispatch", "dat_jax.plots"),
+        *("dat_jax.config", "dat_jax.errors", "dat_jax.flops", "dat_jax.ops.dispatch", "dat_jax.plots"),
+        "dat_jax.targets",
         *("flax", "jax", "ml_collections", "optax", "orbax", "rich", "tensorboardX"),
     },
     "dat_jax.compile_report": {
@@ -38,6 +39,7 @@ ALLOWED = {
             "dat_jax.config",
             "dat_jax.data",
             "dat_jax.errors",
+            "dat_jax.flops",
             "dat_jax.hlo",
             "dat_jax.models",
             "dat_jax.tasks",
@@ -45,6 +47,7 @@ ALLOWED = {
         *("dat_jax.ops.dispatch", "dat_jax.targets", "dat_jax.training", "absl", "jax", "ml_collections", "rich"),
     },
     "dat_jax.targets": {"dat_jax.errors", "jax"},
+    "dat_jax.flops": set(),
     "dat_jax.hlo": set(),
     "dat_jax.plots": {"matplotlib"},
     "dat_jax.command_line": {"absl"},

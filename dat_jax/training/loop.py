@@ -11,11 +11,14 @@ from rich.console import Console
 
 from dat_jax import plots
 from dat_jax.errors import UserError
+from dat_jax.training import compilation_cache
 from dat_jax.training import metrics as metrics_lib
 from dat_jax.training.checkpoint import Checkpoints
+from dat_jax.training.profiling import StepProfiler
 from dat_jax.training.run import (
     Run,
     check_train_batch,
+    count_model_flops,
     describe,
     eval_batches,
     make_jitted_step,
@@ -30,7 +33,8 @@ from dat_jax.training.state import TrainState
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Trains as configured, or goes on where the work directory left off.
 
-    Leaves in the work directory: checkpoints/, config.json, metrics.jsonl, tensorboard/ and pictures.
+    Leaves in the work directory: checkpoints/, config.json, metrics.jsonl, tensorboard/, pictures, and profile/ where
+    ``config.profile`` asks for one.
 
     Args:
       config: see configs/common.py.
@@ -45,7 +49,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     run, console = make_run(config), _console()
     check_train_batch(run)
     directory = _make_directory(workdir)
-    metrics_lib.print_table(console, "dat_jax", {**describe(run), "work directory": str(directory)})
+    kept = compilation_cache.enable(config.compilation_cache, note=console.print)
+    places = {"work directory": str(directory), "compiled programs": "not kept" if kept is None else f"kept in {kept}"}
+    metrics_lib.print_table(console, "dat_jax", {**describe(run), **places})
     with Checkpoints(directory / "checkpoints", metric=run.metric) as checkpoints:
         # A checkpoint in the work directory is gone on from; otherwise the run starts from the weights that
         # config.init_from names; otherwise from scratch.
@@ -59,8 +65,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         if int(state.step) >= run.total_steps:
             console.print(f"All {config.epochs} epochs are done; set --config.epochs for more.")
         else:
-            with _make_writer(config, directory) as writer:
-                _train_steps(run, state, checkpoints, writer, console)
+            with _make_writer(config, directory) as writer, _make_profiler(run, state, directory, console) as profiler:
+                _train_steps(run, state, checkpoints, writer, profiler, console)
         del state  # its memory is for the best one
         best, _ = checkpoints.restore(checkpoints.best_step(), run.abstract_state)
     result = run.evaluate(best.eval_variables, eval_batches(run))
@@ -84,6 +90,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
       UserError: no checkpoint, or one of another model.
     """
     run, console, directory = make_run(config), _console(), pathlib.Path(workdir)
+    compilation_cache.enable(config.compilation_cache, note=console.print)
     if (directory / "checkpoints").is_dir():
         with Checkpoints(directory / "checkpoints", metric=run.metric, read_only=True) as checkpoints:
             best = config.eval.checkpoint == "best"
@@ -107,14 +114,19 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     return result
 
 
-def _train_steps(run: Run, state: TrainState, checkpoints: Checkpoints, writer, console: Console) -> None:
+def _train_steps(
+    run: Run, state: TrainState, checkpoints: Checkpoints, writer, profiler: StepProfiler, console: Console
+) -> None:
     """The loop itself."""
     config, start = run.config, int(state.step)
     train_step, batches = make_jitted_step(run), train_batches(run, start_step=start)
+    usage = metrics_lib.Usage(run.mesh.devices.ravel(), count_flops=lambda: count_model_flops(run))
     progress = None
     pending = []  # metrics of the steps since the last line, still on the devices
     for step in range(start + 1, run.total_steps + 1):
+        profiler.before(step)
         state, metrics = train_step(state, next(batches))
+        profiler.after(step, metrics)
         pending.append(metrics)
         if progress is None:  # compiling is not counted into the rate
             jax.block_until_ready(metrics)
@@ -124,7 +136,7 @@ def _train_steps(run: Run, state: TrainState, checkpoints: Checkpoints, writer, 
             summary = _summarize(pending, step, checkpoints)
             pending = []
             rate, seconds_left = progress.update(step)
-            writer.write(step, {**summary, "images_per_second": rate}, prefix="train")
+            writer.write(step, {**summary, "images_per_second": rate, **usage.measure(rate)}, prefix="train")
             console.print(
                 f"step {step}/{run.total_steps}  epoch {step / run.steps_per_epoch:.2f}  {_format(summary)}  "
                 f"{rate:.0f} images/s  {metrics_lib.format_duration(seconds_left)} left"
@@ -214,6 +226,11 @@ def _make_writer(config: ConfigDict, directory: pathlib.Path):
         return contextlib.nullcontext(metrics_lib.NullWriter())
     (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
     return metrics_lib.MetricWriter(directory)
+
+
+def _make_profiler(run: Run, state: TrainState, directory: pathlib.Path, console: Console) -> StepProfiler:
+    steps = dict(steps=run.config.profile, start_step=int(state.step), total_steps=run.total_steps)
+    return StepProfiler(directory / "profile", **steps, note=console.print)
 
 
 def _print_result(console: Console, result: dict[str, float], origin: str) -> None:

@@ -2,11 +2,17 @@
 
 import json
 import pathlib
+import resource
+import sys
 import time
+from collections.abc import Callable, Sequence
 
+import jax
 import tensorboardX
 from rich.console import Console
 from rich.table import Table
+
+from dat_jax.targets import find_chip
 
 
 class MetricWriter:
@@ -84,6 +90,48 @@ class Progress:
     def skip(self) -> None:
         """Leaves the time since the last call (evaluation, saving) out of the rate."""
         self._time = time.monotonic()
+
+
+class Usage:
+    """What a run makes of its devices.
+
+    Args:
+      devices: of all processes, of one kind.
+      count_flops: gives the model's FLOPs of a training step for one image; called once, and only where the peak of the
+        devices is known.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], *, count_flops: Callable[[], float]):
+        self._local = [device for device in devices if device.process_index == jax.process_index()]
+        chip = find_chip(devices[0].device_kind)
+        self._peak_images = None if chip is None else len(devices) * chip.flops_per_second / count_flops()
+
+    def measure(self, images_per_second: float) -> dict[str, float]:
+        """Of these:
+
+        "flop_utilization": model FLOPs utilization, % of the devices' bfloat16 peak, where that is known.
+        "device_memory_gib": the most that a device of this process had in use so far, where devices say it, or
+        "host_memory_gib": likewise of this process, on CPU.
+        """
+        measured = {}
+        if self._peak_images is not None:
+            measured["flop_utilization"] = 100 * images_per_second / self._peak_images
+        stats = [device.memory_stats() or {} for device in self._local]
+        peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+        if peaks:
+            measured["device_memory_gib"] = max(peaks) / 2**30
+        elif self._local[0].platform == "cpu":
+            measured["host_memory_gib"] = peak_host_memory() / 2**30
+        return measured
+
+
+def peak_host_memory() -> int:
+    """The most bytes of memory that this process had in use so far (its resident set)."""
+    try:  # getrusage's figure starts at what the process that started this one had
+        status = pathlib.Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def format_duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ from dat_jax.data.sources import SPLITS, load_source
 from dat_jax.data.transforms import make_eval_transform, make_train_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation import classification as classification_evaluation
+from dat_jax.flops import count_product_flops
 from dat_jax.models.registry import create_model
 from dat_jax.ops.dispatch import target_platform
 from dat_jax.tasks import Task
@@ -92,18 +93,10 @@ def make_run(
         )
     steps_per_epoch = len(train_source) // config.batch_size
 
-    settings = config.model.to_dict()
-    dtype = compute_dtype(settings.pop("dtype"))
     schedule = _make_schedule(config, steps_per_epoch)
     optimizer = make_optimizer(schedule, **config.optimizer.to_dict())
     try:
-        model = create_model(settings.pop("name"), dtype=dtype, num_classes=len(train_source.class_names), **settings)
-        augmentation = config.augmentation.to_dict()
-        task = make_classification_task(
-            model,
-            label_smoothing=config.loss.label_smoothing,
-            **{name: augmentation[name] for name in ("erasing_probability", "mixup_alpha", "cutmix_alpha")},
-        )
+        task = _make_task(config, classes=len(train_source.class_names))
         abstract = jax.eval_shape(_init_function(config, task, optimizer), jax.random.key(0))
     except (ValueError, TypeError) as error:  # settings that do not fit together, or images that the model cannot take
         raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
@@ -126,6 +119,31 @@ def make_run(
         metric=evaluation.METRIC,
         evaluate=evaluation.make_evaluator(task.predict),
     )
+
+
+def _make_task(config: ConfigDict, *, classes: int, **overrides) -> Task:
+    """The task with its model, attributes of which may be given."""
+    settings = config.model.to_dict() | overrides
+    dtype = compute_dtype(settings.pop("dtype"))
+    augmentation = config.augmentation.to_dict()
+    return make_classification_task(
+        create_model(settings.pop("name"), dtype=dtype, num_classes=classes, **settings),
+        label_smoothing=config.loss.label_smoothing,
+        **{name: augmentation[name] for name in ("erasing_probability", "mixup_alpha", "cutmix_alpha")},
+    )
+
+
+def count_model_flops(run: Run) -> float:
+    """FLOPs of a training step for one image as model FLOPs utilization (MFU) counts them: those that the model asks for.
+
+    Three times the products of the forward pass, one for it and two for the backward pass. Neither what ``remat``
+    computes again counts, nor products that only a fast algorithm has: it is traced with the plain ones.
+    """
+    task = _make_task(run.config, classes=len(run.train_source.class_names), implementation="plain", remat="none")
+    side = run.config.data.image_size
+    batch = {"image": np.zeros((1, side, side, 3), np.uint8), "label": np.zeros(1, np.int32)}
+    traced = jax.make_jaxpr(task.loss)(run.abstract_state.eval_variables, batch, jax.random.key(0))
+    return 3 * count_product_flops(traced.jaxpr)
 
 
 def check_train_batch(run: Run) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dat_jax
+from dat_jax.flops import count_product_flops
 
 # Multiply-adds in billions at this image side, as the papers give them: DAT++ (2309.01430), DAT v1 (CVPR 2022).
 PUBLISHED = {
@@ -28,25 +29,6 @@ PUBLISHED = {
 }
 
 
-def count_multiply_adds(jaxpr) -> int:
-    """Of all products and convolutions in a jaxpr, those of inner jaxprs included."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            sizes = equation.invars[0].aval.shape
-            total += math.prod(equation.outvars[0].aval.shape) * math.prod(sizes[axis] for axis in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += count_multiply_adds(inner)
-    return total
-
-
 def main():
     """Prints the table."""
     table = Table("model", "image", "parameters", "multiply-adds, G", "published, G")
@@ -55,7 +37,7 @@ def main():
         images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-        counted = count_multiply_adds(jax.make_jaxpr(model.apply)(variables, images).jaxpr)
+        counted = count_product_flops(jax.make_jaxpr(model.apply)(variables, images).jaxpr) / 2
         table.add_row(name, str(side), f"{parameters:,}", f"{counted / 1e9:.2f}", str(published or "-"))
     Console().print(table)
 

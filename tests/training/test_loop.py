@@ -43,6 +43,8 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert list(series["eval/top1"]) == [10, 20]
     assert result["top1"] == max(series["eval/top1"].values())
     assert series["train/images_per_second"][20] > 0
+    assert series["train/host_memory_gib"][20] >= series["train/host_memory_gib"][5] > 0.05
+    assert not (directory / "profile").exists()
 
 
 def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path, capsys):
@@ -58,8 +60,11 @@ def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path,
 
 def test_more_epochs_go_on_from_the_last_step(finished, tmp_path, capsys):
     directory = copy(finished, tmp_path)
-    loop.train(with_values(epochs=3), str(directory))
-    assert "Resumed at step 20 of 30" in capsys.readouterr().out
+    loop.train(with_values(epochs=3, profile=2), str(directory))
+    printed = capsys.readouterr().out
+    assert "Resumed at step 20 of 30" in printed
+    assert "Profile of the steps 24 to 25 in" in printed
+    assert list((directory / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
     assert list(read_metrics(directory / "metrics.jsonl")["eval/top1"]) == [10, 20, 30]
 
 

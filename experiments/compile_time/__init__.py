@@ -1,0 +1,1 @@
+"""How long the steps of a configuration take to compile."""

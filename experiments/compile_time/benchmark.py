@@ -1,0 +1,120 @@
+"""How long a configuration's training step takes to compile, with and without loops over blocks, cold and from the cache.
+
+python -m experiments.compile_time.benchmark [--configs=quickstart,dat_pp_t] [--topologies=cpu,v5e:1x1] [--batch=8]
+
+Writes results.md and results.png. Every compilation is in a process of its own. "cold" compiles and fills a persistent cache,
+"warm" finds the program there; tracing and lowering are in neither and are done both times. On a TPU, which is not there, the
+compiler alone runs (pip install libtpu), without a cache.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+import tempfile
+from typing import Any
+
+from experiments import measure
+
+
+def measure_compilation(
+    *, config: str, topology: str, scan_blocks: bool, batch: int, cache: str | None = None
+) -> dict[str, Any]:
+    """In a fresh process: {"lower_seconds", "compile_seconds", "temporary_bytes", "peak_bytes", "code_bytes"}."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    from dat_jax.ops.dispatch import compiling_for
+    from dat_jax.targets import find_devices
+    from dat_jax.training.metrics import peak_host_memory
+    from experiments import steps
+
+    if cache:
+        measure.use_cache(cache)
+    chip, devices = find_devices(topology)
+    settings = importlib.import_module(f"configs.{config}").get_config().unlock()
+    settings.batch_size = settings.eval.batch_size = batch
+    settings.model.scan_blocks = scan_blocks
+    with compiling_for(chip.platform):
+        function, arguments = steps.make_step(settings, "train", devices=devices)
+        compiled, report = steps.compile_step(function, arguments)
+    return {
+        **report,
+        "peak_bytes": peak_host_memory(),
+        "code_bytes": compiled.memory_analysis().generated_code_size_in_bytes,
+    }
+
+
+def run_case(config: str, topology: str, scan_blocks: bool, batch: int) -> dict[str, Any]:
+    """The cold compilation, with "warm_seconds" and "cached_bytes" on CPU; or {"failed": why}."""
+    target = "experiments.compile_time.benchmark:measure_compilation"
+    arguments = dict(config=config, topology=topology, scan_blocks=scan_blocks, batch=batch)
+    if topology != "cpu":
+        return measure.run_fresh(target, **arguments)
+    with tempfile.TemporaryDirectory() as cache:
+        cold = measure.run_fresh(target, cache=cache, **arguments)
+        if "failed" in cold:
+            return cold
+        size = sum(path.stat().st_size for path in pathlib.Path(cache).rglob("*") if path.is_file())
+        warm = measure.run_fresh(target, cache=cache, **arguments)
+    if "failed" in warm:
+        return warm
+    return {**cold, "warm_seconds": warm["compile_seconds"], "cached_bytes": size}
+
+
+def format_row(config: str, topology: str, scan_blocks: bool, found: dict[str, Any]) -> dict[str, str]:
+    """Of the table."""
+    row = {"configuration": config, "for": topology, "scan_blocks": str(scan_blocks)}
+    columns = (
+        *("traced and lowered, s", "compiled, cold, s", "warm, s", "in the cache, MB"),
+        *("step's temporaries, GiB", "peak of the compiling process, GiB"),
+    )
+    if "failed" in found:
+        return row | dict.fromkeys(columns, "-") | {columns[0]: found["failed"]}
+    values = (
+        f"{found['lower_seconds']:.1f}",
+        f"{found['compile_seconds']:.1f}",
+        f"{found['warm_seconds']:.1f}" if "warm_seconds" in found else "-",
+        f"{found['cached_bytes'] / 1e6:.1f}" if "cached_bytes" in found else "-",
+        measure.format_gib(found["temporary_bytes"]),
+        measure.format_gib(found["peak_bytes"]),
+    )
+    return row | dict(zip(columns, values, strict=True))
+
+
+def parse(arguments: list[str] | None = None):
+    """The options; topologies whose compiler is not installed are left out unless they are asked for."""
+    parser = measure.make_parser(__file__, __doc__, repeats=1, min_seconds=0.0)
+    default = ["cpu", "v5e:1x1"] if importlib.util.find_spec("libtpu") else ["cpu"]
+    parser.add_argument("--configs", type=measure.words, default=["quickstart", "dat_pp_t"], help="names in configs/")
+    parser.add_argument("--topologies", type=measure.words, default=default, help="see dat_jax.compile_report")
+    parser.add_argument("--batch", type=int, default=8)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles everything that was asked for."""
+    options = parse(arguments)
+    product, rows, bars = [measure.time_matrix_product()], [], {}
+    for config in options.configs:
+        for topology in options.topologies:
+            for scan_blocks in (False, True):
+                found = run_case(config, topology, scan_blocks, options.batch)
+                rows.append(format_row(config, topology, scan_blocks, found))
+                print(rows[-1], flush=True)
+                name = f"{topology}, {'loops' if scan_blocks else 'every block'}"
+                for key, label in (("compile_seconds", "cold"), ("warm_seconds", "warm")):
+                    if key in found:
+                        bars.setdefault(config, {})[f"{name}, {label}"] = found[key]
+    product.append(measure.time_matrix_product())
+    command = (
+        f"`python -m experiments.compile_time.benchmark`: {' '.join(__doc__.strip().split(chr(10) * 2)[2].split())}"
+    )
+    notes = f"Batch {options.batch}. {measure.describe_machine(product_seconds=product)}"
+    sections = {"": "\n\n".join((notes, command, measure.format_table(rows)))}
+    measure.write_results(options.output, title="Compile time of training steps", sections=sections)
+    if bars:
+        measure.save_bars(options.output / "results.png", bars, x_label="s")
+
+
+if __name__ == "__main__":
+    main()

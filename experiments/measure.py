@@ -1,0 +1,254 @@
+"""What the benchmarks share: timing, fresh processes, tables, plots, and what they ran on."""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+_RESULT = "result of the fresh process: "
+
+
+def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int, min_seconds: float) -> dict[str, float]:
+    """Median over rounds of the seconds that a call takes.
+
+    All calls are measured in turn in every round: what the machine does in between hits all of them.
+
+    Args:
+      calls: each starts a computation and returns its arrays, which are waited for. They have been called before.
+      repeats: rounds.
+      min_seconds: a measurement calls as often as that takes.
+    """
+    import jax
+
+    def run(call, times):
+        start = time.perf_counter()
+        for _ in range(times):
+            out = call()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / times
+
+    times = {name: max(1, round(min_seconds / max(run(call, 1), 1e-6))) for name, call in calls.items()}
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(run(call, times[name]))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def time_matrix_product() -> float:
+    """Seconds of the product of two matrices 1024 x 1024 in float32: how fast the machine is at the moment."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.full((1024, 1024), 1 / 1024, jnp.float32)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST))
+    jax.block_until_ready(product(x))
+    return time_interleaved({"product": lambda: product(x)}, repeats=9, min_seconds=0.05)["product"]
+
+
+def describe_machine(*, product_seconds: Sequence[float]) -> str:
+    """Versions and the device, in a sentence or two, with the matrix product's time at the start and at the end."""
+    import jax
+    import jaxlib
+    import numpy
+
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"{os.cpu_count()} CPU cores ({_processor()})"
+    milliseconds = ", then ".join(f"{1e3 * seconds:.1f}" for seconds in product_seconds)
+    return (
+        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, numpy {numpy.__version__}, Python "
+        f"{platform.python_version()}, on {kind}. Machines drift: a product of two 1024 x 1024 float32 matrices took "
+        f"{milliseconds} ms while this was measured."
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# Fresh processes
+
+
+def run_fresh(target: str, **arguments) -> dict[str, Any]:
+    """Calls a function in a process of its own.
+
+    Args:
+      target: "package.module:function"; the function returns a dict that JSON can hold.
+      arguments: likewise.
+
+    Returns:
+      What it returned, or {"failed": why} where the process ended before that.
+    """
+    command = [sys.executable, "-m", "experiments.measure", target, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith(_RESULT):
+            return json.loads(line.removeprefix(_RESULT))
+    if done.returncode < 0:
+        return {"failed": f"ended by {signal.Signals(-done.returncode).name}"}  # SIGKILL: the machine's memory was full
+    return {"failed": (done.stderr.strip().splitlines() or ["without a message"])[-1][:300]}
+
+
+def compile_then_run(target: str, **arguments) -> dict[str, Any]:
+    """Calls a function in two fresh processes, the second of which finds what the first compiled.
+
+    The compiler's own memory would hide a program's. The function takes ``cache``, a directory for ``use_cache``, and
+    ``repeats``, which is 0 in the first process: run once, for the peak of memory.
+
+    Returns:
+      What the second returned, but "compile_seconds" of the first, and its "whole_peak_bytes" as "compiling_peak_bytes"; or
+      {"failed": why}.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        first = run_fresh(target, cache=cache, **{**arguments, "repeats": 0})
+        second = first if "failed" in first else run_fresh(target, cache=cache, **arguments)
+    if "failed" in second:
+        return second
+    return {
+        **second,
+        "compile_seconds": first["compile_seconds"],
+        "compiling_peak_bytes": first["whole_peak_bytes"],
+    }
+
+
+def use_cache(directory: str) -> None:
+    """Has jax keep every compiled program in a directory. To be called before the first is compiled."""
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _serve() -> None:
+    """The fresh process."""
+    target, arguments = sys.argv[1:]
+    module, _, function = target.partition(":")
+    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    print(_RESULT + json.dumps(result), flush=True)
+
+
+# Tables and plots
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table with the columns of the first row."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_number(value: float | None) -> str:
+    """Three digits or all before the point, without an exponent; "-" for None."""
+    if value is None:
+        return "-"
+    decimals = next((d for limit, d in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if abs(value) >= limit), 4)
+    return f"{value:,.{decimals}f}"
+
+
+def format_gib(size: float | None) -> str:
+    """Bytes as GiB."""
+    return "-" if size is None else f"{size / 2**30:.{2 if size > 2**27 else 3}f}"
+
+
+def write_results(directory: pathlib.Path, *, title: str, sections: Mapping[str, str], name: str = "results") -> None:
+    """``name``.md with a title, and sections by their heads ("" for none); printed too."""
+    parts = [f"# {title}"]
+    for head, text in sections.items():
+        parts += [f"## {head}", text] if head else [text]
+    text = "\n\n".join(parts) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.md").write_text(text)
+    print(text, flush=True)
+
+
+def save_lines(
+    path: pathlib.Path, panels: Mapping[str, Mapping[str, Mapping[float, float]]], *, x_label: str, y_label: str
+) -> None:
+    """A PNG of panels, title -> line -> {x: y}, with logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    markers = "osd^vx*P"
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+        for (name, points), marker in zip(lines.items(), itertools.cycle(markers), strict=False):
+            if points:
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker=marker, markersize=4, label=name)
+        ticks = sorted({x for points in lines.values() for x in points})
+        axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+def save_bars(
+    path: pathlib.Path, panels: Mapping[str, Mapping[str, float]], *, x_label: str, log: bool = False
+) -> None:
+    """A PNG of panels of horizontal bars, title -> name -> length."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    longest = max(map(len, panels.values()))
+    figure = Figure(figsize=(4.6 * columns, rows * (0.7 + 0.15 * longest)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, bars) in zip(grid, panels.items(), strict=False):
+        axes.barh(list(bars), list(bars.values()), color="C0")
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=7)
+        if log:
+            axes.set_xlim(10 ** np.floor(np.log10(min(bars.values()))))  # a whole decade, so that ticks have room
+        axes.set(title=title, xlabel=x_label, xscale="log" if log else "linear")
+        axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=80)
+
+
+# Arguments that all benchmarks take
+
+
+def make_parser(module: str, description: str, *, repeats: int, min_seconds: float) -> argparse.ArgumentParser:
+    """--output, --repeats, --min-seconds. ``module`` is the benchmark's ``__name__`` or file; its folder is the default."""
+    parser = argparse.ArgumentParser(description=description.strip().partition("\n")[0])
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path(module).parent, help="folder of the results"
+    )
+    parser.add_argument("--repeats", type=int, default=repeats, help="measurements, of which the median counts")
+    parser.add_argument("--min-seconds", type=float, default=min_seconds, help="of one measurement, at least")
+    return parser
+
+
+def words(text: str) -> list[str]:
+    """Of an argument: words divided by commas."""
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> list[int]:
+    """Of an argument: whole numbers divided by commas."""
+    return [int(word) for word in words(text)]
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,1 @@
+"""Every implementation of every op, forward and gradient."""

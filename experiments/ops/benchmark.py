@@ -1,0 +1,272 @@
+"""Every implementation of every op, forward and gradient, on the maps that dat_pp_tiny has at 224 x 224.
+
+JAX_PLATFORMS=cpu python -m experiments.ops.benchmark [--ops=NAMES] [--stages=0,1,2,3] [--batch=8] [--output=DIR]
+
+Writes results.md and results.png. The implementations are those of dat_jax.ops.dispatch, "plain" and "auto" included. A
+gradient is forward and backward with respect to every input, of the sum of the output times fixed random numbers. Within an op
+and a map all implementations and both directions are measured in turn.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dat_jax
+from dat_jax.models import layers
+from dat_jax.ops import deformable_attention as deformable_ops
+from dat_jax.ops import depthwise, dispatch, grid_sample, neighborhood_attention, position_bias
+from experiments import measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """side: of the square map; keys: on a side of the key grid."""
+
+    side: int
+    channels: int
+    heads: int
+    groups: int
+    keys: int
+    window: int
+
+    def __str__(self) -> str:
+        return f"{self.side} x {self.side} x {self.channels}"
+
+
+def make_stages(name: str = "dat_pp_tiny", image_side: int = 224) -> list[Stage]:
+    """Those of a model."""
+    model, stages = dat_jax.create_model(name), []
+    for index, channels in enumerate(model.dims):
+        shape = model.map_shape((image_side, image_side), stage=index)
+        keys = deformable_ops.key_grid_shape(
+            shape, kernel_size=model.offset_kernels[index], stride=model.key_strides[index]
+        )
+        heads, groups, window = model.num_heads[index], model.num_groups[index], model.neighborhood_sizes[index]
+        stages.append(Stage(shape[0], channels, heads, groups, keys[0], window))
+    return stages
+
+
+# What is measured: (stage, batch, random numbers) -> (function of an implementation's name, its arguments)
+
+
+def _points(stage, batch, rng):
+    """Key positions all over the map, with fractions."""
+    points = rng.uniform(0, stage.side - 1, (batch, stage.groups, stage.keys**2, 2))
+    return jnp.asarray(points, jnp.float32)
+
+
+def _normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def _map(stage, batch, rng, times=1):
+    return _normal(rng, batch, stage.side, stage.side, times * stage.channels)
+
+
+def _table(stage, rng):
+    return 0.1 * _normal(rng, stage.heads, 2 * stage.side - 1, 2 * stage.side - 1)
+
+
+def _position_bias(stage, batch, rng):
+    def function(implementation, table, points):
+        shape = (stage.side, stage.side)
+        return position_bias.table_position_bias(table, points, map_shape=shape, implementation=implementation)
+
+    return function, (_table(stage, rng), _points(stage, batch, rng))
+
+
+def _grid_sample(stage, batch, rng):
+    def function(implementation, features, points):
+        return grid_sample.grid_sample(features, points, implementation=implementation)
+
+    return function, (_map(stage, batch, rng), _points(stage, batch, rng))
+
+
+def _deformable_core(stage, batch, rng):
+    """Sampling, position bias and attention, without projections; an op that lacks the implementation takes its fastest."""
+
+    def function(implementation, features, query, points, table):
+        def of(*ops):
+            known = {"auto", "plain", *(name for op in ops for name in dispatch.IMPLEMENTATIONS.get(op, ()))}
+            return implementation if implementation in known else "auto"
+
+        sampled = grid_sample.grid_sample(features, points, implementation=of("grid_sample"))
+        return deformable_ops.deformable_attention(
+            query,
+            sampled,
+            sampled,
+            num_heads=stage.heads,
+            points=points,
+            table=table,
+            implementation=of("position_bias", "deformable_attention"),
+        )
+
+    maps = _map(stage, batch, rng), _map(stage, batch, rng)
+    return function, (*maps, _points(stage, batch, rng), _table(stage, rng))
+
+
+def _neighborhood_attention(stage, batch, rng):
+    def function(implementation, query, key, value, table):
+        return neighborhood_attention.neighborhood_attention(
+            query,
+            key,
+            value,
+            table,
+            kernel_size=stage.window,
+            num_heads=stage.heads,
+            implementation=implementation,
+        )
+
+    side = 2 * stage.window - 1
+    maps = (_map(stage, batch, rng) for _ in range(3))
+    return function, (*maps, 0.1 * _normal(rng, stage.heads, side, side))
+
+
+def _depthwise_conv(stage, batch, rng):
+    """3 x 3 at four times the channels, as in the MLPs."""
+
+    def function(implementation, x, kernel):
+        return depthwise.depthwise_conv(x, kernel, padding=1, implementation=implementation)
+
+    return function, (_map(stage, batch, rng, times=4), _normal(rng, 3, 3, 1, 4 * stage.channels))
+
+
+def _layer_norm(stage, batch, rng):
+    def function(_, x, scale, bias):
+        return layers.layer_norm(dtype=x.dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    return function, (_map(stage, batch, rng), _normal(rng, stage.channels), _normal(rng, stage.channels))
+
+
+def _gelu(stage, batch, rng):
+    """At four times the channels, as in the MLPs."""
+    return lambda _, x: layers.gelu(x), (_map(stage, batch, rng, times=4),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """make: see above. ops: whose implementations are tried, keys of the dispatch table; none for as the model has it."""
+
+    make: Callable
+    ops: tuple[str, ...]
+
+
+CASES = {
+    "position_bias": Case(_position_bias, ("position_bias",)),
+    "grid_sample": Case(_grid_sample, ("grid_sample",)),
+    "deformable_core": Case(_deformable_core, ("position_bias", "grid_sample", "deformable_attention")),
+    "neighborhood_attention": Case(_neighborhood_attention, ("neighborhood_attention",)),
+    "depthwise_conv": Case(_depthwise_conv, ("depthwise_conv",)),
+    "layer_norm": Case(_layer_norm, ()),
+    "gelu": Case(_gelu, ()),
+}
+
+
+def implementations(case: Case) -> list[str]:
+    """Names to try, "plain" first. A Pallas kernel runs on a CPU by interpretation only, which is no measure."""
+    names = [name for op in case.ops for name in dispatch.IMPLEMENTATIONS.get(op, ())]
+    left_out = {"pallas"} if dispatch.target_platform() == "cpu" else set()
+    if len(case.ops) == 1:
+        left_out.add(dispatch.PLAIN[case.ops[0]])  # is measured as "plain"
+    names = [name for name in dict.fromkeys(names) if name not in left_out]
+    return ["plain", "auto", *names] if names else ["model's own"]
+
+
+def uncovered_ops() -> set[str]:
+    """Ops of the dispatch table that no case measures."""
+    return set(dispatch.IMPLEMENTATIONS) - {op for case in CASES.values() for op in case.ops}
+
+
+def measure_case(case: Case, stage: Stage, *, batch: int, repeats: int, min_seconds: float) -> list[dict]:
+    """A row for each implementation: "implementation", and by direction ("forward", "gradient") seconds and temporary bytes.
+
+    An implementation that refuses the map has None for them.
+    """
+    rng = np.random.default_rng(0)
+    function, arguments = case.make(stage, batch, rng)
+    names = implementations(case)
+    weights = _normal(rng, *jax.eval_shape(functools.partial(function, names[0]), *arguments).shape)
+    calls, temporaries = {}, {}
+    for name in names:
+        forward = functools.partial(function, name)
+
+        def loss(arguments, forward=forward):
+            return (forward(*arguments) * weights).sum()
+
+        programs = {
+            "forward": lambda arguments, forward=forward: forward(*arguments),
+            "gradient": jax.value_and_grad(loss),
+        }
+        for direction, program in programs.items():
+            try:
+                compiled = jax.jit(program).lower(arguments).compile()
+            except (ValueError, NotImplementedError):
+                continue
+            jax.block_until_ready(compiled(arguments))
+            calls[name, direction] = functools.partial(compiled, arguments)
+            temporaries[name, direction] = compiled.memory_analysis().temp_size_in_bytes
+    seconds = measure.time_interleaved(calls, repeats=repeats, min_seconds=min_seconds)
+    return [
+        {
+            "implementation": name,
+            **{d: seconds.get((name, d)) for d in ("forward", "gradient")},
+            **{f"{d} temporaries": temporaries.get((name, d)) for d in ("forward", "gradient")},
+        }
+        for name in names
+    ]
+
+
+def format_rows(stage: Stage, rows: list[dict]) -> list[dict[str, str]]:
+    """Milliseconds, and how many times as fast as the first row, which is the plain one."""
+    formatted = []
+    for row in rows:
+        found = {"map": str(stage), "implementation": row["implementation"]}
+        for direction in ("forward", "gradient"):
+            seconds, plain = row[direction], rows[0][direction]
+            found[f"{direction}, ms"] = measure.format_number(seconds and 1e3 * seconds)
+            found[f"plain / this, {direction}"] = measure.format_number(seconds and plain and plain / seconds)
+        size = row["gradient temporaries"]
+        formatted.append({**found, "gradient's temporaries, MB": "-" if size is None else f"{size / 1e6:.1f}"})
+    return formatted
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures what was asked for."""
+    parser = measure.make_parser(__file__, __doc__, repeats=11, min_seconds=0.1)
+    parser.add_argument("--ops", type=measure.words, default=list(CASES), help="names divided by commas")
+    parser.add_argument("--stages", type=measure.numbers, default=[0, 1, 2, 3], help="of the model")
+    parser.add_argument("--batch", type=int, default=8)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.ops) - set(CASES):
+        parser.error(f"--ops wants some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+    stages, product = make_stages(), [measure.time_matrix_product()]
+    sections, bars = {}, {}
+    for op in options.ops:
+        rows, bars[op] = [], {}
+        for stage in (stages[index] for index in options.stages):
+            # A map of one window is padded to it and is no neighborhood any more.
+            if op == "neighborhood_attention" and stage.side <= stage.window:
+                continue
+            timing = dict(repeats=options.repeats, min_seconds=options.min_seconds)
+            found = measure_case(CASES[op], stage, batch=options.batch, **timing)
+            print(f"{op}, {stage}: {len(found)} implementations", flush=True)
+            rows += format_rows(stage, found)
+            bars[op] |= {f"{stage.side}: {r['implementation']}": 1e3 * r["gradient"] for r in found if r["gradient"]}
+        if rows:
+            sections[op] = measure.format_table(rows)
+    product.append(measure.time_matrix_product())
+    notes = f"Batch {options.batch}, float32; medians of {options.repeats}. {measure.describe_machine(product_seconds=product)}"
+    if uncovered_ops():
+        notes += f" Not measured: {', '.join(sorted(uncovered_ops()))}."
+    notes += f"\n\n`python -m experiments.ops.benchmark`: {' '.join(__doc__.split(chr(10) * 2)[2].split())}"
+    measure.write_results(options.output, title="Implementations of the ops", sections={"": notes, **sections})
+    panels = {op: values for op, values in bars.items() if values}
+    measure.save_bars(options.output / "results.png", panels, x_label="gradient, ms", log=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Cost against the size of images and batches."""
