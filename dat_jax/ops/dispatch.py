@@ -7,6 +7,7 @@ platform, or "plain" for the obvious one that the others are tested against.
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -43,6 +44,46 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _PLATFORM.reset(token)
+
+
+_INTERPRET = contextvars.ContextVar("interpret", default=False)
+
+
+def interprets_kernels() -> bool:
+    """Whether Pallas kernels are run step by step by jax, on any platform."""
+    return _INTERPRET.get()
+
+
+@contextlib.contextmanager
+def interpreted_kernels() -> Iterator[None]:
+    """Kernels that are traced within are interpreted: slow, for tests on a machine without a TPU."""
+    token = _INTERPRET.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRET.reset(token)
+
+
+_BATCH_SPLIT = contextvars.ContextVar("batch_split", default=(None, ()))
+
+
+def batch_split() -> tuple[Any, tuple[str, ...]]:
+    """(mesh, its axes that split the batch), or (None, ()) on one device or unless ``split_batch`` says."""
+    return _BATCH_SPLIT.get()
+
+
+@contextlib.contextmanager
+def split_batch(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Iterator[None]:
+    """Kernels that are traced within are run by each device on its own part of the batch.
+
+    The partitioner does not know what a kernel does and would gather the batch for it. Batches have to be multiples of
+    the product of the axes.
+    """
+    token = _BATCH_SPLIT.set((mesh, tuple(axes)) if mesh.size > 1 else (None, ()))
+    try:
+        yield
+    finally:
+        _BATCH_SPLIT.reset(token)
 
 
 def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fits: bool = False) -> str:
