@@ -53,7 +53,7 @@ class DeformableAttention(nn.Module):
     use_offsets: bool
     table_shape: tuple[int, int]
     dtype: Any = jnp.float32
-    implementation: str = "auto"  # "auto" or "plain", of every op inside
+    implementation: str = "auto"  # "auto", "plain" or "pallas", of every op inside
 
     @nn.compact
     def __call__(self, x):
@@ -95,6 +95,7 @@ class DeformableAttention(nn.Module):
             points=points,
             table=table,
             bias=bias,
+            points_inside=self.offset_range_factor < 0,  # then they are clamped
             implementation=self.implementation,
         )
         if self.use_offsets and kind == "dwc":

@@ -1,7 +1,8 @@
 """The one place that chooses between the exact algorithms of an op, by platform and size.
 
 Every op with several algorithms takes ``implementation=``: the name of one of them, "auto" for the fastest known on this
-platform, or "plain" for the obvious one that the others are tested against.
+platform, or "plain" for the obvious one that the others are tested against. "pallas" is the kernel for TPUs of the ops
+that have one, and "auto" for the others. No kernel has run on a device yet, so that "auto" takes none.
 """
 
 import contextlib
@@ -14,13 +15,15 @@ import jax
 IMPLEMENTATIONS = {
     "grid_sample": ("matmul", "gather", "map_coordinates"),
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
-    "neighborhood_attention": ("tiles", "dense", "gather"),
+    "neighborhood_attention": ("tiles", "dense", "gather", "pallas"),
+    "deformable_attention": ("products", "pallas"),
     "depthwise_conv": ("shifts", "conv"),
 }
 PLAIN = {
     "grid_sample": "map_coordinates",
     "position_bias": "gather",
     "neighborhood_attention": "gather",
+    "deformable_attention": "products",
     "depthwise_conv": "conv",
 }
 
@@ -91,14 +94,14 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fi
 
     Args:
       op: a key of ``IMPLEMENTATIONS``.
-      implementation: "auto", "plain" or an algorithm of the op.
+      implementation: "auto", "plain", "pallas" or an algorithm of the op.
       map_shape: (H, W) of the map that the op works on.
       table_fits: of "position_bias", whether the table was made for this map size.
 
     Raises:
       ValueError: the op has no such implementation.
     """
-    if implementation == "auto":
+    if implementation == "auto" or (implementation == "pallas" and "pallas" not in IMPLEMENTATIONS[op]):
         return _fastest(op, map_shape, table_fits)
     if implementation == "plain":
         return PLAIN[op]
@@ -113,6 +116,8 @@ def _fastest(op, map_shape, table_fits):
     cpu = target_platform() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts
+    if op == "deformable_attention":
+        return "products"
     if op == "position_bias":
         return "slice" if cpu and table_fits else "matmul"
     if op == "neighborhood_attention":

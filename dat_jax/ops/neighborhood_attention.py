@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.ops import attention, dispatch
+from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
 
 
 def neighborhood_attention(
@@ -30,6 +31,7 @@ def neighborhood_attention(
       num_heads: M.
       implementation: "gather" reads K * K keys per query, the plain reference. "tiles" takes tiles of queries against
         the one halo of keys that holds all their windows: dense products with a static mask. "dense" is one tile.
+        "pallas" is a kernel for TPUs.
         See ``dispatch``.
 
     Returns:
@@ -49,6 +51,8 @@ def neighborhood_attention(
     implementation = dispatch.choose("neighborhood_attention", implementation, map_shape=(height, width))
     if implementation == "gather":
         return _gathered(query, key, value, table, kernel_size, num_heads)
+    if implementation == "pallas":
+        return _by_kernel(query, key, value, table, kernel_size, num_heads)
     dense = implementation == "dense"
     tile = (height, width) if dense else (_tile_side(height), _tile_side(width))
     return _tiled(query, key, value, table, kernel_size, num_heads, tile)
@@ -120,6 +124,19 @@ def _tiled(query, key, value, table, kernel_size, num_heads, tile):
     out = out.reshape(batch, tile_rows, tile_columns, *tile, channels).swapaxes(2, 3)
     out = out.reshape(batch, tile_rows * tile[0], tile_columns * tile[1], channels)
     return out[:, :height, :width]
+
+
+def _by_kernel(query, key, value, table, kernel_size, num_heads):
+    height, width = query.shape[1:3]
+    rows = pallas_neighborhood.choose_rows((height, width), kernel_size)
+    return pallas_neighborhood.neighborhood_attention(
+        # Where they were split from one projection the compiler takes that, in both directions.
+        jnp.concatenate([query, key, value], axis=-1),
+        table,
+        row_tiles=_tile_line(height, rows, kernel_size),
+        column_tile=_tile_line(width, width, kernel_size)[1][0],
+        num_heads=num_heads,
+    )
 
 
 def _tile_bias(table, row_index, column_index):

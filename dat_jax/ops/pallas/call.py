@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from dat_jax.ops import dispatch
 
 MAX_VMEM_BYTES = 100 * 2**20  # of the 128 MiB of a v5e or v6e
-_DEFAULT_VMEM_BYTES = 16 * 2**20  # what a kernel gets unless it asks
+_MARGIN_BYTES = 16 * 2**20  # for what the compiler keeps beside that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def batched_call(
             out_specs=[_block(s, r.batched) for s, r in zip(shapes, results, strict=True)],
             out_shape=[jax.ShapeDtypeStruct(s, r.dtype) for s, r in zip(shapes, results, strict=True)],
             scratch_shapes=list(scratch),
-            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=max(needed, _DEFAULT_VMEM_BYTES)),
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=min(needed + _MARGIN_BYTES, MAX_VMEM_BYTES)),
             cost_estimate=pl.CostEstimate(
                 flops=int(batch * flops), transcendentals=int(batch * exponentials), bytes_accessed=int(moved)
             ),
