@@ -68,19 +68,25 @@ def gelu(x):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with bias, zero padding ``padding`` (kernel_size // 2 unless given)."""
+    """Depthwise convolution with bias, zero padding ``padding`` (kernel_size // 2 unless given).
+
+    ``groups`` consecutive runs of channels share their kernels and biases, which have as many channels as one run.
+    """
 
     kernel_size: int = 3
     stride: int = 1
     padding: int | None = None
+    groups: int = 1
     dtype: Any = jnp.float32
     implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x):
         init = uniform_init(self.kernel_size**2)
-        kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, 1, x.shape[-1]))
-        bias = self.param("bias", init, (x.shape[-1],))
+        channels = x.shape[-1] // self.groups
+        kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, 1, channels))
+        bias = self.param("bias", init, (channels,))
+        kernel, bias = jnp.tile(kernel, self.groups), jnp.tile(bias, self.groups)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         out = depthwise.depthwise_conv(
             x,

@@ -2,18 +2,20 @@
 
 Every op with several algorithms takes ``implementation=``: the name of one of them, "auto" for the fastest known on this
 platform, or "plain" for the obvious one that the others are tested against. "pallas" is the kernel for TPUs of the ops
-that have one, and "auto" for the others. No kernel has run on a device yet, so that "auto" takes none.
+that have one, and "auto" for the others and for maps that are too large for VMEM. No kernel has run on a device yet, so
+that "auto" takes none.
 """
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 IMPLEMENTATIONS = {
-    "grid_sample": ("matmul", "gather", "map_coordinates"),
+    "grid_sample": ("matmul", "gather", "map_coordinates", "pallas"),
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
     "neighborhood_attention": ("tiles", "dense", "gather", "pallas"),
     "deformable_attention": ("products", "pallas"),
@@ -27,6 +29,7 @@ PLAIN = {
     "depthwise_conv": "conv",
 }
 
+_KERNEL_PIXELS = 4096  # of the largest map that kernels take, an example of which lies in VMEM whole
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
 
@@ -101,7 +104,9 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fi
     Raises:
       ValueError: the op has no such implementation.
     """
-    if implementation == "auto" or (implementation == "pallas" and "pallas" not in IMPLEMENTATIONS[op]):
+    if implementation == "pallas" and not ("pallas" in IMPLEMENTATIONS[op] and math.prod(map_shape) <= _KERNEL_PIXELS):
+        implementation = "auto"
+    if implementation == "auto":
         return _fastest(op, map_shape, table_fits)
     if implementation == "plain":
         return PLAIN[op]
