@@ -19,6 +19,7 @@ IMPLEMENTATIONS = {
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
     "neighborhood_attention": ("tiles", "dense", "gather", "pallas"),
     "deformable_attention": ("products", "pallas"),
+    "conv_mlp": ("products", "pallas"),
     "depthwise_conv": ("shifts", "conv"),
 }
 PLAIN = {
@@ -26,6 +27,7 @@ PLAIN = {
     "position_bias": "gather",
     "neighborhood_attention": "gather",
     "deformable_attention": "products",
+    "conv_mlp": "products",
     "depthwise_conv": "conv",
 }
 
@@ -121,7 +123,7 @@ def _fastest(op, map_shape, table_fits):
     cpu = target_platform() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts
-    if op == "deformable_attention":
+    if op in ("deformable_attention", "conv_mlp"):
         return "products"
     if op == "position_bias":
         return "slice" if cpu and table_fits else "matmul"

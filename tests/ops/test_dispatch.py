@@ -39,6 +39,7 @@ def test_on_this_cpu_the_measured_choices_are_taken():
         "position_bias": "slice",
         "neighborhood_attention": "tiles",
         "deformable_attention": "products",
+        "conv_mlp": "products",
         "depthwise_conv": "shifts",
     }
     assert dispatch.choose("neighborhood_attention", "auto", map_shape=(16, 7)) == "dense"

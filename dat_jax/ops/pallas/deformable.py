@@ -7,7 +7,7 @@ from dat_jax.ops.pallas import attention
 from dat_jax.ops.pallas.biases import BatchedBias, NoBias, SampledBias
 
 # Largest map whose biases are sampled in the kernel: its matrix has a row for each pixel and a column for each query.
-MAX_SAMPLED_PIXELS = 256
+MAX_SAMPLED_PIXELS = 1024
 
 
 def deformable_attention(
