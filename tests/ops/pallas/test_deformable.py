@@ -1,0 +1,71 @@
+"""The kernel of deformable attention against the products; both ways its bias comes."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from dat_jax.ops import deformable_attention as da
+from dat_jax.ops.pallas import deformable as kernels
+from tests.reference import compare
+
+
+def make_arguments(map_shape, table_map, heads, groups, keys, *, width=3):
+    rng = np.random.default_rng(1)
+    maps = (2, *map_shape, heads * width), (2, keys, heads * width), (2, keys, heads * width)
+    arrays = compare.normal(0, *maps, (heads, *(2 * size - 1 for size in table_map)))
+    points = rng.uniform(0, np.asarray(map_shape) - 1, (2, groups, keys, 2))
+    points[0, 0, 0] = np.asarray(map_shape) - 1  # in the last corner exactly, where only the limit from outside is left
+    points[0, 0, 1] = 0
+    return *arrays[:3], points, arrays[3]
+
+
+@pytest.mark.parametrize(
+    ("map_shape", "table_map", "heads", "groups", "keys", "inside"),
+    [
+        ((4, 5), (4, 5), 4, 2, 6, True),  # sampled in the kernel
+        ((4, 5), (4, 5), 2, 1, 3, False),  # given to the kernel
+        ((4, 5), (3, 4), 2, 2, 5, True),  # likewise, from a table of another size
+        ((7, 1), (7, 1), 3, 3, 9, True),
+    ],
+)
+def test_a_table(x64, map_shape, table_map, heads, groups, keys, inside):
+    arguments = make_arguments(map_shape, table_map, heads, groups, keys)
+
+    def attend(query, key, value, points, table, *, implementation):
+        options = dict(num_heads=heads, points_inside=inside, implementation=implementation)
+        return da.deformable_attention(query, key, value, points=points, table=table, **options)
+
+    plain = functools.partial(attend, implementation="matmul")
+    compare.assert_same({"pallas": functools.partial(attend, implementation="pallas")}, plain, *arguments)
+
+
+@pytest.mark.parametrize("batch", [1, 2, None])
+def test_a_bias_that_is_given_or_none(x64, batch):
+    query, key, value, *_ = make_arguments((3, 4), (3, 4), 2, 1, 5)
+    bias = [] if batch is None else compare.normal(3, (batch, 2, 12, 5))
+
+    def attend(query, key, value, *bias, implementation):
+        bias = bias[0] if bias else None
+        return da.deformable_attention(query, key, value, num_heads=2, bias=bias, implementation=implementation)
+
+    plain = functools.partial(attend, implementation="plain")
+    compare.assert_same({"pallas": functools.partial(attend, implementation="pallas")}, plain, query, key, value, *bias)
+
+
+def test_bfloat16():
+    arguments = make_arguments((6, 5), (6, 5), 4, 2, 7, width=8)
+
+    def attend(query, key, value, points, table):
+        options = dict(num_heads=4, points_inside=True, implementation="pallas")
+        return da.deformable_attention(query, key, value, points=points, table=table, **options)
+
+    compare.assert_close_in_bfloat16(attend, *arguments, tolerance=3e-2, kept=(3, 4))
+
+
+def test_shifted_tables_by_hand():
+    table = np.arange(15.0).reshape(1, 5, 3)  # of a map of 3 x 2
+    shifted = np.asarray(kernels.shifted_tables(table, (3, 2))).reshape(4, 3, 3, 2)
+    np.testing.assert_array_equal(shifted[0, 0], table[0, 2:, 1:])  # a key on the first pixel
+    np.testing.assert_array_equal(shifted[2, 1], table[0, :3, :2])  # on the last
+    np.testing.assert_array_equal(shifted[3, 0], [[0, 0], table[0, 0, 1:], table[0, 1, 1:]])  # one below the map
