@@ -93,7 +93,7 @@ def deformable_attention(
     def attend_by_kernel(queries, tile):
         options = dict(num_heads=num_heads)
         fits = table is not None and table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
-        if fits and points_inside and tile.shape == map_shape and math.prod(map_shape) <= kernels.MAX_SAMPLED_PIXELS:
+        if fits and points_inside and tile.shape == map_shape and kernels.table_fits(table.shape):
             return kernels.deformable_attention(queries, key, value, points=points, table=table, **options)
         tile_bias = None
         if table is not None:

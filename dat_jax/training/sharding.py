@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dat_jax.errors import UserError
-from dat_jax.ops import dispatch
+from dat_jax.ops.dispatch import split_batch
 
 AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**16  # numbers; smaller arrays cost more to gather than they save
@@ -46,7 +46,7 @@ def with_split_kernels(function: Callable, mesh: Mesh) -> Callable:
 
     @functools.wraps(function)
     def split(*arguments):
-        with dispatch.split_batch(mesh, AXES):
+        with split_batch(mesh, AXES):
             return function(*arguments)
 
     return split

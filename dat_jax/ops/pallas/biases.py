@@ -13,7 +13,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from dat_jax.ops.pallas.call import Result, dot
-from dat_jax.ops.pallas.weights import add_point_gradient, load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +103,15 @@ class NoBias:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampledBias:
-    """Bilinear samples, at each key's point, of a map of biases: weights (keys, H * W) times a matrix of each head.
+class TableBias:
+    """Bilinear samples of a table of relative displacements, for keys inside the map.
 
-    ``matrix`` is (M, H * W, queries), its row p being the bias of every query for a key that sits on pixel p exactly.
-    ``points`` is (B, N, 2 * G), (y, x) of group after group, in pixels. See ``hat_weights``.
+    A key at column x blends two columns of shifts of the table: a product of hat weights with ``matrix``, (M, W + 1, L), see
+    ``deformable.shift_columns``; its lanes are rows of W, one for each row of the table. A key at row y takes H of these, from
+    the row that y says, blended with the next. Each key (a sublane) has its own: the lanes are moved by 1, 2, 4, ... rows,
+    in each step those of the keys whose number has that bit.
+
+    ``points`` is (B, N, 2 * G), (y, x) of group after group, in pixels, 0 <= y <= H - 1 and 0 <= x <= W - 1.
     """
 
     map_shape: tuple[int, int]
@@ -122,10 +125,43 @@ class SampledBias:
         """Of loading it for all heads of an example."""
         return 2 * operands[0][0].shape[1] * math.prod(operands[1][0].shape)
 
+    def _position(self, ref, head, axis):
+        at = 2 * (head // self.heads_per_group) + axis
+        return ref[0, :, at : at + 1]  # (N, 1)
+
+    def _rows(self, refs, head):
+        """For each key: how many rows its lanes move as numbers (N, 1) that say yes or no, largest first; its fraction."""
+        y = self._position(refs[0], head, 0)
+        lower = jnp.floor(y)
+        rest = self.map_shape[0] - 1 - lower
+        moves = []
+        for bit in reversed(range(shift_bits(self.map_shape[0]))):
+            moved = rest >= 2**bit
+            rest = jnp.where(moved, rest - 2**bit, rest)
+            moves.append((2**bit * self.map_shape[1], moved))
+        return moves, y - lower
+
+    def _column_weights(self, refs, head):
+        """(N, W + 1) and their derivative by x; on a pixel that to the right."""
+        x = self._position(refs[0], head, 1)
+        lower = jnp.floor(x)
+        column = lax.broadcasted_iota(jnp.int32, (x.shape[0], self.map_shape[1] + 1), 1).astype(x.dtype)
+        left, right = column == lower, column == lower + 1
+        fraction = x - lower
+        zero = 0 * fraction  # NaN for a position that is
+        weights = jnp.where(left, 1 - fraction, zero) + jnp.where(right, fraction, zero)
+        return weights, right.astype(x.dtype) - left.astype(x.dtype)
+
     def load(self, refs, span, head):
         """(keys, queries) of a span and head."""
-        weights = load_weights(refs[0], head // self.heads_per_group, self.map_shape)
-        return dot(weights, refs[1][head], 1, 0, precision=lax.Precision.HIGHEST)
+        weights, _ = self._column_weights(refs, head)
+        moves, fraction = self._rows(refs, head)
+        lines = dot(weights, refs[1][head], 1, 0, precision=lax.Precision.HIGHEST)  # (N, L)
+        width = self.map_shape[1]
+        lines = lines[:, width:] * (1 - fraction) + lines[:, :-width] * fraction
+        for lanes, moved in moves:
+            lines = jnp.where(moved, lines[:, lanes:], lines[:, :-lanes])
+        return lines
 
     def results(self, operands):
         """Of the gradient."""
@@ -143,9 +179,26 @@ class SampledBias:
 
     def add_gradient(self, refs, results, span, head, gradient):
         """``gradient`` is (keys, queries)."""
-        group = head // self.heads_per_group
         highest = lax.Precision.HIGHEST
-        weights = load_weights(refs[0], group, self.map_shape)
-        results[1][head] += dot(weights, gradient, 0, 0, precision=highest)
-        to_weights = dot(gradient, refs[1][head], 1, 1, precision=highest)
-        add_point_gradient(results[0], refs[0], group, self.map_shape, to_weights)
+        weights, slopes = self._column_weights(refs, head)
+        moves, fraction = self._rows(refs, head)
+        keys, width = gradient.shape[0], self.map_shape[1]
+        for lanes, moved in reversed(moves):
+            zeros = jnp.zeros((keys, lanes), gradient.dtype)
+            before, after = jnp.concatenate([zeros, gradient], 1), jnp.concatenate([gradient, zeros], 1)
+            gradient = jnp.where(moved, before, after)
+        lines = dot(weights, refs[1][head], 1, 0, precision=highest)
+        to_fraction = (gradient * (lines[:, :-width] - lines[:, width:])).sum(axis=1, keepdims=True)
+        zeros = jnp.zeros((keys, width), gradient.dtype)
+        upper, lower = gradient * (1 - fraction), gradient * fraction
+        to_lines = jnp.concatenate([zeros, upper], 1) + jnp.concatenate([lower, zeros], 1)
+        results[1][head] += dot(weights, to_lines, 0, 0, precision=highest)
+        to_weights = dot(to_lines, refs[1][head], 1, 1, precision=highest)  # (N, W + 1)
+        at = 2 * (head // self.heads_per_group)
+        results[0][0, :, at : at + 1] += to_fraction
+        results[0][0, :, at + 1 : at + 2] += (to_weights * slopes).sum(axis=1, keepdims=True)
+
+
+def shift_bits(height: int) -> int:
+    """Of the largest number of rows that lanes move, H - 1."""
+    return (height - 1).bit_length()

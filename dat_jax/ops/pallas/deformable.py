@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.ops.pallas import attention
-from dat_jax.ops.pallas.biases import BatchedBias, NoBias, SampledBias
+from dat_jax.ops.pallas.biases import BatchedBias, NoBias, TableBias, shift_bits
 
-# Largest map whose biases are sampled in the kernel: its matrix has a row for each pixel and a column for each query.
-MAX_SAMPLED_PIXELS = 1024
+MAX_MATRIX_BYTES = 12 * 2**20  # of ``shift_columns``: it and its gradient lie in VMEM, each twice
 
 
 def deformable_attention(
@@ -38,9 +37,9 @@ def deformable_attention(
     arrays = (query.reshape(batch, height * width, channels), key, value)
     if table is not None:
         groups = points.shape[1]
-        matrix = shifted_tables(table.astype(points.dtype), (height, width))
+        matrix = shift_columns(table.astype(points.dtype))
         flat = points.swapaxes(1, 2).reshape(batch, -1, 2 * groups)
-        kind, bias_arrays = SampledBias((height + 1, width + 1), num_heads // groups), (flat, matrix)
+        kind, bias_arrays = TableBias((height, width), num_heads // groups), (flat, matrix)
     elif bias is not None:
         kind, bias_arrays = BatchedBias(), (bias,)
     else:
@@ -48,25 +47,31 @@ def deformable_attention(
     return attention.attention(layout, kind, arrays, bias_arrays).reshape(query.shape)
 
 
-def shifted_tables(table: jax.Array, map_shape: tuple[int, int]) -> jax.Array:
-    """The bias of every query for a key on a pixel, for each pixel of a map with one line more below and to the right.
+def table_fits(table_shape: tuple[int, ...]) -> bool:
+    """Whether the kernel can look a table (M, 2 * H - 1, 2 * W - 1) up itself, for a map of H x W."""
+    heads, rows, columns = table_shape
+    height, width = (rows + 1) // 2, (columns + 1) // 2
+    return 4 * heads * (width + 1) * _lines(height) * width <= MAX_MATRIX_BYTES
 
-    A bias is bilinear between these, so that hat weights of the pixels blend it exactly, with its derivative even on the
-    last line of the map.
+
+def _lines(height):
+    """Rows of lanes: those of the table and one before them, and what the largest shift reads after them."""
+    return height + 2 ** shift_bits(height)
+
+
+def shift_columns(table: jax.Array) -> jax.Array:
+    """The columns of queries of a map for a key on each of its columns, and on one more to the right.
+
+    Rows and columns share one axis, along the lanes: with 14 columns there alone a tile would be almost empty.
 
     Args:
       table: (M, 2 * H - 1, 2 * W - 1).
-      map_shape: (H, W).
 
     Returns:
-      (M, (H + 1) * (W + 1), H * W), zero where the table ends.
+      (M, W + 1, L): [m, x, (r, j)] = table[m, r - 1, j - x + W - 1], zero where the table ends.
     """
-    height, width = map_shape
-    padded = jnp.pad(table, ((0, 0), (1, 0), (1, 0)))
+    heads, rows, columns = table.shape
+    height, width = (rows + 1) // 2, (columns + 1) // 2
+    padded = jnp.pad(table, ((0, 0), (1, _lines(height) - 2 * height), (1, 0)))
     shifted = jnp.stack([padded[..., width - x : 2 * width - x] for x in range(width + 1)], axis=1)
-    # Rows and columns of the table in one axis, along the lanes: with 14 columns there a tile would be almost empty, and
-    # stacks of shifted rows moved 440 MB (map of 14 x 14, 8 heads, forward and gradient, compiled for a v5e).
-    shifted = shifted.reshape(table.shape[0], width + 1, 2 * height * width)  # (M, x, (row, j))
-    first = [(height - y) * width for y in range(height + 1)]
-    shifted = jnp.stack([shifted[..., start : start + height * width] for start in first], axis=1)
-    return shifted.reshape(table.shape[0], (height + 1) * (width + 1), height * width)
+    return shifted.reshape(heads, width + 1, -1)

@@ -14,11 +14,11 @@ from dat_jax.ops import deformable_attention as da
 from dat_jax.ops import dispatch, grid_sample, mlp
 from dat_jax.ops import neighborhood_attention as na
 
-CHANNELS, HEADS, SIDE, KEYS = 32, 2, 8, 9
+CHANNELS, HEADS, SIDE, KEYS = 32, 2, 4, 5
 
 
 def everything(x, points, table, neighborhood_table, weights):
-    """Each kernel once, on a map (B, 8, 8, 32)."""
+    """Each kernel once, on a map (B, 4, 4, 32)."""
     options = dict(implementation="pallas")
     sampled = grid_sample.grid_sample(x, points, **options)
     x = da.deformable_attention(

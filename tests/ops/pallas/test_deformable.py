@@ -15,8 +15,6 @@ def make_arguments(map_shape, table_map, heads, groups, keys, *, width=3):
     maps = (2, *map_shape, heads * width), (2, keys, heads * width), (2, keys, heads * width)
     arrays = compare.normal(0, *maps, (heads, *(2 * size - 1 for size in table_map)))
     points = rng.uniform(0, np.asarray(map_shape) - 1, (2, groups, keys, 2))
-    points[0, 0, 0] = np.asarray(map_shape) - 1  # in the last corner exactly, where only the limit from outside is left
-    points[0, 0, 1] = 0
     return *arrays[:3], points, arrays[3]
 
 
@@ -27,6 +25,8 @@ def make_arguments(map_shape, table_map, heads, groups, keys, *, width=3):
         ((4, 5), (4, 5), 2, 1, 3, False),  # given to the kernel
         ((4, 5), (3, 4), 2, 2, 5, True),  # likewise, from a table of another size
         ((7, 1), (7, 1), 3, 3, 9, True),
+        ((1, 6), (1, 6), 1, 1, 2, True),
+        ((9, 2), (9, 2), 2, 1, 4, True),
     ],
 )
 def test_a_table(x64, map_shape, table_map, heads, groups, keys, inside):
@@ -38,6 +38,24 @@ def test_a_table(x64, map_shape, table_map, heads, groups, keys, inside):
 
     plain = functools.partial(attend, implementation="matmul")
     compare.assert_same({"pallas": functools.partial(attend, implementation="pallas")}, plain, *arguments)
+
+
+def test_keys_in_the_corners(x64):
+    """By value: on a pixel the derivative has two limits."""
+    query, key, value, points, table = make_arguments((4, 5), (4, 5), 2, 1, 3)
+    points[0, 0, :2] = [[0, 0], [3, 4]]
+    points[1, 0, :2] = [[0, 4], [3, 0]]
+
+    def attend(*arguments, implementation):
+        query, key, value, points, table = arguments
+        options = dict(num_heads=2, points_inside=True, implementation=implementation)
+        return da.deformable_attention(query, key, value, points=points, table=table, **options)
+
+    arguments = query, key, value, points, table
+    out, wanted = (
+        compare.run(functools.partial(attend, implementation=name), *arguments) for name in ("pallas", "matmul")
+    )
+    np.testing.assert_allclose(out, wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize("batch", [1, 2, None])
@@ -63,9 +81,11 @@ def test_bfloat16():
     compare.assert_close_in_bfloat16(attend, *arguments, tolerance=3e-2, kept=(3, 4))
 
 
-def test_shifted_tables_by_hand():
+def test_shifted_columns_by_hand():
     table = np.arange(15.0).reshape(1, 5, 3)  # of a map of 3 x 2
-    shifted = np.asarray(kernels.shifted_tables(table, (3, 2))).reshape(4, 3, 3, 2)
-    np.testing.assert_array_equal(shifted[0, 0], table[0, 2:, 1:])  # a key on the first pixel
-    np.testing.assert_array_equal(shifted[2, 1], table[0, :3, :2])  # on the last
-    np.testing.assert_array_equal(shifted[3, 0], [[0, 0], table[0, 0, 1:], table[0, 1, 1:]])  # one below the map
+    shifted = np.asarray(kernels.shift_columns(table)).reshape(3, 7, 2)
+    np.testing.assert_array_equal(shifted[0, 1:6], table[0, :, 1:])  # a key in the first column
+    np.testing.assert_array_equal(shifted[1, 1:6], table[0, :, :2])  # in the last
+    np.testing.assert_array_equal(shifted[2, 1:6, 1], table[0, :, 0])  # to the right of the map
+    for outside in (shifted[:, 0], shifted[:, 6], shifted[2, :, 0]):
+        np.testing.assert_array_equal(outside, 0)
