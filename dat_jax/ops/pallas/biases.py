@@ -111,7 +111,8 @@ class TableBias:
     the row that y says, blended with the next. Each key (a sublane) has its own: the lanes are moved by 1, 2, 4, ... rows,
     in each step those of the keys whose number has that bit.
 
-    ``points`` is (B, N, 2 * G), (y, x) of group after group, in pixels, 0 <= y <= H - 1 and 0 <= x <= W - 1.
+    ``points`` is (B, N, 2 * G), (y, x) of group after group, in pixels, 0 <= y <= H - 1 and 0 <= x <= W - 1. On a pixel the
+    derivative is that to the left, which is to the right in the table, as elsewhere.
     """
 
     map_shape: tuple[int, int]
@@ -132,8 +133,8 @@ class TableBias:
     def _rows(self, refs, head):
         """For each key: how many rows its lanes move as numbers (N, 1) that say yes or no, largest first; its fraction."""
         y = self._position(refs[0], head, 0)
-        lower = jnp.floor(y)
-        rest = self.map_shape[0] - 1 - lower
+        lower = jnp.ceil(y) - 1
+        rest = self.map_shape[0] - 2 - lower
         moves = []
         for bit in reversed(range(shift_bits(self.map_shape[0]))):
             moved = rest >= 2**bit
@@ -142,10 +143,10 @@ class TableBias:
         return moves, y - lower
 
     def _column_weights(self, refs, head):
-        """(N, W + 1) and their derivative by x; on a pixel that to the right."""
+        """(N, W + 1), of the columns from -1 on, and their derivative by x."""
         x = self._position(refs[0], head, 1)
-        lower = jnp.floor(x)
-        column = lax.broadcasted_iota(jnp.int32, (x.shape[0], self.map_shape[1] + 1), 1).astype(x.dtype)
+        lower = jnp.ceil(x) - 1
+        column = lax.broadcasted_iota(jnp.int32, (x.shape[0], self.map_shape[1] + 1), 1).astype(x.dtype) - 1
         left, right = column == lower, column == lower + 1
         fraction = x - lower
         zero = 0 * fraction  # NaN for a position that is

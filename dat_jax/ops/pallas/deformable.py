@@ -55,12 +55,12 @@ def table_fits(table_shape: tuple[int, ...]) -> bool:
 
 
 def _lines(height):
-    """Rows of lanes: those of the table and one before them, and what the largest shift reads after them."""
+    """Rows of lanes: those of the table and what the largest shift reads after them."""
     return height + 2 ** shift_bits(height)
 
 
 def shift_columns(table: jax.Array) -> jax.Array:
-    """The columns of queries of a map for a key on each of its columns, and on one more to the right.
+    """The columns of queries of a map for a key on each of its columns, and on one more to the left.
 
     Rows and columns share one axis, along the lanes: with 14 columns there alone a tile would be almost empty.
 
@@ -68,10 +68,10 @@ def shift_columns(table: jax.Array) -> jax.Array:
       table: (M, 2 * H - 1, 2 * W - 1).
 
     Returns:
-      (M, W + 1, L): [m, x, (r, j)] = table[m, r - 1, j - x + W - 1], zero where the table ends.
+      (M, W + 1, L): [m, x + 1, (r, j)] = table[m, r, j - x + W - 1], zero where the table ends.
     """
     heads, rows, columns = table.shape
     height, width = (rows + 1) // 2, (columns + 1) // 2
-    padded = jnp.pad(table, ((0, 0), (1, _lines(height) - 2 * height), (1, 0)))
+    padded = jnp.pad(table, ((0, 0), (0, _lines(height) - rows), (0, 1)))
     shifted = jnp.stack([padded[..., width - x : 2 * width - x] for x in range(width + 1)], axis=1)
     return shifted.reshape(heads, width + 1, -1)
