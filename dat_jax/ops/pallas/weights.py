@@ -8,10 +8,8 @@ def _lines(points_ref, group, map_shape):
     """For rows, then columns: distance of every pixel's line from the line below each point, and the point's fraction."""
     height, width = map_shape
     keys = points_ref.shape[1]
-    pixel = lax.broadcasted_iota(jnp.int32, (keys, height * width), 1)
-    row = jnp.zeros_like(pixel)
-    for first in range(1, height):  # a division of vectors of integers is dear
-        row += (pixel >= first * width).astype(jnp.int32)
+    pixel = lax.broadcasted_iota(jnp.int32, (keys, height * width), 1).astype(jnp.float32)
+    row = jnp.floor((pixel + 0.5) / width)  # a division of integers is dear, and this one exact
     for axis, line in ((0, row), (1, pixel - row * width)):
         position = points_ref[0, :, 2 * group + axis : 2 * group + axis + 1]  # (N, 1)
         lower = jnp.floor(position)
