@@ -70,11 +70,17 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_devices_of_a_mesh_give_what_one_does():
-    arguments = make_arguments(4, jnp.float32)
-    wanted = jax.jit(lambda *a: value_and_gradients(*a))(*arguments)
+    """What is of an example, and what is summed over the batch: the gradient of a table."""
+    x, _, _, table, _ = make_arguments(4, jnp.float32)
+
+    def loss(x, table):
+        options = dict(kernel_size=3, num_heads=HEADS, implementation="pallas")
+        return (na.neighborhood_attention(x, 2 * x, x, table, **options) ** 2).sum()
+
+    wanted = jax.jit(lambda *a: jax.value_and_grad(loss, argnums=(0, 1))(*a))(x, table)
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     with dispatch.split_batch(mesh, ("a", "b")):
-        got = jax.jit(lambda *a: value_and_gradients(*a))(*arguments)
+        got = jax.jit(lambda *a: jax.value_and_grad(loss, argnums=(0, 1))(*a))(x, table)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
