@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
     config.compilation_cache = "auto"
 
     # name: dat_jax.list_models(). dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
-    # Any attribute of dat_jax.DAT may be added, such as remat="blocks" (less memory) and scan_blocks=True (compiles faster).
+    # Any attribute of dat_jax.DAT may be added, such as remat="blocks" (less memory), scan_blocks=True (compiles faster) and
+    # implementation="pallas" (kernels for TPUs, not timed on a device yet).
     config.model = ConfigDict(dict(name="dat_pp_tiny", dtype="auto", drop_path_rate=0.2))
 
     # What is started from where the work directory has no checkpoint: "" is from scratch; else weights that

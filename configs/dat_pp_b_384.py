@@ -15,7 +15,14 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.model = ConfigDict(
-        dict(name="dat_pp_base_384", dtype="auto", drop_path_rate=0.6, remat="blocks", scan_blocks=True)
+        dict(
+            name="dat_pp_base_384",
+            dtype="auto",
+            drop_path_rate=0.6,
+            remat="blocks",
+            scan_blocks=True,
+            implementation="auto",
+        )
     )
     config.init_from = "runs/dat_pp_b"
     config.data.name = "imagenet"

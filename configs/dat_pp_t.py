@@ -14,7 +14,14 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.model = ConfigDict(
-        dict(name="dat_pp_tiny", dtype="auto", drop_path_rate=0.2, remat="blocks", scan_blocks=True)
+        dict(
+            name="dat_pp_tiny",
+            dtype="auto",
+            drop_path_rate=0.2,
+            remat="blocks",
+            scan_blocks=True,
+            implementation="auto",
+        )
     )
     config.data.name = "imagenet"
     config.data.directory = "data/imagenet"

@@ -14,7 +14,9 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.model = ConfigDict(
-        dict(name="dat_small", dtype="auto", drop_path_rate=0.3, remat="blocks", scan_blocks=True)
+        dict(
+            name="dat_small", dtype="auto", drop_path_rate=0.3, remat="blocks", scan_blocks=True, implementation="auto"
+        )
     )
     config.data.name = "imagenet"
     config.data.directory = "data/imagenet"

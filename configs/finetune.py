@@ -16,7 +16,14 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.model = ConfigDict(
-        dict(name="dat_pp_tiny", dtype="auto", drop_path_rate=0.2, remat="blocks", scan_blocks=True)
+        dict(
+            name="dat_pp_tiny",
+            dtype="auto",
+            drop_path_rate=0.2,
+            remat="blocks",
+            scan_blocks=True,
+            implementation="auto",
+        )
     )
     config.init_from = "weights/dat_pp_t"
     config.data.name = "folders"

@@ -193,3 +193,15 @@ def test_the_report_of_a_tpu():
     report = compile_report.compile_report(config, **options, sources=sources)["steps"]["train"]
     assert not report["fits"]
     assert "15.75G" in report["message"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_kernels_in_a_step_of_several_chips():
+    """Each chip runs them on its part of the batch: nothing of it is gathered."""
+    config = tiny_config.get_config(dtype="auto", implementation="pallas", dim_stem=32, dims=(32,))
+    report = compile_report.compile_report(config, topology="v5e:2x2", steps=("train",), top=30)
+    train = report["steps"]["train"]
+    kernels = [row for row in train["top"]["op"] if row["name"] == "custom-call tpu_custom_call"]
+    # Forward and backward of two attentions, a sampling and two MLPs.
+    assert [row["ops"] for row in kernels] == [10]
+    assert set(train["collectives"]) == {"all-reduce"}

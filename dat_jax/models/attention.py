@@ -54,7 +54,7 @@ class DeformableAttention(nn.Module):
     use_offsets: bool
     table_shape: tuple[int, int]
     dtype: Any = jnp.float32
-    implementation: str = "auto"  # "auto" or "plain", of every op inside
+    implementation: str = "auto"  # "auto", "plain" or "pallas", of every op inside
 
     @nn.compact
     def __call__(self, x):
@@ -96,6 +96,7 @@ class DeformableAttention(nn.Module):
             points=points,
             table=table,
             bias=bias,
+            points_inside=self.offset_range_factor < 0,  # then they are clamped
             implementation=self.implementation,
         )
         if self.use_offsets and kind == "dwc":
@@ -107,17 +108,15 @@ class DeformableAttention(nn.Module):
 
     def _predict_positions(self, query):
         """(B, H, W, C) -> (B, G, Hk, Wk, 2). All in float32 or better: a position has to resolve parts of a pixel."""
-        batch, height, width, channels = query.shape
+        channels = query.shape[-1]
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         groups, k, s = self.num_groups, self.offset_kernel, self.key_stride
-        grouped = query.reshape(batch, height, width, groups, channels // groups)
-        grouped = jnp.moveaxis(grouped, 3, 1).reshape(batch * groups, height, width, channels // groups)
         padding = 0 if k == s else k // 2
-        convolve = DepthwiseConv(k, s, padding, dtype=dtype, implementation=self.implementation, name="conv_offset_0")
-        x = convolve(grouped)
+        options = dict(groups=groups, dtype=dtype, implementation=self.implementation)
+        x = DepthwiseConv(k, s, padding, **options, name="conv_offset_0")(query)  # channels stay packed until here
+        x = jnp.moveaxis(x.reshape(*x.shape[:3], groups, channels // groups), 3, 1)  # (B, G, Hk, Wk, C / G)
         x = activation.gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
         offsets = linear(2, channels // groups, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
-        offsets = offsets.reshape(batch, groups, *offsets.shape[1:])
         return deformable_ops.key_positions(offsets, range_factor=self.offset_range_factor)
 
     def _fixed_bias(self, map_shape):

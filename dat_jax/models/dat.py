@@ -217,7 +217,7 @@ class DAT(nn.Module):
       scan_blocks: the repeated blocks of a stage are one loop over their stacked parameters instead of so many copies,
         which compiles faster. Parameters have the same names, results differ by rounding, drop path by its draws.
       dtype: of the computation. Parameters are float32; positions, softmax and statistics float32 or better.
-      implementation: "auto" or "plain", of every op (see ``ops.dispatch``).
+      implementation: "auto" or "plain", of every op, or "pallas", TPU kernels of those that have one (see ``ops.dispatch``).
 
     Raises:
       ValueError: the settings do not fit together, or images have an impossible shape.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.ops import activation, depthwise, normalization
+from dat_jax.ops import mlp as mlp_ops
 
 
 def uniform_init(fan_in: int) -> nn.initializers.Initializer:
@@ -84,19 +85,25 @@ class GeluLinear(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with bias, zero padding ``padding`` (kernel_size // 2 unless given)."""
+    """Depthwise convolution with bias, zero padding ``padding`` (kernel_size // 2 unless given).
+
+    ``groups`` consecutive runs of channels share their kernels and biases, which have as many channels as one run.
+    """
 
     kernel_size: int = 3
     stride: int = 1
     padding: int | None = None
+    groups: int = 1
     dtype: Any = jnp.float32
     implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x):
         init = uniform_init(self.kernel_size**2)
-        kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, 1, x.shape[-1]))
-        bias = self.param("bias", init, (x.shape[-1],))
+        channels = x.shape[-1] // self.groups
+        kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, 1, channels))
+        bias = self.param("bias", init, (channels,))
+        kernel, bias = jnp.tile(kernel, self.groups), jnp.tile(bias, self.groups)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         out = depthwise.depthwise_conv(
             x,
@@ -135,6 +142,18 @@ class LayerScale(nn.Module):
         return x * scale.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
+class Affine(nn.Module):
+    """Kernel and bias of a layer, named and initialised as those of ``linear`` and ``DepthwiseConv``."""
+
+    kernel_shape: tuple[int, ...]
+    fan_in: int
+
+    @nn.compact
+    def __call__(self):
+        init = uniform_init(self.fan_in)
+        return self.param("kernel", init, self.kernel_shape), self.param("bias", init, self.kernel_shape[-1:])
+
+
 class Mlp(nn.Module):
     """Linear, (a depthwise 3 x 3 convolution added,) GELU, linear; ``expansion`` times as wide inside."""
 
@@ -146,6 +165,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels, hidden = x.shape[-1], self.expansion * x.shape[-1]
+        if self.depthwise and mlp_ops.chooses_kernel(x.shape, hidden, self.implementation):
+            linear1 = Affine((channels, hidden), channels, name="linear1")()
+            convolution = Affine((3, 3, 1, hidden), 9, name="dwc")()
+            linear2 = Affine((hidden, channels), hidden, name="linear2")()
+            x = x.astype(self.dtype)
+            return mlp_ops.conv_mlp(x, *linear1, *convolution, *linear2, implementation=self.implementation)
         x = linear(hidden, channels, name="linear1", dtype=self.dtype)(x)
         if self.depthwise:
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x)

@@ -73,7 +73,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) 
     """
     exponentials, total = _exponentials(query, key, bias)
     # Divided after the product: D numbers a query instead of Nk. On CPU the whole is then one loop that writes no weights.
-    product = jnp.einsum("...qk,...kd->...qd", exponentials.astype(value.dtype), value, preferred_element_type=total.dtype)
+    product = jnp.einsum(
+        "...qk,...kd->...qd", exponentials.astype(value.dtype), value, preferred_element_type=total.dtype
+    )
     return (product / total).astype(value.dtype)
 
 

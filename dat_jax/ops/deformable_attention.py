@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dat_jax.ops import attention, dispatch, position_bias
+from dat_jax.ops.pallas import deformable as kernels
 
 
 def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int) -> tuple[int, int]:
@@ -56,6 +57,7 @@ def deformable_attention(
     points: jax.Array | None = None,
     table: jax.Array | None = None,
     bias: jax.Array | None = None,
+    points_inside: bool = False,
     implementation: str = "auto",
     tile_shape: tuple[int, int] | None = None,
 ) -> jax.Array:
@@ -71,7 +73,8 @@ def deformable_attention(
       points: (B, G, N, 2), key positions (y, x) in pixels of the map; needed with ``table``.
       table: (M, 2 * H0 - 1, 2 * W0 - 1) position bias table, see ``position_bias.table_position_bias``.
       bias: (B | 1, M, H * W, N), a bias of another kind.
-      implementation: of the table's lookup.
+      points_inside: no point lies outside the map, which "pallas" makes use of.
+      implementation: of the table's lookup; or "pallas", a kernel for TPUs that does all of it. See ``dispatch``.
       tile_shape: (height, width) of the tiles of queries, the map's own for one. Unless given ``dispatch`` chooses.
 
     Returns:
@@ -85,8 +88,23 @@ def deformable_attention(
     if table is not None and (bias is not None or points is None):
         raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
     map_shape = query.shape[1:3]
+    by_kernel = dispatch.choose("deformable_attention", _of_attention(implementation), map_shape=map_shape) == "pallas"
+
+    def attend_by_kernel(queries, tile):
+        options = dict(num_heads=num_heads)
+        fits = table is not None and table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
+        if fits and points_inside and tile.shape == map_shape and kernels.table_fits(table.shape):
+            return kernels.deformable_attention(queries, key, value, points=points, table=table, **options)
+        tile_bias = None
+        if table is not None:
+            tile_bias = position_bias.table_position_bias_by_key(table, points, map_shape=map_shape, tile=tile)
+        elif bias is not None:
+            tile_bias = jnp.broadcast_to(bias, (queries.shape[0], *bias.shape[1:])).swapaxes(2, 3)
+        return kernels.deformable_attention(queries, key, value, bias=tile_bias, **options)
 
     def attend(queries, tile):  # (B, tile height, tile width, C)
+        if by_kernel:
+            return attend_by_kernel(queries, tile)
         tile_bias = bias
         if table is not None:
             tile_bias = position_bias.table_position_bias(
@@ -101,6 +119,11 @@ def deformable_attention(
     if bias is not None or tile_shape == map_shape:
         return attend(query, position_bias.Tile((0, 0), map_shape))
     return _map_tiles(attend, query, tile_shape)
+
+
+def _of_attention(implementation):
+    """The attention's own, where a name is one of the table's lookup."""
+    return implementation if implementation in dispatch.IMPLEMENTATIONS["deformable_attention"] else "auto"
 
 
 def _map_tiles(function, x, tile_shape):

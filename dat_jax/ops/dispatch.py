@@ -1,28 +1,37 @@
 """The one place that chooses between the exact algorithms of an op, by platform and size.
 
 Every op with several algorithms takes ``implementation=``: the name of one of them, "auto" for the fastest known on this
-platform, or "plain" for the obvious one that the others are tested against.
+platform, or "plain" for the obvious one that the others are tested against. "pallas" is the kernel for TPUs of the ops
+that have one, and "auto" for the others and for maps that are too large for VMEM. No kernel has run on a device yet, so
+that "auto" takes none.
 """
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 IMPLEMENTATIONS = {
-    "grid_sample": ("matmul", "gather", "map_coordinates"),
+    "grid_sample": ("matmul", "gather", "map_coordinates", "pallas"),
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
-    "neighborhood_attention": ("tiles", "dense", "gather"),
+    "neighborhood_attention": ("tiles", "dense", "gather", "pallas"),
+    "deformable_attention": ("products", "pallas"),
+    "conv_mlp": ("products", "pallas"),
     "depthwise_conv": ("shifts", "conv"),
 }
 PLAIN = {
     "grid_sample": "map_coordinates",
     "position_bias": "gather",
     "neighborhood_attention": "gather",
+    "deformable_attention": "products",
+    "conv_mlp": "products",
     "depthwise_conv": "conv",
 }
 
+_KERNEL_PIXELS = 4096  # of the largest map that kernels take, an example of which lies in VMEM whole
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
 
@@ -45,18 +54,60 @@ def compiling_for(platform: str) -> Iterator[None]:
         _PLATFORM.reset(token)
 
 
+_INTERPRET = contextvars.ContextVar("interpret", default=False)
+
+
+def interprets_kernels() -> bool:
+    """Whether Pallas kernels are run step by step by jax, on any platform."""
+    return _INTERPRET.get()
+
+
+@contextlib.contextmanager
+def interpreted_kernels() -> Iterator[None]:
+    """Kernels that are traced within are interpreted: slow, for tests on a machine without a TPU."""
+    token = _INTERPRET.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRET.reset(token)
+
+
+_BATCH_SPLIT = contextvars.ContextVar("batch_split", default=(None, ()))
+
+
+def batch_split() -> tuple[Any, tuple[str, ...]]:
+    """(mesh, its axes that split the batch), or (None, ()) on one device or unless ``split_batch`` says."""
+    return _BATCH_SPLIT.get()
+
+
+@contextlib.contextmanager
+def split_batch(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Iterator[None]:
+    """Kernels that are traced within are run by each device on its own part of the batch.
+
+    The partitioner does not know what a kernel does and would gather the batch for it. Batches have to be multiples of
+    the product of the axes.
+    """
+    token = _BATCH_SPLIT.set((mesh, tuple(axes)) if mesh.size > 1 else (None, ()))
+    try:
+        yield
+    finally:
+        _BATCH_SPLIT.reset(token)
+
+
 def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fits: bool = False) -> str:
     """Name of the algorithm to run.
 
     Args:
       op: a key of ``IMPLEMENTATIONS``.
-      implementation: "auto", "plain" or an algorithm of the op.
+      implementation: "auto", "plain", "pallas" or an algorithm of the op.
       map_shape: (H, W) of the map that the op works on.
       table_fits: of "position_bias", whether the table was made for this map size.
 
     Raises:
       ValueError: the op has no such implementation.
     """
+    if implementation == "pallas" and not ("pallas" in IMPLEMENTATIONS[op] and math.prod(map_shape) <= _KERNEL_PIXELS):
+        implementation = "auto"
     if implementation == "auto":
         return _fastest(op, map_shape, table_fits)
     if implementation == "plain":
@@ -72,6 +123,8 @@ def _fastest(op, map_shape, table_fits):
     cpu = target_platform() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts
+    if op in ("deformable_attention", "conv_mlp"):
+        return "products"
     if op == "position_bias":
         return "slice" if cpu and table_fits else "matmul"
     if op == "neighborhood_attention":

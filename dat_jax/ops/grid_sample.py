@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dat_jax.ops import dispatch
+from dat_jax.ops.pallas import sampling as kernels
 
 
 def to_pixels(points: jax.Array, map_shape: tuple[int, int]) -> jax.Array:
@@ -58,8 +59,8 @@ def grid_sample(features: jax.Array, points: jax.Array, *, implementation: str =
       features: (B, H, W, C) float. Channels are split into G consecutive groups of C / G.
       points: (B, G, N, 2) float, (y, x) in pixels, any real value. Kept in float32 or better.
       implementation: "gather" reads four neighbours a point; "matmul" multiplies with a (N, H * W) matrix of
-        hat weights, without a gather or a scatter in either direction; "map_coordinates" is
-        ``jax.scipy.ndimage.map_coordinates`` with order 1, the plain reference. See ``dispatch``.
+        hat weights, without a gather or a scatter in either direction; "pallas" does that in a kernel for TPUs;
+        "map_coordinates" is ``jax.scipy.ndimage.map_coordinates`` with order 1, the plain reference. See ``dispatch``.
 
     Returns:
       (B, N, C), of the dtype of ``features``.
@@ -77,9 +78,12 @@ def grid_sample(features: jax.Array, points: jax.Array, *, implementation: str =
             f"got points of shape {points.shape}."
         )
     points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+    implementation = dispatch.choose("grid_sample", implementation, map_shape=(height, width))
+    if implementation == "pallas":
+        return kernels.grid_sample(features, points)
     grouped = features.reshape(batch, height, width, groups, channels // groups)
     samplers = {"gather": _sample_gather, "matmul": _sample_matmul, "map_coordinates": _sample_map_coordinates}
-    sampled = samplers[dispatch.choose("grid_sample", implementation, map_shape=(height, width))](grouped, points)
+    sampled = samplers[implementation](grouped, points)
     return sampled.reshape(batch, points.shape[2], channels).astype(features.dtype)
 
 

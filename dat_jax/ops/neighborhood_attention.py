@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.ops import attention, dispatch
+from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
 
 
 def neighborhood_attention(
@@ -31,6 +32,7 @@ def neighborhood_attention(
       num_heads: M.
       implementation: "gather" reads K * K keys per query, the plain reference. "tiles" takes tiles of queries against
         the one halo of keys that holds all their windows: dense products with a static mask. "dense" is one tile.
+        "pallas" is a kernel for TPUs.
         See ``dispatch``.
 
     Returns:
@@ -50,6 +52,8 @@ def neighborhood_attention(
     implementation = dispatch.choose("neighborhood_attention", implementation, map_shape=(height, width))
     if implementation == "gather":
         return _gathered(query, key, value, table, kernel_size, num_heads)
+    if implementation == "pallas":
+        return _by_kernel(query, key, value, table, kernel_size, num_heads)
     dense = implementation == "dense"
     tile = (height, width) if dense else (_tile_side(height), _tile_side(width))
     return _tiled(query, key, value, table, kernel_size, num_heads, tile)
@@ -125,7 +129,9 @@ def _tiled(query, key, value, table, kernel_size, num_heads, tile):
 
         bias = _tile_bias(table, index[None], column_index)  # (1, tile columns, M, queries, keys)
         queries = queries.reshape(batch, tile_columns, num_heads, tile[0] * tile[1], -1)
-        out = attention.attend(queries, halos(keys), halos(values), bias.astype(jnp.promote_types(table.dtype, "float32")))
+        out = attention.attend(
+            queries, halos(keys), halos(values), bias.astype(jnp.promote_types(table.dtype, "float32"))
+        )
         out = out.reshape(batch, tile_columns, num_heads, *tile, -1).transpose(0, 3, 1, 4, 2, 5)
         return out.reshape(batch, tile[0], tile_columns * tile[1], channels)
 
@@ -133,9 +139,24 @@ def _tiled(query, key, value, table, kernel_size, num_heads, tile):
     # What one row of tiles needs is kept for none of them: the halos hold every key three to four times.
     attend_row = jax.checkpoint(attend_row, policy=attention.KEEP_RESULTS)
     # One row after the other on CPU, where fresh memory is what costs: half a second a GiB.
-    over_rows = functools.partial(jax.lax.map, attend_row) if dispatch.target_platform() == "cpu" else jax.vmap(attend_row)
+    over_rows = (
+        functools.partial(jax.lax.map, attend_row) if dispatch.target_platform() == "cpu" else jax.vmap(attend_row)
+    )
     out = jnp.moveaxis(over_rows(rows), 0, 1)
     return out.reshape(batch, tile_rows * tile[0], tile_columns * tile[1], channels)[:, :height, :width]
+
+
+def _by_kernel(query, key, value, table, kernel_size, num_heads):
+    height, width = query.shape[1:3]
+    rows = pallas_neighborhood.choose_rows((height, width), kernel_size)
+    return pallas_neighborhood.neighborhood_attention(
+        # Where they were split from one projection the compiler takes that, in both directions.
+        jnp.concatenate([query, key, value], axis=-1),
+        table,
+        row_tiles=_tile_line(height, rows, kernel_size),
+        column_tile=_tile_line(width, width, kernel_size)[1][0],
+        num_heads=num_heads,
+    )
 
 
 def _tile_bias(table, row_index, column_index):
@@ -145,7 +166,10 @@ def _tile_bias(table, row_index, column_index):
     backward pass.
     """
     pixels = jnp.arange(table.shape[1])
-    rows, columns = ((index[..., None] == pixels.reshape((1,) * index.ndim + (-1,))).astype(table.dtype) for index in (row_index, column_index))
+    rows, columns = (
+        (index[..., None] == pixels.reshape((1,) * index.ndim + (-1,))).astype(table.dtype)
+        for index in (row_index, column_index)
+    )
     highest = jax.lax.Precision.HIGHEST
     bias = jnp.einsum("aiku,muv->amikv", rows, table, precision=highest)
     bias = jnp.einsum("amikv,bjlv->abmijkl", bias, columns, precision=highest)

@@ -50,7 +50,11 @@ def _backward(_, residuals, gradient):
     along = (scaled * normalized).mean(axis=-1, keepdims=True)
     to_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - normalized * along)
     to_scale = reduction.sum_over_positions(gradient * normalized)
-    return to_x.astype(x.dtype), to_scale.astype(scale.dtype), reduction.sum_over_positions(gradient).astype(scale.dtype)
+    return (
+        to_x.astype(x.dtype),
+        to_scale.astype(scale.dtype),
+        reduction.sum_over_positions(gradient).astype(scale.dtype),
+    )
 
 
 layer_norm.defvjp(_forward, _backward)

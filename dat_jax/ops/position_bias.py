@@ -138,6 +138,21 @@ def _bias_slice(table, points, map_shape, tile):
     return windows.reshape(batch, heads, height * width, keys)
 
 
+def table_position_bias_by_key(
+    table: jax.Array, points: jax.Array, *, map_shape: tuple[int, int], tile: Tile
+) -> jax.Array:
+    """``table_position_bias`` with "matmul", laid out for the kernels of TPUs: (B, M, N, H * W), queries last."""
+    dtype = jnp.promote_types(points.dtype, jnp.float32)
+    points, table = points.astype(dtype), table.astype(dtype)
+    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
+    rows = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 0), table.shape[1])
+    columns = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 1), table.shape[2])
+    grouped = table.reshape(groups, -1, *table.shape[1:])
+    lines = jnp.einsum("bgnit,gmtu->bgmniu", rows, grouped, precision=lax.Precision.HIGHEST)
+    bias = jnp.einsum("bgmniu,bgnju->bgmnij", lines, columns, precision=lax.Precision.HIGHEST)
+    return bias.reshape(batch, table.shape[0], keys, height * width)
+
+
 def log_displacements(points: jax.Array, *, map_shape: tuple[int, int]) -> jax.Array:
     """Log-spaced displacements of every (query, key) pair, the input of the log-CPB network.
 

@@ -97,6 +97,11 @@ def make_run(
     optimizer = make_optimizer(schedule, **config.optimizer.to_dict())
     try:
         task = _make_task(config, classes=len(train_source.class_names))
+        task = dataclasses.replace(
+            task,
+            loss=sharding.with_split_kernels(task.loss, mesh),
+            predict=sharding.with_split_kernels(task.predict, mesh),
+        )
         abstract = jax.eval_shape(_init_function(config, task, optimizer), jax.random.key(0))
     except (ValueError, TypeError) as error:  # settings that do not fit together, or images that the model cannot take
         raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error

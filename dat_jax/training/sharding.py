@@ -3,7 +3,8 @@
 Axes: "data" splits the batch; "fsdp" splits the batch too, and large parameters with their optimizer state.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dat_jax.errors import UserError
+from dat_jax.ops.dispatch import split_batch
 
 AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**16  # numbers; smaller arrays cost more to gather than they save
@@ -37,6 +39,17 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = No
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of an array whose first axis is the batch."""
     return NamedSharding(mesh, P(AXES))
+
+
+def with_split_kernels(function: Callable, mesh: Mesh) -> Callable:
+    """The function, its kernels run by each device on its part of the batch."""
+
+    @functools.wraps(function)
+    def split(*arguments):
+        with split_batch(mesh, AXES):
+            return function(*arguments)
+
+    return split
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

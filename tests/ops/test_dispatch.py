@@ -38,6 +38,8 @@ def test_on_this_cpu_the_measured_choices_are_taken():
         "grid_sample": "matmul",
         "position_bias": "slice",
         "neighborhood_attention": "tiles",
+        "deformable_attention": "products",
+        "conv_mlp": "products",
         "depthwise_conv": "shifts",
     }
     assert dispatch.choose("neighborhood_attention", "auto", map_shape=(16, 7)) == "dense"

@@ -1,0 +1,204 @@
+"""Multi-head attention whose scores never leave the chip: a kernel for the forward and one for the backward pass.
+
+One grid step is one image. Its queries, keys and values lie in VMEM whole, channels packed; heads are split there, and the
+queries of a head are taken in spans, each against a run of keys. Scores are (keys, queries): queries lie along the 128
+lanes, where a map of 14 x 14 or more wastes little, and keys along the 8 sublanes, where 49 of them do. All keys of a query
+are there at once, so softmax needs no second pass and the backward pass computes the weights again from its inputs.
+
+The bias comes from a ``Bias``: an array, shared by the batch or not, or the product of sampling weights and a dense
+matrix, which is then never written anywhere.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from dat_jax.ops.pallas.call import Result, batched_call, dot
+
+
+class Span(NamedTuple):
+    """Queries from ``query``, so many, that attend to the keys from ``key``, so many, with bias number ``bias``."""
+
+    query: int
+    queries: int
+    key: int
+    keys: int
+    bias: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is static of a call.
+
+    Attributes:
+      num_heads: M.
+      channels: C; heads consecutive.
+      spans: that cover all queries.
+      columns: first channel of query, key and value in their arrays.
+      packed: query, key and value are one array.
+    """
+
+    num_heads: int
+    channels: int
+    spans: tuple[Span, ...]
+    columns: tuple[int, int, int] = (0, 0, 0)
+    packed: bool = False
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.channels // self.num_heads
+
+    @property
+    def scale(self) -> float:
+        """Of the logits."""
+        return 1 / math.sqrt(self.width)
+
+    @property
+    def pairs(self) -> int:
+        """Of heads, queries and keys whose scores are computed for an example."""
+        return self.num_heads * sum(span.queries * span.keys for span in self.spans)
+
+    def head(self, index: int) -> slice:
+        """Channels of a head."""
+        return slice(index * self.width, (index + 1) * self.width)
+
+
+def _rows(span_first, count):
+    return slice(span_first, span_first + count)
+
+
+def _load_span(refs, layout, span):
+    """Query transposed (C, Q), key and value (K, C) of a span."""
+    (q_ref, k_ref, v_ref), columns = refs, [slice(c, c + layout.channels) for c in layout.columns]
+    queries, keys = _rows(span.query, span.queries), _rows(span.key, span.keys)
+    return q_ref[0, queries, columns[0]].T, k_ref[0, keys, columns[1]], v_ref[0, keys, columns[2]]
+
+
+def _weights(key, query_t, bias, scale):
+    """Softmax over the keys: numerators (K, Q) and what divides them (1, Q)."""
+    logits = dot(key, query_t, 1, 0) * scale + bias
+    numerators = jnp.exp(logits - logits.max(axis=0, keepdims=True))
+    return numerators, numerators.sum(axis=0, keepdims=True)
+
+
+def _forward_kernel(layout, bias, operands, *refs):
+    inputs, rest = refs[:operands], refs[operands:]
+    count = 1 if layout.packed else 3
+    qkv, bias_refs, out_ref = inputs[:count] * (3 // count), inputs[count:], rest[0]
+    for span in layout.spans:
+        query_t, key, value = _load_span(qkv, layout, span)
+        value_t = value.T
+        outs = []
+        for head in range(layout.num_heads):
+            at = layout.head(head)
+            weights, total = _weights(key[:, at], query_t[at], bias.load(bias_refs, span, head), layout.scale)
+            outs.append(dot(value_t[at], weights.astype(value.dtype), 1, 0) / total)  # (D, Q)
+        out_ref[0, _rows(span.query, span.queries)] = jnp.concatenate(outs).T.astype(out_ref.dtype)
+
+
+def _backward_kernel(layout, bias, operands, *refs):
+    inputs, rest = refs[:operands], refs[operands:]
+    count = 1 if layout.packed else 3
+    qkv, bias_refs, out_gradient = inputs[:count] * (3 // count), inputs[count:-1], inputs[-1]
+    results, bias_results, sums = rest[:count] * (3 // count), rest[count:-1], rest[-1]
+    bias.start(bias_results)
+    sums[...] = jnp.zeros_like(sums)
+    columns = [slice(c, c + layout.channels) for c in layout.columns]
+    for span in layout.spans:
+        query_t, key, value = _load_span(qkv, layout, span)
+        gradient_t = out_gradient[0, _rows(span.query, span.queries)].T
+        key_t = key.T
+        to_query, to_key, to_value = [], [], []
+        for head in range(layout.num_heads):
+            at = layout.head(head)
+            weights, total = _weights(key[:, at], query_t[at], bias.load(bias_refs, span, head), layout.scale)
+            weights = weights / total
+            to_value.append(dot(gradient_t[at], weights.astype(value.dtype), 1, 1))  # (D, K)
+            to_weights = dot(value[:, at], gradient_t[at], 1, 0)
+            to_logits = weights * (to_weights - (weights * to_weights).sum(axis=0, keepdims=True))
+            bias.add_gradient(bias_refs, bias_results, span, head, to_logits)
+            to_products = (to_logits * layout.scale).astype(value.dtype)
+            to_query.append(dot(key_t[at], to_products, 1, 0))  # (D, Q)
+            to_key.append(dot(query_t[at], to_products, 1, 1))  # (D, K)
+        queries, keys = _rows(span.query, span.queries), _rows(span.key, span.keys)
+        results[0][0, queries, columns[0]] = jnp.concatenate(to_query).T.astype(results[0].dtype)
+        sums[0, keys] += jnp.concatenate(to_key).T
+        sums[1, keys] += jnp.concatenate(to_value).T
+    for index in (1, 2):
+        results[index][0, :, columns[index]] = sums[index - 1].astype(results[index].dtype)
+
+
+def attention(layout: Layout, bias, arrays: tuple[jax.Array, ...], bias_arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias) v of a batch of packed arrays.
+
+    Args:
+      layout: see there.
+      bias: one of the kinds above, with its arrays in ``bias_arrays``, float32.
+      arrays: query (B, Q, C), key and value (B, K, C), of one dtype; or one array that holds all three side by side.
+
+    Returns:
+      (B, Q, C), of their dtype. Logits and softmax are float32 or better.
+
+    Raises:
+      ValueError: see ``call.batched_call``.
+    """
+    return _attention(layout, bias, arrays, bias_arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(layout, bias, arrays, bias_arrays):
+    return _run_forward(layout, bias, arrays, bias_arrays)
+
+
+def _attention_forward(layout, bias, arrays, bias_arrays):
+    return _run_forward(layout, bias, arrays, bias_arrays), (arrays, bias_arrays)
+
+
+def _run_forward(layout, bias, arrays, bias_arrays):
+    operands = [*((x, True) for x in arrays), *bias.operands(*bias_arrays)]
+    pairs = layout.pairs
+    (out,) = batched_call(
+        functools.partial(_forward_kernel, layout, bias, len(operands)),
+        operands,
+        [Result((*arrays[0].shape[:2], layout.channels), arrays[0].dtype, batched=True)],
+        flops=4 * layout.width * pairs + bias.flops(operands),
+        exponentials=pairs,
+        work_bytes=_work_bytes(layout, arrays[0].dtype),
+        name="attention_forward",
+    )
+    return out
+
+
+def _attention_backward(layout, bias, residuals, gradient):
+    arrays, bias_arrays = residuals
+    bias_operands = bias.operands(*bias_arrays)
+    operands = [*((x, True) for x in arrays), *bias_operands, (gradient, True)]
+    results = [*(Result(x.shape, x.dtype, batched=True) for x in arrays), *bias.results(bias_operands)]
+    dtype = jnp.promote_types(arrays[0].dtype, jnp.float32)
+    gradients = batched_call(
+        functools.partial(_backward_kernel, layout, bias, len(operands)),
+        operands,
+        results,
+        flops=10 * layout.width * layout.pairs + 3 * bias.flops(bias_operands),
+        exponentials=layout.pairs,
+        work_bytes=_work_bytes(layout, arrays[0].dtype),
+        name="attention_backward",
+        scratch=[pltpu.VMEM((2, arrays[-1].shape[1], layout.channels), dtype)],
+    )
+    return tuple(gradients[: len(arrays)]), tuple(gradients[len(arrays) :])
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _work_bytes(layout: Layout, dtype) -> int:
+    """Scores and three more arrays of their size, of the largest span; a few copies of the channels."""
+    scores = max(math.ceil(s.keys / 8) * 8 * math.ceil(s.queries / 128) * 128 for s in layout.spans)
+    rows = max(max(s.keys, s.queries) for s in layout.spans)
+    return 4 * (4 * scores + 8 * rows * max(layout.channels, 128))

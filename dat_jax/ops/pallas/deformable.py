@@ -1,0 +1,77 @@
+"""Deformable attention by the kernels of ``attention``."""
+
+import jax
+import jax.numpy as jnp
+
+from dat_jax.ops.pallas import attention
+from dat_jax.ops.pallas.biases import BatchedBias, NoBias, TableBias, shift_bits
+
+MAX_MATRIX_BYTES = 12 * 2**20  # of ``shift_columns``: it and its gradient lie in VMEM, each twice
+
+
+def deformable_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    num_heads: int,
+    bias: jax.Array | None = None,
+    points: jax.Array | None = None,
+    table: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of every pixel to the N sampled keys.
+
+    Args:
+      query: (B, H, W, C).
+      key, value: (B, N, C).
+      num_heads: M.
+      bias: (B, M, N, H * W), or none; or else points and table:
+      points: (B, G, N, 2), (y, x) in pixels, all inside the map.
+      table: (M, 2 * H - 1, 2 * W - 1).
+
+    Returns:
+      (B, H, W, C).
+    """
+    batch, height, width, channels = query.shape
+    layout = attention.Layout(num_heads, channels, (attention.Span(0, height * width, 0, key.shape[1]),))
+    arrays = (query.reshape(batch, height * width, channels), key, value)
+    if table is not None:
+        groups = points.shape[1]
+        matrix = shift_columns(table.astype(points.dtype))
+        flat = points.swapaxes(1, 2).reshape(batch, -1, 2 * groups)
+        kind, bias_arrays = TableBias((height, width), num_heads // groups), (flat, matrix)
+    elif bias is not None:
+        kind, bias_arrays = BatchedBias(), (bias,)
+    else:
+        kind, bias_arrays = NoBias(), ()
+    return attention.attention(layout, kind, arrays, bias_arrays).reshape(query.shape)
+
+
+def table_fits(table_shape: tuple[int, ...]) -> bool:
+    """Whether the kernel can look a table (M, 2 * H - 1, 2 * W - 1) up itself, for a map of H x W."""
+    heads, rows, columns = table_shape
+    height, width = (rows + 1) // 2, (columns + 1) // 2
+    return 4 * heads * (width + 1) * _lines(height) * width <= MAX_MATRIX_BYTES
+
+
+def _lines(height):
+    """Rows of lanes: those of the table and what the largest shift reads after them."""
+    return height + 2 ** shift_bits(height)
+
+
+def shift_columns(table: jax.Array) -> jax.Array:
+    """The columns of queries of a map for a key on each of its columns, and on one more to the left.
+
+    Rows and columns share one axis, along the lanes: with 14 columns there alone a tile would be almost empty.
+
+    Args:
+      table: (M, 2 * H - 1, 2 * W - 1).
+
+    Returns:
+      (M, W + 1, L): [m, x + 1, (r, j)] = table[m, r, j - x + W - 1], zero where the table ends.
+    """
+    heads, rows, columns = table.shape
+    height, width = (rows + 1) // 2, (columns + 1) // 2
+    padded = jnp.pad(table, ((0, 0), (0, _lines(height) - rows), (0, 1)))
+    shifted = jnp.stack([padded[..., width - x : 2 * width - x] for x in range(width + 1)], axis=1)
+    return shifted.reshape(heads, width + 1, -1)

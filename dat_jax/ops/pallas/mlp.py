@@ -1,0 +1,194 @@
+"""The MLP with a depthwise convolution inside; its hidden map, four times as wide, never leaves the chip.
+
+One grid step is one image; a loop takes its hidden channels in runs of 128, the lanes of a register. The shifts of the
+convolution are reads of a map that lies flat, (H * W, 128), between zeros: a neighbour below is W rows on. Where that
+would reach around the end of a row, a copy without the last or the first column is read. The backward pass computes the
+hidden map again.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dat_jax.ops.pallas.call import Result, batched_call, dot
+
+MAX_WEIGHTS = 2_500_000  # C * E: they and their float32 gradients lie in VMEM, each twice
+_LANES = 128
+_TAPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+
+
+class Parameters(NamedTuple):
+    """kernel1 (C, E), bias1 (1, E), taps (9, E), taps_bias (1, E), kernel2 (E, C), bias2 (1, C); E the hidden width."""
+
+    kernel1: jax.Array
+    bias1: jax.Array
+    taps: jax.Array
+    taps_bias: jax.Array
+    kernel2: jax.Array
+    bias2: jax.Array
+
+
+def conv_mlp(x: jax.Array, parameters: Parameters) -> jax.Array:
+    """See ``ops.mlp``.
+
+    Args:
+      x: (B, H, W, C).
+      parameters: the kernels of the products of the dtype of ``x``, all others float32 or better.
+
+    Returns:
+      (B, H, W, C).
+    """
+    batch, height, width, channels = x.shape
+    return _mlp(width, x.reshape(batch, height * width, channels), parameters).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlp(width, x, parameters):
+    return _run_forward(width, x, parameters)
+
+
+def _mlp_forward(width, x, parameters):
+    return _run_forward(width, x, parameters), (x, parameters)
+
+
+def _run_forward(width, x, parameters):
+    operands = [(x, True), *((p, False) for p in parameters)]
+    return _call(_forward_kernel, width, operands, [Result(x.shape, x.dtype, True)], products=2, copies=1)[0]
+
+
+def _mlp_backward(width, residuals, gradient):
+    x, parameters = residuals
+    operands = [(x, True), *((p, False) for p in parameters), (gradient, True)]
+    dtype = parameters.bias1.dtype  # sums over the batch
+    results = [Result(x.shape, x.dtype, True), *(Result(p.shape, dtype, False) for p in parameters)]
+    to_x, *to_parameters = _call(_backward_kernel, width, operands, results, products=5, copies=2)
+    casts = (g.astype(p.dtype) for g, p in zip(to_parameters, parameters, strict=True))
+    return to_x, Parameters(*casts)
+
+
+_mlp.defvjp(_mlp_forward, _mlp_backward)
+
+
+def _call(kernel, width, operands, results, *, products, copies):
+    x, hidden = operands[0][0], operands[1][0].shape[1]
+    (_, pixels, channels), dtype = x.shape, operands[2][0].dtype
+    run = _LANES if hidden % _LANES == 0 else hidden
+    rows = pixels + 2 * _border(width)
+    itemsize = jnp.dtype(dtype).itemsize
+    return batched_call(
+        functools.partial(kernel, width, run),
+        operands,
+        results,
+        flops=pixels * hidden * (2 * products * channels + 18 * (3 * copies - 2)),
+        exponentials=copies * pixels * hidden,
+        work_bytes=itemsize * pixels * (12 * max(run, _LANES) + 3 * max(channels, _LANES))
+        + 3 * copies * itemsize * rows * max(run, _LANES),
+        name=f"mlp{kernel.__name__.removesuffix('_kernel')}",
+        scratch=[pltpu.VMEM((3, rows, run), dtype)] * copies + [pltpu.VMEM((pixels, channels), dtype)],
+    )
+
+
+def _border(width: int) -> int:
+    """Rows of zeros before and after the map: at least width + 1, of whole registers."""
+    return math.ceil((width + 1) / 8) * 8
+
+
+def _clear_borders(ref, width, pixels):
+    border = _border(width)
+    for copy in range(3):
+        ref[copy, :border] = jnp.zeros((border, ref.shape[2]), ref.dtype)
+        ref[copy, border + pixels :] = jnp.zeros((border, ref.shape[2]), ref.dtype)
+
+
+def _store_map(ref, width, values):
+    """The map, and before and after it its copies without the last and the first column."""
+    pixels, border = values.shape[0], _border(width)
+    index = lax.broadcasted_iota(jnp.int32, values.shape, 0).astype(jnp.float32)
+    column = index - jnp.floor((index + 0.5) / width) * width  # a division of integers is dear
+    for copy, kept in enumerate((column < width - 1, None, column > 0)):
+        ref[copy, border : border + pixels] = values if kept is None else jnp.where(kept, values, 0)
+
+
+def _neighbors(ref, width, pixels):
+    """What each tap reads: for every pixel its neighbour there, zero outside the map."""
+    for dy, dx in _TAPS:
+        first = _border(width) + dy * width + dx
+        yield ref[dx + 1, first : first + pixels]
+
+
+def _hidden(x_ref, kernel1, bias1, taps, taps_bias, ref, width):
+    """What GELU is applied to, (H * W, run); leaves the map that the taps read in ``ref``."""
+    values = dot(x_ref[0], kernel1, 1, 0) + bias1
+    _store_map(ref, width, values)
+    for tap, neighbor in enumerate(_neighbors(ref, width, values.shape[0])):
+        values = values + neighbor * taps[tap : tap + 1]
+    return values + taps_bias
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
+
+
+def _at(index, run):
+    return pl.ds(pl.multiple_of(index * run, run), run)
+
+
+def _forward_kernel(width, run, x_ref, k1, b1, taps, taps_bias, k2, b2, out_ref, map_ref, sum_ref):
+    pixels = x_ref.shape[1]
+    _clear_borders(map_ref, width, pixels)
+    sum_ref[...] = jnp.zeros_like(sum_ref) + b2[...]
+
+    def step(index, _):
+        at = _at(index, run)
+        hidden = _hidden(x_ref, k1[:, at], b1[:, at], taps[:, at], taps_bias[:, at], map_ref, width)
+        active = (hidden * _normal_cdf(hidden)).astype(k2.dtype)
+        sum_ref[...] += dot(active, k2[at], 1, 0)
+        return 0
+
+    lax.fori_loop(0, k1.shape[1] // run, step, 0)
+    out_ref[0] = sum_ref[...].astype(out_ref.dtype)
+
+
+def _backward_kernel(width, run, x_ref, k1, b1, taps, taps_bias, k2, b2, gradient_ref, *results_and_scratch):
+    to_x, to_k1, to_b1, to_taps, to_taps_bias, to_k2, to_b2, map_ref, gradient_map_ref, sum_ref = results_and_scratch
+    pixels, dtype = x_ref.shape[1], k2.dtype
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        for ref in (to_k1, to_b1, to_taps, to_taps_bias, to_k2, to_b2):
+            ref[...] = jnp.zeros_like(ref)
+
+    for ref in (map_ref, gradient_map_ref):
+        _clear_borders(ref, width, pixels)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    gradient = gradient_ref[0]
+    to_b2[...] += gradient.astype(to_b2.dtype).sum(axis=0, keepdims=True)
+
+    def step(index, _):
+        at = _at(index, run)
+        hidden = _hidden(x_ref, k1[:, at], b1[:, at], taps[:, at], taps_bias[:, at], map_ref, width)
+        below = _normal_cdf(hidden)
+        to_k2[at] += dot((hidden * below).astype(dtype), gradient, 0, 0)
+        slope = below + hidden * jnp.exp(-0.5 * hidden * hidden) * (1 / math.sqrt(2 * math.pi))
+        to_hidden = dot(gradient, k2[at], 1, 1) * slope
+        to_taps_bias[:, at] += to_hidden.sum(axis=0, keepdims=True)
+        sums = [(n * to_hidden).sum(axis=0, keepdims=True) for n in _neighbors(map_ref, width, pixels)]
+        to_taps[:, at] += jnp.concatenate(sums)
+        _store_map(gradient_map_ref, width, to_hidden)
+        turned = taps[:, at]
+        for tap, neighbor in enumerate(_neighbors(gradient_map_ref, width, pixels)):
+            to_hidden = to_hidden + neighbor * turned[8 - tap : 9 - tap]
+        to_b1[:, at] += to_hidden.sum(axis=0, keepdims=True)
+        to_hidden = to_hidden.astype(dtype)
+        to_k1[:, at] += dot(x_ref[0], to_hidden, 0, 0)
+        sum_ref[...] += dot(to_hidden, k1[:, at], 1, 1)
+        return 0
+
+    lax.fori_loop(0, k1.shape[1] // run, step, 0)
+    to_x[0] = sum_ref[...].astype(to_x.dtype)

@@ -1,0 +1,70 @@
+"""Neighborhood attention by the kernels of ``attention``: spans of whole rows of queries against the rows of their windows."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dat_jax.ops.pallas import attention
+from dat_jax.ops.pallas.biases import SharedBias
+
+_SPAN_COST = 16  # of a head and span, in registers of 8 x 128 scores
+
+
+def neighborhood_attention(
+    packed: jax.Array, table: jax.Array, *, row_tiles, column_tile: np.ndarray, num_heads: int
+) -> jax.Array:
+    """See ``ops.neighborhood_attention``.
+
+    Args:
+      packed: (B, H, W, 3C), query, key and value side by side.
+      table: (M, 2K - 1, 2K - 1).
+      row_tiles: ((T,) first row of keys, (T, R, halo) index into the table's rows, -1 outside the window) of each tile of R
+        rows; R divides H.
+      column_tile: (W, W) index into the table's columns of each query and key, -1 outside the window.
+      num_heads: M.
+
+    Returns:
+      (B, H, W, C).
+    """
+    batch, height, width, channels = packed.shape
+    first_rows, row_index = row_tiles
+    _, rows, halo = row_index.shape
+    kinds, kind_of_tile = np.unique(row_index, axis=0, return_inverse=True)
+    spans = tuple(
+        attention.Span(tile * rows * width, rows * width, int(first) * width, halo * width, int(kind))
+        for tile, (first, kind) in enumerate(zip(first_rows, kind_of_tile.reshape(-1), strict=True))
+    )
+    channels //= 3
+    columns = (0, channels, 2 * channels)
+    layout = attention.Layout(num_heads, channels, spans, columns, packed=True)
+    bias = _span_bias(table, kinds, column_tile)
+    out = attention.attention(layout, SharedBias(), (packed.reshape(batch, height * width, -1),), (bias,))
+    return out.reshape(batch, height, width, channels)
+
+
+def choose_rows(map_shape: tuple[int, int], kernel_size: int) -> int:
+    """Rows of queries a span: a divisor of H, that with the fewest registers of scores, small spans having a price."""
+    height, width = map_shape
+
+    def cost(rows):
+        halo = min(height, rows + kernel_size - 1)
+        return height // rows * (math.ceil(halo * width / 8) * math.ceil(rows * width / 128) + _SPAN_COST)
+
+    return min((rows for rows in range(1, height + 1) if height % rows == 0), key=cost)
+
+
+def _span_bias(table, row_index, column_index):
+    """(kinds, M, halo * W, R * W): the table's entries, -inf outside the windows, by products with one-hot matrices."""
+    dtype = jnp.promote_types(table.dtype, jnp.float32)
+    side = np.arange(table.shape[1])
+    rows, columns = (jnp.asarray(index[..., None] == side, dtype) for index in (row_index, column_index))
+    highest = lax.Precision.HIGHEST
+    bias = jnp.einsum("tiku,muv->tmkiv", rows, table.astype(dtype), precision=highest)
+    bias = jnp.einsum("tmkiv,jlv->tmklij", bias, columns, precision=highest)
+    inside = (row_index >= 0).swapaxes(1, 2)[:, :, None, :, None] & (column_index >= 0).T[None, None, :, None, :]
+    bias = jnp.where(inside[:, None], bias, -jnp.inf)
+    kinds, heads, halo, width, rows_of_span, _ = bias.shape
+    return bias.reshape(kinds, heads, halo * width, rows_of_span * width)
