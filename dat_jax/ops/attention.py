@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-
 from jax.ad_checkpoint import checkpoint_name
 
 from dat_jax.ops import recompute, reduction

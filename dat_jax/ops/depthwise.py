@@ -47,7 +47,8 @@ def depthwise_conv(
 def _shifted_products(x, kernel, stride, padding):
     if stride == 1 and padding < kernel.shape[0]:
         return _stride_one(x, kernel, padding)
-    return _sum_over_windows(x, kernel, stride, padding)
+    # The windows overlap, so that together they are larger than x: they are stacked again in the backward pass.
+    return jax.checkpoint(_sum_over_windows, static_argnums=(2, 3))(x, kernel, stride, padding)
 
 
 def _sum_over_windows(x, kernel, stride, padding):

@@ -56,7 +56,9 @@ def neighborhood_attention(
         return _by_kernel(query, key, value, table, kernel_size, num_heads)
     dense = implementation == "dense"
     tile = (height, width) if dense else (_tile_side(height), _tile_side(width))
-    return _tiled(query, key, value, table, kernel_size, num_heads, tile)
+    tiled = functools.partial(_tiled, kernel_size=kernel_size, num_heads=num_heads, tile=tile)
+    # Tiles are cut out again in the backward pass: their halos hold every key three to four times.
+    return jax.checkpoint(tiled, policy=attention.KEEP_RESULTS)(query, key, value, table)
 
 
 def window_starts(size: int, kernel_size: int) -> np.ndarray:
@@ -136,7 +138,6 @@ def _tiled(query, key, value, table, kernel_size, num_heads, tile):
         return out.reshape(batch, tile[0], tile_columns * tile[1], channels)
 
     rows = (rows_of_queries(query), rows_of_keys(key), rows_of_keys(value), jnp.asarray(row_index))
-    # What one row of tiles needs is kept for none of them: the halos hold every key three to four times.
     attend_row = jax.checkpoint(attend_row, policy=attention.KEEP_RESULTS)
     # One row after the other on CPU, where fresh memory is what costs: half a second a GiB.
     over_rows = (

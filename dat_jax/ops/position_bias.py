@@ -74,7 +74,8 @@ def table_position_bias(
                 f'implementation="slice" wants a table of twice the map size minus one, got a table {table.shape[1:]} '
                 f'for the map {map_shape}; "matmul" and "gather" take any size.'
             )
-        return _bias_slice(table, points, map_shape, tile)
+        # Of the windows only their blend is kept; they are cut out again in the backward pass.
+        return jax.checkpoint(_bias_slice, static_argnums=(2, 4))(table, points, map_shape, tile.first, tile.shape)
     if implementation == "matmul":
         return _bias_matmul(table, points, map_shape, tile)
     return _bias_pairwise(table, points, map_shape, tile, implementation)
@@ -113,8 +114,8 @@ def _bias_matmul(table, points, map_shape, tile):
     return bias.reshape(batch, heads, height * width, keys)
 
 
-def _bias_slice(table, points, map_shape, tile):
-    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
+def _bias_slice(table, points, map_shape, first_query, tile_shape):
+    (batch, groups, keys, _), (height, width) = points.shape, tile_shape
     heads = table.shape[0]
     # Padded with zeros, so that the window of a key far outside the map is a window of zeros.
     padded = jnp.pad(table, ((0, 0), *((size + 1, size + 1) for size in map_shape)))
@@ -124,7 +125,7 @@ def _bias_slice(table, points, map_shape, tile):
     lower = jnp.floor(first)
     fraction = first - lower
     start = (jnp.clip(lower, -shape - 1, 2 * shape - 1) + shape + 1).astype(jnp.int32)
-    start = start + jnp.asarray(tile.first, jnp.int32).reshape(1, 1, 1, 2)
+    start = start + jnp.asarray(first_query, jnp.int32).reshape(1, 1, 1, 2)
 
     def window(group_table, corner):  # (M / G, ., .), (2,) -> (M / G, H + 1, W + 1)
         size = (group_table.shape[0], height + 1, width + 1)

@@ -99,7 +99,8 @@ def make_run(
         task = _make_task(config, classes=len(train_source.class_names))
         task = dataclasses.replace(
             task,
-            loss=sharding.with_split_kernels(task.loss, mesh),
+            # Kernels want as many examples as devices; parameters are the same without them.
+            init=_make_task(config, classes=len(train_source.class_names), implementation="auto").init,
             predict=sharding.with_split_kernels(task.predict, mesh),
         )
         abstract = jax.eval_shape(_init_function(config, task, optimizer), jax.random.key(0))
@@ -204,7 +205,7 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
         ema_decay=run.config.ema_decay,
     )
     return jax.jit(
-        step,
+        sharding.with_split_kernels(step, run.mesh),  # of the step, as the backward pass is traced after the loss
         in_shardings=(run.state_sharding, sharding.batch_sharding(run.mesh)),
         out_shardings=(run.state_sharding, sharding.replicated(run.mesh)),
         # On one CPU device jax 0.7.2 computes other losses from the second step on where the state is donated.

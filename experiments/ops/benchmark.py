@@ -16,9 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import dat_jax
-from dat_jax.models import layers
+from dat_jax.ops import (
+    activation,
+    depthwise,
+    dispatch,
+    grid_sample,
+    mlp,
+    neighborhood_attention,
+    normalization,
+    position_bias,
+)
 from dat_jax.ops import deformable_attention as deformable_ops
-from dat_jax.ops import depthwise, dispatch, grid_sample, neighborhood_attention, position_bias
 from experiments import measure
 
 
@@ -137,14 +145,23 @@ def _depthwise_conv(stage, batch, rng):
 
 def _layer_norm(stage, batch, rng):
     def function(_, x, scale, bias):
-        return layers.layer_norm(dtype=x.dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
+        return normalization.layer_norm(x, scale, bias, 1e-5)
 
     return function, (_map(stage, batch, rng), _normal(rng, stage.channels), _normal(rng, stage.channels))
 
 
 def _gelu(stage, batch, rng):
     """At four times the channels, as in the MLPs."""
-    return lambda _, x: layers.gelu(x), (_map(stage, batch, rng, times=4),)
+    return lambda _, x: activation.gelu(x), (_map(stage, batch, rng, times=4),)
+
+
+def _conv_mlp(stage, batch, rng):
+    def function(implementation, *arguments):
+        return mlp.conv_mlp(*arguments, implementation=implementation)
+
+    wide = 4 * stage.channels
+    shapes = ((stage.channels, wide), (wide,), (3, 3, 1, wide), (wide,), (wide, stage.channels), (stage.channels,))
+    return function, (_map(stage, batch, rng), *(0.1 * _normal(rng, *shape) for shape in shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +178,7 @@ CASES = {
     "deformable_core": Case(_deformable_core, ("position_bias", "grid_sample", "deformable_attention")),
     "neighborhood_attention": Case(_neighborhood_attention, ("neighborhood_attention",)),
     "depthwise_conv": Case(_depthwise_conv, ("depthwise_conv",)),
+    "conv_mlp": Case(_conv_mlp, ("conv_mlp",)),
     "layer_norm": Case(_layer_norm, ()),
     "gelu": Case(_gelu, ()),
 }
