@@ -58,13 +58,16 @@ def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path,
     assert latest["top1"] == read_metrics(directory / "metrics.jsonl")["eval/top1"][20]
 
 
-def test_more_epochs_go_on_from_the_last_step(finished, tmp_path, capsys):
+def test_more_epochs_go_on_from_the_last_step(finished, tmp_path, capsys, monkeypatch):
     directory = copy(finished, tmp_path)
+    traced = []  # the profiler itself is tested in a process of its own: beside a loaded libtpu it crashes
+    monkeypatch.setattr(jax.profiler, "start_trace", traced.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
     loop.train(with_values(epochs=3, profile=2), str(directory))
     printed = capsys.readouterr().out
     assert "Resumed at step 20 of 30" in printed
     assert "Profile of the steps 24 to 25 in" in printed
-    assert list((directory / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
+    assert traced == [str(directory / "profile"), "stop"]
     assert list(read_metrics(directory / "metrics.jsonl")["eval/top1"]) == [10, 20, 30]
 
 

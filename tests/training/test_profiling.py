@@ -1,5 +1,8 @@
 """Which steps of a run are traced."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -48,3 +51,14 @@ def test_a_run_that_ends_in_the_middle_leaves_what_was_traced(calls):
     with pytest.raises(KeyboardInterrupt):
         run_steps(calls, steps=3, start_step=0, total_steps=10, stop_at=5)
     assert calls == [1, 2, 3, "start profile", 4, 5, "stop"]
+
+
+def test_the_trace_is_what_a_profiler_reads(tmp_path):
+    program = (
+        "import jax, sys, pathlib; from dat_jax.training.profiling import StepProfiler\n"
+        "with StepProfiler(pathlib.Path(sys.argv[1]), steps=1, start_step=0, total_steps=4, note=print) as profiler:\n"
+        "  for step in range(1, 5): profiler.before(step); profiler.after(step, jax.numpy.ones(3) + step)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert printed.stdout == f"Profile of the steps 4 to 4 in {tmp_path}.\n"
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
