@@ -191,7 +191,7 @@ def implementations(case: Case) -> list[str]:
     if len(case.ops) == 1:
         left_out.add(dispatch.PLAIN[case.ops[0]])  # is measured as "plain"
     names = [name for name in dict.fromkeys(names) if name not in left_out]
-    return ["plain", "auto", *names] if names else ["model's own"]
+    return ["plain", "auto", *names] if case.ops else ["model's own"]
 
 
 def uncovered_ops() -> set[str]:
