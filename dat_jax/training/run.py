@@ -4,7 +4,6 @@ This is where a task is put together with its data and its evaluation; the loop 
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -211,21 +210,7 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
         out_shardings=(run.state_sharding, sharding.replicated(run.mesh)),
         # On one CPU device jax 0.7.2 computes other losses from the second step on where the state is donated.
         donate_argnums=() if target_platform() == "cpu" else 0,
-        compiler_options=_cpu_step_options() if target_platform() == "cpu" else None,
     )
-
-
-@functools.cache
-def _cpu_step_options() -> dict[str, str] | None:
-    """XLA's CPU backend orders the step for memory instead of for ops side by side: dat_pp_tiny with batch 8 takes 1.5 GiB of
-    temporaries instead of 2.2, and with remat="blocks" 0.9, which otherwise saves nothing. None where this jax has no such option.
-    """
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
 
 
 def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
