@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dat_jax.models.layers import DepthwiseConv, LayerNorm, conv, linear, table_init, uniform_init
+from dat_jax.models.layers import DepthwiseConv, LayerNorm, Linear, conv, table_init, uniform_init
 from dat_jax.ops import activation
 from dat_jax.ops import attention as attention_ops
 from dat_jax.ops import deformable_attention as deformable_ops
@@ -65,7 +65,7 @@ class DeformableAttention(nn.Module):
         if kind not in POSITION_BIAS_KINDS:
             raise ValueError(f"Unknown position bias {kind!r}; choose one of {', '.join(POSITION_BIAS_KINDS)}.")
 
-        query = linear(channels, channels, name="proj_q", dtype=self.dtype)(x)
+        query = Linear(channels, name="proj_q", dtype=self.dtype)(x)
         if self.use_offsets:
             positions = self._predict_positions(query)
             points = gs.to_pixels(positions, (height, width)).reshape(batch, groups, -1, 2)
@@ -78,8 +78,8 @@ class DeformableAttention(nn.Module):
             sampled = average_pool(x, stride=self.key_stride, pooled_shape=key_shape).reshape(batch, -1, channels)
         self.sow("intermediates", "positions", positions)
 
-        key = linear(channels, channels, name="proj_k", dtype=self.dtype)(sampled)
-        value = linear(channels, channels, name="proj_v", dtype=self.dtype)(sampled)
+        key = Linear(channels, name="proj_k", dtype=self.dtype)(sampled)
+        value = Linear(channels, name="proj_v", dtype=self.dtype)(sampled)
         table = bias = None
         if self.use_offsets and kind == "table":
             side_y, side_x = (2 * size - 1 for size in self.table_shape)
@@ -101,7 +101,7 @@ class DeformableAttention(nn.Module):
         )
         if self.use_offsets and kind == "dwc":
             out = out + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="rpe_table")(query)
-        return linear(channels, channels, name="proj_out", dtype=self.dtype)(out)
+        return Linear(channels, name="proj_out", dtype=self.dtype)(out)
 
     def _key_shape(self, map_shape):
         return deformable_ops.key_grid_shape(map_shape, kernel_size=self.offset_kernel, stride=self.key_stride)
@@ -116,7 +116,7 @@ class DeformableAttention(nn.Module):
         x = DepthwiseConv(k, s, padding, **options, name="conv_offset_0")(query)  # channels stay packed until here
         x = jnp.moveaxis(x.reshape(*x.shape[:3], groups, channels // groups), 3, 1)  # (B, G, Hk, Wk, C / G)
         x = activation.gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
-        offsets = linear(2, channels // groups, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
+        offsets = Linear(2, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
         return deformable_ops.key_positions(offsets, range_factor=self.offset_range_factor)
 
     def _fixed_bias(self, map_shape):
@@ -134,8 +134,8 @@ class DeformableAttention(nn.Module):
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         heads = self.num_heads // self.num_groups
         x = bias_ops.log_displacements(positions, map_shape=map_shape)
-        x = nn.relu(linear(32, 2, name="rpe_table_0", dtype=dtype)(x))
-        x = linear(heads, 32, name="rpe_table_2", dtype=dtype, use_bias=False)(x)  # (B, G, H * W, N, M / G)
+        x = nn.relu(Linear(32, name="rpe_table_0", dtype=dtype)(x))
+        x = Linear(heads, name="rpe_table_2", dtype=dtype, use_bias=False)(x)  # (B, G, H * W, N, M / G)
         return jnp.moveaxis(x, -1, 2).reshape(x.shape[0], self.num_heads, *x.shape[2:4])
 
 
@@ -171,7 +171,7 @@ class NeighborhoodAttention(nn.Module):
         _, height, width, channels = x.shape
         k = self.kernel_size
         x = _pad_bottom_right(x, max(height, k), max(width, k))
-        query, key, value = jnp.split(linear(3 * channels, channels, name="qkv", dtype=self.dtype)(x), 3, axis=-1)
+        query, key, value = jnp.split(Linear(3 * channels, name="qkv", dtype=self.dtype)(x), 3, axis=-1)
         table = self.param("rpb", table_init(0.02), (self.num_heads, 2 * k - 1, 2 * k - 1))
         out = neighborhood_ops.neighborhood_attention(
             query,
@@ -182,7 +182,7 @@ class NeighborhoodAttention(nn.Module):
             num_heads=self.num_heads,
             implementation=self.implementation,
         )
-        return linear(channels, channels, name="proj", dtype=self.dtype)(out[:, :height, :width])
+        return Linear(channels, name="proj", dtype=self.dtype)(out[:, :height, :width])
 
 
 class WindowAttention(nn.Module):
@@ -200,13 +200,13 @@ class WindowAttention(nn.Module):
         _, height, width, channels = x.shape
         w = self.window_size
         x = _pad_bottom_right(x, -(-height // w) * w, -(-width // w) * w)
-        query, key, value = jnp.split(linear(3 * channels, channels, name="proj_qkv", dtype=self.dtype)(x), 3, axis=-1)
+        query, key, value = jnp.split(Linear(3 * channels, name="proj_qkv", dtype=self.dtype)(x), 3, axis=-1)
         shape = ((2 * w - 1) ** 2, self.num_heads)
         table = self.param("relative_position_bias_table", table_init(0.01), shape)
         out = window_ops.window_attention(
             query, key, value, table, window_size=w, num_heads=self.num_heads, shifted=self.shifted
         )
-        return linear(channels, channels, name="proj_out", dtype=self.dtype)(out[:, :height, :width])
+        return Linear(channels, name="proj_out", dtype=self.dtype)(out[:, :height, :width])
 
 
 class SpatialReductionAttention(nn.Module):
@@ -223,16 +223,16 @@ class SpatialReductionAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        query = linear(channels, channels, name="q", dtype=self.dtype)(x).reshape(batch, -1, channels)
+        query = Linear(channels, name="q", dtype=self.dtype)(x).reshape(batch, -1, channels)
         if self.ratio > 1:
             x = _pad_bottom_right(x, max(height, self.ratio), max(width, self.ratio))
             reduce = dict(kernel_size=self.ratio, stride=self.ratio, padding=0)
             x = conv(channels, channels, **reduce, name="proj_ds_0", dtype=self.dtype)(x)
             x = LayerNorm(name="proj_ds_1", dtype=self.dtype)(x)
-        packed = linear(2 * channels, channels, name="kv", dtype=self.dtype)(x.reshape(batch, -1, channels))
+        packed = Linear(2 * channels, name="kv", dtype=self.dtype)(x.reshape(batch, -1, channels))
         key, value = jnp.split(packed, 2, axis=-1)
         out = attention_ops.multi_head_attention(query, key, value, num_heads=self.num_heads)
-        return linear(channels, channels, name="proj", dtype=self.dtype)(out.reshape(batch, height, width, channels))
+        return Linear(channels, name="proj", dtype=self.dtype)(out.reshape(batch, height, width, channels))
 
 
 class SlideAttention(nn.Module):
@@ -247,7 +247,7 @@ class SlideAttention(nn.Module):
         inner, heads = channels // 4, self.num_heads
         if channels % (4 * heads):
             raise ValueError(f"Slide attention wants channels divisible by 4 * {heads} heads, got {channels}.")
-        packed = linear(3 * inner, channels, name="qkv", dtype=self.dtype)(x)
+        packed = Linear(3 * inner, name="qkv", dtype=self.dtype)(x)
         packed = packed.reshape(batch, height, width, heads, 3, inner // heads)  # ordered (head, q | k | v, width)
         query, key, value = (packed[..., i, :].reshape(batch, height, width, inner) for i in range(3))
         versions = 9 * inner // heads
@@ -265,4 +265,4 @@ class SlideAttention(nn.Module):
             num_heads=heads,
             scale=1 / math.sqrt(channels / heads),
         )
-        return linear(channels, inner, name="proj", dtype=self.dtype)(out)
+        return Linear(channels, name="proj", dtype=self.dtype)(out)

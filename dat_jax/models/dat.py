@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.models import attention
-from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Mlp, conv, linear
+from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
 from dat_jax.ops import activation
 
 STAGE_TYPES = {
@@ -135,7 +135,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool):
         if x.shape[-1] != self.features:
-            x = linear(self.features, x.shape[-1], name="proj", dtype=self.dtype)(x)
+            x = Linear(self.features, name="proj", dtype=self.dtype)(x)
         if self.scan and len(self.blocks) > self.period and not self.is_initializing():
             return self._scan(x, train)
         for index, (make_block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
@@ -271,7 +271,7 @@ class DAT(nn.Module):
         ]
         self.down_projs = [DownProjection(dim, **options) for dim in self.dims[1:]]
         self.cls_norm = LayerNorm(dtype=self.dtype)
-        self.cls_head = linear(self.num_classes, self.dims[-1], dtype=jnp.promote_types(self.dtype, jnp.float32))
+        self.cls_head = Linear(self.num_classes, dtype=jnp.promote_types(self.dtype, jnp.float32))
 
     def features(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
         """(B, H, W, 3) -> the map after each stage, strides 4, 8, 16 and 32, (B, H_i, W_i, dims[i]), without any norm

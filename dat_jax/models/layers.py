@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.ops import activation, depthwise, normalization
+from dat_jax.ops import linear as linear_ops
 from dat_jax.ops import mlp as mlp_ops
 
 
@@ -26,10 +27,22 @@ def table_init(std: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(std)
 
 
-def linear(features: int, in_features: int, *, dtype: Any, name: str | None = None, use_bias: bool = True) -> nn.Dense:
-    """nn.Dense with the published initialisation."""
-    init = uniform_init(in_features)
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+class Linear(nn.Module):
+    """nn.Dense by ``ops.linear``, with the published initialisation."""
+
+    features: int
+    dtype: Any
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        init = uniform_init(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        if not self.use_bias:
+            x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+            return x @ kernel
+        bias = self.param("bias", init, (self.features,))
+        return linear_ops.linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
 
 
 def conv(
@@ -71,7 +84,7 @@ class LayerNorm(nn.Module):
 
 
 class GeluLinear(nn.Module):
-    """GELU, then a linear layer; parameters are those of ``linear``."""
+    """GELU, then a linear layer; parameters are those of ``Linear``."""
 
     features: int
     dtype: Any
@@ -143,7 +156,7 @@ class LayerScale(nn.Module):
 
 
 class Affine(nn.Module):
-    """Kernel and bias of a layer, named and initialised as those of ``linear`` and ``DepthwiseConv``."""
+    """Kernel and bias of a layer, named and initialised as those of ``Linear`` and ``DepthwiseConv``."""
 
     kernel_shape: tuple[int, ...]
     fan_in: int
@@ -171,7 +184,7 @@ class Mlp(nn.Module):
             linear2 = Affine((hidden, channels), hidden, name="linear2")()
             x = x.astype(self.dtype)
             return mlp_ops.conv_mlp(x, *linear1, *convolution, *linear2, implementation=self.implementation)
-        x = linear(hidden, channels, name="linear1", dtype=self.dtype)(x)
+        x = Linear(hidden, name="linear1", dtype=self.dtype)(x)
         if self.depthwise:
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x)
         return GeluLinear(channels, dtype=self.dtype, name="linear2")(x)

@@ -27,7 +27,7 @@ from dat_jax.training.run import (
     start_state,
     train_batches,
 )
-from dat_jax.training.state import TrainState
+from dat_jax.training.state import TrainState, own_memory
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -65,6 +65,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         if int(state.step) >= run.total_steps:
             console.print(f"All {config.epochs} epochs are done; set --config.epochs for more.")
         else:
+            state = own_memory(state)
             with _make_writer(config, directory) as writer, _make_profiler(run, state, directory, console) as profiler:
                 _train_steps(run, state, checkpoints, writer, profiler, console)
         del state  # its memory is for the best one

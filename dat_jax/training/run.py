@@ -195,7 +195,7 @@ def start_state(run: Run, *, note: Callable[[str], None]) -> TrainState:
 
 
 def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The training step on the run's mesh. Off the CPU it takes the state's memory for the new state."""
+    """The training step on the run's mesh. It takes the state's memory for the new state."""
     step = make_train_step(
         task=run.task,
         optimizer=run.optimizer,
@@ -204,12 +204,16 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
         accumulate_steps=run.config.accumulate_steps,
         ema_decay=run.config.ema_decay,
     )
+    on_cpu, recent = target_platform() == "cpu", jax.__version_info__ >= (0, 9, 1)
+    # XLA's CPU backend starts ops as early as it can unless told to mind what stays in memory meanwhile.
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu and recent else None
     return jax.jit(
         sharding.with_split_kernels(step, run.mesh),  # of the step, as the backward pass is traced after the loss
         in_shardings=(run.state_sharding, sharding.batch_sharding(run.mesh)),
         out_shardings=(run.state_sharding, sharding.replicated(run.mesh)),
         # On one CPU device jax 0.7.2 computes other losses from the second step on where the state is donated.
-        donate_argnums=() if target_platform() == "cpu" else 0,
+        donate_argnums=() if on_cpu and not recent else 0,
+        compiler_options=options,
     )
 
 

@@ -37,3 +37,12 @@ def init_state(key: jax.Array, batch, *, task: Task, optimizer: optax.GradientTr
         opt_state=optimizer.init(params),
         ema_params=params if ema else None,
     )
+
+
+def own_memory(state: TrainState) -> TrainState:
+    """A copy whose arrays share memory with nothing, as a step that takes the memory of its state wants it.
+
+    Arrays that were put on a CPU may still lie in the memory of a file or of NumPy, and averaged weights start as the same
+    arrays as the weights.
+    """
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dat_jax.tasks import Task
+from dat_jax.training.optimizer import global_norm
 from dat_jax.training.state import TrainState
 
 _DROPOUT_STREAM = 1  # random streams: fold_in(seed, stream), then the step
@@ -68,7 +69,7 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema_params, params)
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics = {**metrics, "grad_norm": global_norm(grads), "learning_rate": schedule(state.step)}
         state = TrainState(
             step=state.step + 1,
             params=params,

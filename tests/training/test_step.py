@@ -14,8 +14,8 @@ from configs import common
 from dat_jax.data.sources import ArraySource, load_source
 from dat_jax.tasks import Task
 from dat_jax.training import run as run_lib
-from dat_jax.training.optimizer import clip_by_global_norm
-from dat_jax.training.state import init_state
+from dat_jax.training.optimizer import clip_by_global_norm, global_norm
+from dat_jax.training.state import TrainState, init_state, own_memory
 from dat_jax.training.step import make_train_step
 from tests import tiny_config
 
@@ -115,6 +115,24 @@ def test_clipping_follows_pytorch(norm, wanted):
     gradients = {"a": jnp.array([0.6 * norm]), "b": jnp.array([0.8 * norm])}
     clipped, _ = clip.update(gradients, clip.init(gradients))
     np.testing.assert_allclose(optax.tree.norm(clipped), wanted, rtol=1e-6)
+
+
+def test_the_norm_is_that_of_all_leaves_whatever_their_names():
+    rng = np.random.default_rng(0)
+    shapes = {"blocks_10": (3, 4), "blocks_9": (5,), "cls_head": (), "9": (2, 1, 3)}
+    tree = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    tree = {"stages_0": tree, "stages_1": jax.tree.map(jnp.negative, tree)}
+    np.testing.assert_allclose(global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
+
+
+def test_own_memory_is_shared_with_nothing():
+    weights = np.zeros(64, np.float32)
+    params = {"w": jax.device_put(weights)}
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, model_state={}, opt_state=(), ema_params=params)
+    own = own_memory(state)
+    places = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((own.params, own.ema_params))}
+    assert len(places) == 2
+    assert not places & {weights.ctypes.data, params["w"].unsafe_buffer_pointer()}
 
 
 def load_any_source(name, *, split, directory=""):
