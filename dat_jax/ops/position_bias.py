@@ -9,13 +9,14 @@ the fractional part is the same for every query, so the exact bias needs no gath
 * "gather", "map_coordinates": the pairwise lookup itself, as references.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dat_jax.ops import dispatch
+from dat_jax.ops import dispatch, recompute, reduction
 from dat_jax.ops import grid_sample as gs
 
 
@@ -74,8 +75,7 @@ def table_position_bias(
                 f'implementation="slice" wants a table of twice the map size minus one, got a table {table.shape[1:]} '
                 f'for the map {map_shape}; "matmul" and "gather" take any size.'
             )
-        # Of the windows only their blend is kept; they are cut out again in the backward pass.
-        return jax.checkpoint(_bias_slice, static_argnums=(2, 4))(table, points, map_shape, tile.first, tile.shape)
+        return _bias_slice(table, points, jnp.asarray(tile.first, jnp.int32), map_shape, tile.shape)
     if implementation == "matmul":
         return _bias_matmul(table, points, map_shape, tile)
     return _bias_pairwise(table, points, map_shape, tile, implementation)
@@ -114,29 +114,80 @@ def _bias_matmul(table, points, map_shape, tile):
     return bias.reshape(batch, heads, height * width, keys)
 
 
-def _bias_slice(table, points, map_shape, first_query, tile_shape):
-    (batch, groups, keys, _), (height, width) = points.shape, tile_shape
-    heads = table.shape[0]
-    # Padded with zeros, so that the window of a key far outside the map is a window of zeros.
-    padded = jnp.pad(table, ((0, 0), *((size + 1, size + 1) for size in map_shape)))
-    grouped = padded.reshape(groups, heads // groups, *padded.shape[1:])
-    shape = jnp.asarray(map_shape, points.dtype).reshape(1, 1, 1, 2)
-    first = shape - 1 - points  # table row and column of query (0, 0)
-    lower = jnp.floor(first)
-    fraction = first - lower
-    start = (jnp.clip(lower, -shape - 1, 2 * shape - 1) + shape + 1).astype(jnp.int32)
-    start = start + jnp.asarray(first_query, jnp.int32).reshape(1, 1, 1, 2)
-
-    def window(group_table, corner):  # (M / G, ., .), (2,) -> (M / G, H + 1, W + 1)
-        size = (group_table.shape[0], height + 1, width + 1)
-        return lax.dynamic_slice(group_table, (jnp.zeros_like(corner[0]), corner[0], corner[1]), size)
-
-    over_keys = jax.vmap(window, in_axes=(None, 0), out_axes=-1)
-    windows = jax.vmap(jax.vmap(over_keys), in_axes=(None, 0))(grouped, start)  # (B, G, M / G, H + 1, W + 1, N)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _bias_slice(table, points, first_query, map_shape, tile_shape):
+    (batch, _, keys, _), (height, width) = points.shape, tile_shape
+    start, fraction = _corners(points, first_query, map_shape)
+    windows = _cut_windows(_pad_table(table, points.shape[1], map_shape), start, tile_shape, keys_axis=-1)
     fraction_y, fraction_x = (fraction[..., axis][:, :, None, None, None, :] for axis in (0, 1))
     windows = windows[..., :-1, :, :] * (1 - fraction_y) + windows[..., 1:, :, :] * fraction_y
     windows = windows[..., :-1, :] * (1 - fraction_x) + windows[..., 1:, :] * fraction_x
-    return windows.reshape(batch, heads, height * width, keys)
+    return windows.reshape(batch, table.shape[0], height * width, keys)
+
+
+def _pad_table(table, groups, map_shape):
+    """(M, 2H - 1, 2W - 1) -> (G, M / G, ., .), with zeros, so that the window of a key far outside the map is one of zeros."""
+    padded = jnp.pad(table, ((0, 0), *((size + 1, size + 1) for size in map_shape)))
+    return padded.reshape(groups, -1, *padded.shape[1:])
+
+
+def _corners(points, first_query, map_shape):
+    """Of every key: the first entry of its window of the padded table, int32, and its fraction; each (B, G, N, 2)."""
+    shape = jnp.asarray(map_shape, points.dtype).reshape(1, 1, 1, 2)
+    first = shape - 1 - points  # table row and column of query (0, 0)
+    lower = jnp.floor(first)
+    start = (jnp.clip(lower, -shape - 1, 2 * shape - 1) + shape + 1).astype(jnp.int32)
+    return start + first_query.reshape(1, 1, 1, 2), first - lower
+
+
+def _cut_windows(padded, start, tile_shape, *, keys_axis):
+    """(G, M / G, ., .), (B, G, N, 2) -> (B, G, M / G, H + 1, W + 1), with the N keys at ``keys_axis`` of the last four."""
+    height, width = tile_shape
+
+    def window(group_table, corner):
+        size = (group_table.shape[0], height + 1, width + 1)
+        return lax.dynamic_slice(group_table, (jnp.zeros_like(corner[0]), corner[0], corner[1]), size)
+
+    over_keys = jax.vmap(window, in_axes=(None, 0), out_axes=keys_axis)
+    return jax.vmap(jax.vmap(over_keys), in_axes=(None, 0))(padded, start)
+
+
+def _bias_slice_forward(table, points, first_query, map_shape, tile_shape):
+    return _bias_slice(table, points, first_query, map_shape, tile_shape), (table, points, first_query)
+
+
+def _bias_slice_backward(map_shape, tile_shape, residuals, gradient):
+    """With the keys first, so that rows of queries are contiguous: only the gradient itself is transposed."""
+    table, points, first_query = recompute.barrier(residuals)
+    (batch, groups, keys, _), (height, width) = points.shape, tile_shape
+    start, fraction = _corners(points, first_query, map_shape)
+    gradient = gradient.reshape(batch, groups, -1, height, width, keys)
+    gradient = jnp.moveaxis(gradient, -1, 2)  # (B, G, N, M / G, H, W)
+    cut = functools.partial(_cut_windows, start=start, tile_shape=tile_shape, keys_axis=0)
+    windows, to_padded = jax.vjp(cut, _pad_table(table, groups, map_shape))
+
+    y, x = (fraction[..., axis][..., None, None, None] for axis in (0, 1))
+    (upper_left, upper_right), (lower_left, lower_right) = (
+        (windows[..., row : row + height, :-1], windows[..., row : row + height, 1:]) for row in (0, 1)
+    )
+
+    def along(change):  # (B, G, N, M / G, H, W) -> (B, G, N)
+        summed = reduction.sum_over_rows((gradient * change).reshape(-1, height, width))
+        return summed.reshape(*points.shape[:3], -1).sum(axis=-1)
+
+    to_y = along((1 - x) * (lower_left - upper_left) + x * (lower_right - upper_right))
+    to_x = along((1 - y) * (upper_right - upper_left) + y * (lower_right - lower_left))
+
+    around = jnp.pad(gradient, ((0, 0),) * 4 + ((1, 1), (1, 1)))
+    upper, lower = around[..., 1:, :], around[..., :-1, :]
+    rows = (1 - y) * upper + y * lower
+    to_windows = (1 - x) * rows[..., 1:] + x * rows[..., :-1]
+    (to_table,) = to_padded(to_windows)
+    inside = (slice(None), *(slice(size + 1, 3 * size) for size in map_shape))
+    return to_table.reshape(table.shape[0], *to_table.shape[2:])[inside], -jnp.stack([to_y, to_x], axis=-1), None
+
+
+_bias_slice.defvjp(_bias_slice_forward, _bias_slice_backward)
 
 
 def table_position_bias_by_key(

@@ -18,10 +18,18 @@ def sum_over_positions(x: jax.Array) -> jax.Array:
     (8, 56, 56, 256) takes 16 ms that way and 84 ms with ``sum`` (2 CPU cores).
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if dispatch.target_platform() == "cpu" and x.ndim == 4:
-        while x.shape[1] > 1:
-            x = _add_slices(x)
+    if x.ndim == 4:
+        x = sum_over_rows(x)
     return x.sum(axis=tuple(range(x.ndim - 1)))
+
+
+def sum_over_rows(x: jax.Array) -> jax.Array:
+    """(B, H, ...) -> (B, ...); written out on CPU, see ``sum_over_positions``."""
+    if dispatch.target_platform() != "cpu":
+        return x.sum(axis=1)
+    while x.shape[1] > 1:
+        x = _add_slices(x)
+    return x[:, 0]
 
 
 def sum_over_axes(x: jax.Array, axes: Sequence[int]) -> jax.Array:
