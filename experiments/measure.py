@@ -43,6 +43,7 @@ def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int, mi
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            run(call, 1)  # another call has used the caches and the freed memory since
             seconds[name].append(run(call, times[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -1,5 +1,6 @@
 """Multi-head attention on packed channels: the core that the other attention ops share."""
 
+import functools
 import math
 
 import jax
@@ -55,7 +56,6 @@ def multi_head_attention(
     return jnp.moveaxis(out, -3, -2).reshape(query.shape)
 
 
-@jax.custom_vjp
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(D) + bias) v of heads.
 
@@ -70,7 +70,15 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) 
 
     Source of the backward pass: FlashAttention (2205.14135), algorithm 4.
     """
-    exponentials, total = _exponentials(query, key, bias)
+    scale = 1 / math.sqrt(query.shape[-1])
+    if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
+        return _attend(query * scale, key, value, bias, 1.0)
+    return _attend(query, key, value, bias, scale)  # of the logits, as a narrow query would be rounded again
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, bias, scale):
+    exponentials, total = _exponentials(query, key, bias, scale)
     # Divided after the product: D numbers a query instead of Nk. On CPU the whole is then one loop that writes no weights.
     product = jnp.einsum(
         "...qk,...kd->...qd", exponentials.astype(value.dtype), value, preferred_element_type=total.dtype
@@ -78,29 +86,32 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) 
     return (product / total).astype(value.dtype)
 
 
-def _exponentials(query, key, bias):
+def _exponentials(query, key, bias, scale):
     """exp(logits - the largest of the query), (..., Nq, Nk), and their sums, (..., Nq, 1)."""
     dtype = jnp.promote_types(query.dtype, bias.dtype)
-    scale = 1 / math.sqrt(query.shape[-1])
-    logits = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=dtype) * scale + bias
+    logits = _times(jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=dtype), scale) + bias
     exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials, exponentials.sum(axis=-1, keepdims=True)
 
 
-def _attend_forward(query, key, value, bias):
-    out = checkpoint_name(attend(query, key, value, bias), _RESULTS)
+def _times(x, scale):
+    return x if scale == 1 else x * scale
+
+
+def _attend_forward(query, key, value, bias, scale):
+    out = checkpoint_name(_attend(query, key, value, bias, scale), _RESULTS)
     return out, (query, key, value, bias, out)
 
 
-def _attend_backward(residuals, gradient):
+def _attend_backward(scale, residuals, gradient):
     query, key, value, bias, out = recompute.barrier(residuals)
-    exponentials, total = _exponentials(query, key, bias)
+    exponentials, total = _exponentials(query, key, bias, scale)
     dtype = total.dtype
     weights = exponentials / total
     to_weights = jnp.einsum("...qd,...kd->...qk", gradient, value, preferred_element_type=dtype)
     along = (gradient.astype(dtype) * out.astype(dtype)).sum(axis=-1, keepdims=True)
     to_logits = weights * (to_weights - along)
-    scaled = (to_logits * (1 / math.sqrt(query.shape[-1]))).astype(query.dtype)
+    scaled = _times(to_logits, scale).astype(query.dtype)
     to_query = jnp.einsum("...qk,...kd->...qd", scaled, key)
     # In this order what a product has to transpose is the gradient or the query, not the weights.
     to_key = jnp.einsum("...qd,...qk->...dk", query, scaled).swapaxes(-1, -2)
@@ -109,4 +120,4 @@ def _attend_backward(residuals, gradient):
     return to_query, to_key, to_value, reduction.sum_over_axes(to_logits, summed).astype(bias.dtype)
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
