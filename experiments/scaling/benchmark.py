@@ -1,14 +1,15 @@
 """What larger images and batches cost: the backbone, the training step, and single attention modules.
 
-JAX_PLATFORMS=cpu python -m experiments.scaling.benchmark [--parts=images,batches,modules,large] [--model=dat_pp_tiny] ...
+JAX_PLATFORMS=cpu python -m experiments.scaling.benchmark [--parts=images,batches,modules,large,chip] [--model=dat_pp_tiny] ...
 
 Writes results.md and results.png. images: one square image of every side, features of the backbone, and a training step up to
 its own sides. batches: the same at 224. modules: the attention of an N and of a D block of every stage, with the slope of
 log(seconds) against log(pixels) between one map and the next: 1 is linear. At a fixed stride the keys of a D block grow with
 the pixels as the queries do, so its products grow with the square. large: one 800 x 1333 image, as detection has it, with the
-scores of deformable attention in tiles of rows and over the whole map. Programs are compiled in one process and run in another
-that finds them: "resident before" is what the latter holds before the first run (Python, jax, the program, weights, images),
-the peak while it runs has the program's own memory on top, the peak with compiling is the first process's.
+scores of deformable attention in tiles of rows and over the whole map. chip: what the compiler says of the backbone's forward
+and backward pass in bfloat16 on a chip that is not there (pip install libtpu). Other programs are compiled in one process and
+run in another that finds them: "resident before" is what the latter holds before the first run (Python, jax, the program,
+weights, images), the peak while it runs has the program's own memory on top, the peak with compiling is the first process's.
 """
 
 import functools
@@ -17,7 +18,7 @@ from typing import Any
 
 from experiments import measure
 
-PARTS = ("images", "batches", "modules", "large")
+PARTS = ("images", "batches", "modules", "large", "chip")
 LARGE = (800, 1333)
 
 
@@ -60,6 +61,43 @@ def measure_features(
     )
     call = functools.partial(compiled, *arguments)
     return report | steps.run_and_measure(call, repeats=repeats, min_seconds=min_seconds)
+
+
+def compile_features(
+    *, variant: str, batch: int, height: int, width: int, whole_map: bool, topology: str, model: dict[str, Any]
+) -> dict[str, Any]:
+    """In a fresh process, for a chip that is not there: what ``steps.compile_step`` and the compiler say of the gradient
+    of all weights, of the product of the four maps of a backbone with given ones, in bfloat16.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    import dat_jax
+    from dat_jax.ops import dispatch
+    from dat_jax.targets import find_devices
+    from experiments import steps
+
+    if whole_map:
+        dispatch.MAX_PAIRS = 2**62
+    chip, devices = find_devices(topology)
+    network = dat_jax.create_model(variant, dtype=jnp.bfloat16, **model)
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def on_chip(tree):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+    def gradient(variables, images, weights):
+        maps, backward = jax.vjp(lambda variables: network.apply(variables, images, method="features"), variables)
+        return maps, backward(weights)
+
+    with dispatch.compiling_for(chip.platform):
+        variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+        images = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.bfloat16)
+        maps = jax.eval_shape(lambda *arguments: network.apply(*arguments, method="features"), variables, images)
+        arguments = on_chip((variables, images, maps))
+        compiled, report = steps.compile_step(jax.jit(gradient, out_shardings=place), arguments)
+    return report | {"peak_bytes": compiled.memory_analysis().peak_memory_in_bytes, "chip": chip.name}
 
 
 def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int, min_seconds: float) -> dict[str, Any]:
@@ -235,6 +273,38 @@ def run_large(options) -> tuple[str, dict]:
     return measure.format_table(rows), {}
 
 
+def run_chip(options) -> tuple[str, dict]:
+    """A table; nothing to plot."""
+    rows = []
+    for (height, width), whole_map in (
+        (tuple(side // 2 for side in options.chip_image), False),
+        (options.chip_image, False),
+        (options.chip_image, True),
+    ):
+        found = measure.run_fresh(
+            "experiments.scaling.benchmark:compile_features",
+            variant=options.model,
+            batch=options.chip_batch,
+            height=height,
+            width=width,
+            whole_map=whole_map,
+            topology=options.topology,
+            model=dict(remat=options.chip_remat, scan_blocks=True),
+        )
+        row = {
+            f"{options.topology}, batch {options.chip_batch}, remat={options.chip_remat}": f"{height} x {width}",
+            "scores": "over the whole map" if whole_map else "in tiles",
+        }
+        columns = ("temporaries, GiB", "peak, GiB", "compiled, s")
+        if "failed" in found:
+            rows.append(row | dict.fromkeys(columns, "-") | {columns[0]: found["failed"]})
+        else:
+            sizes = (measure.format_gib(found[f"{name}_bytes"]) for name in ("temporary", "peak"))
+            rows.append(row | dict(zip(columns, (*sizes, f"{found['compile_seconds']:.0f}"), strict=True)))
+        print(rows[-1], flush=True)
+    return measure.format_table(rows), {}
+
+
 def parse(arguments: list[str] | None = None):
     """The options."""
     parser = measure.make_parser(__file__, __doc__, repeats=5, min_seconds=0.3)
@@ -248,6 +318,12 @@ def parse(arguments: list[str] | None = None):
     parser.add_argument("--batch-side", type=int, default=224, help="of the images of the batches")
     parser.add_argument("--module-sides", type=measure.numbers, default=[224, 448, 896], help="of images, for modules")
     parser.add_argument("--large", type=measure.numbers, default=list(LARGE), help="height,width of the large image")
+    parser.add_argument(
+        "--chip-image", type=measure.numbers, default=[800, 1344], help="height,width; and half of both"
+    )
+    parser.add_argument("--chip-batch", type=int, default=2)
+    parser.add_argument("--chip-remat", default="blocks")
+    parser.add_argument("--topology", default="v5e:1x1")
     parser.add_argument("--max-gib", type=float, default=12.0, help="of temporaries; a larger step is not run")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
@@ -261,7 +337,13 @@ def main(arguments: list[str] | None = None) -> None:
     product = [measure.time_matrix_product()]
     sections, panels = {"": ""}, {}
     for part in options.parts:
-        runner = {"images": run_images, "batches": run_batches, "modules": run_modules, "large": run_large}[part]
+        runner = {
+            "images": run_images,
+            "batches": run_batches,
+            "modules": run_modules,
+            "large": run_large,
+            "chip": run_chip,
+        }[part]
         sections[part], more = runner(options)
         panels |= more
     product.append(measure.time_matrix_product())
