@@ -23,7 +23,8 @@ _RESULT = "result of the fresh process: "
 def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int, min_seconds: float) -> dict[str, float]:
     """Median over rounds of the seconds that a call takes.
 
-    All calls are measured in turn in every round: what the machine does in between hits all of them.
+    All calls are measured in turn in every round, each after one that is not timed: what the machine does in between hits
+    all of them, and none finds the caches and the free memory as another left them.
 
     Args:
       calls: each starts a computation and returns its arrays, which are waited for. They have been called before.
