@@ -36,7 +36,8 @@ def test_the_report_of_the_cpu(cpu_report):
     memory = train["memory"]
     parts = ("parameters", "averaged_parameters", "optimizer_state", "other_arguments")
     arguments = sum(memory[name] for name in parts)
-    assert memory["peak"] == arguments + memory["outputs"] + memory["temporaries"] + memory["generated_code"]
+    outputs = memory["outputs"] - memory["outputs_in_place"]
+    assert memory["peak"] == arguments + outputs + memory["temporaries"] + memory["generated_code"]
     assert 2 * memory["parameters"] <= memory["optimizer_state"] < 2 * memory["parameters"] + 100
     assert memory["averaged_parameters"] == 0
     assert train["collectives"]["all-reduce"]["bytes"] >= memory["parameters"]
@@ -71,7 +72,7 @@ def test_what_is_compiled_for_another_platform_is_what_it_would_run():
             donated[platform] = {leaf.donated for leaf in jax.tree.leaves(lowered.args_info[0][0])}
             assert ("bf16" in lowered.as_text()) == (platform == "tpu")
             assert dispatch.target_platform() == platform
-    assert donated == {"cpu": {False}, "tpu": {True}}
+    assert donated == {"cpu": {jax.__version_info__ >= (0, 9, 1)}, "tpu": {True}}
     assert dispatch.target_platform() == "cpu"
     assert dispatch.choose("depthwise_conv", "auto", map_shape=(8, 8)) == "shifts"
 

@@ -97,7 +97,7 @@ def compile_features(
         maps = jax.eval_shape(lambda *arguments: network.apply(*arguments, method="features"), variables, images)
         arguments = on_chip((variables, images, maps))
         compiled, report = steps.compile_step(jax.jit(gradient, out_shardings=place), arguments)
-    return report | {"peak_bytes": compiled.memory_analysis().peak_memory_in_bytes, "chip": chip.name}
+    return report | {"peak_bytes": compiled.memory_analysis().peak_memory_in_bytes}
 
 
 def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int, min_seconds: float) -> dict[str, Any]:

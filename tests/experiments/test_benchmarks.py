@@ -34,6 +34,12 @@ def test_attention_modules_on_growing_maps(kind):
     assert keys == ([49, 49] if kind == "N" else [16, 64])
 
 
+def test_the_backbone_is_compiled_for_a_topology():
+    options = dict(variant="dat_pp_nano", batch=1, height=64, width=32, topology="cpu", whole_map=False, model={})
+    found = scaling.compile_features(**options)
+    assert found["peak_bytes"] > found["temporary_bytes"] > 0
+
+
 def test_the_slope_of_a_square_is_two():
     assert scaling.slope((2.0, 12.0), (6.0, 108.0)) == pytest.approx(2)
 
