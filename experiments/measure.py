@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import signal
 import statistics
 import subprocess
@@ -231,12 +232,31 @@ def save_bars(
 # Arguments that all benchmarks take
 
 
+class _Parser(argparse.ArgumentParser):
+    """Keeps what was called, but for where its results go."""
+
+    def parse_args(self, args=None, namespace=None):
+        options = super().parse_args(args, namespace)
+        place = argparse.ArgumentParser(add_help=False)
+        place.add_argument("--output")
+        _, given = place.parse_known_args(args)
+        options.command = f"`{shlex.join(('python', '-m', self.name, *given))}`: {self.measured}"
+        return options
+
+
 def make_parser(module: str, description: str, *, repeats: int, min_seconds: float) -> argparse.ArgumentParser:
-    """--output, --repeats, --min-seconds. ``module`` is the benchmark's ``__name__`` or file; its folder is the default."""
-    parser = argparse.ArgumentParser(description=description.strip().partition("\n")[0])
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path(module).parent, help="folder of the results"
-    )
+    """--output, --repeats, --min-seconds; and ``command`` of what it parses, which is for the head of the results.
+
+    Args:
+      module: the benchmark's file; its folder is where results go by default.
+      description: the benchmark's docstring, whose third paragraph says what is measured.
+      repeats, min_seconds: defaults.
+    """
+    path = pathlib.Path(module)
+    parser = _Parser(description=description.strip().partition("\n")[0])
+    parser.name = f"{path.parents[1].name}.{path.parent.name}.{path.stem}"
+    parser.measured = " ".join(description.strip().split("\n\n")[2].split())
+    parser.add_argument("--output", type=pathlib.Path, default=path.parent, help="folder of the results")
     parser.add_argument("--repeats", type=int, default=repeats, help="measurements, of which the median counts")
     parser.add_argument("--min-seconds", type=float, default=min_seconds, help="of one measurement, at least")
     return parser

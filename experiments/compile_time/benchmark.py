@@ -106,11 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
                     if key in found:
                         bars.setdefault(config, {})[f"{name}, {label}"] = found[key]
     product.append(measure.time_matrix_product())
-    command = (
-        f"`python -m experiments.compile_time.benchmark`: {' '.join(__doc__.strip().split(chr(10) * 2)[2].split())}"
-    )
     notes = f"Batch {options.batch}. {measure.describe_machine(product_seconds=product)}"
-    sections = {"": "\n\n".join((notes, command, measure.format_table(rows)))}
+    sections = {"": "\n\n".join((notes, options.command, measure.format_table(rows)))}
     measure.write_results(options.output, title="Compile time of training steps", sections=sections)
     if bars:
         measure.save_bars(options.output / "results.png", bars, x_label="s")

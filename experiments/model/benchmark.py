@@ -129,8 +129,7 @@ def run_profile(options) -> None:
     product.append(measure.time_matrix_product())
     sections[""] = (
         f"Milliseconds a step of ops that were named in a trace of {PROFILED_STEPS} steps, by the module that they come from. "
-        f"{options.described}{measure.describe_machine(product_seconds=product)}\n\n"
-        "`python -m experiments.model.benchmark --profile`"
+        f"{options.described}{measure.describe_machine(product_seconds=product)}\n\n{options.command}"
     )
     measure.write_results(options.output, title="Where the time goes", sections=sections, name="profile")
     if bars:
@@ -160,8 +159,7 @@ def run_benchmark(options) -> None:
                     lines[step].setdefault(variant, {})[batch] = batch / found["seconds"]
     product.append(measure.time_matrix_product())
     notes = f"{options.described}{measure.describe_machine(product_seconds=product)}"
-    command = f"`python -m experiments.model.benchmark`: {' '.join(__doc__.strip().split(chr(10) * 2)[2].split())}"
-    sections = {"": "\n\n".join((notes, command, measure.format_table(rows)))}
+    sections = {"": "\n\n".join((notes, options.command, measure.format_table(rows)))}
     measure.write_results(options.output, title="Whole models", sections=sections)
     panels = {step: values for step, values in lines.items() if values}
     if panels:

@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     notes = f"Batch {options.batch}, float32; medians of {options.repeats}. {measure.describe_machine(product_seconds=product)}"
     if uncovered_ops():
         notes += f" Not measured: {', '.join(sorted(uncovered_ops()))}."
-    notes += f"\n\n`python -m experiments.ops.benchmark`: {' '.join(__doc__.split(chr(10) * 2)[2].split())}"
+    notes += f"\n\n{options.command}"
     measure.write_results(options.output, title="Implementations of the ops", sections={"": notes, **sections})
     panels = {op: values for op, values in bars.items() if values}
     measure.save_bars(options.output / "results.png", panels, x_label="gradient, ms", log=True)

@@ -347,10 +347,9 @@ def main(arguments: list[str] | None = None) -> None:
         sections[part], more = runner(options)
         panels |= more
     product.append(measure.time_matrix_product())
-    command = f"`python -m experiments.scaling.benchmark`: {' '.join(__doc__.strip().split(chr(10) * 2)[2].split())}"
     sections[""] = (
         f"{options.model}, float32, training with remat={options.remat}. {measure.describe_machine(product_seconds=product)}"
-        f"\n\n{command}"
+        f"\n\n{options.command}"
     )
     measure.write_results(options.output, title="Size of images and batches", sections=sections)
     if panels:

@@ -116,3 +116,12 @@ def test_time_goes_to_the_module_and_direction_that_an_op_comes_from():
         ("N attention", "copy", "backward"): 3.0,
         ("optimizer", "copy", "forward"): 0.5,
     }
+
+
+def test_results_name_the_call_but_not_their_place(tmp_path):
+    description = "Title.\n\nUsage.\n\nWhat is\nmeasured."
+    parser = measure.make_parser("/somewhere/experiments/ops/benchmark.py", description, repeats=3, min_seconds=0.1)
+    for output in ([f"--output={tmp_path}"], ["--output", str(tmp_path)]):
+        options = parser.parse_args(["--repeats=5", *output])
+        assert (options.repeats, options.output) == (5, tmp_path)
+        assert options.command == "`python -m experiments.ops.benchmark --repeats=5`: What is measured."
