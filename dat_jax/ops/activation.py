@@ -50,7 +50,7 @@ def gelu_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     Returns:
       (..., features).
     """
-    return gelu(x) @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    return linear.linear(gelu(x), kernel, bias)
 
 
 def _gelu_linear_forward(x, kernel, bias):
