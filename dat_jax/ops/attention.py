@@ -76,6 +76,17 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) 
     return _attend(query, key, value, bias, scale)  # of the logits, as a narrow query would be rounded again
 
 
+def attend_backward(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, out: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The backward pass of ``attend`` from its arguments, its output and the gradient of that: gradients of the arguments."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
+        to_query, *others = _attend_backward(1.0, (query * scale, key, value, bias, out), gradient)
+        return to_query * scale, *others
+    return _attend_backward(scale, (query, key, value, bias, out), gradient)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query, key, value, bias, scale):
     exponentials, total = _exponentials(query, key, bias, scale)

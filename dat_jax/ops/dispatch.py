@@ -17,7 +17,7 @@ import jax
 IMPLEMENTATIONS = {
     "grid_sample": ("matmul", "gather", "map_coordinates", "pallas"),
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
-    "neighborhood_attention": ("tiles", "dense", "gather", "pallas"),
+    "neighborhood_attention": ("rows", "tiles", "dense", "gather", "pallas"),
     "deformable_attention": ("products", "pallas"),
     "conv_mlp": ("products", "pallas"),
     "depthwise_conv": ("shifts", "conv"),
@@ -128,7 +128,9 @@ def _fastest(op, map_shape, table_fits):
     if op == "position_bias":
         return "slice" if cpu and table_fits else "matmul"
     if op == "neighborhood_attention":
-        return "dense" if max(map_shape) <= 16 else "tiles"
+        if max(map_shape) <= 16:
+            return "dense"
+        return "rows" if cpu else "tiles"
     # The matrix of hat weights has H * W numbers a point. On CPU the gather's few rows are always less work (56 x 56 x 64:
     # 0.03 ms instead of 5, gradient 0.9 instead of 30; experiments/ops), elsewhere past this size.
     return "matmul" if not cpu and map_shape[0] * map_shape[1] <= 4096 else "gather"

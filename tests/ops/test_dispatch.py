@@ -37,7 +37,7 @@ def test_on_this_cpu_the_measured_choices_are_taken():
     assert chosen == {
         "grid_sample": "gather",
         "position_bias": "slice",
-        "neighborhood_attention": "tiles",
+        "neighborhood_attention": "rows",
         "deformable_attention": "products",
         "conv_mlp": "products",
         "depthwise_conv": "shifts",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dat_jax.ops import dispatch
+from dat_jax.ops import dispatch, neighborhood_tiles
 from dat_jax.ops import neighborhood_attention as na
 from tests.reference import attention as reference
 from tests.reference import compare
@@ -86,9 +86,9 @@ def test_tiles_of_any_side_equal_the_rule(x64, kernel_size, extra, tile):
     arguments = make_arguments(map_shape, kernel_size, heads=1, batch=1)
     wanted = functools.partial(reference.neighborhood_attention, kernel_size=kernel_size, num_heads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(na, "_tile_side", lambda size: min(size, tile))
-        got = compare.run(attend(kernel_size, 1, "tiles"), *arguments)
-    np.testing.assert_allclose(got, compare.run(wanted, *arguments), atol=1e-12)
+        patch.setattr(neighborhood_tiles, "tile_side", lambda size, *_: min(size, tile))
+        functions = {name: attend(kernel_size, 1, name) for name in ("tiles", "rows")}
+        compare.assert_same(functions, wanted, *arguments)
 
 
 @compare.few_examples(12)
@@ -108,7 +108,9 @@ def test_constant_values_give_the_constant(x64, kernel_size, extra, name):
 def test_window_starts_follow_the_rule(size, kernel_size):
     kernel_size = min(size, kernel_size)
     windows = [reference.neighborhood(position, size, kernel_size) for position in range(size)]
-    np.testing.assert_array_equal(na.window_starts(size, kernel_size), [window.start for window in windows])
+    np.testing.assert_array_equal(
+        neighborhood_tiles.window_starts(size, kernel_size), [window.start for window in windows]
+    )
 
 
 @pytest.mark.parametrize("map_shape", [(2, 5), (5, 2), (1, 1)])
@@ -130,7 +132,7 @@ def test_a_table_that_does_not_fit_is_refused(shape):
 def test_unknown_implementation_is_refused():
     maps, table = jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 5, 5))
     with pytest.raises(
-        ValueError, match="has no implementation 'shifts'; choose one of auto, plain, tiles, dense, gather"
+        ValueError, match="has no implementation 'shifts'; choose one of auto, plain, rows, tiles, dense, gather"
     ):
         attend(3, 1, "shifts")(maps, maps, maps, table)
 
