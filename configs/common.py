@@ -19,6 +19,13 @@ def get_config() -> ConfigDict:
     # the first process traces its own devices.
     config.profile = 0
 
+    # A step whose loss or gradient is not a finite number changes nothing. After so many in a row the run ends, with the
+    # state before them saved.
+    config.max_skipped_steps = 10
+    # A loss above so many times the mean of the last hundred is written to WORKDIR/loss_spikes.jsonl, with the indices of
+    # the batch's images; so are skipped steps. 0: none are.
+    config.spike_factor = 0.0
+
     # Where compiled programs are kept, so that a run that starts again does not compile again: a directory, "" for nowhere,
     # or auto: what JAX_COMPILATION_CACHE_DIR names, else dat_jax in the user's cache (XDG_CACHE_HOME, ~/.cache). Nothing is
     # ever removed there; the whole directory may be.
@@ -42,6 +49,8 @@ def get_config() -> ConfigDict:
     config.data.image_size = 224
     config.data.eval_resize = 256  # to eval_resize x eval_resize, then the central image_size x image_size
     config.data.workers = 0  # processes that load; 0 loads in threads of this one
+    config.data.max_damaged = 0.2  # of the training images seen; where more cannot be read the run ends
+    config.data.stall_seconds = 60.0  # of waiting for a batch, which are said; 0: never
 
     config.augmentation = ConfigDict()
     config.augmentation.min_crop_area = 0.08  # of the image
@@ -69,6 +78,10 @@ def get_config() -> ConfigDict:
 
     # Devices: the batch is split over both axes, large parameters and their optimizer state over fsdp. -1: the rest.
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
+
+    # Beside every evaluation the state is saved every so many steps (0: not), and when a signal ends the run. The newest
+    # so many checkpoints stay, and the best one.
+    config.checkpoint = ConfigDict(dict(every=0, keep=2))
 
     config.eval = ConfigDict()
     config.eval.batch_size = 1024

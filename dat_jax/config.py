@@ -19,6 +19,8 @@ SCHEMA: dict[str, Any] = {
     "ema_decay": float,
     "log_every": int,
     "profile": int,
+    "max_skipped_steps": int,
+    "spike_factor": float,
     "compilation_cache": str,
     "init_from": str,
     "init_head_rows": str,
@@ -29,6 +31,8 @@ SCHEMA: dict[str, Any] = {
         "image_size": int,
         "eval_resize": int,
         "workers": int,
+        "max_damaged": float,
+        "stall_seconds": float,
     },
     "augmentation": {
         "min_crop_area": float,
@@ -51,6 +55,7 @@ SCHEMA: dict[str, Any] = {
         "reference_batch_size": int,
     },
     "mesh": {"data": int, "fsdp": int},
+    "checkpoint": {"every": int, "keep": int},
     "eval": {
         "batch_size": int,
         "every": int,
@@ -60,10 +65,17 @@ SCHEMA: dict[str, Any] = {
 }
 _AT_LEAST_ONE = (
     *("epochs", "batch_size", "accumulate_steps", "log_every", "data.image_size", "eval.batch_size"),
-    *("eval.every", "mesh.fsdp", "schedule.reference_batch_size", "augmentation.max_crop_aspect"),
+    *(
+        "max_skipped_steps",
+        "checkpoint.keep",
+        "eval.every",
+        "schedule.reference_batch_size",
+        "augmentation.max_crop_aspect",
+    ),
 )
 _AT_LEAST_ZERO = (
-    *("seed", "profile", "data.workers", "augmentation.rand_augment_count", "augmentation.rand_augment_magnitude"),
+    *("seed", "profile", "spike_factor", "checkpoint.every", "data.stall_seconds"),
+    *("data.workers", "augmentation.rand_augment_count", "augmentation.rand_augment_magnitude"),
     *("augmentation.rand_augment_std", "augmentation.mixup_alpha", "augmentation.cutmix_alpha"),
     *("optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"),
     *("schedule.base_lr", "schedule.warmup_lr", "schedule.min_lr", "schedule.warmup_epochs"),
@@ -91,7 +103,12 @@ def validate(config: ConfigDict) -> None:
     for path in ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
         if not 0 <= _get(config, path) < 1:
             raise UserError(f"config.{path} wants a number from 0 to below 1, got {_get(config, path)}.")
-    for path in ("augmentation.flip_probability", "augmentation.erasing_probability", "augmentation.min_crop_area"):
+    for path in (
+        "augmentation.flip_probability",
+        "augmentation.erasing_probability",
+        "augmentation.min_crop_area",
+        "data.max_damaged",
+    ):
         if not 0 <= _get(config, path) <= 1:
             raise UserError(f"config.{path} wants a number from 0 to 1, got {_get(config, path)}.")
     if config.data.eval_resize < config.data.image_size:
@@ -99,8 +116,11 @@ def validate(config: ConfigDict) -> None:
             f"config.data.eval_resize wants at least config.data.image_size {config.data.image_size}, got "
             f"{config.data.eval_resize}."
         )
-    if config.mesh.data < 1 and config.mesh.data != -1:
-        raise UserError(f"config.mesh.data wants a number of devices or -1 for all, got {config.mesh.data}.")
+    for axis, size in config.mesh.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{axis} wants a number of devices or -1 for the rest, got {size}.")
+    if config.mesh.data == config.mesh.fsdp == -1:
+        raise UserError("config.mesh wants one of its sizes, data and fsdp are both -1.")
 
 
 def _get(config, path):

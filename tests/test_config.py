@@ -40,7 +40,7 @@ def test_a_locked_configuration_refuses_new_keys():
         ("loss.label_smoothing", 1.0, "from 0 to below 1, got 1.0"),
         ("eval.checkpoint", "newest", "wants one of best, latest, got 'newest'"),
         ("task", "detection", "config.task wants one of classification, got 'detection'"),
-        ("mesh.data", 0, "a number of devices or -1 for all, got 0"),
+        ("mesh.data", 0, "a number of devices or -1 for the rest, got 0"),
         ("profile", -1, "config.profile wants a number of at least 0, got -1"),
         ("compilation_cache", 1, "config.compilation_cache wants a value of type str, got 1"),
         ("seed", -1, "config.seed wants a number of at least 0, got -1"),

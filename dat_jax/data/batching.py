@@ -10,6 +10,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from dat_jax.errors import UserError
+
 _PREFETCHED_BATCHES = 4
 
 
@@ -36,11 +38,25 @@ def make_train_batches(
       workers: processes that load; 0 loads in threads.
 
     Yields:
-      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,)}.
+      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,)}, and what else the source's records have.
+
+    Raises:
+      UserError: a worker process has ended, or an example cannot be read and the source takes no other for it.
     """
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
+    dataset = _order(source, seed).random_map(transform)
     batches = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)[start_step:]
     return _load(batches, workers)
+
+
+def _order(source, seed):
+    """Endless, every epoch shuffled anew."""
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
+def example_indices(count: int, *, seed: int, step: int, batch_size: int) -> list[int]:
+    """Which of ``count`` training examples the batch of a step has (the first step is 1), over all processes."""
+    order = _order(range(count), seed)
+    return [int(order[place]) for place in range((step - 1) * batch_size, step * batch_size)]
 
 
 def make_eval_batches(
@@ -77,4 +93,13 @@ def _load(batches: grain.MapDataset, workers: int) -> Iterator[dict]:
             flags.FLAGS.mark_as_parsed()
         loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     with contextlib.closing(iter(loader)) as batches:  # ends the workers with whoever takes the batches
-        yield from batches
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            code = str(error).split("exit code ")[-1].split(".")[0]
+            raise UserError(
+                f"A process that loads images has ended unasked, with status {code}: -9 is what a machine without memory "
+                "does to it. Fewer config.data.workers take less; the same command goes on from the last checkpoint."
+            ) from error

@@ -47,7 +47,8 @@ class EncodedSource:
     Attributes:
       records: random access to (encoded bytes, label, name of the image).
       class_names: of the labels, in order.
-      skip_damaged: gives the next readable image for a damaged one, with one warning, where an error would end a run.
+      skip_damaged: gives the next readable image for a damaged one, with one warning, where an error would end a run, and
+        with every record "damaged": how many it stands in for.
       advice: a sentence that follows the error.
     """
 
@@ -65,7 +66,8 @@ class EncodedSource:
         for tried in range(min(len(self), _DAMAGED_AT_MOST) if self.skip_damaged else 1):
             try:
                 data, label, name = self.records[(index + tried) % len(self)]
-                return {"image": decode_image(data, name=name), "label": np.int32(label)}
+                record = {"image": decode_image(data, name=name), "label": np.int32(label)}
+                return record | {"damaged": np.int32(tried)} if self.skip_damaged else record
             except UserError as caught:
                 error = caught
             if self.skip_damaged:

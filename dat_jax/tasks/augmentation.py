@@ -51,10 +51,12 @@ def draw_erased_box(key: jax.Array, *, height: int, width: int) -> tuple[jax.Arr
 def mix(
     images: jax.Array, targets: jax.Array, key: jax.Array, *, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes the batch with itself reversed, by mixup or cutmix, evenly; images and targets (B, K) with the same weight.
+    """Mixes every image with its neighbor in the batch, by mixup or cutmix, evenly; images and targets (B, K) alike.
 
     One draw for the whole batch, over all devices (one for each part where steps are accumulated). An alpha of 0 leaves
-    that kind out. Source: 1710.09412 and 1905.04899, as timm's Mixup in "batch" mode with probability 1.
+    that kind out. Source: 1710.09412 and 1905.04899, as timm's Mixup in "batch" mode with probability 1, but for the partner,
+    which is there the batch of a device reversed: the order is random either way, and a neighbor lies on the same device,
+    on whatever mesh. The last of an odd number stays as it is.
 
     Args:
       images: (B, H, W, 3).
@@ -73,7 +75,14 @@ def mix(
     weight = jax.random.beta(mixup_key, mixup_alpha or 1.0, mixup_alpha or 1.0)
     own = jnp.where(use_cutmix, outside.astype(weight.dtype), weight)[None, :, :, None].astype(images.dtype)
     own_target = jnp.where(use_cutmix, uncovered, weight).astype(targets.dtype)
-    return own * images + (1 - own) * images[::-1], own_target * targets + (1 - own_target) * targets[::-1]
+    return own * images + (1 - own) * _neighbors(images), own_target * targets + (1 - own_target) * _neighbors(targets)
+
+
+def _neighbors(x: jax.Array) -> jax.Array:
+    """The second, the first, the fourth, the third, ..."""
+    even = len(x) // 2 * 2
+    swapped = x[:even].reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(even, *x.shape[1:])
+    return jnp.concatenate([swapped, x[even:]])
 
 
 def draw_cutmix_box(key: jax.Array, *, height: int, width: int, alpha: float) -> tuple[jax.Array, ...]:

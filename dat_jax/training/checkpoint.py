@@ -3,13 +3,16 @@
 The only file that imports orbax.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -21,116 +24,263 @@ from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from dat_jax.errors import UserError
+from dat_jax.training import distributed
 
-_WAY_OUT = "Without that folder the run goes on from the other checkpoint, if there is one beside it."
+MANIFEST = "files.json"  # of a checkpoint: size and SHA-256 of its files, written last
+SET_ASIDE = "set_aside"  # folder beside the checkpoints, for what is none any more
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError)  # what orbax and tensorstore raise for damage
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or whose numbers are not those that were saved."""
 
 
 class Checkpoints:
-    """Checkpoints in a folder: the newest and the best by a metric are kept.
+    """Checkpoints in a folder: the newest ones, and the best one by a metric, are kept.
+
+    A checkpoint appears when it is whole, and counts once its files are listed with their digests. One that is found
+    damaged, and what a killed run left unfinished, is moved to set_aside/ beside the others and never deleted. What cannot
+    be written is said, and the run may go on.
 
     Use as a context manager: leaving it waits until what was saved is on disk.
 
     Args:
       directory: made if missing.
       metric: name of the metric, larger is better.
-      read_only: for reading beside a run that writes: makes, saves and cleans up nothing.
+      keep: how many of the newest stay.
+      read_only: for reading beside a run that writes: makes, saves and moves nothing.
+      note: is told, in a sentence, what was set aside and what could not be saved.
 
     Raises:
-      UserError: the folder cannot be written, or holds a step that is not a complete checkpoint.
+      UserError: the folder cannot be opened.
     """
 
-    def __init__(self, directory: pathlib.Path, *, metric: str, read_only: bool = False):
-        def score(metrics):
-            return metrics[metric]
-
-        # max_to_keep with best_fn would delete the newest checkpoint, so what stays is said by policies.
-        keep = policies.AnyPreservationPolicy(
-            [policies.LatestN(n=1), policies.BestN(get_metric_fn=score, reverse=False, n=1)]
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        metric: str,
+        keep: int = 2,
+        read_only: bool = False,
+        note: Callable[[str], None] = print,
+    ):
+        self._directory, self._metric, self._keep, self._read_only, self._note = (
+            directory,
+            metric,
+            keep,
+            read_only,
+            note,
         )
-        options = ocp.CheckpointManagerOptions(
-            best_fn=score,
-            best_mode="max",
-            preservation_policy=None if read_only else keep,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        )
-        self._directory = directory
-        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._digests = jax.jit(compute_digests)
+        self._saving, self._listing = None, None  # the step that is being written, and who lists its files
         try:
             if not read_only:
-                _refuse_incomplete_steps(directory)
-            self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
+                self._set_aside_unfinished()
+            self._manager = self._open()
         except OSError as error:
             raise UserError(f"The checkpoints in {directory} cannot be opened: {error.strerror}.") from error
-        self._digests = jax.jit(compute_digests)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._manager.close()
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
 
-    def save(self, state, *, data_position: dict[str, int], metrics: dict[str, float]) -> None:
+    def save(self, state, *, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> bool:
         """Saves the state at its own step. Returns before all is on disk.
 
+        What goes wrong, now or with what was begun before, is said and not raised.
+
+        Args:
+          state: with a ``step``.
+          metadata: what JSON can hold.
+          metrics: of an evaluation of this state, if there was one.
+
+        Returns:
+          Whether it was begun.
+
         Raises:
-          UserError: the checkpoint was not taken, because a later step is there already.
+          UserError: a later step is there already.
         """
+        self.wait()
         step = int(state.step)
-        meta = {"data_position": data_position, "digests": _named(self._digests(state))}
+        if self._manager is None and not self._reopen():
+            self._say_not_saved(step, "the folder cannot be opened")
+            return False
+        meta = {"metadata": metadata, "digests": _named(self._digests(state)), "metrics": metrics or {}}
+        meta["checksum"] = _json_checksum(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        if not self._manager.save(step, args=args, metrics=metrics):
+        try:
+            begun = self._manager.save(step, args=args, metrics=metrics)
+        except _UNREADABLE as error:
+            self._say_not_saved(step, _reason(error))
+            self._reopen()
+            return False
+        if not begun:
             raise UserError(f"Step {step} was not saved: {self._directory} holds a later step.")
+        self._saving = step
+        if jax.process_index() == 0:
+            self._listing = _Listing(self._directory / str(step))
+        return True
+
+    def wait(self) -> None:
+        """Until what was begun is on disk, or it was said why it is not."""
+        step, self._saving = self._saving, None
+        if step is None:
+            return
+        listing, self._listing = self._listing, None
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            if listing is not None:
+                listing.finish()
+        except _UNREADABLE as error:
+            if listing is not None:
+                listing.give_up()
+            self._say_not_saved(step, _reason(error))
+            self._reopen()
+        distributed.wait(f"step {step} saved")
+
+    def steps(self) -> list[int]:
+        """Those that are whole, by their folders; in order."""
+        self.wait()
+        return _complete_steps(self._directory)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
-        return max(self._complete_steps(), default=None)
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The complete step with the best metric, or None."""
-        steps = self._complete_steps()
-        best = self._manager.best_step()
-        return best if best in steps else max(steps, default=None)
+        """The complete step with the best metric, the newest of equals and where none was evaluated, or None."""
+        steps = self.steps()
+        scores = {step: (_read_metrics(self._directory / str(step)) or {}).get(self._metric) for step in steps}
+        scored = [step for step in steps if scores[step] is not None]
+        return max(scored, key=lambda step: (scores[step], step)) if scored else max(steps, default=None)
 
-    def restore(self, step: int, abstract_state) -> tuple[Any, dict[str, int]]:
-        """The state and data position of a step.
+    def restore(self, step: int, abstract_state) -> tuple[Any, dict[str, Any]]:
+        """The state of a step, and the metadata saved with it.
 
         Args:
           step: one of the saved.
           abstract_state: ShapeDtypeStructs with shardings, which say where the arrays go.
 
         Raises:
-          UserError: the checkpoint is of another model, or damaged; the arrays are named.
+          DamagedError: it cannot be read, or its numbers are not those that were saved; the arrays are named.
+          UserError: it is of another model.
         """
         where = self._directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
-            self._check_structure(step, abstract_state)
-            restored = self._manager.restore(step, args=args)
-            state, meta = restored["state"], restored["meta"]
-            saved, position = meta["digests"], meta["data_position"]
+            _check_files(where)
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            if "digests" in meta and "checksum" not in meta:
+                raise UserError(f"The checkpoint {where} was written by an earlier version, which had another format.")
+            if meta.pop("checksum") != _json_checksum(meta) or meta["metrics"] != _read_metrics(where):
+                raise DamagedError(f"The checkpoint {where} is damaged: meta differs from what was saved.")
+            self._check_structure(step, abstract_state, set(meta["digests"]))
+            state = self._manager.restore(step, args=args)["state"]
+            digests = _named(self._digests(state))
         except UserError:
             raise
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__).split(" [tensorstore_spec")[0]
-            raise UserError(f"The checkpoint {where} cannot be read: {reason}. {_WAY_OUT}") from error
-        digests = _named(self._digests(state))
-        damaged = [name for name, digest in saved.items() if digests.get(name) != digest]
+        except _UNREADABLE as error:
+            raise DamagedError(f"The checkpoint {where} cannot be read: {_reason(error)}.") from error
+        damaged = [name for name, digest in meta["digests"].items() if digests.get(name) != digest]
         if damaged:
-            raise UserError(
-                f"The checkpoint {where} is damaged: {', '.join(damaged)} differ from what was saved. {_WAY_OUT}"
-            )
-        return state, position
+            raise DamagedError(f"The checkpoint {where} is damaged: {name_some(damaged)} differ from what was saved.")
+        return state, meta["metadata"]
 
-    def _complete_steps(self) -> list[int]:
-        """Steps with both items, on disk. An empty folder with a number for a name is none."""
-        self._manager.wait_until_finished()
-        return [step for step in self._manager.all_steps() if _is_complete(self._directory / str(step))]
+    def restore_newest(self, abstract_state, *, first: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+        """``restore`` of the newest whole checkpoint, or of ``first`` if that is whole; damaged ones are set aside.
 
-    def _check_structure(self, step, abstract_state):
+        Returns:
+          State and metadata, or None where no checkpoint is left.
+        """
+        while steps := self.steps():
+            step = first if first in steps else steps[-1]
+            found, error = None, None
+            try:
+                found = self.restore(step, abstract_state)
+            except DamagedError as caught:
+                error = caught
+            if distributed.everywhere(found is not None):
+                return found
+            del found
+            left = [other for other in steps if other != step]
+            way_out = f"that of step {left[-1]} is used instead" if left else "there is no other"
+            why = error or f"The checkpoint {self._directory / str(step)} is damaged for another process."
+            place = self._set_aside(self._directory / str(step))
+            self._note(f"{str(why).rstrip('.')}. It was moved to {place}, and {way_out}.")
+            self._reopen()
+        return None
+
+    def _open(self):
+        def score(metrics):
+            return metrics[self._metric]
+
+        # max_to_keep with best_fn would delete the newest checkpoint, so what stays is said by policies.
+        best = policies.BestN(get_metric_fn=score, reverse=False, n=1, keep_checkpoints_without_metrics=False)
+        keep = policies.AnyPreservationPolicy([policies.LatestN(n=self._keep), best])
+        options = ocp.CheckpointManagerOptions(
+            best_fn=score,
+            best_mode="max",
+            preservation_policy=None if self._read_only else keep,
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            create=not self._read_only,
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self._directory.absolute(), item_handlers=handlers, options=options)
+
+    def _reopen(self) -> bool:
+        """Anew, without what is left of a save that failed."""
+        old, self._manager = self._manager, None
+        with contextlib.suppress(*_UNREADABLE):
+            if old is not None:
+                old.close()
+        with contextlib.suppress(*_UNREADABLE):
+            self._manager = self._open()
+        return self._manager is not None
+
+    def _say_not_saved(self, step, reason):
+        kept = max(_complete_steps(self._directory), default=None)
+        kept = "There is no checkpoint yet" if kept is None else f"The checkpoint of step {kept} is untouched"
+        self._note(f"WARNING: step {step} could not be saved: {reason}. {kept}, and the next one will be tried.")
+
+    def _set_aside_unfinished(self):
+        """Folders with a number that are no checkpoints, which orbax would take for some, and saves that were cut off."""
+        complete = {str(step) for step in _complete_steps(self._directory)}
+        for path in sorted(self._directory.glob("*")):
+            number, _, rest = path.name.partition(".")
+            if number.isdigit() and (rest or number not in complete):
+                what = "is an unfinished save" if rest else "is not a complete checkpoint"
+                self._note(f"{path} {what} and was moved to {self._set_aside(path)}.")
+        distributed.wait("checkpoints set aside")
+
+    def _set_aside(self, path: pathlib.Path) -> pathlib.Path:
+        """Moved by the first process; where to."""
+        folder = path.parent / SET_ASIDE
+        place = next(
+            place
+            for count in itertools.count(1)
+            if not (place := folder / (path.name if count == 1 else f"{path.name}-{count}")).exists()
+        )
+        distributed.wait(f"place for {path.name}")
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            path.rename(place)
+        distributed.wait(f"{path.name} set aside")
+        return place
+
+    def _check_structure(self, step, abstract_state, saved_names):
         saved = self._manager.item_metadata(step)["state"]
         saved = _shapes(saved.tree if hasattr(saved, "tree") else saved)
+        if set(saved) != saved_names:  # what is there is not even what was saved
+            raise DamagedError(
+                f"The checkpoint {self._directory / str(step)} is damaged: it lacks "
+                f"{name_some(sorted(saved_names - set(saved))) or 'nothing, and has more than was saved'}."
+            )
         wanted = _shapes(abstract_state)
         differing = [
             f"{name} is {saved.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
@@ -145,15 +295,96 @@ class Checkpoints:
             )
 
 
-def _is_complete(path: pathlib.Path) -> bool:
-    return all((path / item).is_dir() for item in ("state", "meta"))
+def name_some(names: list[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _refuse_incomplete_steps(directory: pathlib.Path) -> None:
-    """Orbax takes any folder with a number for a checkpoint, and saves nothing before that step."""
-    for path in sorted(directory.glob("*")):
-        if path.name.isdigit() and not _is_complete(path):
-            raise UserError(f"{path} is not a complete checkpoint and would hide others: move it away or delete it.")
+def _complete_steps(directory: pathlib.Path) -> list[int]:
+    """Folders with a number for a name that hold what a checkpoint has. An empty one is none."""
+    items = ("state", "meta", MANIFEST)
+    found = [
+        path for path in directory.glob("*") if path.name.isdigit() and all((path / item).exists() for item in items)
+    ]
+    return sorted(int(path.name) for path in found if _read_metrics(path) is not None)
+
+
+class _Listing:
+    """Writes the manifest of a checkpoint as soon as that is there, in a thread."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._error, self._stopped = path, None, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while not self._path.exists():
+            if self._stopped.wait(0.05):
+                return
+        try:
+            write_manifest(self._path)
+        except OSError as error:
+            self._error = error
+
+    def finish(self):
+        """Raises an OSError where it could not be written."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def give_up(self):
+        self._stopped.set()
+        self._thread.join()
+
+
+def write_manifest(path: pathlib.Path) -> None:
+    """Lists the files of a checkpoint in it. It appears when it is whole."""
+    unfinished = path / f"{MANIFEST}.unfinished"
+    unfinished.write_text(json.dumps(_list_files(path)) + "\n")
+    unfinished.rename(path / MANIFEST)
+
+
+def _list_files(path: pathlib.Path) -> dict[str, str]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(MANIFEST))
+    digests = {}
+    for file in files:
+        with file.open("rb") as opened:
+            digests[str(file.relative_to(path))] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def _check_files(path: pathlib.Path) -> None:
+    """Raises a DamagedError where files are not those of the manifest. The first process reads for all."""
+    if jax.process_index() > 0:
+        return
+    try:
+        saved, found = json.loads((path / MANIFEST).read_text()), _list_files(path)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"The checkpoint {path} is damaged: {MANIFEST} cannot be read.") from error
+    if not isinstance(saved, dict):
+        raise DamagedError(f"The checkpoint {path} is damaged: {MANIFEST} is not what was saved.")
+    changed = [name for name in sorted(saved.keys() | found.keys()) if saved.get(name) != found.get(name)]
+    if changed:
+        raise DamagedError(f"The checkpoint {path} is damaged: {name_some(changed)} differ from what was saved.")
+
+
+def _read_metrics(path: pathlib.Path) -> dict[str, float] | None:
+    """Of a checkpoint; {} where it was not evaluated, None where they are damaged."""
+    try:
+        if not (path / "metrics").exists():
+            return {}
+        metrics = json.loads((path / "metrics" / "metrics").read_text())
+        return metrics if isinstance(metrics, dict) and all(map(_is_number, metrics.values())) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float)
+
+
+def _json_checksum(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def compute_digests(tree):

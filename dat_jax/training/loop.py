@@ -11,9 +11,10 @@ from rich.console import Console
 
 from dat_jax import plots
 from dat_jax.errors import UserError
-from dat_jax.training import compilation_cache
+from dat_jax.training import compilation_cache, continuation, distributed, health, sharding
 from dat_jax.training import metrics as metrics_lib
 from dat_jax.training.checkpoint import Checkpoints
+from dat_jax.training.preemption import Preemption
 from dat_jax.training.profiling import StepProfiler
 from dat_jax.training.run import (
     Run,
@@ -41,40 +42,56 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       workdir: made if missing.
 
     Returns:
-      Evaluation metrics of the best checkpoint.
+      Evaluation metrics of the best checkpoint; {} if a signal ended the run before its last step.
 
     Raises:
-      UserError: a mistake in the configuration or the work directory, or a loss that is not a finite number.
+      UserError: a mistake in the configuration or the work directory, too many steps in a row whose loss or gradient is not
+        a finite number, or too many images that cannot be read.
     """
+    distributed.check_started()
     run, console = make_run(config), _console()
     check_train_batch(run)
     directory = _make_directory(workdir)
     kept = compilation_cache.enable(config.compilation_cache, note=console.print)
     places = {"work directory": str(directory), "compiled programs": "not kept" if kept is None else f"kept in {kept}"}
     metrics_lib.print_table(console, "dat_jax", {**describe(run), **places})
-    with Checkpoints(directory / "checkpoints", metric=run.metric) as checkpoints:
+    options = dict(metric=run.metric, keep=config.checkpoint.keep, note=console.print)
+    with Checkpoints(directory / "checkpoints", **options) as checkpoints:
         # A checkpoint in the work directory is gone on from; otherwise the run starts from the weights that
         # config.init_from names; otherwise from scratch.
-        latest = checkpoints.latest_step()
-        if latest is None:
+        found = checkpoints.restore_newest(run.abstract_state)
+        if found is None:
             state = start_state(run, note=console.print)
         else:
-            state, position = checkpoints.restore(latest, run.abstract_state)
-            _check_data_position(position, config)
-            console.print(f"Resumed at step {latest} of {run.total_steps}.")
+            state, metadata = found
+            continuation.check(metadata, run, note=console.print)
+            console.print(f"Resumed at step {int(state.step)} of {run.total_steps}.")
+        ended = None
         if int(state.step) >= run.total_steps:
             console.print(f"All {config.epochs} epochs are done; set --config.epochs for more.")
         else:
             state = own_memory(state)
-            with _make_writer(config, directory) as writer, _make_profiler(run, state, directory, console) as profiler:
-                _train_steps(run, state, checkpoints, writer, profiler, console)
-        del state  # its memory is for the best one
-        best, _ = checkpoints.restore(checkpoints.best_step(), run.abstract_state)
-    result = run.evaluate(best.eval_variables, eval_batches(run))
-    if jax.process_index() == 0:
-        plots.save_curves(directory / "curves.png", metrics_lib.read_metrics(directory / "metrics.jsonl"))
-    save_pictures(run, best, directory)
-    _print_result(console, result, f"step {int(best.step)} in {directory / 'checkpoints'}")
+            with (
+                _make_writer(config, directory, console) as writer,
+                _make_profiler(run, state, directory, console) as profiler,
+                Preemption(run.mesh, note=console.print) as preemption,
+            ):
+                state, ended = _train_steps(run, state, checkpoints, writer, profiler, preemption, directory, console)
+        if ended is not None:
+            checkpoints.wait()
+            console.print(f"Ended by {ended} at step {int(state.step)}. The same command goes on from there.")
+            return {}
+        if checkpoints.latest_step() is not None:  # else nothing could be saved, which was said
+            del state  # its memory is for the best one
+            state, _ = checkpoints.restore_newest(run.abstract_state, first=checkpoints.best_step())
+    result = run.evaluate(state.eval_variables, eval_batches(run))
+    try:
+        if jax.process_index() == 0:
+            plots.save_curves(directory / "curves.png", metrics_lib.read_metrics(directory / "metrics.jsonl"))
+        save_pictures(run, state, directory)
+    except OSError as error:
+        console.print(f"WARNING: the pictures could not be saved in {directory}: {error.strerror}.")
+    _print_result(console, result, f"step {int(state.step)} in {directory / 'checkpoints'}")
     return result
 
 
@@ -90,15 +107,18 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     Raises:
       UserError: no checkpoint, or one of another model.
     """
+    distributed.check_started()
     run, console, directory = make_run(config), _console(), pathlib.Path(workdir)
     compilation_cache.enable(config.compilation_cache, note=console.print)
     if (directory / "checkpoints").is_dir():
-        with Checkpoints(directory / "checkpoints", metric=run.metric, read_only=True) as checkpoints:
+        options = dict(metric=run.metric, read_only=True, note=console.print)
+        with Checkpoints(directory / "checkpoints", **options) as checkpoints:
             best = config.eval.checkpoint == "best"
             step = checkpoints.best_step() if best else checkpoints.latest_step()
             if step is None:
                 raise UserError(f"There is no complete checkpoint in {directory / 'checkpoints'}.")
-            state, _ = checkpoints.restore(step, run.abstract_state)
+            state, metadata = checkpoints.restore(step, run.abstract_state)
+            continuation.check_model(metadata, run)
             origin = f"step {step} in {directory / 'checkpoints'}"
     elif config.init_from:
         state, origin = start_state(run, note=console.print), config.init_from
@@ -116,55 +136,108 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def _train_steps(
-    run: Run, state: TrainState, checkpoints: Checkpoints, writer, profiler: StepProfiler, console: Console
-) -> None:
-    """The loop itself."""
+    run: Run,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    writer,
+    profiler: StepProfiler,
+    preemption: Preemption,
+    directory: pathlib.Path,
+    console: Console,
+) -> tuple[TrainState, str | None]:
+    """The loop itself. Returns the state, and the signal that ended it, if one did."""
     config, start = run.config, int(state.step)
-    train_step, batches = make_jitted_step(run), train_batches(run, start_step=start)
+    train_step = make_jitted_step(run)
+    batches = health.watch(train_batches(run, start_step=start), seconds=config.data.stall_seconds, note=console.print)
+    images = health.ImageCounter(config.data.max_damaged, note=console.print)
+    spikes = health.SpikeReport(directory / "loss_spikes.jsonl", run, factor=config.spike_factor, note=console.print)
     usage = metrics_lib.Usage(run.mesh.devices.ravel(), count_flops=lambda: count_model_flops(run))
     progress = None
     pending = []  # metrics of the steps since the last line, still on the devices
+
+    def save(step, metrics=None):
+        if int(state.skipped_in_a_row):  # it would take the place of the last one that goes on
+            console.print(
+                f"  not saved: step {step} is one of {int(state.skipped_in_a_row)} in a row that were skipped"
+            )
+        else:
+            checkpoints.save(state, metadata=continuation.describe(run, step), metrics=metrics)
+
     for step in range(start + 1, run.total_steps + 1):
+        batch = next(batches)
+        images.count(batch)
         profiler.before(step)
-        state, metrics = train_step(state, next(batches))
+        state, metrics = train_step(state, sharding.put_batch(batch, run.mesh))
         profiler.after(step, metrics)
         pending.append(metrics)
         if progress is None:  # compiling is not counted into the rate
             jax.block_until_ready(metrics)
             progress = metrics_lib.Progress(start_step=step, total_steps=run.total_steps, batch_size=config.batch_size)
+        stop = preemption.should_stop()
         due = step % (run.steps_per_epoch * config.eval.every) == 0 or step == run.total_steps
-        if step % config.log_every == 0 or due:
-            summary = _summarize(pending, step, checkpoints)
-            pending = []
+        if step % config.log_every == 0 or due or stop:
+            values, pending = jax.device_get(pending), []
+            spikes.report(step, values)
+            _check_skipped(run, state, values, checkpoints)
+            summary = _summarize(values)
             rate, seconds_left = progress.update(step)
-            writer.write(step, {**summary, "images_per_second": rate, **usage.measure(rate)}, prefix="train")
+            measured = {"images_per_second": rate, **usage.measure(rate), **images.summary()}
+            writer.write(step, {**summary, **measured}, prefix="train")
             console.print(
                 f"step {step}/{run.total_steps}  epoch {step / run.steps_per_epoch:.2f}  {_format(summary)}  "
                 f"{rate:.0f} images/s  {metrics_lib.format_duration(seconds_left)} left"
             )
+        if stop and not (due and step == run.total_steps):
+            save(step)
+            return state, preemption.signal_name
         if due:
             result = run.evaluate(state.eval_variables, eval_batches(run))
             # The losses before this were of earlier weights; these are what would be saved.
             _check_finite(result["loss"], "evaluation's loss", step, checkpoints)
             writer.write(step, result, prefix="eval")
-            position = _data_position(config, step)
-            checkpoints.save(state, data_position=position, metrics={run.metric: result[run.metric]})
+            save(step, {run.metric: result[run.metric]})
             console.print(f"  evaluation: {_format(result)}")
             progress.skip()
+        elif config.checkpoint.every and step % config.checkpoint.every == 0:
+            save(step)
+    return state, None
 
 
-def _summarize(pending: list[dict], step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """Means over the steps since the last line; the learning rate is the last one's.
+def _check_skipped(run: Run, state: TrainState, values: list[dict], checkpoints: Checkpoints) -> None:
+    """Ends the run, with the state before them saved, where as many steps in a row as are allowed were skipped.
 
     Raises:
-      UserError: a loss or a gradient was not a finite number.
+      UserError: says so.
     """
-    values = jax.device_get(pending)
-    for index, metrics in enumerate(values, start=step - len(values) + 1):
-        _check_finite(metrics["loss"], "loss", index, checkpoints)
-        _check_finite(metrics["grad_norm"], "gradient's norm", index, checkpoints)
-    summary = {name: float(np.mean([metrics[name] for metrics in values])) for name in values[0]}
+    in_a_row, limit = max(int(metrics["skipped_in_a_row"]) for metrics in values), run.config.max_skipped_steps
+    if in_a_row < limit:
+        return
+    count = int(state.skipped_in_a_row)
+    step = int(state.step) - count
+    message = f"The loss or the gradient of {in_a_row} steps in a row was not a finite number"
+    if count:  # they are the last ones, and left the state as it was before them
+        before = state.replace(
+            step=state.step - count, skipped=state.skipped - count, skipped_in_a_row=state.skipped_in_a_row * 0
+        )
+        if step not in checkpoints.steps() and step > 0:
+            checkpoints.save(before, metadata=continuation.describe(run, step))
+            checkpoints.wait()
+        message += f", from step {step + 1} on. The checkpoint of step {step} has the state before them"
+    raise UserError(f"{message}. Lower config.schedule.base_lr, or lengthen the warm-up.")
+
+
+def _summarize(values: list[dict]) -> dict[str, float]:
+    """Means over the steps since the last line that were not skipped; the last one's learning rate, and steps skipped."""
+    taken = [metrics for metrics in values if not metrics["skipped_in_a_row"]]
+    counters = ("skipped", "skipped_in_a_row")
+    summary = {
+        name: float(np.mean([metrics[name] for metrics in taken]))
+        for name in values[0]
+        if taken and name not in counters
+    }
     summary["learning_rate"] = float(values[-1]["learning_rate"])
+    if values[-1]["skipped"]:
+        summary["skipped"] = int(values[-1]["skipped"])
     return summary
 
 
@@ -181,27 +254,6 @@ def _check_finite(value, what: str, step: int, checkpoints: Checkpoints) -> None
 def _format(metrics: dict[str, float]) -> str:
     """loss 0.1234  top1 98.70 ..., in the order of the metrics."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-
-
-def _data_position(config, step) -> dict[str, int | str]:
-    """What says which examples come next."""
-    return {
-        "examples": step * config.batch_size,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "data": config.data.name,
-    }
-
-
-def _check_data_position(position, config) -> None:
-    now = _data_position(config, 0)
-    keys = ("batch_size", "seed", "data")
-    differing = [f"{key} {position.get(key)}, now {now[key]}" for key in keys if position.get(key) != now[key]]
-    if differing:
-        raise UserError(
-            f"The run in this work directory was started with {'; '.join(differing)}. Its data would not continue where it "
-            "stopped: set it as it was, or take another --workdir."
-        )
 
 
 def _console() -> Console:
@@ -221,12 +273,15 @@ def _make_directory(workdir: str) -> pathlib.Path:
     return directory
 
 
-def _make_writer(config: ConfigDict, directory: pathlib.Path):
+def _make_writer(config: ConfigDict, directory: pathlib.Path, console: Console):
     """The first process writes the configuration and the metrics; the others write nothing."""
     if jax.process_index() > 0:
         return contextlib.nullcontext(metrics_lib.NullWriter())
-    (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
-    return metrics_lib.MetricWriter(directory)
+    try:
+        (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    except OSError as error:
+        console.print(f"WARNING: {directory / 'config.json'} could not be written: {error.strerror}.")
+    return metrics_lib.MetricWriter(directory, note=console.print)
 
 
 def _make_profiler(run: Run, state: TrainState, directory: pathlib.Path, console: Console) -> StepProfiler:

@@ -1,6 +1,8 @@
 """Metrics of a run: a JSONL file, TensorBoard, and lines with progress on the console."""
 
+import contextlib
 import json
+import os
 import pathlib
 import resource
 import sys
@@ -8,38 +10,77 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import tensorboardX
 from rich.console import Console
 from rich.table import Table
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from dat_jax.targets import find_chip
 
 
 class MetricWriter:
-    """Appends to metrics.jsonl and to TensorBoard files in ``directory``. Use as a context manager, in one process."""
+    """Appends to metrics.jsonl and to TensorBoard files in ``directory``. Use as a context manager, in one process.
 
-    def __init__(self, directory: pathlib.Path):
-        path = directory / "metrics.jsonl"
-        if path.exists():  # a killed run may have left an unfinished last line
-            text = path.read_text()
-            path.write_text(text[: text.rfind("\n") + 1])
-        self._file = path.open("a")  # closed by __exit__
-        self._tensorboard = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
+    What cannot be written is kept and written with a later line; the first time it is said, and the run goes on.
+
+    Args:
+      directory: of the files.
+      note: is told what could not be written.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, note: Callable[[str], None] = print):
+        self._path, self._note, self._waiting, self._said = directory / "metrics.jsonl", note, "", False
+        if self._path.exists():  # a killed run may have left an unfinished last line
+            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+        self._tensorboard = None
+        with self._said_once():
+            (directory / "tensorboard").mkdir(exist_ok=True)
+            # Not its SummaryWriter, whose thread dies of a full disk, upon which everything waits for it.
+            self._tensorboard = event_file_writer.EventsWriter(str(directory / "tensorboard" / "events"))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
-        self._tensorboard.close()
+        self._append("")
+        if self._tensorboard is not None:
+            with self._said_once():
+                self._tensorboard.close()
 
     def write(self, step: int, metrics: dict[str, float], *, prefix: str) -> None:
         """One line {"step": step, "train/loss": ..., ...}."""
         named = {f"{prefix}/{name}": value for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **named}) + "\n")
-        self._file.flush()
-        for name, value in named.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._append(json.dumps({"step": step, **named}) + "\n")
+        if self._tensorboard is not None:
+            with self._said_once():
+                for name, value in named.items():
+                    event = event_pb2.Event(step=step, wall_time=time.time(), summary=summary.scalar(name, value))
+                    self._tensorboard.write_event(event)
+                self._tensorboard.flush()
+
+    def _append(self, line):
+        self._waiting += line
+        size = self._path.stat().st_size if self._path.exists() else 0
+        with self._said_once():
+            try:
+                with self._path.open("a") as file:
+                    file.write(self._waiting)
+                self._waiting = ""
+            except OSError:
+                with contextlib.suppress(OSError):  # no half lines
+                    os.truncate(self._path, size)
+                raise
+
+    @contextlib.contextmanager
+    def _said_once(self):
+        try:
+            yield
+        except OSError as error:
+            if not self._said:
+                self._note(
+                    f"WARNING: metrics cannot be written in {self._path.parent}: {error.strerror}. They wait meanwhile."
+                )
+            self._said = True
 
 
 class NullWriter:

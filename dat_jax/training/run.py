@@ -218,7 +218,7 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
 
 
 def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
-    """Endless global batches on the devices, from a step on."""
+    """Endless batches of this process (numpy), from a step on."""
     data, augmentation = run.config.data, run.config.augmentation
     transform = make_train_transform(
         image_size=data.image_size,
@@ -229,7 +229,7 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
         rand_augment_magnitude=augmentation.rand_augment_magnitude,
         rand_augment_std=augmentation.rand_augment_std,
     )
-    batches = make_train_batches(
+    return make_train_batches(
         run.train_source,
         transform,
         batch_size=run.config.batch_size // jax.process_count(),
@@ -239,7 +239,6 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
         process_count=jax.process_count(),
         workers=data.workers,
     )
-    return (sharding.put_batch(batch, run.mesh) for batch in batches)
 
 
 def eval_batches(run: Run, source=None) -> Iterator[dict]:

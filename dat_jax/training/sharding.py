@@ -21,19 +21,35 @@ MIN_SHARDED_SIZE = 2**16  # numbers; smaller arrays cost more to gather than the
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over devices.
 
+    Where several processes have them, the devices of an fsdp group are of one process as far as that goes: what fsdp
+    gathers in every layer stays inside a host, and only gradients travel between hosts.
+
     Args:
-      data, fsdp: sizes of the axes; data = -1 takes what fsdp leaves.
+      data, fsdp: sizes of the axes; -1, for one of them, takes what the other leaves.
       devices: all of this platform, unless given.
 
     Raises:
-      UserError: the sizes do not make up the number of devices.
+      UserError: the sizes do not make up the number of devices, or a group of fsdp would lie across hosts in part.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
         data = len(devices) // fsdp
+    elif fsdp == -1:
+        fsdp = len(devices) // data
     if data * fsdp != len(devices):
         raise UserError(f"A mesh of data={data} x fsdp={fsdp} does not make up {len(devices)} devices.")
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    types = (AxisType.Auto,) * 2
+    hosts = len({device.process_index for device in devices})
+    local = len(devices) // hosts
+    if fsdp == 1 or hosts == 1:
+        return jax.make_mesh((data, fsdp), AXES, axis_types=types, devices=devices)
+    if local % fsdp and fsdp % local:
+        raise UserError(
+            f"A mesh with fsdp={fsdp} does not fit {hosts} processes of {local} devices: wanted a divisor or a multiple "
+            f"of {local}."
+        )
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(data, fsdp), AXES, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -77,3 +93,9 @@ def put_batch(batch, mesh: Mesh):
     """This process's part of a batch (numpy) -> the global batch on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
+
+
+def fill_batch(value, mesh: Mesh) -> jax.Array:
+    """A global array with a number for each device: on those of this process the given one."""
+    local = sum(device.process_index == jax.process_index() for device in mesh.devices.ravel())
+    return put_batch(np.full(local, value), mesh)

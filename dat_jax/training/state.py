@@ -12,13 +12,22 @@ from dat_jax.tasks import Task
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32, finished optimizer steps. ema_params: None unless asked for."""
+    """What the next step needs.
+
+    Attributes:
+      step: int32, finished steps, skipped ones included.
+      ema_params: None unless asked for.
+      skipped, skipped_in_a_row: int32, steps whose loss or gradient was not a finite number, which left all else as it was:
+        so far, and since the last other one.
+    """
 
     step: jax.Array
     params: Any
     model_state: Any
     opt_state: Any
     ema_params: Any
+    skipped: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros((), jnp.int32))
+    skipped_in_a_row: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
     @property
     def eval_variables(self) -> dict[str, Any]:

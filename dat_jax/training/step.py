@@ -31,7 +31,8 @@ def make_train_step(
       ema_decay: of the averaged weights, if the state has them.
 
     Returns:
-      A function. Metrics: those of the task, "grad_norm" before clipping, "learning_rate".
+      A function. Metrics: those of the task, "grad_norm" before clipping, "learning_rate", and "skipped",
+      "skipped_in_a_row" of the new state: where the loss or the gradient is not a finite number the step only counts.
     """
 
     def gradients(state, batch, key):
@@ -69,14 +70,18 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema_params, params)
-        metrics = {**metrics, "grad_norm": global_norm(grads), "learning_rate": schedule(state.step)}
+        grad_norm = global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        metrics = {**metrics, "grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        updated = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params)
+        kept = {name: getattr(state, name) for name in updated}
         state = TrainState(
             step=state.step + 1,
-            params=params,
-            model_state=model_state,
-            opt_state=opt_state,
-            ema_params=ema_params,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept),
         )
+        metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state, metrics
 
     return train_step

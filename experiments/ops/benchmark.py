@@ -4,7 +4,8 @@ JAX_PLATFORMS=cpu python -m experiments.ops.benchmark [--ops=NAMES] [--stages=0,
 
 Writes results.md and results.png. The implementations are those of dat_jax.ops.dispatch, "plain" and "auto" included. A
 gradient is the output, and the gradient with respect to every input of its product with random numbers. Within an op and a map
-all implementations and both directions are measured in turn, each after a call that is not timed.
+all implementations and both directions are measured in every round, in random order, each after as many calls that are not
+timed.
 """
 
 import dataclasses

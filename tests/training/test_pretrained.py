@@ -88,7 +88,7 @@ def workdir(tmp_path_factory):
             params = tiny(seed=step)[1]
             moments = {"mu": params, "count": jnp.int32(step)}
             state = TrainState(jnp.int32(step), params, {}, (moments,), averaged[step])
-            checkpoints.save(jax.device_put(state), data_position={"examples": 0}, metrics={"top1": top1})
+            checkpoints.save(jax.device_put(state), metadata={"examples": 0}, metrics={"top1": top1})
     return directory, averaged[2]
 
 
@@ -201,7 +201,7 @@ def test_a_run_without_averaging_gives_its_weights(tmp_path):
     _, params = tiny()
     with Checkpoints(tmp_path / "checkpoints", metric="top1") as checkpoints:
         state = jax.device_put(TrainState(jnp.int32(1), params, {}, (), None))
-        checkpoints.save(state, data_position={"examples": 0}, metrics={"top1": 1.0})
+        checkpoints.save(state, metadata={"examples": 0}, metrics={"top1": 1.0})
     assert_same(load_trained(tmp_path)[1], params)
 
 

@@ -103,6 +103,28 @@ def test_averaged_weights_follow_the_weights_and_are_what_is_evaluated():
     assert run_steps(1)[0][-1].ema_params is None
 
 
+def test_a_step_that_is_not_finite_only_counts():
+    """A loss of infinity in the third of four steps: the fourth goes on from the second."""
+    task, optimizer = linear_task(), optax.adam(0.1)
+    rng = np.random.default_rng(0)
+    batch = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=8), jnp.float32)}
+    bad = batch | {"y": batch["y"].at[2].set(jnp.inf)}
+    state = init_state(jax.random.key(0), batch, task=task, optimizer=optimizer, ema=True)
+    step = jax.jit(make_train_step(task=task, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, ema_decay=0.5))
+    states, counts = [state], []
+    for which in (batch, batch, bad, bad, batch):
+        state, metrics = step(states[-1], which)
+        states.append(state)
+        counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+    assert counts == [(0, 0), (0, 0), (1, 1), (2, 2), (2, 0)]
+    assert [int(state.step) for state in states] == [0, 1, 2, 3, 4, 5]
+    for name in ("params", "model_state", "opt_state", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(states[4], name), getattr(states[2], name))
+    after_two, _ = step(states[2].replace(step=states[4].step), batch)
+    jax.tree.map(np.testing.assert_array_equal, states[5].params, after_two.params)
+    assert not np.array_equal(states[5].params["w"], states[2].params["w"])
+
+
 def test_random_draws_differ_by_step_and_repeat_with_the_seed():
     draws = [float(metrics["draw"]) for metrics in run_steps(3)[1]]
     assert len(set(draws)) == 3
@@ -156,4 +178,4 @@ def test_the_step_of_every_configuration_has_consistent_shapes(name, monkeypatch
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), run.abstract_state
     )
-    assert set(metrics) == {"loss", "top1", "grad_norm", "learning_rate"}
+    assert set(metrics) == {"loss", "top1", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}

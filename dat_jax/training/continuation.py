@@ -1,0 +1,96 @@
+"""Whether a run may go on from a checkpoint: what is written beside the state, and what must not have changed since."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dat_jax.errors import UserError
+from dat_jax.training.run import Run
+
+# Keys of config.model that say how it is computed, not what.
+_HOW = ("dtype", "remat", "scan_blocks", "implementation")
+# Keys that what a run does next is a function of.
+_DATA = ("batch_size", "seed", "data.name")
+# Keys that another machine or another length of the run may want otherwise, without a word.
+_FREE = (
+    "mesh",
+    "compilation_cache",
+    "profile",
+    "log_every",
+    "checkpoint",
+    "spike_factor",
+    "init_from",
+    "init_head_rows",
+)
+_FREE_DATA = ("data.directory", "data.workers", "data.stall_seconds", "data.max_damaged")
+
+
+def describe(run: Run, step: int) -> dict[str, Any]:
+    """What a checkpoint of a step has beside the state: the place in the data, the configuration and the class names' count."""
+    return {
+        "examples": step * run.config.batch_size,
+        "config": run.config.to_dict(),
+        "classes": len(run.train_source.class_names),
+    }
+
+
+def check(metadata: Mapping[str, Any], run: Run, *, note: Callable[[str], None]) -> None:
+    """Refuses to go on with another model or other data; says what else is different.
+
+    Raises:
+      UserError: names what differs.
+    """
+    check_model(metadata, run)
+    differing = _differences(metadata, run)
+    data = {name: values for name, values in differing.items() if name in _DATA}
+    if data:
+        raise UserError(
+            f"The run in this work directory was started with {_list(data)}. Its data would not continue where it stopped: "
+            "set it as it was, or take another --workdir."
+        )
+    said = {
+        name: values for name, values in differing.items() if name.split(".")[0] not in _FREE and name not in _FREE_DATA
+    }
+    if said:
+        note(f"The configuration is not that of the checkpoint: {_list(said)}.")
+
+
+def check_model(metadata: Mapping[str, Any], run: Run) -> None:
+    """Refuses the weights of another model, also where all shapes are the same.
+
+    Raises:
+      UserError: names what differs.
+    """
+    differing = {
+        name: values
+        for name, values in _differences(metadata, run).items()
+        if name == "task" or (name.startswith("model.") and name.removeprefix("model.") not in _HOW)
+    }
+    classes = len(run.train_source.class_names)
+    if metadata["classes"] != classes:
+        differing["number of classes"] = metadata["classes"], classes
+    if differing:
+        raise UserError(
+            f"The checkpoint is of another model: {_list(differing)}. Take another --workdir, or set it as it was."
+        )
+
+
+def _differences(metadata, run):
+    """{key of the configuration: (value then, value now)}; None for a key that is not there."""
+    then, now = (_flatten(json.loads(json.dumps(config))) for config in (metadata["config"], run.config.to_dict()))
+    names = sorted(then.keys() | now.keys())
+    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
+
+
+def _flatten(group, prefix=""):
+    flat = {}
+    for key, value in group.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _list(differences):
+    return "; ".join(f"{name} {then}, now {now}" for name, (then, now) in differences.items())
