@@ -4,7 +4,7 @@ So a run that resumes at step n sees what it would have seen, and the number of 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -13,6 +13,7 @@ from absl import flags
 from dat_jax.errors import UserError
 
 _PREFETCHED_BATCHES = 4
+_ENDLESS = 2**40  # batches
 
 
 def make_train_batches(
@@ -22,8 +23,7 @@ def make_train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless training batches: every epoch shuffled anew, every example transformed with a generator of its own.
@@ -31,21 +31,27 @@ def make_train_batches(
     Args:
       source: see ``data.sources``.
       transform: of one record, with its random generator.
-      batch_size: examples a batch of THIS process.
+      batch_size: examples a batch, over all processes.
       seed: of order and draws.
       start_step: the first batch to give.
-      process_index, process_count: this process takes every process_count-th example.
+      rows: which examples of every batch are this process's, only these are loaded; all unless given.
       workers: processes that load; 0 loads in threads.
 
     Yields:
-      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,)}, and what else the source's records have.
+      {"image": uint8 (R, S, S, 3), "label": int32 (R,)} of its R rows, in their order, and what else the source's records have.
 
     Raises:
       UserError: a worker process has ended, or an example cannot be read and the source takes no other for it.
     """
+    rows = range(batch_size) if rows is None else rows
     dataset = _order(source, seed).random_map(transform)
-    batches = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)[start_step:]
-    return _load(batches, workers)
+
+    def load(place: int) -> dict:
+        step, row = divmod(place, len(rows))
+        return dataset[step * batch_size + rows[row]]
+
+    places = grain.MapDataset.range(_ENDLESS * len(rows)).map(load)
+    return _load(places.batch(len(rows))[start_step:], workers)
 
 
 def _order(source, seed):

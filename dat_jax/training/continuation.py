@@ -61,6 +61,12 @@ def check_model(metadata: Mapping[str, Any], run: Run) -> None:
     Raises:
       UserError: names what differs.
     """
+    if (
+        not isinstance(metadata, Mapping)
+        or not isinstance(metadata.get("config"), Mapping)
+        or "classes" not in metadata
+    ):
+        raise UserError("The checkpoint does not say what model it is of. Take another --workdir.")
     differing = {
         name: values
         for name, values in _differences(metadata, run).items()

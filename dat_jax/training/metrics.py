@@ -93,17 +93,18 @@ class NullWriter:
 def read_metrics(path: pathlib.Path) -> dict[str, dict[int, float]]:
     """{metric name: {step: value}} of a metrics.jsonl; the last line counts where a step was repeated after a resume.
 
-    A line that is not JSON, as a killed run may leave, is passed over; without a file there are no metrics.
+    A line that is not one of these, as a killed run may leave, is passed over; without a file there are no metrics.
     """
     if not path.exists():
         return {}
     series: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        step = record.pop("step")
+        if not isinstance(record, dict) or not isinstance(step := record.pop("step", None), int):
+            continue
         for name, value in record.items():
             series.setdefault(name, {})[step] = value
     return series

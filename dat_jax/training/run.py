@@ -218,7 +218,7 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
 
 
 def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
-    """Endless batches of this process (numpy), from a step on."""
+    """Endless batches, this process's part of them (numpy), from a step on."""
     data, augmentation = run.config.data, run.config.augmentation
     transform = make_train_transform(
         image_size=data.image_size,
@@ -232,11 +232,10 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
     return make_train_batches(
         run.train_source,
         transform,
-        batch_size=run.config.batch_size // jax.process_count(),
+        batch_size=run.config.batch_size,
         seed=run.config.seed,
         start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.local_rows(run.config.batch_size, run.mesh),
         workers=data.workers,
     )
 

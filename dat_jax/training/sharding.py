@@ -89,10 +89,27 @@ def state_sharding(state, mesh: Mesh):
     return jax.tree.map(sharding, state)
 
 
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """Which examples of a batch lie on the devices of this process, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in indices for row in range(*part.indices(batch_size))})
+
+
 def put_batch(batch, mesh: Mesh):
-    """This process's part of a batch (numpy) -> the global batch on the devices."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
+    """This process's part of a batch (numpy), its rows in their order -> the global batch on the devices."""
+    sharding, processes = batch_sharding(mesh), len({device.process_index for device in mesh.devices.ravel()})
+
+    def put(array):
+        shape = (len(array) * processes, *array.shape[1:])
+        place = {row: index for index, row in enumerate(local_rows(shape[0], mesh))}
+
+        def part(index):
+            first, last, _ = index[0].indices(shape[0])
+            return array[place[first] : place[first] + last - first]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, batch)
 
 
 def fill_batch(value, mesh: Mesh) -> jax.Array:

@@ -1,0 +1,242 @@
+"""Runs of configs/quickstart.py that are killed, stopped, starved of disk, split over processes, and watched for leaks.
+
+JAX_PLATFORMS=cpu python -m experiments.soak.run [--parts=kills,signal,processes,disk,memory] [--output=DIR]
+
+Writes results.md. kills: a run of 200 steps is killed at random moments, some while it saves or starts, and started again
+each time; its last state is compared with that of a run that was left alone, bit for bit. signal: SIGTERM to one of two
+processes. processes: two processes of four virtual devices and one of eight, the losses of 30 steps, and both evaluations of
+a checkpoint that the other layout wrote. disk: a file system of 20 MB (tmpfs, which wants root) that fills up. memory: 2,000
+steps and 20 evaluations, resident memory and open files once a second.
+"""
+
+import collections
+import contextlib
+import functools
+import pathlib
+import random
+import re
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments import measure
+from experiments.soak import processes
+
+PARTS = ("kills", "signal", "processes", "disk", "memory")
+CONFIG = "configs/quickstart.py"
+ONE_EPOCH = {
+    "epochs": 1,
+    "batch_size": 20,
+    "log_every": 1,
+    "checkpoint.every": 10,
+    "schedule.warmup_epochs": 0.1,
+}  # 200 steps
+_WAIT_SECONDS = 900
+
+
+def start(workdir: pathlib.Path, cache: pathlib.Path, values: dict, **options) -> list[subprocess.Popen]:
+    """A run of the quickstart, its programs kept in ``cache``."""
+    return processes.start(CONFIG, workdir, values={**values, "compilation_cache": cache}, **options)
+
+
+def read_state(workdir: pathlib.Path, values: dict, step: int):
+    """The state of a checkpoint, on the host."""
+    import jax
+
+    from configs import quickstart
+    from dat_jax.training.checkpoint import Checkpoints
+    from dat_jax.training.run import make_run
+
+    config = quickstart.get_config().unlock()
+    config.update_from_flattened_dict(values)
+    run = make_run(config.lock(), devices=jax.devices()[:1])
+    with Checkpoints(workdir / "checkpoints", metric=run.metric, read_only=True) as checkpoints:
+        return jax.device_get(checkpoints.restore(step, run.abstract_state)[0])
+
+
+def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed: int) -> dict[str, str]:
+    """See above."""
+    import jax
+
+    rng = random.Random(seed)
+    alone, killed = directory / "alone", directory / "killed"
+    processes.finish(start(alone, cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
+    moments, resumed, set_aside, done = collections.Counter(), [], 0, 0
+    while done < kills:
+        (running,) = start(killed, cache, ONE_EPOCH, devices=1)
+        moment = ("while it trains", "while it saves", "while it trains", "while it saves", "as it starts")[done % 5]
+        if moment == "as it starts":
+            time.sleep(rng.uniform(0, 8))
+        elif moment == "while it trains":
+            _wait_for_lines(killed, _count_lines(killed) + rng.randint(1, 18), [running])
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            while running.poll() is None and not any((killed / "checkpoints").glob("*orbax-checkpoint-tmp*")):
+                time.sleep(0.001)
+        if running.poll() is not None:
+            raise RuntimeError(f"ended before it was killed:\n{running.communicate()[0]}")
+        running.kill()
+        printed = running.communicate()[0]
+        moments[moment] += 1
+        resumed += [int(step) for step in re.findall(r"Resumed at step (\d+) of", printed)]
+        set_aside += printed.count("moved to")
+        done += 1
+    (printed,) = processes.finish(start(killed, cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
+    left, wanted = (read_state(path, ONE_EPOCH, 200) for path in (killed, alone))
+    leaves = list(zip(jax.tree.leaves(left), jax.tree.leaves(wanted), strict=True))
+    equal = sum(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in leaves)
+    return {
+        "kills": f"{done}: " + ", ".join(f"{count} {moment}" for moment, count in moments.items()),
+        "resumed at": ", ".join(map(str, resumed)),
+        "unfinished or damaged, set aside": str(set_aside),
+        "arrays of the last state equal, bit for bit": f"{equal} of {len(leaves)}",
+    }
+
+
+def run_signal(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
+    """See above."""
+    workdir = directory / "signal"
+    running = start(workdir, cache, {**ONE_EPOCH, "batch_size": 16, "eval.batch_size": 200}, processes=2)
+    _wait_for_lines(workdir, 20, running)
+    running[1].send_signal(signal.SIGTERM)
+    printed = processes.finish(running, seconds=_WAIT_SECONDS)
+    step = re.search(r"Ended by .* at step (\d+)\.", printed[0])[1]
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return {"SIGTERM to the second of two processes": f"both ended with 0 at step {step}; checkpoints {saved}"}
+
+
+def run_processes(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
+    """See above."""
+    from dat_jax.training.metrics import read_metrics
+
+    values = {"epochs": 1, "batch_size": 128, "log_every": 1, "schedule.warmup_epochs": 0.2}  # 31 steps
+    found = {}
+    for count in (1, 2):
+        processes.finish(start(directory / f"of_{count}", cache, values, processes=count), seconds=_WAIT_SECONDS)
+        found[count] = read_metrics(directory / f"of_{count}" / "metrics.jsonl")
+    losses = {count: series["train/loss"] for count, series in found.items()}
+    difference = max(abs(losses[1][step] - losses[2][step]) for step in range(1, 31))
+    evaluations = {
+        count: {name: list(values.values()) for name, values in series.items() if name.startswith("eval/")}
+        for count, series in found.items()
+    }
+    more = {**values, "epochs": 2}
+    continued = {}
+    for count in (1, 2):  # each goes on from what the other one wrote
+        (first, *_) = processes.finish(
+            start(directory / f"of_{3 - count}", cache, more, processes=count), seconds=_WAIT_SECONDS
+        )
+        assert "Resumed at step 31 of 62" in first, first
+        continued[count] = read_metrics(directory / f"of_{3 - count}" / "metrics.jsonl")["train/loss"][62]
+    return {
+        "largest difference of the losses of 30 steps, two processes and one": f"{difference:.1e}",
+        "evaluation of one, of two": f"{evaluations[1]}, {evaluations[2]}",
+        "loss of step 62, after each went on from the other's checkpoint": f"{continued[1]:.6f}, {continued[2]:.6f}",
+    }
+
+
+def run_disk(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
+    """See above."""
+    with _small_disk(directory / "disk", megabytes=20) as disk:
+        if disk is None:
+            return {"a disk of 20 MB": "not run: tmpfs wants root"}
+        (printed,) = processes.finish(start(disk / "run", cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
+        warnings = re.findall(r"WARNING: step \d+ could not be saved: [^.]*\.", printed)
+        steps = sorted(int(path.name) for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdigit())
+        lines = _count_lines(disk / "run")
+        state = read_state(disk / "run", ONE_EPOCH, steps[-1])
+        return {
+            "a disk of 20 MB": f"ended with 0, {len(warnings)} saves refused, {lines} lines of metrics; checkpoints "
+            f"{steps}, the newest read: step {int(state.step)}",
+            "the first warning": warnings[0] if warnings else "none",
+        }
+
+
+def run_memory(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
+    """See above."""
+    values = {"epochs": 20, "batch_size": 40, "checkpoint.every": 50}
+    (running,) = start(directory / "memory", cache, values, devices=1)
+    samples = []
+    while running.poll() is None:
+        with contextlib.suppress(OSError, ValueError):
+            status = pathlib.Path(f"/proc/{running.pid}/status").read_text()
+            resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 2**20
+            files = len(list(pathlib.Path(f"/proc/{running.pid}/fd").iterdir()))
+            samples.append((time.monotonic(), resident, files))
+        time.sleep(1)
+    processes.finish([running], seconds=10)
+    samples = samples[len(samples) // 5 :]  # warm-up, four of twenty epochs
+    fifth = max(1, len(samples) // 5)
+    first, last = (
+        [statistics.median(sample[index] for sample in part) for index in (1, 2)]
+        for part in (samples[:fifth], samples[-fifth:])
+    )
+    return {
+        "resident memory after warm-up, at the end, GiB": f"{first[0]:.3f}, {last[0]:.3f}",
+        "change": f"{100 * (last[0] / first[0] - 1):+.1f} %",
+        "open files after warm-up, at the end": f"{first[1]:.0f}, {last[1]:.0f}",
+        "steps, evaluations, seconds watched": f"2000, 20, {samples[-1][0] - samples[0][0]:.0f}",
+    }
+
+
+@contextlib.contextmanager
+def _small_disk(path: pathlib.Path, *, megabytes: int) -> Iterator[pathlib.Path | None]:
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def _count_lines(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def _wait_for_lines(workdir, count, running):
+    """Until there are so many lines of metrics."""
+    while _count_lines(workdir) < count:
+        if any(process.poll() is not None for process in running):
+            raise RuntimeError(f"ended before {count} lines:\n" + "\n".join(processes.finish(running, seconds=10)))
+        time.sleep(0.01)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs what was asked for."""
+    parser = measure.make_parser(__file__, __doc__, repeats=1, min_seconds=0.0)
+    parser.add_argument("--parts", type=measure.words, default=list(PARTS))
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"--parts wants some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    parts = {
+        "kills": functools.partial(run_kills, kills=options.kills, seed=options.seed),
+        "signal": run_signal,
+        "processes": run_processes,
+        "disk": run_disk,
+        "memory": run_memory,
+    }
+    product, sections = [measure.time_matrix_product()], {}
+    with tempfile.TemporaryDirectory() as directory:
+        cache = pathlib.Path(directory) / "cache"
+        for name in options.parts:
+            found = parts[name](pathlib.Path(directory), cache)
+            print(name, found, flush=True)
+            sections[name] = measure.format_table([{"what": what, "found": value} for what, value in found.items()])
+    product.append(measure.time_matrix_product())
+    head = f"{measure.describe_machine(product_seconds=product)}\n\n{options.command}"
+    measure.write_results(options.output, title="What a run survives", sections={"": head, **sections})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Whatever comes from outside is taken, or refused with the one error that says so: 10,500 inputs, always the same ones."""
+
+import contextlib
+import io
+import json
+import pickle
+import types
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from configs import common
+from dat_jax.config import SCHEMA, validate
+from dat_jax.conversion.files import read_weights, write_safetensors
+from dat_jax.data.images import check_image, decode_image
+from dat_jax.errors import UserError
+from dat_jax.training import checkpoint, continuation
+from dat_jax.training.metrics import read_metrics
+from tests.conversion.pth_writer import write_pth
+
+WEIGHTS = {"head.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "head.bias": np.ones(2, np.float16)}
+
+
+def always_the_same(count):
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@st.composite
+def damaged(draw, data: bytes):
+    """The bytes with some changed, cut, repeated or put in."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, max(len(data) - 1, 0)))
+        match draw(st.sampled_from(["change", "cut", "insert", "repeat", "end"])):
+            case "change":
+                data[place : place + 1] = bytes([draw(st.integers(0, 255))])
+            case "cut":
+                del data[place : place + draw(st.integers(1, 40))]
+            case "insert":
+                data[place:place] = draw(st.binary(min_size=1, max_size=20))
+            case "repeat":
+                data[place:place] = data[place : place + draw(st.integers(1, 40))]
+            case "end":
+                del data[place:]
+    return bytes(data)
+
+
+def encoded(kind, mode="RGB", size=(9, 7)):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+IMAGES = [
+    encoded("PNG"),
+    encoded("JPEG"),
+    encoded("PNG", "P"),
+    encoded("JPEG", "CMYK"),
+    encoded("GIF", "P"),
+    encoded("WEBP"),
+]
+
+
+@always_the_same(4000)
+@given(data=st.sampled_from(IMAGES).flatmap(damaged) | st.binary(max_size=60))
+def test_images(data):
+    check_image(data)
+    with contextlib.suppress(UserError):
+        image = decode_image(data, name="it")
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
+
+
+def test_an_image_that_claims_to_be_huge_is_refused_before_it_takes_memory():
+    data = bytearray(encoded("PNG"))
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    with pytest.raises(UserError, match="exceeds limit"):
+        decode_image(bytes(data), name="bomb")
+
+
+@pytest.fixture(scope="module")
+def weight_files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("weights")
+    write_pth(directory / "a.pth", WEIGHTS)
+    write_safetensors(directory / "a.safetensors", WEIGHTS)
+    return directory
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights(weight_files, suffix):
+    original, path = (weight_files / f"a{suffix}").read_bytes(), weight_files / f"b{suffix}"
+
+    @always_the_same(1500)
+    @given(data=damaged(original) | st.binary(max_size=60))
+    def read(data):
+        path.write_bytes(data)
+        try:
+            weights = read_weights(path)
+        except UserError:
+            return
+        assert all(isinstance(array, np.ndarray) for array in weights.values())
+        assert sum(array.nbytes for array in weights.values()) < 10**6
+
+    read()
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("CODE WAS RUN",)
+
+
+def test_a_pickle_runs_nothing(tmp_path, capsys):
+    from tests.conversion.pth_writer import write_archive
+
+    content = pickle.dumps({"model": Attack()}, protocol=2)[2:-1]
+    write_archive(tmp_path / "a.pth", content, {})
+    with pytest.raises(UserError):
+        read_weights(tmp_path / "a.pth")
+    assert "CODE" not in capsys.readouterr().out
+
+
+def paths(schema, prefix=()):
+    for key, value in schema.items():
+        yield (*prefix, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*prefix, key))
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(-2, 2), max_size=2),
+    st.dictionaries(st.text("ab", max_size=3), st.integers(), max_size=2),
+)
+
+
+@always_the_same(2000)
+@given(changes=st.lists(st.tuples(st.sampled_from(sorted(paths(SCHEMA))), VALUES), min_size=1, max_size=3))
+@example(changes=[(("batch_size",), float("nan"))])
+def test_configurations(changes):
+    config = common.get_config().unlock()
+    for (*groups, last), value in changes:
+        group = config
+        for name in groups:
+            group = group.get(name) if hasattr(group, "get") else None
+        if hasattr(group, "ignore_type"):
+            with group.ignore_type():
+                group[last] = value
+    with contextlib.suppress(UserError):
+        validate(config)
+
+
+RUN = types.SimpleNamespace(config=common.get_config(), train_source=types.SimpleNamespace(class_names=("a", "b")))
+METADATA = json.dumps({"examples": 4, "config": RUN.config.to_dict(), "classes": 2}).encode()
+
+
+@always_the_same(1500)
+@given(
+    data=damaged(METADATA) | st.binary(max_size=40),
+    anything=st.dictionaries(st.sampled_from(["config", "classes"]), VALUES),
+)
+def test_what_a_checkpoint_says_of_itself(tmp_path_factory, data, anything):
+    directory = tmp_path_factory.getbasetemp() / "fuzzed"
+    (directory / "metrics").mkdir(parents=True, exist_ok=True)
+    for name in (checkpoint.MANIFEST, "metrics/metrics", "metrics.jsonl"):
+        (directory / name).write_bytes(data)
+    metrics = checkpoint._read_metrics(directory)
+    assert metrics is None or isinstance(metrics, dict)
+    read_metrics(directory / "metrics.jsonl")
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint._check_files(directory)
+    said = [anything]
+    with contextlib.suppress(ValueError):
+        said.append(json.loads(data))
+    for metadata in said:
+        with contextlib.suppress(UserError):
+            continuation.check(metadata, RUN, note=lambda note: None)

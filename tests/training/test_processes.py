@@ -1,0 +1,89 @@
+"""Two processes of four virtual devices each, on one machine: the same run as one process of eight."""
+
+import functools
+import re
+import signal
+import time
+
+import pytest
+
+from dat_jax.errors import UserError
+from dat_jax.training import distributed
+from dat_jax.training.metrics import read_metrics
+from experiments.soak import processes as soak
+
+
+def start(workdir, *, processes, values=None):
+    return soak.start(
+        "tests/tiny_config.py",
+        workdir,
+        values={"log_every": 1, "checkpoint.every": 4, **(values or {})},
+        processes=processes,
+        xla_flags="--xla_backend_optimization_level=0",
+    )
+
+
+finish = functools.partial(soak.finish, seconds=400)
+
+
+def series(workdir):
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of one process."""
+    directory = tmp_path_factory.mktemp("whole")
+    finish(start(directory, processes=1))
+    return directory
+
+
+def test_two_processes_give_the_losses_and_the_evaluation_of_one(whole, tmp_path):
+    first, second = finish(start(tmp_path, processes=2, values={"mesh.fsdp": 4}))
+    assert "Result" in first
+    assert "step" not in second  # one of them speaks
+    got, wanted = series(tmp_path), series(whole)
+    assert list(got["train/loss"]) == list(range(1, 21))
+    for name in ("train/loss", "eval/loss", "train/grad_norm"):
+        assert got[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-5)
+    assert got["eval/top1"] == wanted["eval/top1"]
+
+
+def test_a_signal_to_one_process_ends_both_at_one_step_and_one_process_goes_on(whole, tmp_path):
+    running = start(tmp_path, processes=2, values={"checkpoint.every": 0, "epochs": 40, "schedule.warmup_epochs": 10.0})
+    while not (tmp_path / "metrics.jsonl").exists() or len(series(tmp_path).get("train/loss", ())) < 3:
+        assert all(process.poll() is None for process in running), finish(running)
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    first, _ = finish(running)
+    step = int(re.search(r"Ended by a signal to another process at step (\d+)\.", first)[1])
+    assert str(step) in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    values = {"epochs": step // 10 + 1, "schedule.warmup_epochs": 10.0}
+    (printed,) = finish(start(tmp_path, processes=1, values=values))
+    assert f"Resumed at step {step} of" in printed
+    assert max(series(tmp_path)["train/loss"]) == 10 * (step // 10 + 1)
+
+
+def test_processes_that_are_named_in_part_are_refused():
+    with pytest.raises(UserError, match="not given: JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
+        distributed.start(coordinator_address="localhost:1", environment={})
+    with pytest.raises(UserError, match="an index below it, got 2 and 2"):
+        distributed.start(coordinator_address="localhost:1", num_processes=2, process_id=2, environment={})
+    distributed.start(environment={})
+    distributed.start(mode="off", environment={"SLURM_STEP_NUM_TASKS": "8"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"JOBSET_NAME": "a", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_schedulers_are_recognised(environment, several):
+    assert distributed.in_a_cluster(environment) == several
