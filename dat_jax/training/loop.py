@@ -64,6 +64,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             state = start_state(run, note=console.print)
         else:
             state, metadata = found
+            del found  # which would keep the state's memory beside that of its copy
             continuation.check(metadata, run, note=console.print)
             console.print(f"Resumed at step {int(state.step)} of {run.total_steps}.")
         ended = None
@@ -83,7 +84,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             return {}
         if checkpoints.latest_step() is not None:  # else nothing could be saved, which was said
             del state  # its memory is for the best one
-            state, _ = checkpoints.restore_newest(run.abstract_state, first=checkpoints.best_step())
+            found = checkpoints.restore_newest(run.abstract_state, first=checkpoints.best_step())
+            if found is None:
+                raise UserError(f"No checkpoint is left in {directory / 'checkpoints'}: all were damaged.")
+            state, _ = found
     result = run.evaluate(state.eval_variables, eval_batches(run))
     try:
         if jax.process_index() == 0:
