@@ -201,7 +201,11 @@ def _bias_slice_backward(map_shape, tile_shape, residuals, gradient):
     upper, lower = around[..., 1:, :], around[..., :-1, :]
     rows = (1 - y) * upper + y * lower
     to_windows = (1 - x) * rows[..., 1:] + x * rows[..., :-1]
-    to_table = _add_windows(padded.shape, start, to_windows)
+    if dispatch.batch_split()[0] is None:
+        to_table = _add_windows(padded.shape, start, to_windows)
+    else:  # the loop would gather every device's windows for every device
+        cut = functools.partial(_cut_windows, start=start, tile_shape=tile_shape, keys_axis=0)
+        (to_table,) = jax.linear_transpose(cut, padded)(to_windows)
     inside = (slice(None), *(slice(size + 1, 3 * size) for size in map_shape))
     return to_table.reshape(table.shape[0], *to_table.shape[2:])[inside], -jnp.stack([to_y, to_x], axis=-1), None
 
