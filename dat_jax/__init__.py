@@ -2,10 +2,20 @@
 
 from dat_jax import conversion
 from dat_jax.models.dat import DAT
-from dat_jax.models.registry import VARIANTS, create_model, list_models
+from dat_jax.models.registry import VARIANTS, create_model, create_segmentor, list_models
+from dat_jax.models.segmentation import Segmentor
 
 __version__ = "0.1.0"
-__all__ = ["DAT", "VARIANTS", "conversion", "create_model", "list_models", "load_pretrained"]
+__all__ = [
+    "DAT",
+    "VARIANTS",
+    "Segmentor",
+    "conversion",
+    "create_model",
+    "create_segmentor",
+    "list_models",
+    "load_pretrained",
+]
 
 
 def load_pretrained(path, **overrides):

@@ -27,13 +27,13 @@ from rich.table import Table
 from dat_jax import hlo
 from dat_jax.command_line import fail, parse_flags
 from dat_jax.config import validate
-from dat_jax.data.sources import SPLITS, load_source
 from dat_jax.errors import UserError
 from dat_jax.flops import count_product_flops
-from dat_jax.ops.dispatch import compiling_for
+from dat_jax.ops.dispatch import compiling_for, compute_dtype
 from dat_jax.targets import TARGET_CONFIG, Chip, find_devices, first_line
 from dat_jax.training import run as run_lib
 from dat_jax.training import sharding
+from dat_jax.training.setups import SETUPS
 
 STEPS = ("train", "eval")
 # Products of a GPU go to its library: their tiles are chosen by timing, and without a device some are taken that do not work.
@@ -89,8 +89,8 @@ def compile_report(
             "chips": len(devices),
             "device": devices[0].device_kind,
             "model": config.model.name,
-            "image_size": config.data.image_size,
-            "dtype": str(run_lib.compute_dtype(config.model.dtype)),
+            "images": run.setup.describe_images(config),
+            "dtype": str(compute_dtype(config.model.dtype)),
             "versions": _versions(chip.platform),
             "steps": {step: report_step(run, step, chip=chip, top=top) for step in steps},
         }
@@ -147,12 +147,12 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
 
 def step_function(run, step: str):
     """(jitted function, abstract arguments, batch size) of the "train" or the "eval" step, with the run's shardings."""
-    side, train = run.config.data.image_size, step == "train"
+    train = step == "train"
     size = run.config.batch_size if train else run.config.eval.batch_size
     where = sharding.batch_sharding(run.mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((size, side, side, 3), "uint8", sharding=where),
-        "label": jax.ShapeDtypeStruct((size,), "int32", sharding=where),
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        for name, leaf in run.setup.example_batch(run.config, size).items()
     }
     if train:
         return run_lib.make_jitted_step(run), (run.abstract_state, batch), size
@@ -297,7 +297,7 @@ def make_sources(config: ConfigDict, *, classes: int, examples: int) -> tuple[An
     """Stand-ins where ``config.data.directory`` names a data set, else the embedded data themselves."""
     if config.data.directory:
         return (StandIn(examples, tuple(map(str, range(classes)))),) * 2
-    return tuple(load_source(config.data.name, split=split) for split in SPLITS)
+    return SETUPS[config.task].load_sources(config)
 
 
 def write_json(path: str | pathlib.Path, report: dict) -> None:
@@ -319,7 +319,7 @@ def print_report(console: Console, report: dict) -> None:
     """The tables, a column for each step."""
     chips = f"{report['chips']} x {report['device']}"
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    console.print(f"{report['model']}, {report['image_size']} x {report['image_size']}, {report['dtype']}, for {chips}")
+    console.print(f"{report['model']}, {report['images']}, {report['dtype']}, for {chips}")
     console.print(f"Compiled with {versions}. Every number is for one chip and one step.")
     columns = {step: _column(found) for step, found in report["steps"].items()}
     table = Table(report["topology"], *columns)

@@ -9,11 +9,13 @@ from ml_collections import ConfigDict
 
 from dat_jax.errors import UserError
 
-# Key -> type, or a tuple of the allowed values, or a group. What each means is said in configs/common.py.
-SCHEMA: dict[str, Any] = {
-    "task": ("classification",),
+# Key -> type, or a tuple of the allowed values, or a group; [float] is several numbers. What each means is said in
+# configs/common.py.
+_EVERY_TASK: dict[str, Any] = {
+    "task": str,
     "seed": int,
     "epochs": int,
+    "steps": int,
     "batch_size": int,
     "accumulate_steps": int,
     "ema_decay": float,
@@ -23,62 +25,79 @@ SCHEMA: dict[str, Any] = {
     "spike_factor": float,
     "compilation_cache": str,
     "init_from": str,
-    "init_head_rows": str,
     "model": None,  # name, dtype and any attribute of the model; create_model checks them
     "data": {
         "name": str,
         "directory": str,
-        "image_size": int,
-        "eval_resize": int,
         "workers": int,
         "max_damaged": float,
         "stall_seconds": float,
     },
-    "augmentation": {
-        "min_crop_area": float,
-        "max_crop_aspect": float,
-        "flip_probability": float,
-        "rand_augment_count": int,
-        "rand_augment_magnitude": float,
-        "rand_augment_std": float,
-        "erasing_probability": float,
-        "mixup_alpha": float,
-        "cutmix_alpha": float,
-    },
-    "loss": {"label_smoothing": float},
-    "optimizer": {"b1": float, "b2": float, "eps": float, "weight_decay": float, "clip_norm": float},
-    "schedule": {
-        "base_lr": float,
-        "warmup_lr": float,
-        "min_lr": float,
-        "warmup_epochs": float,
-        "reference_batch_size": int,
+    "optimizer": {
+        "b1": float,
+        "b2": float,
+        "eps": float,
+        "weight_decay": float,
+        "decay_rule": ("matrices", "all_but_norms"),
+        "clip_norm": float,
     },
     "mesh": {"data": int, "fsdp": int},
     "checkpoint": {"every": int, "keep": int},
-    "eval": {
-        "batch_size": int,
-        "every": int,
-        "checkpoint": ("best", "latest"),
-        "sets": {"v2": str, "a": str, "r": str, "sketch": str, "real": str},
+    "eval": {"batch_size": int, "every": int, "every_steps": int, "checkpoint": ("best", "latest")},
+}
+_TASKS: dict[str, dict[str, Any]] = {
+    "classification": {
+        "init_head_rows": str,
+        "data": {"image_size": int, "eval_resize": int},
+        "augmentation": {
+            "min_crop_area": float,
+            "max_crop_aspect": float,
+            "flip_probability": float,
+            "rand_augment_count": int,
+            "rand_augment_magnitude": float,
+            "rand_augment_std": float,
+            "erasing_probability": float,
+            "mixup_alpha": float,
+            "cutmix_alpha": float,
+        },
+        "loss": {"label_smoothing": float},
+        "eval": {"sets": {"v2": str, "a": str, "r": str, "sketch": str, "real": str}},
+    },
+    "segmentation": {
+        "head": None,  # name and any attribute of the segmentor; create_segmentor checks them
+        "data": {"crop_size": int, "long_side": int, "short_side": int, "zero_is_ignored": bool},
+        "augmentation": {
+            "min_ratio": float,
+            "max_ratio": float,
+            "max_class_ratio": float,
+            "flip_probability": float,
+            "distort": bool,
+        },
+        "loss": {"auxiliary_weight": float},
+        "eval": {"ratios": [float], "flip": bool, "window": int, "stride": int},
     },
 }
+_SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {"warmup_lr": float, "min_lr": float, "warmup_epochs": float, "reference_batch_size": int},
+    "poly": {"power": float, "warmup_steps": int, "warmup_ratio": float},
+}
 _AT_LEAST_ONE = (
-    *("epochs", "batch_size", "accumulate_steps", "log_every", "data.image_size", "eval.batch_size"),
-    *(
-        "max_skipped_steps",
-        "checkpoint.keep",
-        "eval.every",
-        "schedule.reference_batch_size",
-        "augmentation.max_crop_aspect",
-    ),
+    *("epochs", "batch_size", "accumulate_steps", "log_every", "max_skipped_steps", "checkpoint.keep", "eval.every"),
+    *("eval.batch_size", "data.image_size", "schedule.reference_batch_size", "augmentation.max_crop_aspect"),
+    *("data.crop_size", "data.long_side", "data.short_side"),
 )
 _AT_LEAST_ZERO = (
-    *("seed", "profile", "spike_factor", "checkpoint.every", "data.stall_seconds"),
-    *("data.workers", "augmentation.rand_augment_count", "augmentation.rand_augment_magnitude"),
-    *("augmentation.rand_augment_std", "augmentation.mixup_alpha", "augmentation.cutmix_alpha"),
-    *("optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"),
-    *("schedule.base_lr", "schedule.warmup_lr", "schedule.min_lr", "schedule.warmup_epochs"),
+    *("seed", "steps", "profile", "spike_factor", "checkpoint.every", "data.stall_seconds", "data.workers"),
+    *("augmentation.rand_augment_count", "augmentation.rand_augment_magnitude", "augmentation.rand_augment_std"),
+    *("augmentation.mixup_alpha", "augmentation.cutmix_alpha", "optimizer.eps", "optimizer.weight_decay"),
+    *("optimizer.clip_norm", "schedule.base_lr", "schedule.warmup_lr", "schedule.min_lr", "schedule.warmup_epochs"),
+    *("schedule.power", "schedule.warmup_steps", "loss.auxiliary_weight", "eval.every_steps", "eval.window"),
+    "eval.stride",
+)
+_BELOW_ONE = ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2")
+_FROM_ZERO_TO_ONE = (
+    *("augmentation.flip_probability", "augmentation.erasing_probability", "augmentation.min_crop_area"),
+    *("augmentation.max_class_ratio", "schedule.warmup_ratio", "data.max_damaged"),
 )
 
 
@@ -88,34 +107,26 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: names the first unknown key with the nearest known one, missing key, or impossible value.
     """
-    _check_group(config, SCHEMA, "config")
-    model = config.model
-    if not isinstance(model, Mapping | ConfigDict) or "name" not in model or "dtype" not in model:
-        raise UserError("config.model wants a group with at least name and dtype.")
-    if model.dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"config.model.dtype wants one of auto, float32, bfloat16, got {model.dtype!r}.")
-    for path in _AT_LEAST_ONE:
-        if _get(config, path) < 1:
-            raise UserError(f"config.{path} wants a number of at least 1, got {_get(config, path)}.")
-    for path in _AT_LEAST_ZERO:
-        if not _get(config, path) >= 0:
-            raise UserError(f"config.{path} wants a number of at least 0, got {_get(config, path)}.")
-    for path in ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
-        if not 0 <= _get(config, path) < 1:
-            raise UserError(f"config.{path} wants a number from 0 to below 1, got {_get(config, path)}.")
-    for path in (
-        "augmentation.flip_probability",
-        "augmentation.erasing_probability",
-        "augmentation.min_crop_area",
-        "data.max_damaged",
-    ):
-        if not 0 <= _get(config, path) <= 1:
-            raise UserError(f"config.{path} wants a number from 0 to 1, got {_get(config, path)}.")
-    if config.data.eval_resize < config.data.image_size:
-        raise UserError(
-            f"config.data.eval_resize wants at least config.data.image_size {config.data.image_size}, got "
-            f"{config.data.eval_resize}."
-        )
+    if "task" in config:
+        _check_value(config.task, tuple(_TASKS), "config.task")
+    _check_group(config, make_schema(config), "config")
+    for name, wanted in (("model", ("name", "dtype")), ("head", ("name",))):
+        if name in config and not _has_keys(config[name], wanted):
+            raise UserError(f"config.{name} wants a group with at least {' and '.join(wanted)}.")
+    if config.model.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"config.model.dtype wants one of auto, float32, bfloat16, got {config.model.dtype!r}.")
+    ranges = (
+        (_AT_LEAST_ONE, "a number of at least 1", lambda value: value >= 1),
+        (_AT_LEAST_ZERO, "a number of at least 0", lambda value: value >= 0),
+        (_BELOW_ONE, "a number from 0 to below 1", lambda value: 0 <= value < 1),
+        (_FROM_ZERO_TO_ONE, "a number from 0 to 1", lambda value: 0 <= value <= 1),
+    )
+    for paths, wanted, holds in ranges:
+        for path in paths:
+            value = _get(config, path)
+            if value is not None and not holds(value):
+                raise UserError(f"config.{path} wants {wanted}, got {value}.")
+    _CHECKS[config.task](config)
     for axis, size in config.mesh.items():
         if size < 1 and size != -1:
             raise UserError(f"config.mesh.{axis} wants a number of devices or -1 for the rest, got {size}.")
@@ -123,9 +134,54 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.mesh wants one of its sizes, data and fsdp are both -1.")
 
 
+def _check_classification(config):
+    if config.data.eval_resize < config.data.image_size:
+        raise UserError(
+            f"config.data.eval_resize wants at least config.data.image_size {config.data.image_size}, got "
+            f"{config.data.eval_resize}."
+        )
+
+
+def _check_segmentation(config):
+    augmentation, evaluation = config.augmentation, config.eval
+    if not 0 < augmentation.min_ratio <= augmentation.max_ratio:
+        raise UserError(
+            f"config.augmentation.min_ratio wants a number above 0 and up to max_ratio {augmentation.max_ratio}, got "
+            f"{augmentation.min_ratio}."
+        )
+    if not evaluation.ratios or min(evaluation.ratios) <= 0:
+        raise UserError(f"config.eval.ratios wants at least one number, all above 0, got {evaluation.ratios}.")
+    if bool(evaluation.window) != bool(evaluation.stride) or evaluation.stride > evaluation.window:
+        raise UserError(
+            f"config.eval.window and stride want two numbers, the stride at most the window, or 0 for whole images, got "
+            f"{evaluation.window} and {evaluation.stride}."
+        )
+
+
+_CHECKS = {"classification": _check_classification, "segmentation": _check_segmentation}
+
+
+def make_schema(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """What the task and the kind of schedule of a configuration ask for; those of common.py where it has none."""
+    schedule = config.get("schedule")
+    kind = schedule.get("kind") if _has_keys(schedule, ("kind",)) else None
+    keys = _SCHEDULES[kind if isinstance(kind, str) and kind in _SCHEDULES else "cosine"]
+    schema = {**_EVERY_TASK, "schedule": {"kind": tuple(_SCHEDULES), "base_lr": float, **keys}}
+    for name, wanted in _TASKS[config.get("task", "classification")].items():
+        schema[name] = {**schema[name], **wanted} if name in schema else wanted
+    return schema
+
+
+def _has_keys(group, keys) -> bool:
+    return isinstance(group, Mapping | ConfigDict) and all(key in group for key in keys)
+
+
 def _get(config, path):
+    """None where the task has no such key."""
     for key in path.split("."):
-        config = config[key]
+        config = config.get(key)
+        if config is None:
+            return None
     return config
 
 
@@ -149,6 +205,14 @@ def _check_value(value, wanted, name):
     elif isinstance(wanted, tuple):
         if value not in wanted:
             raise UserError(f"{name} wants one of {', '.join(wanted)}, got {value!r}.")
+    elif isinstance(wanted, list):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} wants several numbers, such as (0.5, 1.0), got {value!r}.")
+        for item in value:
+            _check_value(item, wanted[0], name)
+    elif wanted is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} wants True or False, got {value!r}.")
     elif wanted is not None:
         kind = {float: numbers.Real, int: numbers.Integral, str: str}[wanted]
         if not isinstance(value, kind) or isinstance(value, bool):

@@ -6,6 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+_ACCURACIES = {
+    "top-1 accuracy, %": ("train/top1", "eval/top1"),
+    "accuracy of pixels and mIoU, %": ("train/accuracy", "eval/aAcc", "eval/mIoU"),
+}
 
 
 def save_curves(path: pathlib.Path, series: Mapping[str, Mapping[int, float]]) -> None:
@@ -15,9 +21,12 @@ def save_curves(path: pathlib.Path, series: Mapping[str, Mapping[int, float]]) -
       path: of the PNG file.
       series: metric name ("train/loss", "eval/top1", ...) -> {step: value}.
     """
+    accuracy = next(
+        (title for title, names in _ACCURACIES.items() if set(names) & set(series)), next(iter(_ACCURACIES))
+    )
     panels = {
         "loss": ("train/loss", "eval/loss"),
-        "top-1 accuracy, %": ("train/top1", "eval/top1"),
+        accuracy: _ACCURACIES[accuracy],
         "learning rate": ("train/learning_rate",),
     }
     figure = Figure(figsize=(12, 3.4), layout="constrained")
@@ -95,3 +104,56 @@ def _draw_points(axes, image, points, map_shape):
         y, x = ((pixels + 0.5) / np.array(map_shape) * np.array(image.shape[:2]) - 0.5).T
         axes.scatter(x, y, s=9, color=f"C{group}", alpha=0.9)
     axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+
+
+def blend(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, *, opacity: float = 0.6) -> np.ndarray:
+    """An image with the colours of its classes over it, both uint8 (H, W, 3); where the label is 255 the image alone.
+
+    Args:
+      image: uint8 (H, W, 3).
+      labels: integers (H, W).
+      palette: uint8 (K, 3).
+      opacity: of the colours.
+    """
+    known = (labels != 255)[..., None]
+    colours = palette[np.where(labels == 255, 0, labels)]
+    return np.where(known, np.round((1 - opacity) * image + opacity * colours), image).astype(np.uint8)
+
+
+def save_segmentations(
+    path: pathlib.Path,
+    rows: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray | None]]],
+    *,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    max_classes: int = 24,
+) -> None:
+    """Images with label maps over them, a row an image, and a legend of the classes that are in them.
+
+    Args:
+      path: of the PNG file.
+      rows: for each, panel title -> (image uint8 (H, W, 3), labels integers (H, W) or None for the image alone).
+      class_names: of the K classes.
+      palette: uint8 (K, 3).
+      max_classes: in the legend, those with the most pixels.
+    """
+    counts = np.zeros(len(class_names), int)
+    for row in rows:
+        for _, labels in row.values():
+            if labels is not None:
+                counts += np.bincount(labels[labels != 255].ravel(), minlength=len(counts))
+    shown = [index for index in np.argsort(-counts, kind="stable")[:max_classes] if counts[index]]
+    columns = max(map(len, rows))
+    height = sum(2.6 * max(image.shape[0] / image.shape[1] for image, _ in row.values()) for row in rows)
+    figure = Figure(figsize=(2.7 * columns + 1.8, max(height + 0.4, 0.19 * len(shown) + 0.6)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.axis("off")
+    for row, line in zip(rows, grid, strict=True):
+        for (title, (image, labels)), axes in zip(row.items(), line, strict=False):
+            axes.imshow(image if labels is None else blend(image, labels, palette))
+            axes.set_title(title, fontsize=8)
+    handles = [Patch(color=palette[index] / 255, label=class_names[index]) for index in shown]
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130)

@@ -20,11 +20,17 @@ class Golden:
             key: value.astype(dtype) if value.dtype == np.float16 else value
             for key, value in self.group("param.").items()
         }
-        self.images = self.arrays["images"].astype(dtype).transpose(0, 2, 3, 1)
+        if "images" in self.arrays:
+            self.images = channels_last(self.arrays["images"].astype(dtype))
 
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays whose key starts with the prefix, without it."""
         return {key.removeprefix(prefix): value for key, value in self.arrays.items() if key.startswith(prefix)}
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+    """(B, C, H, W) -> (B, H, W, C)."""
+    return np.moveaxis(array, 1, -1)
 
 
 def relative_error(got, wanted) -> float:

@@ -39,7 +39,7 @@ def test_a_locked_configuration_refuses_new_keys():
         ("batch_size", 0, "config.batch_size wants a number of at least 1, got 0"),
         ("loss.label_smoothing", 1.0, "from 0 to below 1, got 1.0"),
         ("eval.checkpoint", "newest", "wants one of best, latest, got 'newest'"),
-        ("task", "detection", "config.task wants one of classification, got 'detection'"),
+        ("task", "detection", "config.task wants one of classification, segmentation, got 'detection'"),
         ("mesh.data", 0, "a number of devices or -1 for the rest, got 0"),
         ("profile", -1, "config.profile wants a number of at least 0, got -1"),
         ("compilation_cache", 1, "config.compilation_cache wants a value of type str, got 1"),

@@ -1,4 +1,4 @@
-"""Whatever comes from outside is taken, or refused with the one error that says so: 10,500 inputs, always the same ones."""
+"""Whatever comes from outside is taken, or refused with the one error that says so: 10,800 inputs, always the same ones."""
 
 import contextlib
 import io
@@ -8,12 +8,14 @@ import types
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from absl import flags
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ml_collections import config_flags
 from PIL import Image
 
 from configs import common
-from dat_jax.config import SCHEMA, validate
+from dat_jax.config import make_schema, validate
 from dat_jax.conversion.files import read_weights, write_safetensors
 from dat_jax.data.images import check_image, decode_image
 from dat_jax.errors import UserError
@@ -150,11 +152,16 @@ VALUES = st.one_of(
 )
 
 
-@always_the_same(2000)
-@given(changes=st.lists(st.tuples(st.sampled_from(sorted(paths(SCHEMA))), VALUES), min_size=1, max_size=3))
-@example(changes=[(("batch_size",), float("nan"))])
-def test_configurations(changes):
-    config = common.get_config().unlock()
+MAKERS = {"classification": common.get_config, "segmentation": common.get_segmentation_config}
+
+
+@pytest.mark.parametrize("task", MAKERS)
+@always_the_same(1000)
+@given(data=st.data())
+def test_configurations(task, data):
+    config = MAKERS[task]().unlock()
+    keys = st.sampled_from(sorted(paths(make_schema(config))))
+    changes = data.draw(st.lists(st.tuples(keys, VALUES), min_size=1, max_size=3))
     for (*groups, last), value in changes:
         group = config
         for name in groups:
@@ -164,6 +171,24 @@ def test_configurations(changes):
                 group[last] = value
     with contextlib.suppress(UserError):
         validate(config)
+
+
+@always_the_same(300)
+@given(
+    key=st.sampled_from([".".join(path) for path in paths(make_schema(common.get_config()))]) | st.text(max_size=12),
+    value=st.text(max_size=16) | st.sampled_from(["__import__('os').system('true')", "1e999", "(1,", "[[", "0x", "{", "None"]),
+)
+def test_what_stands_on_a_command_line(key, value):
+    """Of a run: read by absl and ml_collections, which evaluate no code, and then checked."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    try:
+        values(["main", f"--config={common.__file__}", f"--config.{key}={value}"])
+    except Exception as error:  # noqa: BLE001  what command_line.parse_flags says in one sentence
+        assert str(error)
+        return
+    with contextlib.suppress(UserError):
+        validate(values.config)
 
 
 RUN = types.SimpleNamespace(config=common.get_config(), train_source=types.SimpleNamespace(class_names=("a", "b")))

@@ -21,7 +21,7 @@ ALLOWED = {
         *("dat_jax.data", "dat_jax.command_line", "dat_jax.errors"),
         *("PIL", "absl", "array_record", "cv2", "grain", "rich", "tensorflow_datasets"),
     },
-    "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.plots", "jax"},
+    "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.plots", "jax"},
     "dat_jax.conversion": {
         *("dat_jax.conversion", "dat_jax.models", "dat_jax.command_line", "dat_jax.errors"),
         *("dat_jax.training.checkpoint", "dat_jax.training.metrics", "dat_jax.training.pretrained"),

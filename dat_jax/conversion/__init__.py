@@ -2,5 +2,15 @@
 
 from dat_jax.conversion.files import read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, to_official
+from dat_jax.conversion.segmentors import segmentor_from_official, segmentor_to_official, segmentor_variables
 
-__all__ = ["from_official", "model_from_official", "read_weights", "to_official", "write_safetensors"]
+__all__ = [
+    "from_official",
+    "model_from_official",
+    "read_weights",
+    "segmentor_from_official",
+    "segmentor_to_official",
+    "segmentor_variables",
+    "to_official",
+    "write_safetensors",
+]

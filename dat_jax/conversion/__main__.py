@@ -1,9 +1,11 @@
 """Converts weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE]
 
-WEIGHTS with published names (.pth, .pt, .safetensors) become an export, the folder OUT, which dat_jax.load_pretrained
-reads and config.init_from takes. An export or the work directory of a run becomes OUT.safetensors with published names.
+WEIGHTS with published names (.pth, .pt, .safetensors), of a classifier or of a whole segmentor, become an export, the folder
+OUT, which dat_jax.load_pretrained reads and config.init_from takes. An export or the work directory of a run becomes
+OUT.safetensors with published names.
 """
 
+import functools
 import pathlib
 import sys
 import textwrap
@@ -21,9 +23,11 @@ from rich.console import Console
 from dat_jax.command_line import fail, parse_flags
 from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
+from dat_jax.conversion.segmentors import find_segmentor, is_segmentor, segmentor_to_official, segmentor_variables
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import create_model, list_models
+from dat_jax.models.segmentation import Segmentor
 from dat_jax.training.checkpoint import checksum, load_export
 from dat_jax.training.metrics import print_table
 from dat_jax.training.pretrained import describe_model, export_model, load_trained
@@ -52,20 +56,30 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
     if pathlib.Path(out).suffix in SUFFIXES:
         raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
     state_dict = read_weights(weights)
-    if yaml_file is not None:
-        name, found = yaml_file, _model_from_yaml(yaml_file)
-    elif model is not None:
-        name, found = model, _with_classes_of(state_dict, model)
+    if is_segmentor(state_dict):
+        if yaml_file is not None:
+            raise UserError(
+                f"{weights} is of a segmentor, which --yaml does not describe; --model=NAME names its backbone."
+            )
+        name, found = _find_segmentor(state_dict, weights, [model] if model else list_models())
+        convert = functools.partial(segmentor_variables, found)
     else:
-        name, found = _find_model(state_dict, weights)
-    try:
+        if yaml_file is not None:
+            name, found = yaml_file, _model_from_yaml(yaml_file)
+        elif model is not None:
+            name, found = model, _with_classes_of(state_dict, model)
+        else:
+            name, found = _find_model(state_dict, weights)
         # All attributes are given, so that of the published configuration none is left to say.
-        found, variables = from_official({}, state_dict, **describe_model(found))
+        convert = lambda arrays: from_official({}, arrays, **describe_model(found))[1]  # noqa: E731
+    try:
+        variables = convert(state_dict)
     except ValueError as error:
         raise UserError(f"{weights} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
-    export_model(out, model=found, params=variables["params"])
+    export_model(out, model=found, variables=variables)
     written, description = load_export(out)
-    return _rows(name, found, written, description["checksum"], wanted=variables["params"], where=out)
+    wanted = variables if isinstance(found, Segmentor) else variables["params"]
+    return _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
 
 
 def export_weights(trained: str, out: str) -> dict[str, str]:
@@ -80,12 +94,16 @@ def export_weights(trained: str, out: str) -> dict[str, str]:
     _refuse_existing(out)
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
-    model, params = load_trained(trained)
-    state_dict = to_official(model, params)
+    model, variables = load_trained(trained)
+    if isinstance(model, Segmentor):
+        state_dict, wanted = segmentor_to_official(model, variables), variables
+        read = lambda arrays: segmentor_variables(model, arrays)  # noqa: E731
+    else:
+        state_dict, wanted = to_official(model, variables["params"]), variables["params"]
+        read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
     write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)})
     # Read as anyone's weights are read.
-    _, variables = from_official({}, read_weights(out), **describe_model(model))
-    return _rows(trained, model, variables["params"], _checksum(params), wanted=params, where=out)
+    return _rows(trained, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
 
 
 def _refuse_existing(out):
@@ -133,6 +151,19 @@ def _find_model(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str
     )
 
 
+def _find_segmentor(state_dict: Mapping[str, np.ndarray], weights: str, names: list[str]) -> tuple[str, Segmentor]:
+    unknown = [name for name in names if name not in list_models()]
+    if unknown:
+        raise UserError(f"Unknown model {unknown[0]!r}. Models: {', '.join(list_models())}.")
+    found = find_segmentor(state_dict, backbones={name: create_model(name) for name in names})
+    if found is None:
+        raise UserError(
+            f"{weights} has names or shapes of no known segmentor: wanted SemanticFPN or UperNet, of the published widths, on "
+            f"one of {', '.join(names)}."
+        )
+    return found
+
+
 def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Slide attention's first convolution, (9 D, 1, 3, 3): channel c * 9 + j takes tap j. Ours has no array for it."""
     taps = np.eye(9, dtype=np.float32).reshape(9, 1, 3, 3)
@@ -149,13 +180,15 @@ def _checksum(params) -> str:
     return checksum({name: np.asarray(array) for name, array in flat.items()})
 
 
-def _rows(name: str, model: DAT, written, written_checksum: str, *, wanted: Any, where: str) -> dict[str, str]:
+def _rows(
+    name: str, model: DAT | Segmentor, written, written_checksum: str, *, wanted: Any, where: str
+) -> dict[str, str]:
     """What the table says, once what was read back is what was meant."""
     if not _checksum(written) == written_checksum == _checksum(wanted):
         raise UserError(f"{where} was written, but other numbers were read back; do not use it.")
     return {
         "model": name,
-        "parameters": f"{sum(array.size for array in jax.tree.leaves(written)):,}",
+        "parameters": f"{sum(array.size for array in jax.tree.leaves(written.get('params', written))):,}",
         "classes": str(model.num_classes),
         "checksum": written_checksum,
         "written": where,

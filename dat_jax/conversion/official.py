@@ -3,6 +3,7 @@
 A published weight and ours hold the same numbers; names and axis orders differ. Both are tables below.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -126,12 +127,29 @@ def from_official(
       ValueError: names every unknown, missing and mis-shaped weight at once.
     """
     model = model_from_official(config, **overrides)
-    wanted = official_shapes(model)
-    unknown = [name for name in state_dict if name not in wanted and not _is_ignored(name, model)]
+    params = assemble(state_dict, _entries(model), is_ignored=lambda name: is_ignored(name, model))
+    return model, {"params": params}
+
+
+def assemble(
+    state_dict: Mapping[str, np.ndarray], entries: "Entries", *, is_ignored: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Published arrays as nested dictionaries of ours.
+
+    Args:
+      state_dict: name -> array.
+      entries: of every array of ours.
+      is_ignored: whether a published name has no part in the function.
+
+    Raises:
+      ValueError: names every unknown, missing and mis-shaped weight at once.
+    """
+    wanted = {entry.name: entry.official_shape() for entry in entries}
+    unknown = [name for name in state_dict if name not in wanted and not is_ignored(name)]
     missing = [name for name in wanted if name not in state_dict]
     shapes = {name: tuple(np.shape(state_dict[name])) for name in wanted if name in state_dict}
     mis_shaped = [f"{name} {shapes[name]}, wanted {wanted[name]}" for name in shapes if shapes[name] != wanted[name]]
-    frozen = [name for name in state_dict if re.fullmatch(_FROZEN, name) and not _is_one_hot(state_dict[name])]
+    frozen = [name for name in state_dict if re.search(_FROZEN, name) and not _is_one_hot(state_dict[name])]
     problems = [
         f"{len(names)} {what}: {', '.join(names)}"
         for what, names in (
@@ -145,83 +163,97 @@ def from_official(
     if problems:
         raise ValueError(f"These weights are not of this model. {'; '.join(problems)}.")
     flat = {}
-    for path, name, transform in _entries(model):
-        array = np.asarray(state_dict[name])
+    for entry in entries:
+        array = np.asarray(state_dict[entry.name])
         array = array if array.dtype == np.float64 else array.astype(np.float32)
-        flat[path] = transform.to_ours(array)
-    return model, {"params": jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat))}
+        flat[entry.path] = jnp.asarray(entry.transform.to_ours(array))
+    return flax.traverse_util.unflatten_dict(flat)
 
 
 def to_official(model: DAT, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our parameters, or anything of their structure such as gradients, with published names and layouts."""
     flat = flax.traverse_util.flatten_dict(params)
-    return {name: transform.to_official(np.asarray(flat[path])) for path, name, transform in _entries(model)}
+    return {entry.name: entry.transform.to_official(np.asarray(flat[entry.path])) for entry in _entries(model)}
 
 
 def official_shapes(model: DAT) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every parameter of the model."""
-    return {
-        name: transform.to_official(np.broadcast_to(np.float32(0), shape)).shape
-        for (path, name, transform), shape in zip(_entries(model), _param_shapes(model).values(), strict=True)
-    }
+    return {entry.name: entry.official_shape() for entry in _entries(model)}
 
 
-class _Transform:
+class Transform:
+    """Between the published axis order of an array and ours."""
+
     def __init__(self, to_official: Callable, to_ours: Callable):
         self.to_official, self.to_ours = to_official, to_ours
 
 
-_SAME = _Transform(lambda a: a, lambda a: a)
-_LINEAR = _Transform(lambda a: a.T, lambda a: a.T)  # (in, out) <-> (out, in)
-_POINTWISE = _Transform(lambda a: a.T[:, :, None, None], lambda a: a[:, :, 0, 0].T)  # <-> (out, in, 1, 1)
-_CONV = _Transform(lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1, 0))  # <-> (out, in, kh, kw)
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An array: where we have it, its shape there, its published name, and how axes are ordered."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    name: str
+    transform: Transform
+
+    def official_shape(self) -> tuple[int, ...]:
+        """Without an array in memory."""
+        return self.transform.to_official(np.broadcast_to(np.float32(0), self.shape)).shape
+
+
+Entries = list[Entry]
+SAME = Transform(lambda a: a, lambda a: a)
+LINEAR = Transform(lambda a: a.T, lambda a: a.T)  # (in, out) <-> (out, in)
+POINTWISE = Transform(lambda a: a.T[:, :, None, None], lambda a: a[:, :, 0, 0].T)  # <-> (out, in, 1, 1)
+CONV = Transform(lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1, 0))  # <-> (out, in, kh, kw)
 
 # Our module -> the published one, i the stage, j the block. Without a transform: the projections of an attention, which
 # are 1 x 1 convolutions in D and P blocks and linear elsewhere.
 _MODULES = (
-    (r"patch_proj/conv1", "patch_proj.0", _CONV),
-    (r"patch_proj/norm1", "patch_proj.1.norm", _SAME),
-    (r"patch_proj/conv2", "patch_proj.3", _CONV),
-    (r"patch_proj/norm2", "patch_proj.4.norm", _SAME),
-    (r"down_projs_(?P<i>\d+)/conv", "down_projs.{i}.0", _CONV),
-    (r"down_projs_(?P<i>\d+)/norm", "down_projs.{i}.1.norm", _SAME),
-    (r"cls_norm", "cls_norm.norm", _SAME),
-    (r"cls_head", "cls_head", _LINEAR),
-    (r"stages_(?P<i>\d+)/proj", "stages.{i}.proj", _POINTWISE),
-    (r"{block}/lpu", "stages.{i}.local_perception_units.{j}", _CONV),
-    (r"{block}/norm1", "stages.{i}.layer_norms.{even}.norm", _SAME),
-    (r"{block}/norm2", "stages.{i}.layer_norms.{odd}.norm", _SAME),
-    (r"{block}/layer_scale1", "stages.{i}.layer_scales.{even}", _SAME),
-    (r"{block}/layer_scale2", "stages.{i}.layer_scales.{odd}", _SAME),
-    (r"{block}/conv", "stages.{i}.attns.{j}", _CONV),
-    (r"{block}/norm", "stages.{i}.ln_cnvnxt.{j}.norm", _SAME),
-    (r"{block}/mlp/dwc", "stages.{i}.mlps.{j}.dwc", _CONV),
+    (r"patch_proj/conv1", "patch_proj.0", CONV),
+    (r"patch_proj/norm1", "patch_proj.1.norm", SAME),
+    (r"patch_proj/conv2", "patch_proj.3", CONV),
+    (r"patch_proj/norm2", "patch_proj.4.norm", SAME),
+    (r"down_projs_(?P<i>\d+)/conv", "down_projs.{i}.0", CONV),
+    (r"down_projs_(?P<i>\d+)/norm", "down_projs.{i}.1.norm", SAME),
+    (r"cls_norm", "cls_norm.norm", SAME),
+    (r"cls_head", "cls_head", LINEAR),
+    (r"stages_(?P<i>\d+)/proj", "stages.{i}.proj", POINTWISE),
+    (r"{block}/lpu", "stages.{i}.local_perception_units.{j}", CONV),
+    (r"{block}/norm1", "stages.{i}.layer_norms.{even}.norm", SAME),
+    (r"{block}/norm2", "stages.{i}.layer_norms.{odd}.norm", SAME),
+    (r"{block}/layer_scale1", "stages.{i}.layer_scales.{even}", SAME),
+    (r"{block}/layer_scale2", "stages.{i}.layer_scales.{odd}", SAME),
+    (r"{block}/conv", "stages.{i}.attns.{j}", CONV),
+    (r"{block}/norm", "stages.{i}.ln_cnvnxt.{j}.norm", SAME),
+    (r"{block}/mlp/dwc", "stages.{i}.mlps.{j}.dwc", CONV),
     (r"{block}/attn/(?P<m>q|kv|qkv|proj|proj_q|proj_k|proj_v|proj_qkv|proj_out)", "stages.{i}.attns.{j}.{m}", None),
-    (r"{block}/attn/conv_offset_0", "stages.{i}.attns.{j}.conv_offset.0", _CONV),
-    (r"{block}/attn/conv_offset_1", "stages.{i}.attns.{j}.conv_offset.1.norm", _SAME),
-    (r"{block}/attn/conv_offset_3", "stages.{i}.attns.{j}.conv_offset.3", _POINTWISE),
-    (r"{block}/attn/rpe_table", "stages.{i}.attns.{j}.rpe_table", _CONV),
-    (r"{block}/attn/rpe_table_(?P<m>0|2)", "stages.{i}.attns.{j}.rpe_table.{m}", _LINEAR),
-    (r"{block}/attn/proj_ds_0", "stages.{i}.attns.{j}.proj_ds.0", _CONV),
-    (r"{block}/attn/proj_ds_1", "stages.{i}.attns.{j}.proj_ds.1.norm", _SAME),
+    (r"{block}/attn/conv_offset_0", "stages.{i}.attns.{j}.conv_offset.0", CONV),
+    (r"{block}/attn/conv_offset_1", "stages.{i}.attns.{j}.conv_offset.1.norm", SAME),
+    (r"{block}/attn/conv_offset_3", "stages.{i}.attns.{j}.conv_offset.3", POINTWISE),
+    (r"{block}/attn/rpe_table", "stages.{i}.attns.{j}.rpe_table", CONV),
+    (r"{block}/attn/rpe_table_(?P<m>0|2)", "stages.{i}.attns.{j}.rpe_table.{m}", LINEAR),
+    (r"{block}/attn/proj_ds_0", "stages.{i}.attns.{j}.proj_ds.0", CONV),
+    (r"{block}/attn/proj_ds_1", "stages.{i}.attns.{j}.proj_ds.1.norm", SAME),
 )
 _BLOCK = r"stages_(?P<i>\d+)/blocks_(?P<j>\d+)"
 # Parameters that are no module's kernel, scale or bias.
 _TABLES = {
-    "rpe_table": ("rpe_table", _SAME),
-    "rpb": ("rpb", _SAME),
-    "relative_position_bias_table": ("relative_position_bias_table", _SAME),
-    "dep_conv_bias": ("dep_conv.bias", _SAME),
-    "dep_conv1_bias": ("dep_conv1.bias", _SAME),
-    "dep_conv1_kernel": ("dep_conv1.weight", _CONV),
+    "rpe_table": ("rpe_table", SAME),
+    "rpb": ("rpb", SAME),
+    "relative_position_bias_table": ("relative_position_bias_table", SAME),
+    "dep_conv_bias": ("dep_conv.bias", SAME),
+    "dep_conv1_bias": ("dep_conv1.bias", SAME),
+    "dep_conv1_kernel": ("dep_conv1.weight", CONV),
 }
 _BUFFERS = r".*\.(relative_position_index|attn_mask|q_grid|reference)"
-_FROZEN = r"stages\.\d+\.attns\.\d+\.dep_conv\.weight"
+_FROZEN = r"^(backbone\.)?stages\.\d+\.attns\.\d+\.dep_conv\.weight$"
 
 
-def _entries(model: DAT) -> list[tuple[tuple[str, ...], str, _Transform]]:
-    """(our path, published name, transform) of every parameter, in one fixed order."""
-    return [(path, *_published(path, model)) for path in _param_shapes(model)]
+def _entries(model: DAT) -> Entries:
+    """Of every parameter, in one fixed order."""
+    return [Entry(path, shape, *published(path, model)) for path, shape in _param_shapes(model).items()]
 
 
 @functools.lru_cache(maxsize=8)  # tracing a large model takes seconds, and every table here is made from it
@@ -231,7 +263,8 @@ def _param_shapes(model: DAT) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in sorted(flax.traverse_util.flatten_dict(params).items())}
 
 
-def _published(path: tuple[str, ...], model: DAT) -> tuple[str, _Transform]:
+def published(path: tuple[str, ...], model: DAT) -> tuple[str, Transform]:
+    """The published name of a parameter of DAT, and how its axes are ordered."""
     *module, leaf = path
     module = "/".join(module)
     if leaf in _TABLES:
@@ -241,30 +274,30 @@ def _published(path: tuple[str, ...], model: DAT) -> tuple[str, _Transform]:
     if match := re.fullmatch(f"{_BLOCK}/mlp/(?P<m>linear[12])", module):
         i, j, m = match.group("i", "j", "m")
         if model.conv_mlp[int(i)]:
-            name, transform = f"stages.{i}.mlps.{j}.{m}.0", _POINTWISE
+            name, transform = f"stages.{i}.mlps.{j}.{m}.0", POINTWISE
         else:
-            name, transform = f"stages.{i}.mlps.{j}.chunk.{m}", _LINEAR
+            name, transform = f"stages.{i}.mlps.{j}.chunk.{m}", LINEAR
     else:
         name, transform = _published_module(module, model)
     suffix = "bias" if leaf == "bias" else "weight"
-    return f"{name}.{suffix}", transform if leaf == "kernel" else _SAME
+    return f"{name}.{suffix}", transform if leaf == "kernel" else SAME
 
 
-def _published_module(module: str, model: DAT) -> tuple[str, _Transform]:
+def _published_module(module: str, model: DAT) -> tuple[str, Transform]:
     for pattern, template, transform in _MODULES:
         if match := re.fullmatch(pattern.replace("{block}", _BLOCK), module):
             groups = match.groupdict()
             block = int(groups.get("j") or 0)
             name = template.format(**{"even": 2 * block, "odd": 2 * block + 1, **groups})
             if transform is None:
-                transform = _POINTWISE if model.stages[int(groups["i"])][block] in "DP" else _LINEAR
+                transform = POINTWISE if model.stages[int(groups["i"])][block] in "DP" else LINEAR
             return name, transform
     raise KeyError(f"No published name for the module {module}.")  # a gap of the table, caught by the tests
 
 
-def _is_ignored(name: str, model: DAT) -> bool:
+def is_ignored(name: str, model: DAT) -> bool:
     """Whether a published entry has no part in the function: buffers, fixed kernels, parameters that are never used."""
-    if re.fullmatch(_BUFFERS, name) or re.fullmatch(_FROZEN, name):
+    if re.fullmatch(_BUFFERS, name) or re.search(_FROZEN, name):
         return True
     if match := re.fullmatch(r"stages\.(\d+)\.attns\.(\d+)\.conv_offset\..*", name):  # of blocks without offsets
         i, j = map(int, match.groups())

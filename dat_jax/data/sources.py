@@ -9,7 +9,7 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,18 +61,48 @@ class EncodedSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} images")
-        for tried in range(min(len(self), _DAMAGED_AT_MOST) if self.skip_damaged else 1):
-            try:
-                data, label, name = self.records[(index + tried) % len(self)]
-                record = {"image": decode_image(data, name=name), "label": np.int32(label)}
-                return record | {"damaged": np.int32(tried)} if self.skip_damaged else record
-            except UserError as caught:
-                error = caught
-            if self.skip_damaged:
-                _warn_once(f"{plain_reason(error)} The next one is taken instead.")
-        raise UserError(f"{plain_reason(error)} {self.advice}".strip()) from error
+        read = functools.partial(read_readable, self._read, index, count=len(self))
+        return read(skip_damaged=self.skip_damaged, damage=UserError, advice=self.advice)
+
+    def _read(self, index: int) -> dict:
+        data, label, name = self.records[index]
+        return {"image": decode_image(data, name=name), "label": np.int32(label)}
+
+
+def read_readable(
+    read: Callable[[int], dict],
+    index: int,
+    *,
+    count: int,
+    skip_damaged: bool,
+    damage: type[UserError],
+    advice: str = "",
+) -> dict:
+    """The record of an index, or where that is damaged and ``skip_damaged`` is set, of the next readable one.
+
+    Args:
+      read: gives the record of an index, or raises ``damage``.
+      index: from 0.
+      count: of records.
+      skip_damaged: says each damage once, and adds "damaged" to the record: how many it stands in for.
+      damage: errors of a file that cannot be read; others are raised.
+      advice: a sentence that follows the error.
+
+    Raises:
+      IndexError: no such index.
+      UserError: nothing readable was found.
+    """
+    if not 0 <= index < count:
+        raise IndexError(f"index {index} of {count} images")
+    for tried in range(min(count, _DAMAGED_AT_MOST) if skip_damaged else 1):
+        try:
+            record = read((index + tried) % count)
+            return record | {"damaged": np.int32(tried)} if skip_damaged else record
+        except damage as caught:
+            error = caught
+        if skip_damaged:
+            _warn_once(f"{plain_reason(error)} The next one is taken instead.")
+    raise UserError(f"{plain_reason(error)} {advice}".strip()) from error
 
 
 @functools.cache  # Python's own "once" starts anew whenever any code changes a filter of warnings

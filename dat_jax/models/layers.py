@@ -11,6 +11,8 @@ from dat_jax.ops import activation, depthwise, normalization
 from dat_jax.ops import linear as linear_ops
 from dat_jax.ops import mlp as mlp_ops
 
+_STATISTICS_RATE = 0.1  # of BatchNorm, PyTorch's momentum
+
 
 def uniform_init(fan_in: int) -> nn.initializers.Initializer:
     """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): what the published models start from, weights and biases alike."""
@@ -141,6 +143,55 @@ class DropPath(nn.Module):
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm over all but the channels, eps 1e-5, statistics in float32 or better; training moves them by a tenth.
+
+    The batch is the whole one, over all devices (the partitioner adds the sums), as PyTorch's SyncBatchNorm; as there the
+    variance that is kept is n / (n - 1) of the batch's. Collection "batch_stats": mean and var.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        kept_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        kept_var = self.variable("batch_stats", "var", jnp.ones, channels)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            mean = wide.mean(axes)
+            var = jnp.square(wide - mean.reshape((1,) * len(axes) + channels)).mean(axes)
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                kept_mean.value += _STATISTICS_RATE * (mean - kept_mean.value)
+                kept_var.value += _STATISTICS_RATE * (var * count / max(count - 1, 1) - kept_var.value)
+        else:
+            mean, var = kept_mean.value, kept_var.value
+        factor = scale * jax.lax.rsqrt(var + 1e-5)
+        shape = (1,) * (x.ndim - 1) + channels
+        return (wide * factor.reshape(shape) + (bias - mean * factor).reshape(shape)).astype(self.dtype)
+
+
+class ConvUnit(nn.Module):
+    """Square convolution without bias that keeps the size, BatchNorm, ReLU: the unit of the published heads."""
+
+    features: int
+    kernel_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        sides, padding = (self.kernel_size,) * 2, self.kernel_size // 2
+        x = nn.Conv(
+            self.features, sides, padding=padding, use_bias=False, kernel_init=init, dtype=self.dtype, name="conv"
+        )(x)
+        return nn.relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train))
 
 
 class LayerScale(nn.Module):

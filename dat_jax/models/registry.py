@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from dat_jax.models.dat import DAT
+from dat_jax.models.segmentation import Segmentor
 
 
 def _dat_pp(dims, num_heads, num_groups, drop_path_rate) -> dict[str, Any]:
@@ -75,11 +77,38 @@ def create_model(name: str, **overrides) -> DAT:
     """
     if name not in VARIANTS:
         raise ValueError(f"Unknown model {name!r}{_nearest(name, VARIANTS)}. Models: {', '.join(VARIANTS)}.")
-    fields = [field.name for field in dataclasses.fields(DAT) if field.name not in ("parent", "name")]
-    for key in overrides:
-        if key not in fields:
-            raise ValueError(f"DAT has no attribute {key!r}{_nearest(key, fields)}. Attributes: {', '.join(fields)}.")
+    _check_attributes(DAT, overrides)
     return DAT(**{**VARIANTS[name], **overrides})
+
+
+_HEADS = {"sem_fpn": dict(channels=128), "upernet": dict(channels=512)}  # as published
+
+
+def create_segmentor(name: str, *, backbone: str | Mapping[str, Any], **overrides) -> Segmentor:
+    """Makes a segmentor.
+
+    Args:
+      name: of the head, "sem_fpn" or "upernet".
+      backbone: a name of ``list_models()``, or {"name": one, any attribute of ``DAT``: value}; its dtype is that of the heads.
+      **overrides: attributes of ``Segmentor``, such as num_classes.
+
+    Raises:
+      ValueError: unknown name or attribute; the nearest known one is named.
+    """
+    if name not in _HEADS:
+        raise ValueError(f"Unknown head {name!r}{_nearest(name, _HEADS)}. Heads: {', '.join(_HEADS)}.")
+    _check_attributes(Segmentor, overrides)
+    dat = create_model(backbone) if isinstance(backbone, str) else create_model(**backbone)
+    return Segmentor(dat, **{"head": name, "dtype": dat.dtype, **_HEADS[name], **overrides})
+
+
+def _check_attributes(kind: type, given: Mapping[str, Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(kind) if field.name not in ("parent", "name")]
+    for key in given:
+        if key not in fields:
+            raise ValueError(
+                f"{kind.__name__} has no attribute {key!r}{_nearest(key, fields)}. Attributes: {', '.join(fields)}."
+            )
 
 
 def _nearest(word, known) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 IMPLEMENTATIONS = {
     "grid_sample": ("matmul", "gather", "map_coordinates", "pallas"),
@@ -39,6 +40,13 @@ _PLATFORM = contextvars.ContextVar("platform", default=None)
 def target_platform() -> str:
     """What the program is compiled for: "cpu", "gpu" or "tpu". That of the default devices, unless ``compiling_for``."""
     return _PLATFORM.get() or jax.default_backend()
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of "auto", "float32" or "bfloat16"; auto is float32 on CPU, else bfloat16."""
+    if name == "auto":
+        name = "float32" if target_platform() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 @contextlib.contextmanager

@@ -422,15 +422,15 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
     return {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def read_best_params(directory: str | os.PathLike, *, metric: str) -> tuple[dict[str, Any], int]:
-    """The weights that the best checkpoint is evaluated with: the averaged ones where there are any.
+def read_best_variables(directory: str | os.PathLike, *, metric: str) -> tuple[dict[str, Any], int]:
+    """What the best checkpoint is evaluated with: its weights, the averaged ones where there are any, and model state.
 
     Args:
       directory: of the checkpoints. It is only read, and the optimizer's arrays in it are not.
       metric: name of the metric, larger is better.
 
     Returns:
-      Parameters as nested dictionaries of numpy arrays, and the step they are of.
+      {"params", and the collections of the model state} as nested dictionaries of numpy arrays, and the step they are of.
 
     Raises:
       UserError: there is no complete checkpoint, or it is damaged; the arrays are named.
@@ -445,15 +445,16 @@ def read_best_params(directory: str | os.PathLike, *, metric: str) -> tuple[dict
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             saved = reader.restore((where / "meta").absolute())["digests"]
         group = "ema_params" if any(name.startswith("ema_params/") for name in saved) else "params"
-        saved = {name: digest for name, digest in saved.items() if name.startswith(f"{group}/")}
-        params = _read_arrays(where / "state", names=saved, partial=True)
+        wanted = (f"{group}/", "model_state/")
+        saved = {name: digest for name, digest in saved.items() if name.startswith(wanted)}
+        arrays = _read_arrays(where / "state", names=saved, partial=True)
     except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"The checkpoint {where} cannot be read: {_reason(error)}.") from error
-    digests = _named(jax.jit(compute_digests)(params))
+    digests = _named(jax.jit(compute_digests)(arrays))
     damaged = [name for name, digest in saved.items() if digests.get(name) != digest]
     if damaged:
         raise UserError(f"The checkpoint {where} is damaged: {', '.join(damaged)} differ from what was saved.")
-    return params[group], step
+    return {"params": arrays[group], **arrays.get("model_state", {})}, step
 
 
 def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], description: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def check_model(metadata: Mapping[str, Any], run: Run) -> None:
     differing = {
         name: values
         for name, values in _differences(metadata, run).items()
-        if name == "task" or (name.startswith("model.") and name.removeprefix("model.") not in _HOW)
+        if name == "task" or name.startswith("head.") or (name.startswith("model.") and name[6:] not in _HOW)
     }
     classes = len(run.train_source.class_names)
     if metadata["classes"] != classes:

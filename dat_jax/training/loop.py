@@ -15,6 +15,7 @@ from dat_jax.training import compilation_cache, continuation, distributed, healt
 from dat_jax.training import metrics as metrics_lib
 from dat_jax.training.checkpoint import Checkpoints
 from dat_jax.training.preemption import Preemption
+from dat_jax.training.pretrained import CLASS_NAMES
 from dat_jax.training.profiling import StepProfiler
 from dat_jax.training.run import (
     Run,
@@ -34,8 +35,8 @@ from dat_jax.training.state import TrainState, own_memory
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Trains as configured, or goes on where the work directory left off.
 
-    Leaves in the work directory: checkpoints/, config.json, metrics.jsonl, tensorboard/, pictures, and profile/ where
-    ``config.profile`` asks for one.
+    Leaves in the work directory: checkpoints/, config.json, classes.txt, metrics.jsonl, tensorboard/, pictures, and profile/
+    where ``config.profile`` asks for one.
 
     Args:
       config: see configs/common.py.
@@ -69,11 +70,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             console.print(f"Resumed at step {int(state.step)} of {run.total_steps}.")
         ended = None
         if int(state.step) >= run.total_steps:
-            console.print(f"All {config.epochs} epochs are done; set --config.epochs for more.")
+            name = "steps" if config.steps else "epochs"
+            console.print(f"All {config[name]} {name} are done; set --config.{name} for more.")
         else:
             state = own_memory(state)
             with (
-                _make_writer(config, directory, console) as writer,
+                _make_writer(run, directory, console) as writer,
                 _make_profiler(run, state, directory, console) as profiler,
                 Preemption(run.mesh, note=console.print) as preemption,
             ):
@@ -178,7 +180,7 @@ def _train_steps(
             jax.block_until_ready(metrics)
             progress = metrics_lib.Progress(start_step=step, total_steps=run.total_steps, batch_size=config.batch_size)
         stop = preemption.should_stop()
-        due = step % (run.steps_per_epoch * config.eval.every) == 0 or step == run.total_steps
+        due = step % run.eval_steps == 0 or step == run.total_steps
         if step % config.log_every == 0 or due or stop:
             values, pending = jax.device_get(pending), []
             spikes.report(step, values)
@@ -277,14 +279,19 @@ def _make_directory(workdir: str) -> pathlib.Path:
     return directory
 
 
-def _make_writer(config: ConfigDict, directory: pathlib.Path, console: Console):
-    """The first process writes the configuration and the metrics; the others write nothing."""
+def _make_writer(run: Run, directory: pathlib.Path, console: Console):
+    """The first process writes the configuration, the names of the classes and the metrics; the others write nothing."""
     if jax.process_index() > 0:
         return contextlib.nullcontext(metrics_lib.NullWriter())
-    try:
-        (directory / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
-    except OSError as error:
-        console.print(f"WARNING: {directory / 'config.json'} could not be written: {error.strerror}.")
+    texts = {
+        "config.json": run.config.to_json_best_effort(indent=2) + "\n",
+        CLASS_NAMES: "".join(f"{name}\n" for name in run.train_source.class_names),
+    }
+    for name, text in texts.items():
+        try:
+            (directory / name).write_text(text)
+        except OSError as error:
+            console.print(f"WARNING: {directory / name} could not be written: {error.strerror}.")
     return metrics_lib.MetricWriter(directory, note=console.print)
 
 

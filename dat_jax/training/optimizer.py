@@ -1,4 +1,4 @@
-"""AdamW as the published recipe has it."""
+"""AdamW as the published recipes have it."""
 
 import re
 from typing import Any
@@ -34,23 +34,55 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def weight_decay_mask(params):
+def decay_matrices(params):
     """True for the parameters that decay: those with more than one axis, but for position bias tables.
 
     ``rpe_table`` (with the log-CPB network's weights) and ``relative_position_bias_table`` do not decay; the ``rpb`` of
-    neighborhood attention does.
+    neighborhood attention does. Source: the published classifiers' recipe.
     """
 
     def decays(path, leaf):
-        name = jax.tree_util.keystr(path)
-        return leaf.ndim > 1 and "rpe_table" not in name and "relative_position_bias_table" not in name
+        return leaf.ndim > 1 and not _is_table(jax.tree_util.keystr(path))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def decay_all_but_norms(params):
+    """True for all parameters but those of LayerNorms and position bias tables: biases and BatchNorm's decay too.
+
+    Source: the published segmentors' and detectors' recipe, which goes by names that contain "norm"; BatchNorms are "bn".
+    """
+
+    def decays(path, leaf):
+        del leaf
+        name = jax.tree_util.keystr(path)
+        return not (_is_table(name) or "norm" in name or re.search(_NAMELESS_NORMS, name))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+# LayerNorms that are named by their place in a sequence, as published
+_NAMELESS_NORMS = r"\['(conv_offset_1|proj_ds_1)'\]"
+
+
+def _is_table(name: str) -> bool:
+    return "rpe_table" in name or "relative_position_bias_table" in name
+
+
+DECAY_RULES = {"matrices": decay_matrices, "all_but_norms": decay_all_but_norms}
+
+
 def make_optimizer(
-    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    decay_rule: str,
+    clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay on ``weight_decay_mask``, after clipping to ``clip_norm`` where that is > 0."""
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=weight_decay_mask)
+    """AdamW with decoupled weight decay by one of ``DECAY_RULES``, after clipping to ``clip_norm`` where that is > 0."""
+    mask = DECAY_RULES[decay_rule]
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     return optax.chain(clip_by_global_norm(clip_norm), adamw) if clip_norm > 0 else adamw

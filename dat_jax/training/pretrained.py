@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax
@@ -15,68 +15,99 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.errors import UserError
-from dat_jax.evaluation import classification
+from dat_jax.evaluation import classification, segmentation
 from dat_jax.models.dat import DAT
-from dat_jax.models.registry import create_model
-from dat_jax.training.checkpoint import load_export, read_best_params, save_export
+from dat_jax.models.registry import create_model, create_segmentor
+from dat_jax.models.segmentation import Segmentor
+from dat_jax.training.checkpoint import load_export, read_best_variables, save_export
 
-# Attributes of DAT that are of flax, or change how the function is computed but not which.
-_NOT_DESCRIBED = {"parent", "name", "dtype", "implementation", "remat", "scan_blocks"}
+# Attributes that are of flax, or change how the function is computed but not which.
+_NOT_DESCRIBED = {"parent", "name", "dtype", "implementation", "remat", "scan_blocks", "dat"}
+CLASS_NAMES = "classes.txt"  # of a work directory: a name a line
 _HEAD = "cls_head"
+_PIXEL_HEADS = ("decode_head/classifier/", "auxiliary_head/classifier/")
+_BACKBONE = "backbone/dat/"  # of a segmentor's parameters: those of its DAT
+_METRICS = {"classification": classification.METRIC, "segmentation": segmentation.METRIC}
 
 
-def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[DAT, dict[str, Any]]:
+def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[DAT | Segmentor, dict[str, Any]]:
     """A trained model. Use as ``model.apply(variables, images, train=False)``.
 
     Args:
       path: an export, as ``python -m dat_jax.conversion`` writes, or a run's work directory, of which the best
         checkpoint is taken, with the averaged weights where there are any.
-      **overrides: attributes of ``DAT``, such as num_classes, image_size or dtype (float32 unless given). Where they
-        change shapes, weights are adapted as ``adapt_params`` says; a head of other classes is initialised from a
-        fixed key.
+      **overrides: attributes of ``DAT`` (of a segmentor's backbone), such as num_classes, image_size or dtype (float32
+        unless given). Where they change shapes, weights are adapted as ``adapt_params`` says; a classifier's head of other
+        classes is initialised from a fixed key.
 
     Returns:
-      The model, and variables {"params": ...} on the default device.
+      The model, and variables {"params": ...}, of a segmentor with "batch_stats", on the default device.
 
     Raises:
       UserError: nothing to load there, damage, unknown attributes, or ones that the weights do not fit.
     """
-    saved_model, params = load_trained(path)
-    model = _create_model(path, {**describe_model(saved_model), **overrides})
+    saved_model, variables = load_trained(path)
     images = jnp.zeros((1, 64, 64, 3))
+    if isinstance(saved_model, Segmentor):
+        dat = _create_model(path, {**describe_model(saved_model.dat), **overrides})
+        model = saved_model.clone(dat=dat, dtype=dat.dtype)
+    else:
+        model = _create_model(path, {**describe_model(saved_model), **overrides})
     try:
-        wanted = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        wanted = jax.eval_shape(model.init, jax.random.key(0), images)
     except (ValueError, TypeError) as error:  # settings that do not fit together
         raise UserError(f"{path} cannot be loaded so: {str(error).splitlines()[0]}") from error
+    if isinstance(saved_model, Segmentor):
+        variables, _ = adapt_segmentor(
+            variables, abstract_variables=wanted, fixed_stages=_fixed_stages(saved_model.dat)
+        )
+        return model, jax.tree.map(jnp.asarray, variables)
+    wanted = wanted["params"]
     if model.num_classes != saved_model.num_classes:
         head = jax.jit(lambda key: model.init(key, images)["params"][_HEAD])(jax.random.key(0))
         wanted = {**wanted, _HEAD: head}
-    params, _ = adapt_params(params, abstract_params=wanted, fixed_stages=_fixed_stages(saved_model))
+    params, _ = adapt_params(variables["params"], abstract_params=wanted, fixed_stages=_fixed_stages(saved_model))
     return model, {"params": jax.tree.map(jnp.asarray, params)}
 
 
 def load_for_finetuning(
-    path: str | os.PathLike, *, fresh_params: Mapping[str, Any], head_rows: np.ndarray | None = None
+    path: str | os.PathLike, *, fresh_variables: Mapping[str, Any], head_rows: np.ndarray | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Trained weights to start another training from.
 
+    A segmentor starts from another one, or from a classifier, of which it takes the backbone.
+
     Args:
       path: an export, or a run's work directory, as in ``load_pretrained``.
-      fresh_params: of the model to train, initialised; on the host or on devices that this process sees.
+      fresh_variables: of the model to train, initialised; on the host or on devices that this process sees.
       head_rows: see ``adapt_params``.
 
     Returns:
-      Parameters as numpy arrays with the structure, shapes and dtypes of ``fresh_params``, and sentences that say what
+      Variables as numpy arrays with the structure, shapes and dtypes of ``fresh_variables``, and sentences that say what
       was adapted.
 
     Raises:
       UserError: nothing to load there, damage, or weights of another model, each named.
     """
-    model, params = load_trained(path)
-    params, notes = adapt_params(
-        params, abstract_params=fresh_params, head_rows=head_rows, fixed_stages=_fixed_stages(model)
-    )
-    return jax.tree.map(np.asarray, params), notes
+    model, variables = load_trained(path)
+    wants_segmentor = "backbone" in fresh_variables["params"]
+    if isinstance(model, Segmentor) and not wants_segmentor:
+        raise UserError(f"{path} has the weights of a segmentor; a classifier starts from those of a classifier.")
+    if not wants_segmentor:
+        params, notes = adapt_params(
+            variables["params"],
+            abstract_params=fresh_variables["params"],
+            head_rows=head_rows,
+            fixed_stages=_fixed_stages(model),
+        )
+        variables = {"params": params}
+    elif isinstance(model, Segmentor):
+        stages = _fixed_stages(model.dat)
+        variables, notes = adapt_segmentor(variables, abstract_variables=fresh_variables, fixed_stages=stages)
+    else:
+        stages = _fixed_stages(model)
+        variables, notes = adapt_backbone(variables["params"], fresh_variables=fresh_variables, fixed_stages=stages)
+    return jax.tree.map(np.asarray, variables), notes
 
 
 def adapt_params(
@@ -108,7 +139,7 @@ def adapt_params(
 
     Source: the published code for fine-tuning.
     """
-    given, wanted = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (params, abstract_params))
+    given, wanted = _flatten(params), _flatten(abstract_params)
     classes, wanted_classes = _classes(params), _classes(abstract_params)
     notes = []
     if head_rows is not None:
@@ -116,6 +147,46 @@ def adapt_params(
         notes.append(f"The head takes {wanted_classes} of the {classes} classes of the loaded one.")
     elif classes != wanted_classes:
         notes.append(f"The head of {wanted_classes} classes is new: the loaded one has {classes}.")
+    adapted, more = _adapt(given, wanted, fixed_stages, is_head=lambda name: name.startswith(f"{_HEAD}/"))
+    return _unflatten(adapted), notes + more
+
+
+def adapt_segmentor(
+    variables: Mapping[str, Any], *, abstract_variables: Mapping[str, Any], fixed_stages: Collection[int] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """``adapt_params`` for the variables of a segmentor, "params" and "batch_stats"."""
+    given, wanted = (_flatten(tree["params"]) for tree in (variables, abstract_variables))
+    name = f"{_PIXEL_HEADS[0]}conv_seg/kernel"
+    classes, wanted_classes = (tree[name].shape[-1] if name in tree else None for tree in (given, wanted))
+    notes = []
+    if classes != wanted_classes:
+        notes.append(f"The classifiers of {wanted_classes} classes are new: the loaded ones have {classes}.")
+    params, more = _adapt(given, wanted, fixed_stages, is_head=lambda name: name.startswith(_PIXEL_HEADS))
+    given, wanted = (_flatten(tree["batch_stats"]) for tree in (variables, abstract_variables))
+    statistics, _ = _adapt(given, wanted, (), is_head=lambda name: False)
+    return {"params": _unflatten(params), "batch_stats": _unflatten(statistics)}, notes + more
+
+
+def adapt_backbone(
+    params: Mapping[str, Any], *, fresh_variables: Mapping[str, Any], fixed_stages: Collection[int] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Variables of a segmentor whose backbone has a classifier's parameters, as ``adapt_params`` fits them; the rest stays."""
+    given = {f"{_BACKBONE}{name}": array for name, array in _flatten(params).items() if not name.startswith("cls_")}
+    fresh = _flatten(fresh_variables["params"])
+    wanted = {name: leaf for name, leaf in fresh.items() if name.startswith(_BACKBONE)}
+    adapted, notes = _adapt(given, wanted, fixed_stages, is_head=lambda name: False)
+    notes = ["The backbone is that of a classifier; norms of its maps, and heads, are new.", *notes]
+    return {**fresh_variables, "params": _unflatten({**fresh, **adapted})}, notes
+
+
+def _adapt(
+    given: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    fixed_stages: Collection[int],
+    *,
+    is_head: Callable[[str], bool],
+) -> tuple[dict[str, Any], list[str]]:
+    """Arrays by name for ``wanted``; of a head whose last axis differs the wanted array is taken itself."""
     adapted, problems, resized = {}, [], collections.Counter()
     for name, leaf in wanted.items():
         if name not in given:
@@ -125,7 +196,7 @@ def adapt_params(
         sides = [_table_sides(name, shape, fixed_stages) for shape in (array.shape, leaf.shape)]
         if array.shape == leaf.shape:
             adapted[name] = array.astype(leaf.dtype, copy=False)
-        elif name.startswith(f"{_HEAD}/") and array.shape[:-1] == leaf.shape[:-1]:
+        elif is_head(name) and array.shape[:-1] == leaf.shape[:-1]:
             adapted[name] = leaf
         elif None not in sides and sides[0][0] == sides[1][0]:
             adapted[name] = _resize_table(array, sides[0], sides[1]).astype(leaf.dtype)
@@ -135,20 +206,35 @@ def adapt_params(
     problems += [f"{name} is unknown" for name in given if name not in wanted]
     if problems:
         raise UserError(f"These weights are of another model: {'; '.join(problems)}.")
-    notes += [f"Position tables resized from {change}: {count}." for change, count in resized.items()]
-    return flax.traverse_util.unflatten_dict(adapted, sep="/"), notes
+    return adapted, [f"Position tables resized from {change}: {count}." for change, count in resized.items()]
 
 
-def load_trained(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
-    """The model and the parameters, as numpy arrays, of an export or a work directory; see ``load_pretrained``."""
+def _flatten(tree) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def _unflatten(flat) -> dict[str, Any]:
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def load_trained(path: str | os.PathLike) -> tuple[DAT | Segmentor, dict[str, Any]]:
+    """The model and the variables, as numpy arrays, of an export or a work directory; see ``load_pretrained``."""
     path = pathlib.Path(path)
     if (path / "model.json").is_file():
-        params, description = load_export(path)
-        settings = description.get("model")
+        arrays, description = load_export(path)
+        settings, head = description.get("model"), description.get("segmentor")
+        variables = {"params": arrays} if head is None else arrays
     elif (path / "checkpoints").is_dir():
-        settings = _read_model_settings(path / "config.json")
-        params, _ = read_best_params(path / "checkpoints", metric=classification.METRIC)
-        settings["num_classes"] = _classes(params)
+        config = _read_config(path / "config.json")
+        variables, _ = read_best_variables(path / "checkpoints", metric=_METRICS[config["task"]])
+        settings = {key: value for key, value in config["model"].items() if key != "dtype"}
+        head = None
+        if config["task"] == "segmentation":
+            classes = variables["params"]["decode_head"]["classifier"]["conv_seg"]["bias"].shape[0]
+            head = {**config["head"], "num_classes": classes}
+            head["head"] = head.pop("name")
+        else:
+            settings["num_classes"] = _classes(variables["params"])
     else:
         raise UserError(
             f"Wanted an export (with model.json) or the work directory of a run (with checkpoints), got {path}; "
@@ -156,18 +242,48 @@ def load_trained(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
         )
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not say which model its weights are of.")
-    return _create_model(path, settings), params
+    if head is None:
+        return _create_model(path, settings), variables
+    try:
+        return create_segmentor(
+            head.pop("head"), backbone=describe_model(_create_model(path, settings)), **head
+        ), variables
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} cannot be loaded: {error}") from error
 
 
-def export_model(directory: str | os.PathLike, *, model: DAT, params: Mapping[str, Any]) -> str:
+def export_model(directory: str | os.PathLike, *, model: DAT | Segmentor, variables: Mapping[str, Any]) -> str:
     """Writes an export that ``load_pretrained`` reads, into a folder that must not exist; returns its checksum."""
-    return save_export(directory, params=params, description={"model": describe_model(model)})
+    if isinstance(model, Segmentor):
+        description = {"model": describe_model(model.dat), "segmentor": describe_model(model)}
+        arrays = {name: variables[name] for name in ("params", "batch_stats")}
+    else:
+        description, arrays = {"model": describe_model(model)}, variables["params"]
+    return save_export(directory, params=arrays, description=description)
 
 
-def describe_model(model: DAT) -> dict[str, Any]:
-    """Every attribute that determines the function, as JSON can hold it; not how it is computed."""
+def describe_model(model: DAT | Segmentor) -> dict[str, Any]:
+    """Every attribute that determines the function, as JSON can hold it; not how it is computed, nor a backbone."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in _NOT_DESCRIBED]
     return {name: getattr(model, name) for name in names}
+
+
+def read_class_names(path: str | os.PathLike, *, count: int) -> tuple[str, ...] | None:
+    """Of a work directory; None where the names are not known, as in an export.
+
+    Raises:
+      UserError: not ``count`` names.
+    """
+    file = pathlib.Path(path) / CLASS_NAMES
+    if not file.is_file():
+        return None
+    try:
+        names = tuple(file.read_text().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from error
+    if len(names) != count:
+        raise UserError(f"{file} has {len(names)} names, wanted {count}, one a line.")
+    return names
 
 
 def resize_bicubic(tables: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -193,7 +309,7 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
 
 def _table_sides(name: str, shape: tuple[int, ...], fixed_stages: Collection[int]) -> tuple[int, int, int] | None:
     """(heads, height, width) of a position table; None for other parameters."""
-    leaf = name.rsplit("/", 1)[-1]
+    name, leaf = name.removeprefix(_BACKBONE), name.rsplit("/", 1)[-1]
     if leaf == "rpe_table" and len(shape) == 3 and int(name.split("/")[0].removeprefix("stages_")) not in fixed_stages:
         return tuple(shape)
     if leaf == "relative_position_bias_table" and len(shape) == 2 and math.isqrt(shape[0]) ** 2 == shape[0]:
@@ -227,12 +343,15 @@ def _fixed_stages(model: DAT) -> set[int]:
     return {stage for stage, kind in enumerate(model.position_bias) if kind == "fixed"}
 
 
-def _read_model_settings(path: pathlib.Path) -> dict[str, Any]:
-    """The model's group of a run's configuration: a name and attributes."""
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    """Of a run: its task, and the model's settings, a name and attributes."""
     try:
-        return {key: value for key, value in json.loads(path.read_text())["model"].items() if key != "dtype"}
+        config = json.loads(path.read_text())
+        if config["task"] in _METRICS and isinstance(config["model"], dict):
+            return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not say which model the weights beside it are of.") from error
+    raise UserError(f"{path} does not say which model the weights beside it are of.")
 
 
 def _create_model(path, settings: Mapping[str, Any]) -> DAT:

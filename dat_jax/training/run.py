@@ -10,30 +10,25 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from dat_jax.config import validate
-from dat_jax.data.batching import make_eval_batches, make_train_batches
-from dat_jax.data.eval_sets import load_eval_sets
-from dat_jax.data.sources import SPLITS, load_source
-from dat_jax.data.transforms import make_eval_transform, make_train_transform
+from dat_jax.data.batching import make_train_batches
 from dat_jax.errors import UserError
-from dat_jax.evaluation import classification as classification_evaluation
 from dat_jax.flops import count_product_flops
-from dat_jax.models.registry import create_model
-from dat_jax.ops.dispatch import target_platform
+from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.tasks import Task
-from dat_jax.tasks.classification import make_classification_task
 from dat_jax.training import sharding
 from dat_jax.training.optimizer import make_optimizer
 from dat_jax.training.pretrained import load_for_finetuning
-from dat_jax.training.schedule import warmup_cosine
+from dat_jax.training.schedule import warmup_cosine, warmup_poly
+from dat_jax.training.setups import SETUPS
 from dat_jax.training.state import TrainState, init_state
 from dat_jax.training.step import make_train_step
 
 _INIT_STREAM = 0  # random streams: fold_in(seed, stream)
-_EVALUATIONS = {"classification": classification_evaluation}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +36,7 @@ class Run:
     """Everything that a configuration determines.
 
     Attributes:
+      setup: the module of ``training.setups``.
       metric: of the evaluation, what the best checkpoint is best in.
       evaluate: (variables, batches) -> metrics.
       eval_sets: name -> (source, indices of its classes or None for all), beside the validation images.
@@ -48,6 +44,7 @@ class Run:
     """
 
     config: ConfigDict
+    setup: Any
     mesh: jax.sharding.Mesh
     task: Task
     train_source: Any
@@ -63,8 +60,13 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Of all epochs."""
-        return self.steps_per_epoch * self.config.epochs
+        """Of the whole run."""
+        return _count_steps(self.config, self.steps_per_epoch)
+
+    @property
+    def eval_steps(self) -> int:
+        """Between evaluations."""
+        return self.config.eval.every_steps or self.config.eval.every * self.steps_per_epoch
 
 
 def make_run(
@@ -82,9 +84,8 @@ def make_run(
     """
     validate(config)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
-    train_source, eval_source = sources or (
-        load_source(config.data.name, directory=config.data.directory, split=split) for split in SPLITS
-    )
+    setup = SETUPS[config.task]
+    train_source, eval_source = sources or setup.load_sources(config)
     if config.eval.batch_size % mesh.size:
         raise UserError(f"config.eval.batch_size {config.eval.batch_size} is not a multiple of {mesh.size} devices.")
     if config.batch_size > len(train_source):
@@ -96,25 +97,25 @@ def make_run(
     schedule = _make_schedule(config, steps_per_epoch)
     optimizer = make_optimizer(schedule, **config.optimizer.to_dict())
     try:
-        task = _make_task(config, classes=len(train_source.class_names))
+        task = setup.make_task(config, classes=len(train_source.class_names))
         task = dataclasses.replace(
             task,
             # Kernels want as many examples as devices; parameters are the same without them.
-            init=_make_task(config, classes=len(train_source.class_names), implementation="auto").init,
+            init=setup.make_task(config, classes=len(train_source.class_names), implementation="auto").init,
             predict=sharding.with_split_kernels(task.predict, mesh),
         )
         abstract = jax.eval_shape(_init_function(config, task, optimizer), jax.random.key(0))
     except (ValueError, TypeError) as error:  # settings that do not fit together, or images that the model cannot take
         raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
     shardings = sharding.state_sharding(abstract, mesh)
-    evaluation = _EVALUATIONS[config.task]
     return Run(
         config=config,
+        setup=setup,
         mesh=mesh,
         task=task,
         train_source=train_source,
         eval_source=eval_source,
-        eval_sets=load_eval_sets(config.eval.sets.to_dict(), eval_source),
+        eval_sets=setup.load_eval_sets(config, eval_source),
         steps_per_epoch=steps_per_epoch,
         optimizer=optimizer,
         schedule=schedule,
@@ -122,20 +123,8 @@ def make_run(
         abstract_state=jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
         ),
-        metric=evaluation.METRIC,
-        evaluate=evaluation.make_evaluator(task.predict),
-    )
-
-
-def _make_task(config: ConfigDict, *, classes: int, **overrides) -> Task:
-    """The task with its model, attributes of which may be given."""
-    settings = config.model.to_dict() | overrides
-    dtype = compute_dtype(settings.pop("dtype"))
-    augmentation = config.augmentation.to_dict()
-    return make_classification_task(
-        create_model(settings.pop("name"), dtype=dtype, num_classes=classes, **settings),
-        label_smoothing=config.loss.label_smoothing,
-        **{name: augmentation[name] for name in ("erasing_probability", "mixup_alpha", "cutmix_alpha")},
+        metric=setup.evaluation.METRIC,
+        evaluate=setup.make_evaluate(config, task.predict),
     )
 
 
@@ -145,9 +134,9 @@ def count_model_flops(run: Run) -> float:
     Three times the products of the forward pass, one for it and two for the backward pass. Neither what ``remat``
     computes again counts, nor products that only a fast algorithm has: it is traced with the plain ones.
     """
-    task = _make_task(run.config, classes=len(run.train_source.class_names), implementation="plain", remat="none")
-    side = run.config.data.image_size
-    batch = {"image": np.zeros((1, side, side, 3), np.uint8), "label": np.zeros(1, np.int32)}
+    plain = dict(implementation="plain", remat="none")
+    task = run.setup.make_task(run.config, classes=len(run.train_source.class_names), **plain)
+    batch = run.setup.example_batch(run.config, 1)
     traced = jax.make_jaxpr(task.loss)(run.abstract_state.eval_variables, batch, jax.random.key(0))
     return 3 * count_product_flops(traced.jaxpr)
 
@@ -187,11 +176,15 @@ def start_state(run: Run, *, note: Callable[[str], None]) -> TrainState:
     state = initialize(run)
     if not config.init_from:
         return state
-    params, notes = load_for_finetuning(config.init_from, fresh_params=state.params, head_rows=head_rows)
+    fresh = {"params": state.params, **state.model_state}
+    variables, notes = load_for_finetuning(config.init_from, fresh_variables=fresh, head_rows=head_rows)
     for sentence in [f"Starting from the weights of {config.init_from}.", *notes]:
         note(sentence)
-    params = jax.device_put(params, run.state_sharding.params)
-    return state.replace(params=params, ema_params=None if state.ema_params is None else params)
+    params = jax.device_put(variables.pop("params"), run.state_sharding.params)
+    model_state = jax.device_put(variables, run.state_sharding.model_state)
+    return state.replace(
+        params=params, model_state=model_state, ema_params=None if state.ema_params is None else params
+    )
 
 
 def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
@@ -219,55 +212,31 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
 
 def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
     """Endless batches, this process's part of them (numpy), from a step on."""
-    data, augmentation = run.config.data, run.config.augmentation
-    transform = make_train_transform(
-        image_size=data.image_size,
-        min_crop_area=augmentation.min_crop_area,
-        max_crop_aspect=augmentation.max_crop_aspect,
-        flip_probability=augmentation.flip_probability,
-        rand_augment_count=augmentation.rand_augment_count,
-        rand_augment_magnitude=augmentation.rand_augment_magnitude,
-        rand_augment_std=augmentation.rand_augment_std,
-    )
     return make_train_batches(
         run.train_source,
-        transform,
+        run.setup.make_train_transform(run.config),
         batch_size=run.config.batch_size,
         seed=run.config.seed,
         start_step=start_step,
         rows=sharding.local_rows(run.config.batch_size, run.mesh),
-        workers=data.workers,
+        workers=run.config.data.workers,
     )
 
 
 def eval_batches(run: Run, source=None) -> Iterator[dict]:
     """Every example of the evaluation, or of another source, once, in global batches on the devices."""
-    batches = make_eval_batches(
-        run.eval_source if source is None else source,
-        _eval_transform(run.config),
-        batch_size=run.config.eval.batch_size // jax.process_count(),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        workers=run.config.data.workers,
-    )
+    source = run.eval_source if source is None else source
+    rows = sharding.local_rows(run.config.eval.batch_size, run.mesh)
+    batches = run.setup.make_eval_batches(run.config, source, rows=rows)
     return (sharding.put_batch(batch, run.mesh) for batch in batches)
 
 
 def save_pictures(run: Run, state: TrainState, directory: pathlib.Path) -> None:
-    """What the task's evaluation draws of 32 examples, spread over the data set."""
+    """What the task draws of some examples of the evaluation."""
     if jax.process_count() > 1:  # no process can draw from another's part of the weights
         return
-    count = min(32, len(run.eval_source))
-    spread = np.linspace(0, len(run.eval_source) - 1, count).astype(int)  # over all classes, where they are sorted
-    transform = _eval_transform(run.config)
-    records = [transform(run.eval_source[int(index)]) for index in np.random.default_rng(0).permutation(spread)]
-    _EVALUATIONS[run.config.task].save_pictures(
-        run.task.predict,
-        jax.device_get(state.eval_variables),
-        {key: np.stack([record[key] for record in records]) for key in records[0]},
-        class_names=run.eval_source.class_names,
-        directory=directory,
-    )
+    variables = jax.device_get(state.eval_variables)
+    run.setup.save_pictures(run.config, run.task.predict, variables, run.eval_source, directory)
 
 
 def describe(run: Run) -> dict[str, str]:
@@ -277,23 +246,16 @@ def describe(run: Run) -> dict[str, str]:
     return {
         "model": f"{config.model.name}, {parameters:,} parameters, {compute_dtype(config.model.dtype)}",
         "data": f"{config.data.name}: {len(run.train_source):,} to train, {len(run.eval_source):,} to validate, "
-        f"{config.data.image_size} x {config.data.image_size}",
+        f"{run.setup.describe_images(config)}",
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "mesh": " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items()),
         "batch": f"{config.batch_size} in {config.accumulate_steps} part(s), {run.steps_per_epoch} steps an epoch",
-        "length": f"{config.epochs} epochs, {run.total_steps} steps",
+        "length": f"{run.total_steps / run.steps_per_epoch:.4g} epochs, {run.total_steps} steps",
     }
 
 
-def compute_dtype(name: str):
-    """The dtype of "auto", "float32" or "bfloat16"; auto is float32 on CPU, else bfloat16."""
-    if name == "auto":
-        name = "float32" if target_platform() == "cpu" else "bfloat16"
-    return jax.numpy.dtype(name)
-
-
 def _read_head_rows(config, source):
-    if not config.init_head_rows:
+    if not config.get("init_head_rows"):  # not every task has it
         return None
     try:
         rows = np.loadtxt(config.init_head_rows, dtype=np.int64, ndmin=1)
@@ -307,27 +269,35 @@ def _read_head_rows(config, source):
     return rows
 
 
-def _eval_transform(config):
-    return make_eval_transform(resize=config.data.eval_resize, image_size=config.data.image_size)
+def _count_steps(config, steps_per_epoch):
+    return config.steps or config.epochs * steps_per_epoch
 
 
 def _make_schedule(config, steps_per_epoch):
-    s = config.schedule
+    s, total_steps = config.schedule, _count_steps(config, steps_per_epoch)
+    if s.kind == "poly":
+        return warmup_poly(
+            base_lr=s.base_lr,
+            power=s.power,
+            warmup_steps=s.warmup_steps,
+            warmup_ratio=s.warmup_ratio,
+            total_steps=total_steps,
+        )
     scale = config.batch_size / s.reference_batch_size
     return warmup_cosine(
         base_lr=s.base_lr * scale,
         warmup_lr=s.warmup_lr * scale,
         min_lr=s.min_lr * scale,
         warmup_steps=round(s.warmup_epochs * steps_per_epoch),
-        total_steps=config.epochs * steps_per_epoch,
+        total_steps=total_steps,
     )
 
 
 def _init_function(config, task, optimizer):
-    side = config.data.image_size
+    image = SETUPS[config.task].example_batch(config, 1)["image"]
 
     def init(key):
-        batch = {"image": jax.numpy.zeros((1, side, side, 3), jax.numpy.uint8)}
+        batch = {"image": jnp.zeros(image.shape, image.dtype)}
         return init_state(key, batch, task=task, optimizer=optimizer, ema=config.ema_decay > 0)
 
     return init

@@ -23,3 +23,20 @@ def warmup_cosine(
         return jnp.where(t < warmup_steps, warm, cosine)
 
     return schedule
+
+
+def warmup_poly(
+    *, base_lr: float, power: float, warmup_steps: int, warmup_ratio: float, total_steps: int
+) -> optax.Schedule:
+    """base_lr * (1 - t / total_steps) ** power, in warm-up times 1 - (1 - t / warmup_steps) * (1 - warmup_ratio).
+
+    t is the number of finished steps; 0 from total_steps on. Source: the published segmentors' recipe.
+    """
+
+    def schedule(count):
+        t = count * 1.0
+        rate = base_lr * jnp.maximum(1 - t / total_steps, 0) ** power
+        warm = 1 - (1 - t / max(warmup_steps, 1)) * (1 - warmup_ratio)
+        return jnp.where(t < warmup_steps, rate * warm, rate)
+
+    return schedule

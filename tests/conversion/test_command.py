@@ -92,7 +92,7 @@ def test_the_command_finds_the_model_and_says_what_it_wrote(nano_file, tmp_path)
 
 def test_the_fixed_kernels_of_slide_attention_are_written_as_published(tmp_path):
     model, params = nano(stages=("E", "D", "X", "E"))
-    export_model(tmp_path / "export", model=model, params=params)
+    export_model(tmp_path / "export", model=model, variables={"params": params})
     export_weights(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
     weights = read_weights(tmp_path / "w.safetensors")
     kernels = {name for name in weights if name.endswith("dep_conv.weight")}
@@ -198,7 +198,7 @@ def test_mistakes_on_the_command_line_end_with_one_sentence(arguments, message, 
     pth.write_archive(tmp_path / "evil.pth", pth.call("os", "system", pth.text(f"touch {tmp_path / 'ran'}")), {})
     if "{tmp}/damaged" in arguments:
         model, params = nano()
-        export_model(tmp_path / "damaged", model=model, params=params)
+        export_model(tmp_path / "damaged", model=model, variables={"params": params})
         chunk = tmp_path / "damaged" / "params" / "cls_head.kernel" / "0.0"
         chunk.write_bytes(chunk.read_bytes()[:-20])
     before = sorted(tmp_path.iterdir())

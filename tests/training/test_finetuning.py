@@ -42,7 +42,7 @@ def test_weights_without_a_work_directory_are_evaluated(finished, tmp_path):
     """An export of a run's best weights, and the run itself, give the accuracy of the run."""
     directory, result = finished
     model, variables = pretrained.load_pretrained(directory)
-    pretrained.export_model(tmp_path / "export", model=model, params=variables["params"])
+    pretrained.export_model(tmp_path / "export", model=model, variables=variables)
     for weights in (directory, tmp_path / "export"):
         got = loop.evaluate(with_values(init_from=str(weights)), str(tmp_path / "nothing"))
         assert got == result

@@ -71,7 +71,7 @@ def export(tmp_path_factory):
     """A folder, read only in tests, and the model and parameters in it."""
     directory = tmp_path_factory.mktemp("export") / "export"
     model, params = tiny()
-    export_model(directory, model=model, params=params)
+    export_model(directory, model=model, variables={"params": params})
     return directory, model, params
 
 
@@ -117,10 +117,10 @@ def test_a_checksum_depends_on_names_shapes_dtypes_and_bits_but_not_on_order():
 def test_what_exists_is_not_overwritten(export, tmp_path):
     directory, model, params = export
     with pytest.raises(UserError, match="export exists already and nothing is overwritten"):
-        export_model(directory, model=model, params=params)
+        export_model(directory, model=model, variables={"params": params})
     (tmp_path / "file").write_text("precious")
     with pytest.raises(UserError, match=r"out cannot be written: Not a directory\."):
-        export_model(tmp_path / "file" / "out", model=model, params=params)
+        export_model(tmp_path / "file" / "out", model=model, variables={"params": params})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -189,7 +189,8 @@ def test_every_attribute_that_determines_the_function_is_described():
 
 def test_of_a_run_the_best_averaged_weights_are_taken(workdir):
     directory, averaged = workdir
-    model, params = load_trained(directory)
+    model, variables = load_trained(directory)
+    params = variables["params"]
     assert model == tiny()[0]
     assert_same(params, averaged)
     _, variables = dat_jax.load_pretrained(directory)
@@ -202,7 +203,7 @@ def test_a_run_without_averaging_gives_its_weights(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", metric="top1") as checkpoints:
         state = jax.device_put(TrainState(jnp.int32(1), params, {}, (), None))
         checkpoints.save(state, metadata={"examples": 0}, metrics={"top1": 1.0})
-    assert_same(load_trained(tmp_path)[1], params)
+    assert_same(load_trained(tmp_path)[1]["params"], params)
 
 
 def test_a_damaged_run_is_said(workdir, tmp_path):
@@ -346,7 +347,8 @@ def test_finetuning_starts_from_host_arrays_of_the_dtypes_it_asks_for(export, wo
     fresh = jax.tree.map(jnp.asarray, fresh)
     fresh["cls_norm"]["bias"] = fresh["cls_norm"]["bias"].astype(jnp.bfloat16)
     for path, given in ((export[0], export[2]), workdir):
-        params, notes = load_for_finetuning(path, fresh_params=fresh)
+        variables, notes = load_for_finetuning(path, fresh_variables={"params": fresh})
+        params = variables["params"]
         for got, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(fresh), strict=True):
             assert isinstance(got, np.ndarray)
             assert (got.shape, got.dtype) == (leaf.shape, leaf.dtype)
@@ -354,7 +356,8 @@ def test_finetuning_starts_from_host_arrays_of_the_dtypes_it_asks_for(export, wo
         np.testing.assert_array_equal(params["cls_head"]["kernel"], fresh["cls_head"]["kernel"])
         assert len(notes) == 2
     rows = np.array([3, 1, 0, 5])
-    params, _ = load_for_finetuning(export[0], fresh_params=fresh, head_rows=rows)
+    variables, _ = load_for_finetuning(export[0], fresh_variables={"params": fresh}, head_rows=rows)
+    params = variables["params"]
     np.testing.assert_array_equal(params["cls_head"]["bias"], export[2]["cls_head"]["bias"][rows])
 
 

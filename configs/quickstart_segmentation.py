@@ -1,0 +1,35 @@
+"""A small segmentor on digits composed onto photographs, which come with packages: nothing is downloaded.
+
+python -m dat_jax.main --config=configs/quickstart_segmentation.py --workdir=runs/quickstart_segmentation
+
+Hardware: 2 CPU cores, minutes. Expected: see the README.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    config = common.get_segmentation_config()
+    config.model = ConfigDict(dict(name="dat_pp_nano", dtype="auto", drop_path_rate=0.05, image_size=96))
+    config.head = ConfigDict(dict(name="sem_fpn", channels=64, neck_channels=64, dropout=0.0))
+    config.data.name = "digits_on_photographs"
+    config.data.crop_size = 96
+    config.data.long_side = 96
+    config.data.short_side = 96
+    config.augmentation.min_ratio = 0.8
+    config.augmentation.max_ratio = 1.25
+    config.augmentation.max_class_ratio = 1.0  # digits cover a seventh of an image
+    config.augmentation.flip_probability = 0.0  # digits have a left and a right
+    config.batch_size = 16
+    config.steps = 750
+    config.log_every = 25
+    config.optimizer.weight_decay = 0.01
+    config.schedule.base_lr = 2e-3
+    config.schedule.power = 1.0
+    config.schedule.warmup_steps = 50
+    config.schedule.warmup_ratio = 0.01
+    config.eval.batch_size = 40
+    config.eval.every_steps = 125
+    return config.lock()

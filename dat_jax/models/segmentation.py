@@ -1,0 +1,154 @@
+"""Semantic segmentation: SemanticFPN and UperNet on a DAT backbone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dat_jax.models.backbone import Backbone
+from dat_jax.models.dat import DAT
+from dat_jax.models.fpn import FPN
+from dat_jax.models.layers import ConvUnit
+from dat_jax.ops.resize import adaptive_average_pool, resize_bilinear
+
+
+class PixelClassifier(nn.Module):
+    """Drops whole channels, then a 1 x 1 convolution: (B, H, W, C) -> logits (B, H, W, num_classes), float32 or better."""
+
+    num_classes: int
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        init = nn.initializers.normal(0.01)
+        return nn.Conv(self.num_classes, (1, 1), kernel_init=init, dtype=dtype, name="conv_seg")(x)
+
+
+class SemanticFPNHead(nn.Module):
+    """Sums the maps of an FPN at the size of the finest, and classifies (1901.02446).
+
+    Each coarser map is brought there by 3 x 3 units that are followed by doubling, as often as its stride asks for. Published
+    settings as defaults. Maps are of strides 4, 8, 16, ... of the image.
+    """
+
+    num_classes: int
+    channels: int = 128
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array], *, train: bool) -> jax.Array:
+        total = None
+        for level, x in enumerate(maps):
+            for index in range(max(1, level)):
+                x = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"scale_heads_{level}_{2 * index}")(
+                    x, train=train
+                )
+                if level:
+                    x = resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]))
+            total = x if total is None else total + resize_bilinear(x, total.shape[1:3])
+        return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(total, train=train)
+
+
+class UperNetHead(nn.Module):
+    """Pyramid pooling on the coarsest map, a top-down pyramid, all levels fused at the finest (1807.10221)."""
+
+    num_classes: int
+    channels: int = 512
+    dropout: float = 0.1
+    pool_sides: tuple[int, ...] = (1, 2, 3, 6)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array], *, train: bool) -> jax.Array:
+        def unit(x, side, name):
+            return ConvUnit(self.channels, side, dtype=self.dtype, name=name)(x, train=train)
+
+        *finer, coarsest = maps
+        pooled = [coarsest]
+        for index, side in enumerate(self.pool_sides):
+            x = unit(adaptive_average_pool(coarsest, side), 1, f"psp_modules_{index}")
+            pooled.append(resize_bilinear(x, coarsest.shape[1:3]))
+        laterals = [unit(x, 1, f"lateral_convs_{index}") for index, x in enumerate(finer)]
+        laterals.append(unit(jnp.concatenate(pooled, axis=-1), 3, "bottleneck"))
+        for index in range(len(laterals) - 1, 0, -1):
+            laterals[index - 1] += resize_bilinear(laterals[index], laterals[index - 1].shape[1:3])
+        levels = [unit(x, 3, f"fpn_convs_{index}") for index, x in enumerate(laterals[:-1])] + [laterals[-1]]
+        fused = jnp.concatenate([resize_bilinear(x, levels[0].shape[1:3]) for x in levels], axis=-1)
+        x = unit(fused, 3, "fpn_bottleneck")
+        return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(x, train=train)
+
+
+class FCNHead(nn.Module):
+    """One 3 x 3 unit and a classifier, the auxiliary head of UperNet."""
+
+    num_classes: int
+    channels: int = 256
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = ConvUnit(self.channels, 3, dtype=self.dtype, name="convs_0")(x, train=train)
+        return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(x, train=train)
+
+
+class Segmentor(nn.Module):
+    """Backbone and heads: images (B, H, W, 3), normalised, of any size from 32 x 32 -> logits of every class.
+
+    ``model.apply(variables, images, train=False)`` gives {"logits": (B, H / 4, W / 4, num_classes) rounded up, and with an
+    auxiliary head "auxiliary_logits" at 1/16}, float32 or better. Variables are "params" and "batch_stats", the means and
+    variances of BatchNorm, which training updates (``mutable=["batch_stats"]``); over a mesh they are of the whole batch.
+    Training needs a random key "dropout".
+
+    Attributes:
+      dat: the backbone; its classifier is not used.
+      num_classes: of pixels.
+      head: one of ``HEADS``.
+      channels: width of the head: published 128 (sem_fpn) and 512 (upernet).
+      neck_channels: of the FPN before sem_fpn's head.
+      auxiliary_channels: of upernet's auxiliary head on the third map; 0 for none.
+      dropout: of the channels before each classifier.
+
+    Raises:
+      ValueError: unknown head.
+
+    Source: DAT++ (2309.01430), section 4.3, as published on MMSegmentation.
+    """
+
+    dat: DAT
+    num_classes: int = 150
+    head: str = "upernet"
+    channels: int = 512
+    neck_channels: int = 256
+    auxiliary_channels: int = 256
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.head not in HEADS:
+            raise ValueError(f"Unknown head {self.head!r}; choose one of {', '.join(HEADS)}.")
+        self.backbone = Backbone(self.dat.clone(parent=None), dtype=self.dtype)
+        options = dict(num_classes=self.num_classes, dropout=self.dropout, dtype=self.dtype)
+        if self.head == "sem_fpn":
+            self.neck = FPN(self.neck_channels, dtype=self.dtype)
+        self.decode_head = HEADS[self.head](channels=self.channels, **options)
+        if self.head == "upernet" and self.auxiliary_channels:
+            self.auxiliary_head = FCNHead(channels=self.auxiliary_channels, **options)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
+        maps = self.backbone(images, train=train)
+        outputs = {}
+        if self.head == "upernet" and self.auxiliary_channels:
+            outputs["auxiliary_logits"] = self.auxiliary_head(maps[2], train=train)
+        if self.head == "sem_fpn":
+            maps = self.neck(maps)
+        return {"logits": self.decode_head(maps, train=train), **outputs}
+
+
+HEADS = {"sem_fpn": SemanticFPNHead, "upernet": UperNetHead}

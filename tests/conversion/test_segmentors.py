@@ -1,0 +1,84 @@
+"""Published segmentors come over whole: names, shapes, counts and numbers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dat_jax.conversion import segmentors
+from dat_jax.models.registry import create_segmentor
+from tests.golden_files import DIRECTORY
+
+KEYS = [(head, size) for head in ("sem_fpn", "upernet") for size in ("tiny", "small", "base")]
+
+
+def read_keys(head, size):
+    recorded = json.loads((DIRECTORY / "keys" / f"{head.replace('_', '')}_{size}.json").read_text())
+    return recorded["params_total"], {name: tuple(shape) for name, shape in recorded["shapes"].items()}
+
+
+@pytest.mark.parametrize(("head", "size"), KEYS)
+def test_names_and_counts_are_the_published_ones(head, size):
+    total, recorded = read_keys(head, size)
+    model = create_segmentor(head, backbone=f"dat_pp_{size}", num_classes=150)
+    ours = segmentors.segmentor_shapes(model)
+    counters = {name: shape for name, shape in recorded.items() if name.endswith("num_batches_tracked")}
+    assert set(counters.values()) == {()}
+    assert ours == {name: shape for name, shape in recorded.items() if name not in counters}
+    assert total == sum(np.prod(shape) for name, shape in ours.items() if not name.endswith(("_mean", "_var")))
+    published = {"sem_fpn": (27.70, 56.73, 97.16), "upernet": (53.76, 84.78, 127.20)}[head]
+    assert round(total / 1e6, 2) == published[("tiny", "small", "base").index(size)]
+
+
+@pytest.mark.parametrize(("head", "size"), [("sem_fpn", "tiny"), ("upernet", "tiny")])
+def test_a_full_size_state_dict_converts_and_comes_back(head, size):
+    rng = np.random.default_rng(0)
+    _, recorded = read_keys(head, size)
+    state_dict = {
+        name: np.zeros((), np.int64) if name.endswith("tracked") else rng.standard_normal(shape, np.float32)
+        for name, shape in recorded.items()
+    }
+    model = create_segmentor(head, backbone=f"dat_pp_{size}", num_classes=150)
+    variables = segmentors.segmentor_variables(model, state_dict)
+    back = segmentors.segmentor_to_official(model, jax.device_get(variables))
+    assert back.keys() == state_dict.keys()
+    for name, array in state_dict.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_all_that_does_not_fit_is_named():
+    model = create_segmentor("sem_fpn", backbone="dat_pp_tiny", num_classes=150)
+    _, recorded = read_keys("sem_fpn", "tiny")
+    state_dict = {name: np.zeros(shape, np.float32) for name, shape in recorded.items()}
+    del state_dict["neck.fpn_convs.0.conv.bias"]
+    state_dict["decode_head.more"] = np.zeros(3)
+    state_dict["decode_head.conv_seg.bias"] = np.zeros(19)
+    with pytest.raises(
+        ValueError, match=r"unknown: decode_head.more.*missing: neck.fpn_convs.0.*\(19,\), wanted \(150,\)"
+    ):
+        segmentors.segmentor_variables(model, state_dict)
+
+
+def test_the_weight_decay_is_that_of_the_published_names():
+    """Published: none for names that contain norm, rpe_table, relative_position_bias_table or absolute_pos_embed."""
+    from dat_jax.training.optimizer import decay_all_but_norms
+
+    for head in ("sem_fpn", "upernet"):
+        model = create_segmentor(head, backbone="dat_pp_tiny", num_classes=150)
+        params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32))[
+            "params"
+        ]
+        decays = jax.tree.map(lambda leaf, d: np.full(leaf.shape, d), params, decay_all_but_norms(params))
+        stats = jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape),
+            jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32))[
+                "batch_stats"
+            ],
+        )
+        official = segmentors.segmentor_to_official(model, {"params": decays, "batch_stats": stats})
+        free = ("norm", "rpe_table", "relative_position_bias_table", "absolute_pos_embed")
+        for name, array in official.items():
+            if not name.endswith(("running_mean", "running_var", "tracked")):
+                assert array.all() == (not any(word in name for word in free)), name
+        assert official["decode_head.conv_seg.bias"].all()

@@ -1,0 +1,227 @@
+"""Backbone and segmentors agree with the recorded arrays of the published ones, forward, loss, gradients and test path."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dat_jax.conversion import official, segmentors
+from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
+from dat_jax.evaluation.segmentation import make_segmenter
+from dat_jax.models.backbone import Backbone
+from dat_jax.ops.resize import resize_bilinear
+from dat_jax.tasks.segmentation import make_segmentation_task, segmentation_loss
+from tests.golden_files import Golden, channels_last, relative_error
+
+HEADS = ["sem_fpn_mini", "upernet_mini"]
+# Of values that were computed in float64 and stored in float32, of those stored in float64, and of gradient norms.
+TOLERANCES = {"float64": (1e-7, 1e-8, 1e-8), "float32": (1e-4, 1e-4, 1e-3)}
+
+
+def load(name, dtype):
+    golden = Golden(name, dtype)
+    model = segmentors.segmentor_from_official(golden.config, dtype=jnp.dtype(dtype))
+    return golden, model, segmentors.segmentor_variables(model, golden.state_dict)
+
+
+def check_backbone(dtype):
+    golden, (arrays_close, values_close, norms_close) = Golden("backbone_mini", dtype), TOLERANCES[dtype]
+    config = {key: value for key, value in golden.config.items() if key not in ("out_indices", "use_checkpoint")}
+    dat = official.model_from_official(config, dtype=jnp.dtype(dtype))
+    model = Backbone(dat, dtype=jnp.dtype(dtype))
+    a, b = (channels_last(golden.arrays[f"{name}.images"].astype(dtype)) for name in "ab")
+    wanted = jax.eval_shape(model.init, jax.random.key(0), a)["params"]
+    # The names of a segmentor's backbone are those of the backbone alone, behind "backbone.".
+    recorded = {f"backbone.{name}": array for name, array in golden.state_dict.items()}
+    entries = [
+        official.Entry(path, leaf.shape, *segmentors._published(("params", "backbone", *path), HasDat(dat)))
+        for path, leaf in flatten(wanted).items()
+    ]
+    params = official.assemble(recorded, entries, is_ignored=lambda name: official.is_ignored(name[9:], dat))
+
+    def loss(params, images):
+        maps = model.apply({"params": params}, images)
+        return sum(jnp.tanh(x).mean() for x in maps), maps
+
+    (value, maps), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, a)
+    for name, found, of in (("a", maps, value), ("b", *reversed(jax.jit(loss)(params, b)))):
+        for index, x in enumerate(found):
+            assert relative_error(jnp.moveaxis(x, -1, 1), golden.arrays[f"{name}.feat{index}"]) < arrays_close
+        assert relative_error(of, golden.arrays[f"{name}.loss"]) < 10 * values_close  # tanh of both signs cancels
+    norms = {f"backbone.{name}": norm for name, norm in golden.group("gradnorm.").items()}
+    check_norms(
+        {e.name: e.transform.to_official(np.asarray(flatten(gradients)[e.path])) for e in entries}, norms, norms_close
+    )
+
+
+class HasDat:
+    def __init__(self, dat):
+        self.dat = dat
+
+
+def flatten(tree):
+    import flax
+
+    return flax.traverse_util.flatten_dict(tree)
+
+
+def check_norms(gradients, norms, tolerance):
+    assert set(gradients) == set(norms)
+    for name, wanted in norms.items():
+        norm = np.linalg.norm(gradients[name])
+        # Zero in exact arithmetic: a shift of all keys, or one that BatchNorm takes off again.
+        if wanted < 1e-12 or (name.endswith("proj_k.bias") and name.replace("proj_k.bias", "rpe_table") in norms):
+            assert norm < 1e-4, name
+        else:
+            assert relative_error(norm, wanted) < tolerance, name
+
+
+def check_evaluation_mode(name, dtype):
+    (golden, model, variables), (close, _, _) = load(name, dtype), TOLERANCES[dtype]
+    outputs, state = jax.jit(lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"]))(
+        variables, golden.images
+    )
+    first = lambda key: jnp.moveaxis(outputs[key], -1, 1)  # noqa: E731
+    sown = state["intermediates"]
+    for index, x in enumerate(sown["neck" if "neck" in sown else "backbone"]["__call__"][0]):
+        assert relative_error(jnp.abs(x).mean(), golden.arrays[f"feat.mean_abs{index}"]) < close
+        if "neck" in sown:
+            assert relative_error(jnp.moveaxis(x, -1, 1), golden.arrays[f"neck{index}"]) < close
+    assert relative_error(first("logits"), golden.arrays["logits"]) < close
+    if "aux_logits" in golden.arrays:
+        assert relative_error(first("auxiliary_logits"), golden.arrays["aux_logits"]) < close
+    full = resize_bilinear(outputs["logits"], golden.images.shape[1:3])
+    assert relative_error(jnp.moveaxis(full[:1], -1, 1), golden.arrays["logits_input_size"]) < close
+
+    # The test path of an image that fills only a part of the input.
+    meta = json.loads(str(golden.arrays["test.meta"]))
+    (height, width, _), original = meta["img_shape"], tuple(meta["ori_shape"][:2])
+    probabilities = jax.nn.softmax(resize_bilinear(full[:1, :height, :width], original), axis=-1)
+    assert relative_error(jnp.moveaxis(probabilities, -1, 1), golden.arrays["test.prob"]) < close
+    assert relative_error(jnp.moveaxis(probabilities[:, :, ::-1], -1, 1), golden.arrays["test.prob_flip"]) < close
+    check_labels(probabilities[0].argmax(axis=-1), golden.arrays["test.pred"], probabilities[0], close)
+
+
+def check_labels(got, wanted, probabilities, tolerance):
+    """Equal wherever the two likeliest classes are further apart than the tolerance, and that nearly everywhere."""
+    top = np.sort(np.asarray(probabilities), axis=-1)[..., -2:]
+    clear = top[..., 1] - top[..., 0] > 2 * tolerance
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(np.asarray(got)[clear], wanted[clear])
+
+
+def check_multi_scale(name, dtype):
+    """Raw image to label map: resizing, six views, mean of their probabilities."""
+    (golden, model, variables), (close, _, _) = load(name, dtype), TOLERANCES[dtype]
+    image = np.ascontiguousarray(golden.arrays["ms.raw_bgr"][..., ::-1])
+    transform = make_segmentation_eval_transform(
+        scale=tuple(golden.arrays["ms.img_scale"].tolist()), ratios=(0.5, 1.0, 1.5)
+    )
+    record = transform({"image": image, "label": np.zeros(image.shape[:2], np.uint8)})
+    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    inputs = [golden.arrays[f"ms.input{index}"].transpose(1, 2, 0) for index in (0, 2, 4)]
+    for index, wanted in enumerate(inputs):
+        assert relative_error((record[f"view_{index}"] - mean) / std, wanted) < 1e-6
+
+    def predict(variables, batch):  # the recorded inputs, which are normalised, so that rounding of those is left out
+        return model.apply(variables, batch["image"])
+
+    views = [jnp.asarray(x, dtype)[None] for x in inputs]
+    size = jnp.array([image.shape[:2]])
+    labels, confidence = make_segmenter(predict, flip=True)(variables, views, size, image.shape[:2])
+    wanted = golden.arrays["ms.prob"][0].max(axis=0)
+    assert relative_error(confidence[0], wanted) < close
+    check_labels(labels[0], golden.arrays["ms.pred"], np.moveaxis(golden.arrays["ms.prob"][0], 0, -1), close)
+
+
+def check_training(name, dtype):
+    (golden, model, variables), (close, exact, norms_close) = load(name, dtype), TOLERANCES[dtype]
+    labels = jnp.asarray(golden.arrays["train.labels"])
+    assert (labels == 255).any()
+
+    def loss(params):
+        outputs, state = model.apply(
+            {**variables, "params": params},
+            golden.images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        value, accuracy = segmentation_loss(outputs["logits"], labels)
+        found = {"train.decode.loss_ce": value, "train.decode.acc_seg": accuracy}
+        if "auxiliary_logits" in outputs:
+            auxiliary, accuracy = segmentation_loss(outputs["auxiliary_logits"], labels)
+            found |= {"train.aux.loss_ce": 0.4 * auxiliary, "train.aux.acc_seg": accuracy}
+            value += 0.4 * auxiliary
+        return value, (found, outputs, state)
+
+    (value, (found, outputs, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    assert relative_error(value, golden.arrays["train.loss"]) < exact
+    for key, got in found.items():
+        assert relative_error(got, golden.arrays[key]) < max(exact, 1e-6 if key.endswith("acc_seg") else 0), key
+    assert relative_error(jnp.moveaxis(outputs["logits"], -1, 1), golden.arrays["train.logits"]) < 10 * close
+    ours = segmentors.segmentor_to_official(model, {"params": gradients, **state})
+    for key, wanted in golden.group("after.").items():
+        if not key.endswith("tracked"):
+            assert relative_error(ours[key], wanted) < close, key
+    ours = {key: x for key, x in ours.items() if not key.endswith(("running_mean", "running_var", "tracked"))}
+    check_norms(ours, golden.group("gradnorm."), norms_close)
+
+
+def test_backbone():
+    check_backbone("float32")
+
+
+def test_backbone_in_float64(x64):
+    check_backbone("float64")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_float32(name):
+    check_evaluation_mode(name, "float32")
+    check_training(name, "float32")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_float64(name, x64):
+    check_evaluation_mode(name, "float64")
+    check_training(name, "float64")
+
+
+def test_multi_scale_and_flip():
+    check_multi_scale("sem_fpn_mini", "float32")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_multi_scale_and_flip_in_float64(name, x64):
+    check_multi_scale(name, "float64")
+
+
+def test_the_task_is_what_was_recorded():
+    """Its loss of uint8 images, with padding cleared, is the model's of the normalised ones."""
+    golden, model, variables = load("upernet_mini", np.float32)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8),
+        "label": rng.integers(0, 7, (2, 64, 64), dtype=np.uint8),
+        "valid": np.array([[64, 40], [50, 64]], np.int32),
+    }
+    batch["image"][0, :, 40:], batch["image"][1, 50:] = 0, 0
+    batch["label"][0, :, 40:], batch["label"][1, 50:] = 255, 255
+    images = (batch["image"] - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
+    images[0, :, 40:], images[1, 50:] = 0, 0
+    task = make_segmentation_task(model, auxiliary_weight=0.4)
+    value, metrics, state = jax.jit(task.loss)(variables, batch, jax.random.key(0))
+
+    def directly(variables, images):
+        rngs = {"dropout": jax.random.key(0)}
+        outputs, _ = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+        return [segmentation_loss(outputs[key], batch["label"])[0] for key in ("logits", "auxiliary_logits")]
+
+    main, auxiliary = jax.jit(directly)(variables, images.astype(np.float32))
+    np.testing.assert_allclose(value, main + 0.4 * auxiliary, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], value)
+    assert list(state) == ["batch_stats"]
+    assert not golden.config["decode_head"]["dropout_ratio"]
