@@ -109,6 +109,8 @@ def validate(config: ConfigDict) -> None:
     """
     if "task" in config:
         _check_value(config.task, tuple(_TASKS), "config.task")
+    if _has_keys(config.get("schedule"), ("kind",)):
+        _check_value(config.schedule.kind, tuple(_SCHEDULES), "config.schedule.kind")
     _check_group(config, make_schema(config), "config")
     for name, wanted in (("model", ("name", "dtype")), ("head", ("name",))):
         if name in config and not _has_keys(config[name], wanted):

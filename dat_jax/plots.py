@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -120,6 +121,11 @@ def blend(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, *, opacity
     return np.where(known, np.round((1 - opacity) * image + opacity * colours), image).astype(np.uint8)
 
 
+def shade(values: np.ndarray) -> np.ndarray:
+    """Numbers from 0, dark blue, to 1, yellow, as colours (viridis): float (H, W) -> uint8 (H, W, 3)."""
+    return colormaps["viridis"](values, bytes=True)[..., :3]
+
+
 def save_segmentations(
     path: pathlib.Path,
     rows: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray | None]]],
@@ -127,6 +133,7 @@ def save_segmentations(
     class_names: Sequence[str],
     palette: np.ndarray,
     max_classes: int = 24,
+    panel_width: float = 2.7,
 ) -> None:
     """Images with label maps over them, a row an image, and a legend of the classes that are in them.
 
@@ -136,6 +143,7 @@ def save_segmentations(
       class_names: of the K classes.
       palette: uint8 (K, 3).
       max_classes: in the legend, those with the most pixels.
+      panel_width: of a panel, inches of 130 pixels.
     """
     counts = np.zeros(len(class_names), int)
     for row in rows:
@@ -144,8 +152,12 @@ def save_segmentations(
                 counts += np.bincount(labels[labels != 255].ravel(), minlength=len(counts))
     shown = [index for index in np.argsort(-counts, kind="stable")[:max_classes] if counts[index]]
     columns = max(map(len, rows))
-    height = sum(2.6 * max(image.shape[0] / image.shape[1] for image, _ in row.values()) for row in rows)
-    figure = Figure(figsize=(2.7 * columns + 1.8, max(height + 0.4, 0.19 * len(shown) + 0.6)), layout="constrained")
+    height = sum(
+        (panel_width - 0.1) * max(image.shape[0] / image.shape[1] for image, _ in row.values()) for row in rows
+    )
+    figure = Figure(
+        figsize=(panel_width * columns + 1.8, max(height + 0.4, 0.19 * len(shown) + 0.6)), layout="constrained"
+    )
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.ravel():
         axes.axis("off")

@@ -1,6 +1,7 @@
 """Encoded images to arrays, and resizing. Pillow where pixels must be exact, OpenCV where the result is the same or close."""
 
 import io
+import warnings
 
 import cv2
 import numpy as np
@@ -9,7 +10,10 @@ from PIL import Image, UnidentifiedImageError
 from dat_jax.errors import UserError
 
 cv2.setNumThreads(0)  # the pipeline is parallel over images
-_DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
+# From Image.MAX_IMAGE_PIXELS on Pillow warns, from twice as many on it refuses; here both refuse.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# What Pillow raises for damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def decode_image(data: bytes, *, name: str) -> np.ndarray:

@@ -84,12 +84,13 @@ def create_model(name: str, **overrides) -> DAT:
 _HEADS = {"sem_fpn": dict(channels=128), "upernet": dict(channels=512)}  # as published
 
 
-def create_segmentor(name: str, *, backbone: str | Mapping[str, Any], **overrides) -> Segmentor:
+def create_segmentor(name: str, *, backbone: str | Mapping[str, Any] | DAT, **overrides) -> Segmentor:
     """Makes a segmentor.
 
     Args:
       name: of the head, "sem_fpn" or "upernet".
-      backbone: a name of ``list_models()``, or {"name": one, any attribute of ``DAT``: value}; its dtype is that of the heads.
+      backbone: a name of ``list_models()``, {"name": one, any attribute of ``DAT``: value}, or a DAT; its dtype is that of
+        the heads.
       **overrides: attributes of ``Segmentor``, such as num_classes.
 
     Raises:
@@ -98,7 +99,10 @@ def create_segmentor(name: str, *, backbone: str | Mapping[str, Any], **override
     if name not in _HEADS:
         raise ValueError(f"Unknown head {name!r}{_nearest(name, _HEADS)}. Heads: {', '.join(_HEADS)}.")
     _check_attributes(Segmentor, overrides)
-    dat = create_model(backbone) if isinstance(backbone, str) else create_model(**backbone)
+    if isinstance(backbone, DAT):
+        dat = backbone
+    else:
+        dat = create_model(backbone) if isinstance(backbone, str) else create_model(**backbone)
     return Segmentor(dat, **{"head": name, "dtype": dat.dtype, **_HEADS[name], **overrides})
 
 

@@ -242,12 +242,12 @@ def load_trained(path: str | os.PathLike) -> tuple[DAT | Segmentor, dict[str, An
         )
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not say which model its weights are of.")
+    dat = _create_model(path, settings)
     if head is None:
-        return _create_model(path, settings), variables
+        return dat, variables
     try:
-        return create_segmentor(
-            head.pop("head"), backbone=describe_model(_create_model(path, settings)), **head
-        ), variables
+        attributes = {key: tuple(value) if isinstance(value, list) else value for key, value in head.items()}
+        return create_segmentor(attributes.pop("head"), backbone=dat, **attributes), variables
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
 

@@ -98,16 +98,15 @@ def make_run(
     optimizer = make_optimizer(schedule, **config.optimizer.to_dict())
     try:
         task = setup.make_task(config, classes=len(train_source.class_names))
-        task = dataclasses.replace(
-            task,
-            # Kernels want as many examples as devices; parameters are the same without them.
-            init=setup.make_task(config, classes=len(train_source.class_names), implementation="auto").init,
-            predict=sharding.with_split_kernels(task.predict, mesh),
-        )
+        # Kernels want as many examples as devices; parameters are the same without them.
+        init = setup.make_task(config, classes=len(train_source.class_names), implementation="auto").init
+        task = dataclasses.replace(task, init=init)
         abstract = jax.eval_shape(_init_function(config, task, optimizer), jax.random.key(0))
     except (ValueError, TypeError) as error:  # settings that do not fit together, or images that the model cannot take
         raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
     shardings = sharding.state_sharding(abstract, mesh)
+    predict, loss = (sharding.with_whole_params(f, shardings.params, mesh) for f in (task.predict, task.loss))
+    task = dataclasses.replace(task, predict=sharding.with_split_kernels(predict, mesh), loss=loss)
     return Run(
         config=config,
         setup=setup,

@@ -89,6 +89,40 @@ def state_sharding(state, mesh: Mesh):
     return jax.tree.map(sharding, state)
 
 
+def with_whole_params(function: Callable, shardings, mesh: Mesh) -> Callable:
+    """The function of variables and more, whose "params" are gathered before it, and their gradients scattered after it.
+
+    Left to itself the partitioner splits a layer's channels where its parameters are split, and for that gathers the batch:
+    dat_pp_t on 256 chips of a v5e with fsdp=8 moved 121 GB a step.
+
+    Args:
+      function: (variables, ...) -> anything.
+      shardings: of the parameters, in their structure.
+      mesh: without anything to gather on it, the function stays as it is.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return function
+
+    @functools.wraps(function)
+    def whole(variables, *arguments):
+        params = jax.tree.map(lambda leaf, where: _gather(leaf, where, mesh), variables["params"], shardings)
+        return function({**variables, "params": params}, *arguments)
+
+    return whole
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(array, where, mesh):
+    """A parameter on every device whole; its gradient lies as the parameter did."""
+    return jax.lax.with_sharding_constraint(array, replicated(mesh))
+
+
+_gather.defvjp(
+    lambda array, where, mesh: (_gather(array, where, mesh), None),
+    lambda where, mesh, _, gradient: (jax.lax.with_sharding_constraint(gradient, where),),
+)
+
+
 def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
     """Which examples of a batch lie on the devices of this process, in order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()

@@ -11,9 +11,11 @@ import optax
 import pytest
 
 from configs import common
-from dat_jax.data.sources import ArraySource, load_source
+from dat_jax import hlo
+from dat_jax.compile_report import StandIn
 from dat_jax.tasks import Task
 from dat_jax.training import run as run_lib
+from dat_jax.training import sharding
 from dat_jax.training.optimizer import clip_by_global_norm, global_norm
 from dat_jax.training.state import TrainState, init_state, own_memory
 from dat_jax.training.step import make_train_step
@@ -157,25 +159,46 @@ def test_own_memory_is_shared_with_nothing():
     assert not places & {weights.ctypes.data, params["w"].unsafe_buffer_pointer()}
 
 
-def load_any_source(name, *, split, directory=""):
-    """In the place of a directory that is not there: 2,048 images of 1,000 classes."""
-    if not directory:
-        return load_source(name, split=split)
-    return ArraySource(np.zeros((2048, 1, 1, 3), np.uint8), np.zeros(2048, np.int32), tuple(map(str, range(1000))))
+def stand_in(config):
+    """In the place of a data set that is not there; the embedded ones themselves."""
+    if not config.data.directory:
+        return None
+    return (StandIn(2048, tuple(map(str, range(150 if config.task == "segmentation" else 1000)))),) * 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_step_of_every_configuration_has_consistent_shapes(name, monkeypatch):
-    monkeypatch.setattr(run_lib, "load_source", load_any_source)
-    run = run_lib.make_run(importlib.import_module(f"configs.{name}").get_config())
+def test_the_step_of_every_configuration_has_consistent_shapes(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    run = run_lib.make_run(config, sources=stand_in(config))
     run_lib.check_train_batch(run)
-    batch_size, side = run.config.batch_size, run.config.data.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    }
+    batch = run.setup.example_batch(config, config.batch_size)
     state, metrics = jax.eval_shape(run_lib.make_jitted_step(run), run.abstract_state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), run.abstract_state
     )
-    assert set(metrics) == {"loss", "top1", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+    of_task = {"classification": {"top1"}, "segmentation": {"accuracy"}}[config.task]
+    if config.get("head", {}).get("name") == "upernet":
+        of_task |= {"main_loss", "auxiliary_loss"}
+    assert set(metrics) == {"loss", *of_task, "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+def test_devices_exchange_parameters_and_gradients_only(data, fsdp):
+    """Left to itself the partitioner gathers activations where parameters are split."""
+    config = tiny_config.get_config(dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
+    config.mesh = {"data": data, "fsdp": fsdp}
+    config.batch_size = 64  # so that activations are larger than parameters
+    run = run_lib.make_run(config)
+    where = sharding.batch_sharding(run.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        for name, leaf in run.setup.example_batch(config, 64).items()
+    }
+    compiled = run_lib.make_jitted_step(run).lower(run.abstract_state, batch).compile()
+    found = hlo.collectives(hlo.parse(compiled.as_text()))
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
+    allowed = {"all-reduce": 2 * size, "reduce-scatter": size} | ({"all-gather": size} if fsdp > 1 else {})
+    assert set(found) <= set(allowed), found
+    assert ("all-gather" in found) == (fsdp > 1)
+    for kind, counted in found.items():
+        assert counted["bytes"] <= 1.01 * allowed[kind], (kind, counted, size)

@@ -1,0 +1,138 @@
+"""Pictures of what a segmentor sees: python -m dat_jax.visualize TRAINED IMAGE... --output=DIR [--labels=FILE_OR_DIR]
+
+TRAINED and IMAGE are as of dat_jax.predict. DIR/<stem>.png shows the image, the classes over it, and the probability of the
+likeliest class; with --labels also the annotated classes.
+"""
+
+import pathlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from absl import app, flags, logging
+
+from dat_jax import plots
+from dat_jax.command_line import check_outputs, fail, name_outputs, parse_flags, process, replacing
+from dat_jax.data.segmentation_sources import decode_label
+from dat_jax.errors import UserError
+from dat_jax.evaluation.segmentation import IGNORED
+from dat_jax.predict import Segmenter, define_flags, find_images, load_from_flags, read_image
+
+_PANEL_WIDTH = 4.0  # inches
+
+
+def find_labels(images: Sequence[pathlib.Path], place: pathlib.Path) -> list[pathlib.Path]:
+    """The label file of every image: the file itself of a single one, else <stem>.png in a folder.
+
+    Raises:
+      UserError: one that is not there, or one file for several images.
+    """
+    if place.is_file() and len(images) > 1:
+        raise UserError(f"--labels wants a folder where there are several images, got the file {place}.")
+    files = [place / f"{image.stem}.png" for image in images] if place.is_dir() else [place]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"There is no label file {file}.")
+    return files
+
+
+def read_labels(
+    path: pathlib.Path, *, shape: tuple[int, int], classes: int, zero_is_ignored: bool = False
+) -> np.ndarray:
+    """A PNG of class indices -> uint8 (H, W), 255 for no class.
+
+    Args:
+      path: of the file.
+      shape: (H, W) of the image, which it must have.
+      classes: how many there are.
+      zero_is_ignored: 0 in the file is no class and k + 1 is class k.
+
+    Raises:
+      UserError: a file that cannot be read, is of another kind or size, or holds a value that is no class.
+    """
+    try:
+        values = decode_label(path.read_bytes(), path=str(path))
+    except OSError as error:
+        raise UserError(f"The label file {path} cannot be read: {error.strerror}.") from error
+    if values.shape != shape:
+        sizes = "{} x {} pixels: wanted {} x {}".format(*values.shape, *shape)
+        raise UserError(f"The label file {path} has {sizes}.")
+    labels = np.where(values == IGNORED, values, values - np.uint8(1)) if zero_is_ignored else values
+    wrong = values[(labels >= classes) & (labels != IGNORED)]
+    if wrong.size:
+        raise UserError(f"The label file {path} has the value {wrong.min()}, which is none of {classes} classes.")
+    return labels
+
+
+def save_visualization(
+    path: pathlib.Path, image: np.ndarray, *, segmenter: Segmenter, annotated: np.ndarray | None = None
+) -> None:
+    """Image, annotated classes where they are given, likeliest classes and their probabilities, side by side.
+
+    Args:
+      path: of the PNG file.
+      image: uint8 (H, W, 3).
+      segmenter: of ``load_segmenter``.
+      annotated: uint8 (H, W), 255 for no class.
+
+    Raises:
+      UserError: the image is too small, or the file cannot be written.
+    """
+    labels, probabilities = segmenter(image)
+    title = f"probability, blue 0 to yellow 1, mean {probabilities.mean():.2f}"
+    row = {
+        "image": (image, None),
+        **({} if annotated is None else {"labels": (image, annotated)}),
+        "prediction": (image, labels),
+        title: (plots.shade(probabilities), None),
+    }
+    with replacing(path) as unfinished:
+        plots.save_segmentations(
+            unfinished,
+            [row],
+            class_names=segmenter.class_names,
+            palette=segmenter.palette,
+            panel_width=_PANEL_WIDTH,
+        )
+
+
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """One call, and its mistakes as one sentence."""
+    if len(argv) < 3 or not values.output:
+        fail(f"Wanted: TRAINED IMAGE... --output=DIR [--labels=FILE_OR_DIR], got {' '.join(argv[1:]) or 'nothing'}.")
+    try:
+        images = find_images(argv[2:])
+        outputs = name_outputs(images, values.output)
+        label_files = find_labels(images, pathlib.Path(values.labels)) if values.labels else []
+        check_outputs(outputs, inputs=[*images, *label_files], overwrite=values.overwrite)
+        segmenter = load_from_flags(argv[1], values)
+    except UserError as error:
+        fail(str(error))
+    options = dict(classes=len(segmenter.class_names), zero_is_ignored=values.zero_is_ignored)
+
+    def handle(index):
+        image, annotated = read_image(images[index]), None
+        if label_files:
+            annotated = read_labels(label_files[index], shape=image.shape[:2], **options)
+        save_visualization(outputs[index], image, segmenter=segmenter, annotated=annotated)
+
+    if not process(images, handle):
+        sys.exit(1)
+
+
+def define_own_flags(values: flags.FlagValues) -> None:
+    """All of this tool."""
+    define_flags(values)
+    flags.DEFINE_string(
+        "labels", None, "PNGs of class indices, 255 for none, as the images are called.", flag_values=values
+    )
+    help_text = "Label files hold 0 for no class and k + 1 for class k, as ADE20K's."
+    flags.DEFINE_bool("zero_is_ignored", False, help_text, flag_values=values)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.set_verbosity(logging.ERROR)
+    define_own_flags(flags.FLAGS)
+    app.run(main, flags_parser=parse_flags)

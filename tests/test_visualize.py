@@ -1,0 +1,148 @@
+"""python -m dat_jax.visualize: pictures of what a segmentor sees, with annotated labels or without."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from dat_jax import plots, visualize
+from dat_jax.errors import UserError
+from dat_jax.training.pretrained import export_model
+from tests.photographs import photographs
+from tests.test_predict import SMALL, tiny_segmentor
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export") / "export"
+    model, variables = tiny_segmentor()
+    export_model(directory, model=model, variables=variables)
+    return directory
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two photographs of 64 x 64, which are compiled once, with labels beside."""
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    images.mkdir()
+    labels.mkdir()
+    for index, name in enumerate("ab"):
+        Image.fromarray(photographs(width=64, height=64)[index]).save(images / f"{name}.jpg")
+        values = np.full((64, 64), 255, np.uint8)
+        values[:32] = index + 3
+        Image.fromarray(values).save(labels / f"{name}.png")
+    return images
+
+
+def run(*arguments):
+    values = flags.FlagValues()
+    visualize.define_own_flags(values)
+    try:
+        visualize.main(values(["visualize", *map(str, arguments)]), values)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def read(path):
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
+
+
+def test_every_image_becomes_a_picture_and_labels_one_panel_more(export, folder, tmp_path, capsys):
+    plain, labelled = tmp_path / "plain", tmp_path / "labelled"
+    assert run(export, folder, f"--output={plain}", *SMALL) == 0
+    assert run(export, folder, f"--output={labelled}", f"--labels={tmp_path / 'labels'}", *SMALL) == 0
+    assert capsys.readouterr() == ("", "")
+    for directory in (plain, labelled):
+        assert sorted(path.name for path in directory.iterdir()) == ["a.png", "b.png"]
+    first, second = read(plain / "a.png"), read(labelled / "a.png")
+    assert 400 < first.shape[0] == second.shape[0] < 1000
+    assert 1500 < first.shape[1] < 2500
+    assert second.shape[1] - first.shape[1] == pytest.approx(520, abs=2)  # 4 inches of 130 pixels
+    assert not np.array_equal(first, read(plain / "b.png"))
+    assert first.std() > 20
+
+
+def test_labels_of_one_image_are_a_file_or_in_a_folder(export, folder, tmp_path):
+    for name, place in (("file", "labels/a.png"), ("folder", "labels")):
+        arguments = [f"--output={tmp_path / name}", f"--labels={tmp_path / place}", *SMALL]
+        assert run(export, folder / "a.jpg", *arguments) == 0
+    np.testing.assert_array_equal(read(tmp_path / "file" / "a.png"), read(tmp_path / "folder" / "a.png"))
+
+
+def test_label_files_are_read_as_they_are_or_from_one(tmp_path):
+    values = np.array([[0, 1, 5, 255]], np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    read_as = dict(shape=(1, 4), classes=5)
+    labels = visualize.read_labels(tmp_path / "a.png", **read_as, zero_is_ignored=True)
+    np.testing.assert_array_equal(labels, [[255, 0, 4, 255]])
+    with pytest.raises(UserError, match=r"a.png has the value 5, which is none of 5 classes\."):
+        visualize.read_labels(tmp_path / "a.png", **read_as)
+    np.testing.assert_array_equal(visualize.read_labels(tmp_path / "a.png", shape=(1, 4), classes=6), values)
+
+
+def test_shades_go_from_dark_to_bright():
+    shades = plots.shade(np.array([[0.0, 0.5, 1.0]], np.float32))
+    assert (shades.shape, shades.dtype) == ((1, 3, 3), np.uint8)
+    assert shades[0, 0].sum() < shades[0, 1].sum() < shades[0, 2].sum()
+
+
+def test_what_cannot_be_drawn_is_named_and_the_others_are_done(export, folder, tmp_path, capsys):
+    (folder / "c.jpg").write_bytes(b"no image")
+    (tmp_path / "labels" / "c.png").write_bytes(b"")
+    Image.fromarray(np.zeros((64, 60), np.uint8)).save(tmp_path / "labels" / "a.png")
+    assert run(export, folder, f"--output={tmp_path / 'out'}", f"--labels={tmp_path / 'labels'}", *SMALL) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: .*a.jpg: The label file .*a.png has 64 x 60 pixels: wanted 64 x 64\.", first)
+    assert re.fullmatch(r"error: The image .*c.jpg cannot be decoded: it is of no known kind\.", second)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{export}", "{images}"], r"Wanted: TRAINED IMAGE\.\.\. --output=DIR"),
+        (["{export}", "--output={tmp}/out"], r"Wanted: TRAINED IMAGE\.\.\. --output=DIR"),
+        (["{export}", "{tmp}/none.jpg", "--output={tmp}/out"], "There is no image or folder .*none.jpg"),
+        (["{tmp}", "{images}", "--output={tmp}/out"], r"Wanted an export \(with model.json\)"),
+        (["{export}", "{images}", "--output={tmp}/labels"], "a.png exists already; --overwrite replaces it"),
+        (
+            ["{export}", "{images}", "--output={tmp}/labels", "--labels={tmp}/labels", "--overwrite"],
+            "a.png is read and would be overwritten",
+        ),
+        (["{export}", "{images}", "--output={tmp}/out", "--labels={tmp}/labels/a.png"], "--labels wants a folder"),
+        (["{export}", "{images}", "--output={tmp}/out", "--labels={images}"], "There is no label file .*a.png"),
+        (["{export}", "{images}/a.jpg", "--output={tmp}/out", "--labels={tmp}/x"], "There is no label file .*x"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_and_nothing_is_written(arguments, message, export, folder, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(*(argument.format(export=export, images=folder, tmp=tmp_path) for argument in arguments)) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert re.match(f"error: .*{message}", said.err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_command(export, folder, tmp_path):
+    arguments = [export, folder / "a.jpg", f"--output={tmp_path / 'out'}", *SMALL]
+    result = subprocess.run(
+        [sys.executable, "-m", "dat_jax.visualize", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=180,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]

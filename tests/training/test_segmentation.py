@@ -1,0 +1,170 @@
+"""A segmentor trains, is evaluated, goes on, and comes back: the same loop as for classifiers."""
+
+import itertools
+
+import flax
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import dat_jax
+from dat_jax import conversion
+from dat_jax.conversion.__main__ import export_weights, import_weights
+from dat_jax.errors import UserError
+from dat_jax.training import run as run_lib
+from dat_jax.training import sharding
+from dat_jax.training.loop import evaluate, train
+from dat_jax.training.metrics import read_metrics
+from dat_jax.training.pretrained import export_model, load_trained, read_class_names
+from tests import tiny_config, tiny_segmentation
+from tests.random_variables import random_variables
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a whole run, and what it gave."""
+    directory = tmp_path_factory.mktemp("segmentor")
+    return directory, train(tiny_segmentation.get_config(), str(directory))
+
+
+def flat(tree):
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def test_it_learns_and_leaves_what_people_look_at(workdir):
+    directory, result = workdir
+    series = read_metrics(directory / "metrics.jsonl")
+    assert series["train/loss"][12] < series["train/loss"][4]
+    assert set(series["eval/mIoU"]) == {6, 12}
+    assert result["images"] == 21
+    assert result["mIoU"] == pytest.approx(max(series["eval/mIoU"].values()))
+    assert read_class_names(directory, count=2) == tiny_segmentation.CLASS_NAMES
+    for name in ("curves.png", "segmentations.png"):
+        with Image.open(directory / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_a_checkpoint_is_evaluated_to_the_same_numbers(workdir):
+    directory, result = workdir
+    assert evaluate(tiny_segmentation.get_config(), str(directory)) == pytest.approx(result)
+
+
+def test_a_run_that_stopped_goes_through_the_same_numbers(workdir, tmp_path):
+    config = tiny_segmentation.get_config().unlock()
+    config.steps = 6
+    config.schedule.power = 0.0  # the rate does not depend on the length
+    train(config, str(tmp_path / "halves"))
+    config.steps = 12
+    train(config, str(tmp_path / "halves"))
+    train(config, str(tmp_path / "whole"))
+    halves, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("halves", "whole"))
+    assert halves["train/loss"][12] == whole["train/loss"][12]
+    assert halves["eval/mIoU"][12] == whole["eval/mIoU"][12]
+
+
+@pytest.mark.parametrize("head", ["sem_fpn", "upernet"])
+def test_batch_norm_is_of_the_whole_batch_on_every_mesh(head):
+    found = {}
+    for devices, mesh in ((1, {"data": 1, "fsdp": 1}), (8, {"data": 4, "fsdp": 2})):
+        config = tiny_segmentation.get_config(head).unlock()
+        config.mesh = mesh
+        run = run_lib.make_run(config, devices=jax.devices()[:devices])
+        state, step = run_lib.initialize(run), run_lib.make_jitted_step(run)
+        losses = []
+        for batch in itertools.islice(run_lib.train_batches(run, start_step=0), 3):
+            state, metrics = step(state, sharding.put_batch(batch, run.mesh))
+            losses.append(float(metrics["loss"]))
+        found[devices] = losses, jax.device_get(state.model_state["batch_stats"])
+    np.testing.assert_allclose(found[8][0], found[1][0], rtol=1e-5)
+    for (name, many), one in zip(flat(found[8][1]).items(), flat(found[1][1]).values(), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-4, err_msg=name)
+        assert (one != (1 if name.endswith("var") else 0)).all(), name
+
+
+def test_a_work_directory_is_a_model(workdir):
+    directory, _ = workdir
+    model, variables = dat_jax.load_pretrained(directory)
+    assert isinstance(model, dat_jax.Segmentor)
+    logits = jax.jit(model.apply)(variables, np.zeros((1, 64, 96, 3), np.float32))["logits"]
+    assert logits.shape == (1, 16, 24, 2)
+    assert not np.array_equal(variables["batch_stats"]["decode_head"]["scale_heads_0_0"]["bn"]["mean"], np.zeros(16))
+
+
+def test_weights_go_to_published_names_and_back(workdir, tmp_path):
+    directory, _ = workdir
+    export_weights(str(directory), str(tmp_path / "weights.safetensors"))
+    model, variables = load_trained(directory)
+    state_dict = conversion.read_weights(tmp_path / "weights.safetensors")
+    back = flat(jax.device_get(conversion.segmentor_variables(model, state_dict)))
+    for name, array in flat(variables).items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+    # The command knows the published widths only; this one is of none.
+    with pytest.raises(UserError, match="names or shapes of no known segmentor: wanted SemanticFPN or UperNet"):
+        import_weights(str(tmp_path / "weights.safetensors"), str(tmp_path / "out"))
+
+
+def test_an_export_comes_back(workdir, tmp_path):
+    model, variables = load_trained(workdir[0])
+    export_model(tmp_path / "export", model=model, variables=variables)
+    again, loaded = load_trained(tmp_path / "export")
+    assert again == model
+    for name, array in flat(variables).items():
+        np.testing.assert_array_equal(flat(loaded)[name], array, err_msg=name)
+    config = tiny_config.get_config().unlock()
+    config.init_from = str(tmp_path / "export")
+    run = run_lib.make_run(config)
+    with pytest.raises(UserError, match="classifier starts from those of a classifier"):
+        run_lib.start_state(run, note=print)
+
+
+def test_it_starts_from_a_classifier(tmp_path):
+    classifier = dat_jax.create_model("dat_pp_nano", **tiny_segmentation.BACKBONE, num_classes=9)
+    weights = random_variables(classifier, np.zeros((1, 64, 64, 3), np.float32))
+    export_model(tmp_path / "classifier", model=classifier, variables=weights)
+    config = tiny_segmentation.get_config().unlock()
+    config.init_from = str(tmp_path / "classifier")
+    run, notes = run_lib.make_run(config), []
+    state = run_lib.start_state(run, note=notes.append)
+    assert "The backbone is that of a classifier; norms of its maps, and heads, are new." in notes
+    backbone = flat(jax.device_get(state.params["backbone"]["dat"]))
+    wanted = {name: array for name, array in flat(weights["params"]).items() if not name.startswith("cls_")}
+    assert backbone.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(backbone[name], array, err_msg=name)
+    fresh = run_lib.initialize(run)
+    np.testing.assert_array_equal(
+        state.params["neck"]["lateral_convs_0"]["kernel"], fresh.params["neck"]["lateral_convs_0"]["kernel"]
+    )
+
+
+def test_another_head_is_another_model(workdir):
+    config = tiny_segmentation.get_config().unlock()
+    config.head.dropout = 0.2
+    with pytest.raises(UserError, match=r"of another model: head.dropout 0.1, now 0.2"):
+        train(config, str(workdir[0]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("head.chanels", 4, "Segmentor has no attribute 'chanels', did you mean 'channels'"),
+        ("head.name", "fcn", "Unknown head 'fcn'"),
+        ("eval.ratios", (), "config.eval.ratios wants at least one number"),
+        ("eval.window", 32, "config.eval.window and stride want two numbers"),
+        ("augmentation.min_ratio", 3.0, "config.augmentation.min_ratio wants a number above 0 and up to max_ratio 2.0"),
+        ("augmentation.distort", 1, "config.augmentation.distort wants True or False, got 1"),
+        ("schedule.kind", "step", "config.schedule.kind wants one of cosine, poly, got 'step'"),
+        ("data.image_size", 64, "Unknown key config.data.image_size"),
+    ],
+)
+def test_mistakes_are_said(key, value, message):
+    config = tiny_segmentation.get_config().unlock()
+    *groups, last = key.split(".")
+    group = config
+    for name in groups:
+        group = group[name]
+    with group.ignore_type():
+        group[last] = value
+    with pytest.raises(UserError, match=message):
+        run_lib.make_run(config)
