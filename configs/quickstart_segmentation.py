@@ -12,20 +12,22 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.get_segmentation_config()
-    config.model = ConfigDict(dict(name="dat_pp_nano", dtype="auto", drop_path_rate=0.05, image_size=96))
+    config.model = ConfigDict(dict(name="dat_pp_nano", dtype="auto", drop_path_rate=0.0, image_size=64))
     config.head = ConfigDict(dict(name="sem_fpn", channels=64, neck_channels=64, dropout=0.0))
     config.data.name = "digits_on_photographs"
-    config.data.crop_size = 96
-    config.data.long_side = 96
-    config.data.short_side = 96
+    config.data.crop_size = 64
+    config.data.long_side = 64
+    config.data.short_side = 64
     config.augmentation.min_ratio = 0.8
     config.augmentation.max_ratio = 1.25
-    config.augmentation.max_class_ratio = 1.0  # digits cover a seventh of an image
+    config.augmentation.max_class_ratio = 1.0  # digits cover a fifth of an image
     config.augmentation.flip_probability = 0.0  # digits have a left and a right
-    config.batch_size = 16
+    config.augmentation.distort = False  # every digit has a colour of its own
+    config.batch_size = 32
     config.steps = 750
     config.log_every = 25
     config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0
     config.schedule.base_lr = 2e-3
     config.schedule.power = 1.0
     config.schedule.warmup_steps = 50

@@ -224,7 +224,7 @@ def predict(
             save_labels(outputs[index], labels, palette=segmenter.palette)
         name, written = str(images[index]), None if outputs is None else str(outputs[index])
         found.append({"image": name, "classes": shares, "labels": written})
-        said = {key: f"{share:.1%}" for key, share in shares.items()}
+        said = {key: f"{share:.1%}" if share >= 0.001 else "<0.1%" for key, share in shares.items()}
         if console.is_terminal:
             print(name, file=console.file)  # as a title it would be broken to the width of the table
             print_table(console, "", {escape(key): value for key, value in said.items()})

@@ -17,24 +17,23 @@ from dat_jax.data.images import decode_image
 from dat_jax.data.sources import SPLITS
 from dat_jax.errors import UserError
 
-SIDE = 96  # of an example, in pixels
+SIDE = 64  # of an example, in pixels
 CLASS_NAMES = ("background", *"0123456789")
-COUNTS = {"train": 2000, "validation": 200}
+COUNTS = {"train": 4000, "validation": 200}
 _PHOTOGRAPHS = (
     ("sklearn", "datasets/images/china.jpg", "scikit-learn"),
     ("sklearn", "datasets/images/flower.jpg", "scikit-learn"),
     ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "matplotlib"),
 )
-_CROP_SIDES = (80, 160)  # pixels of a photograph, the same in both splits
-_DIGIT_HEIGHTS = (32, 56)
-_MAX_DIGITS = 4
-_COLOURS_TRIED = 8
-_COLOUR_DISTANCE = 150.0  # between a digit's colour and the mean of what it covers, of at most 441
+_CROP_SIDES = (64, 128)  # pixels of a photograph, the same in both splits
+_DIGIT_HEIGHTS = (32, 48)
+_MAX_DIGITS = 2
+_BACKGROUND_LIGHT = 0.5  # of the photographs', so that digits are lighter
 
 
 @dataclasses.dataclass(frozen=True)
 class ComposedSource:
-    """The examples of a split, "train" (2,000) or "validation" (200); see ``data.segmentation_sources``."""
+    """The examples of a split, "train" (4,000) or "validation" (200); see ``data.segmentation_sources``."""
 
     split: str
 
@@ -64,10 +63,10 @@ class ComposedSource:
 
 
 def compose(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray]]]:
-    """One to four digits, each in a colour of its own, on a part of a photograph.
+    """One or two digits, each in a light colour of its own, on a darkened part of a photograph.
 
-    The background is a square of 80 to 160 pixels from the left two thirds of a photograph for training, from the right third
-    for validation. A digit, without the margins that MNIST has around it, is made 32 to 56 pixels high and at most 96 wide, at
+    The background is a square of 64 to 128 pixels from the left two thirds of a photograph for training, from the right third
+    for validation. A digit, without the margins that MNIST has around it, is made 32 to 48 pixels high and at most 64 wide, at
     any place within; later ones lie over earlier ones. Its intensity is the opacity of the colour, and where that is at least
     128 of 255, the pixel is the digit's.
 
@@ -76,8 +75,8 @@ def compose(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[
       index: any integer from 0.
 
     Returns:
-      Image uint8 (96, 96, 3) RGB; label uint8 (96, 96), digit + 1 or 0; and for every digit, in the order of drawing, its
-      class 0..9 and bool (96, 96), where it is seen: nowhere if later ones hide it.
+      Image uint8 (64, 64, 3) RGB; label uint8 (64, 64), digit + 1 or 0; and for every digit, in the order of drawing, its
+      class 0..9 and bool (64, 64), where it is seen: nowhere if later ones hide it.
 
     Raises:
       UserError: a package that brings the photographs or the digits is not installed.
@@ -96,9 +95,7 @@ def compose(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[
         place = np.s_[y : y + height, x : x + width]
         intensity = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
         inside = intensity >= 128
-        below = image[place]
-        mean = cv2.mean(below, mask=inside.view(np.uint8))[:3]
-        _blend(below, intensity, _draw_colour(rng, mean))
+        _blend(image[place], intensity, _draw_colour(rng))
         owner[place][inside] = number
         classes.append(int(digits[chosen]))
     label = np.array([0, *(digit + 1 for digit in classes)], np.uint8)[owner]
@@ -111,23 +108,16 @@ def _draw_background(split: str, rng: np.random.Generator) -> np.ndarray:
     side = int(rng.integers(_CROP_SIDES[0], _CROP_SIDES[1] + 1))
     y, x = (int(rng.integers(length - side + 1)) for length in photograph.shape[:2])
     method = cv2.INTER_AREA if side > SIDE else cv2.INTER_LINEAR
-    return cv2.resize(photograph[y : y + side, x : x + side], (SIDE, SIDE), interpolation=method)
+    square = cv2.resize(photograph[y : y + side, x : x + side], (SIDE, SIDE), interpolation=method)
+    return np.rint(square * _BACKGROUND_LIGHT).astype(np.uint8)
 
 
-def _draw_colour(rng: np.random.Generator, background: tuple[float, float, float]) -> np.ndarray:
-    """A saturated bright or a dark colour, RGB float32 (3,) in 0..255, the first of eight that is far from the background.
-
-    The farthest where none is.
-    """
-    hue = rng.uniform(0, 6, size=(_COLOURS_TRIED, 1))
-    saturation = rng.uniform(0.6, 1, size=(_COLOURS_TRIED, 1))
-    bright = rng.random(size=(_COLOURS_TRIED, 1)) < 0.5
-    value = np.where(bright, rng.uniform(0.85, 1, bright.shape), rng.uniform(0, 0.2, bright.shape))
+def _draw_colour(rng: np.random.Generator) -> np.ndarray:
+    """A light colour of any hue, RGB float32 (3,) in 0..255: lighter than any background."""
+    hue, saturation, value = rng.uniform(0, 6), rng.uniform(0, 0.5), rng.uniform(0.85, 1)
     # Fully saturated: red at a hue of 0, green at 2, blue at 4.
     wheel = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    colours = 255 * value * (1 - saturation * (1 - wheel))
-    distances = np.sqrt(((colours - background) ** 2).sum(axis=1))
-    return colours[np.argmax(np.minimum(distances, _COLOUR_DISTANCE))].astype(np.float32)
+    return (255 * value * (1 - saturation * (1 - wheel))).astype(np.float32)
 
 
 def _blend(image: np.ndarray, intensity: np.ndarray, colour: np.ndarray) -> None:

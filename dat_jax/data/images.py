@@ -13,7 +13,7 @@ cv2.setNumThreads(0)  # the pipeline is parallel over images
 # From Image.MAX_IMAGE_PIXELS on Pillow warns, from twice as many on it refuses; here both refuse.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # What Pillow raises for damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def decode_image(data: bytes, *, name: str) -> np.ndarray:
@@ -33,7 +33,7 @@ def decode_image(data: bytes, *, name: str) -> np.ndarray:
                 if pixels is not None:
                     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
             return np.asarray(image.convert("RGB"))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"The image {name} cannot be decoded: {_reason(error)}.") from error
 
 
@@ -43,7 +43,7 @@ def check_image(data: bytes) -> str | None:
         with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (1, 1))
             image.load()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         return _reason(error)
     return None
 

@@ -17,7 +17,7 @@ from PIL import Image
 from dat_jax.data import ade20k
 from dat_jax.data.archives import Member, name_some, plain_reason, read_member, scan_folder
 from dat_jax.data.composed import ComposedSource
-from dat_jax.data.images import decode_image
+from dat_jax.data.images import DAMAGE, decode_image
 from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.data.sources import SPLITS, read_readable
 from dat_jax.errors import UserError
@@ -85,7 +85,7 @@ class SegmentationFileSource:
         try:
             with Image.open(path) as image:
                 return image.height, image.width
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except DAMAGE as error:
             reason = getattr(error, "strerror", None) or plain_reason(error)
             raise UserError(f"The size of the image {path} cannot be read: {reason}.") from error
 
@@ -143,7 +143,7 @@ def decode_label(data: bytes, *, path: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             values = np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise _DamagedFile(f"The label file {path} cannot be decoded: {plain_reason(error)}.") from error
     bits, colours = header  # looked at last: a damaged header is damage
     if colours != 3 and header != (8, 0):
