@@ -24,14 +24,14 @@ def get_config() -> ConfigDict:
     config.augmentation.flip_probability = 0.0  # digits have a left and a right
     config.augmentation.distort = False  # every digit has a colour of its own
     config.batch_size = 32
-    config.steps = 750
-    config.log_every = 25
+    config.steps = 1700
+    config.log_every = 50
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
-    config.schedule.base_lr = 2e-3
+    config.schedule.base_lr = 3e-3
     config.schedule.power = 1.0
     config.schedule.warmup_steps = 50
     config.schedule.warmup_ratio = 0.01
     config.eval.batch_size = 40
-    config.eval.every_steps = 125
+    config.eval.every_steps = 200
     return config.lock()

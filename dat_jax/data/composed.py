@@ -26,8 +26,10 @@ _PHOTOGRAPHS = (
     ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "matplotlib"),
 )
 _CROP_SIDES = (64, 128)  # pixels of a photograph, the same in both splits
-_DIGIT_HEIGHTS = (32, 48)
+_DIGIT_HEIGHTS = (36, 52)
+_SEEN_INTENSITY = 64  # of 255, from which on a pixel is the digit's
 _MAX_DIGITS = 2
+_PLACES_TRIED = 8
 _BACKGROUND_LIGHT = 0.5  # of the photographs', so that digits are lighter
 
 
@@ -66,9 +68,9 @@ def compose(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[
     """One or two digits, each in a light colour of its own, on a darkened part of a photograph.
 
     The background is a square of 64 to 128 pixels from the left two thirds of a photograph for training, from the right third
-    for validation. A digit, without the margins that MNIST has around it, is made 32 to 48 pixels high and at most 64 wide, at
-    any place within; later ones lie over earlier ones. Its intensity is the opacity of the colour, and where that is at least
-    128 of 255, the pixel is the digit's.
+    for validation. A digit, without the margins that MNIST has around it, is made 36 to 52 pixels high and at most 64 wide, at
+    the one of eight places within that hides the least; later ones lie over earlier ones. Its intensity is the opacity of the
+    colour, and where that is at least a quarter, the pixel is the digit's.
 
     Args:
       split: "train" or "validation".
@@ -91,10 +93,11 @@ def compose(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[
         height = int(rng.integers(_DIGIT_HEIGHTS[0], _DIGIT_HEIGHTS[1] + 1))
         picture = pictures[chosen]
         width = min(max(round(height * picture.shape[1] / picture.shape[0]), 1), SIDE)
-        y, x = int(rng.integers(SIDE - height + 1)), int(rng.integers(SIDE - width + 1))
-        place = np.s_[y : y + height, x : x + width]
         intensity = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
-        inside = intensity >= 128
+        inside = intensity >= _SEEN_INTENSITY
+        places = zip(*(rng.integers(SIDE - side + 1, size=_PLACES_TRIED) for side in (height, width)), strict=True)
+        cuts = [np.s_[y : y + height, x : x + width] for y, x in places]
+        place = min(cuts, key=lambda cut: np.count_nonzero(owner[cut][inside]))
         _blend(image[place], intensity, _draw_colour(rng))
         owner[place][inside] = number
         classes.append(int(digits[chosen]))

@@ -65,11 +65,11 @@ def test_the_label_is_made_of_the_digits_that_are_seen():
     assert counts[0] == 0
     assert np.abs(counts[1:] - 150).max() < 4 * np.sqrt(300 * 0.5 * 0.5)
     assert hidden < 15
-    assert max(heights) <= 48
-    assert min(heights) >= 22  # a digit of 32 whose faint ends are not counted
+    assert max(heights) <= 52
+    assert min(heights) >= 26  # a digit of 36 whose faint ends are not counted
 
 
-def test_masks_are_where_the_digit_is_more_than_half_opaque(monkeypatch):
+def test_masks_are_where_the_digit_is_opaque_by_a_quarter(monkeypatch):
     """Blended as it was drawn: the last digit's colour and opacity follow from the images with it and without."""
     for index in range(40):
         laid = []
@@ -87,7 +87,7 @@ def test_masks_are_where_the_digit_is_more_than_half_opaque(monkeypatch):
         opacity = intensity[..., None] / 255
         np.testing.assert_allclose(after, before * (1 - opacity) + colour * opacity, atol=0.51)
         rows, columns = (np.flatnonzero(digits[-1][1].any(axis=axis)) for axis in (1, 0))
-        inside = intensity >= 128
+        inside = intensity >= 64
         mask = digits[-1][1][rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         wanted = inside[np.ix_(inside.any(axis=1), inside.any(axis=0))]
         # The bounding boxes hold every row and column that has a pixel, and those without in between.
@@ -127,7 +127,7 @@ def test_every_class_is_there():
     counts = np.bincount(np.concatenate([source[index]["label"].ravel() for index in range(200)]), minlength=11)
     assert len(counts) == 11
     shares = counts / counts.sum()
-    assert 0.75 < shares[0] < 0.88
+    assert 0.65 < shares[0] < 0.85
     assert shares[1:].min() > 0.004
 
 
