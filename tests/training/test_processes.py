@@ -87,3 +87,21 @@ def test_processes_that_are_named_in_part_are_refused():
 )
 def test_schedulers_are_recognised(environment, several):
     assert distributed.in_a_cluster(environment) == several
+
+
+def test_two_processes_evaluate_images_of_many_sizes_once(tmp_path):
+    """A segmentor: batches of one size at a time, each process its rows of them, BatchNorm over both."""
+    for count in (1, 2):
+        running = soak.start(
+            "tests/tiny_segmentation.py",
+            tmp_path / str(count),
+            values={"log_every": 1},
+            processes=count,
+            xla_flags="--xla_backend_optimization_level=0",
+        )
+        finish(running)
+    one, two = (series(tmp_path / str(count)) for count in (1, 2))
+    assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
+    assert two["eval/images"] == one["eval/images"] == {6: 21, 12: 21}
+    for name in ("eval/mIoU", "eval/aAcc"):
+        assert two[name] == pytest.approx(one[name], abs=0.1)
