@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.augmentation.flip_probability = 0.0  # digits have a left and a right
     config.augmentation.distort = False  # every digit has a colour of its own
     config.batch_size = 32
-    config.steps = 1500
+    config.steps = 1350
     config.log_every = 50
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
@@ -33,5 +33,5 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 50
     config.schedule.warmup_ratio = 0.01
     config.eval.batch_size = 40
-    config.eval.every_steps = 250
+    config.eval.every_steps = 225
     return config.lock()
