@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dat_jax.conversion import official, segmentors
+from dat_jax.conversion import dense, official, segmentors
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
 from dat_jax.evaluation.segmentation import make_segmenter
 from dat_jax.models.backbone import Backbone
@@ -36,7 +36,7 @@ def check_backbone(dtype):
     # The names of a segmentor's backbone are those of the backbone alone, behind "backbone.".
     recorded = {f"backbone.{name}": array for name, array in golden.state_dict.items()}
     entries = [
-        official.Entry(path, leaf.shape, *segmentors._published(("params", "backbone", *path), HasDat(dat)))
+        official.Entry(path, leaf.shape, *dense.name_entry(("backbone", *path), dat, ()))
         for path, leaf in flatten(wanted).items()
     ]
     params = official.assemble(recorded, entries, is_ignored=lambda name: official.is_ignored(name[9:], dat))
@@ -54,11 +54,6 @@ def check_backbone(dtype):
     check_norms(
         {e.name: e.transform.to_official(np.asarray(flatten(gradients)[e.path])) for e in entries}, norms, norms_close
     )
-
-
-class HasDat:
-    def __init__(self, dat):
-        self.dat = dat
 
 
 def flatten(tree):

@@ -1,0 +1,137 @@
+"""Mask R-CNN (1703.06870) and Cascade Mask R-CNN (1906.09756): the networks, without the choice of boxes between them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dat_jax.models.backbone import Backbone
+from dat_jax.models.dat import DAT
+from dat_jax.models.fpn import FPN
+from dat_jax.models.layers import ConvUnit
+from dat_jax.models.rpn import RPNHead
+
+BOX_SIDE, MASK_SIDE = 7, 14  # of what RoIAlign cuts out for the heads
+CASCADE_STAGES = 3
+
+
+class BoxHead(nn.Module):
+    """(N, 7, 7, C) -> logits (N, K + 1), the last for background, and deltas (N, K * 4), class by class; float32 or better.
+
+    Attributes:
+      num_convs: 3 x 3 units with BatchNorm before (published 4 in a cascade, else 0).
+      num_layers: hidden linear layers of ``width`` (published 1 in a cascade, else 2).
+    """
+
+    num_classes: int
+    num_convs: int = 0
+    num_layers: int = 2
+    width: int = 1024
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        for index in range(self.num_convs):
+            x = ConvUnit(x.shape[-1], 3, dtype=self.dtype, name=f"shared_convs_{index}")(x, train=train)
+        x = x.reshape(x.shape[0], -1)
+        for index in range(self.num_layers):
+            init = nn.initializers.xavier_uniform()
+            x = nn.relu(nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name=f"shared_fcs_{index}")(x))
+
+        def last(features, std, name):
+            return nn.Dense(features, kernel_init=nn.initializers.normal(std), dtype=wide, name=name)(x)
+
+        return last(self.num_classes + 1, 0.01, "fc_cls"), last(4 * self.num_classes, 0.001, "fc_reg")
+
+
+class MaskHead(nn.Module):
+    """(N, 14, 14, C) -> logits (N, 28, 28, K), float32 or better: 3 x 3 convolutions, doubled by a 2 x 2 deconvolution, 1 x 1.
+
+    The deconvolution has stride 2, so that it is a product at every pixel and a rearrangement.
+    """
+
+    num_classes: int
+    num_convs: int = 4
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init, features = nn.initializers.variance_scaling(2.0, "fan_out", "normal"), x.shape[-1]
+        for index in range(self.num_convs):
+            name = f"convs_{index}"
+            x = nn.relu(nn.Conv(features, (3, 3), padding=1, kernel_init=init, dtype=self.dtype, name=name)(x))
+        x = nn.DenseGeneral((2, 2, features), kernel_init=init, use_bias=False, dtype=self.dtype, name="upsample")(x)
+        bias = self.param("upsample_bias", nn.initializers.zeros, (features,))
+        count, height, width = x.shape[:3]
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(count, 2 * height, 2 * width, features)
+        x = nn.relu(x + bias.astype(x.dtype).reshape(1, 1, 1, features))
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return nn.Conv(self.num_classes, (1, 1), kernel_init=init, dtype=wide, name="conv_logits")(x)
+
+
+class RCNN(nn.Module):
+    """Backbone, pyramid of five levels (strides 4 to 64), RPN, and the heads for boxes and masks.
+
+    Variables are "params" and, of a cascade, "batch_stats". Methods take and give arrays; boxes are chosen, and features cut
+    out of the pyramid, in ``tasks.detection``.
+
+    Attributes:
+      dat: the backbone; its classifier is not used.
+      num_classes: without background.
+      cascade: three box and mask heads with BatchNorm, and a last level that is subsampled (Cascade), or one of each and a
+        last level by convolution (Mask R-CNN).
+      features: width of the pyramid. width: of the box heads' linear layers.
+
+    Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
+    """
+
+    dat: DAT
+    num_classes: int = 80
+    cascade: bool = False
+    features: int = 256
+    width: int = 1024
+    num_anchors: int = 3
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.backbone = Backbone(self.dat.clone(parent=None), dtype=self.dtype)
+        extra = "subsampling" if self.cascade else "convolutions"
+        self.neck = FPN(self.features, levels=5, extra=extra, dtype=self.dtype)
+        self.rpn_head = RPNHead(self.num_anchors, self.features, dtype=self.dtype)
+        sizes = dict(num_convs=4, num_layers=1) if self.cascade else dict(num_convs=0, num_layers=2)
+        options = dict(num_classes=self.num_classes, dtype=self.dtype)
+        self.bbox_heads = [BoxHead(width=self.width, **sizes, **options) for _ in range(self.stages)]
+        self.mask_heads = [MaskHead(**options) for _ in range(self.stages)]
+
+    @property
+    def stages(self) -> int:
+        """How many heads of each kind there are."""
+        return CASCADE_STAGES if self.cascade else 1
+
+    def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
+        """(B, H, W, 3) -> the five levels (B, H_i, W_i, features)."""
+        return self.neck(self.backbone(images, train=train))
+
+    def propose(self, pyramid: tuple[jax.Array, ...]) -> dict[str, tuple[jax.Array, ...]]:
+        """{"scores": (B, H_i, W_i, A) of each level, "deltas": (B, H_i, W_i, A * 4)}, see ``RPNHead``."""
+        scores, deltas = zip(*map(self.rpn_head, pyramid), strict=True)
+        return {"scores": scores, "deltas": deltas}
+
+    def boxes(self, cuts: jax.Array, *, stage: int = 0, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """(N, 7, 7, features) -> logits (N, K + 1) and deltas (N, K * 4) of a stage, see ``BoxHead``."""
+        return self.bbox_heads[stage](cuts, train=train)
+
+    def masks(self, cuts: jax.Array, *, stage: int = 0) -> jax.Array:
+        """(N, 14, 14, features) -> logits (N, 28, 28, K) of a stage."""
+        return self.mask_heads[stage](cuts)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, tuple[jax.Array, ...]]:
+        """What the RPN says. Initialises every head."""
+        pyramid = self.pyramid(images, train=train)
+        if self.is_initializing():
+            for stage in range(self.stages):
+                self.boxes(jnp.zeros((1, BOX_SIDE, BOX_SIDE, self.features), self.dtype), stage=stage)
+                self.masks(jnp.zeros((1, MASK_SIDE, MASK_SIDE, self.features), self.dtype), stage=stage)
+        return self.propose(pyramid)

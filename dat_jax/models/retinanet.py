@@ -1,0 +1,89 @@
+"""RetinaNet (1708.02002): a score of every class and a box for every anchor."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dat_jax.models.backbone import Backbone
+from dat_jax.models.dat import DAT
+from dat_jax.models.fpn import FPN
+
+STRIDES = (8, 16, 32, 64, 128)
+_PRIOR = 0.01  # probability of every class that an untrained head gives
+
+
+def small_conv(features: int, side: int, *, name: str, dtype: Any, bias: float = 0.0) -> nn.Conv:
+    """A convolution that keeps the size, initialised as the published dense heads: N(0, 0.01)."""
+    return nn.Conv(
+        features,
+        (side, side),
+        padding=side // 2,
+        kernel_init=nn.initializers.normal(0.01),
+        bias_init=nn.initializers.constant(bias),
+        dtype=dtype,
+        name=name,
+    )
+
+
+class RetinaHead(nn.Module):
+    """(B, H, W, C) -> scores (B, H, W, A * K), logits, anchor by anchor, and deltas (B, H, W, A * 4), float32 or better.
+
+    One head for all levels.
+    """
+
+    num_classes: int
+    num_anchors: int
+    features: int
+    depth: int = 4
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        self.cls_convs = [small_conv(self.features, 3, name=None, dtype=self.dtype) for _ in range(self.depth)]
+        self.reg_convs = [small_conv(self.features, 3, name=None, dtype=self.dtype) for _ in range(self.depth)]
+        prior = math.log(_PRIOR / (1 - _PRIOR))
+        self.retina_cls = small_conv(self.num_anchors * self.num_classes, 3, name=None, dtype=wide, bias=prior)
+        self.retina_reg = small_conv(self.num_anchors * 4, 3, name=None, dtype=wide)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = deltas = x
+        for conv in self.cls_convs:
+            scores = nn.relu(conv(scores))
+        for conv in self.reg_convs:
+            deltas = nn.relu(conv(deltas))
+        return self.retina_cls(scores), self.retina_reg(deltas)
+
+
+class RetinaNet(nn.Module):
+    """Images (B, H, W, 3), normalised -> {"scores", "deltas": of each of five levels, strides 8 to 128, see ``RetinaHead``}.
+
+    Attributes:
+      dat: the backbone; its classifier is not used.
+      num_classes: without background.
+      features: width of the pyramid and the head.
+      num_anchors: of a place.
+
+    Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
+    """
+
+    dat: DAT
+    num_classes: int = 80
+    features: int = 256
+    num_anchors: int = 9
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.backbone = Backbone(self.dat.clone(parent=None), out_indices=(1, 2, 3), dtype=self.dtype)
+        self.neck = FPN(self.features, levels=5, dtype=self.dtype)
+        self.bbox_head = RetinaHead(self.num_classes, self.num_anchors, self.features, dtype=self.dtype)
+
+    def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
+        """The five levels (B, H_i, W_i, features)."""
+        return self.neck(self.backbone(images, train=train)[1:])
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, tuple[jax.Array, ...]]:
+        scores, deltas = zip(*map(self.bbox_head, self.pyramid(images, train=train)), strict=True)
+        return {"scores": scores, "deltas": deltas}

@@ -1,0 +1,29 @@
+"""Region proposal network (1506.01497)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dat_jax.models.retinanet import small_conv
+
+STRIDES = (4, 8, 16, 32, 64)
+
+
+class RPNHead(nn.Module):
+    """(B, H, W, C) -> scores (B, H, W, A), logits, and deltas (B, H, W, A * 4), float32 or better. One for all levels."""
+
+    num_anchors: int
+    features: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        self.rpn_conv = small_conv(self.features, 3, name=None, dtype=self.dtype)
+        self.rpn_cls = small_conv(self.num_anchors, 1, name=None, dtype=wide)
+        self.rpn_reg = small_conv(self.num_anchors * 4, 1, name=None, dtype=wide)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = nn.relu(self.rpn_conv(x))
+        return self.rpn_cls(x), self.rpn_reg(x)
