@@ -403,7 +403,8 @@ def _define_flags():
     flags.DEFINE_bool("find_batch", False, "Searches the largest batch a chip that fits; each try is a compilation.")
     flags.DEFINE_alias("find-batch", "find_batch")
     flags.DEFINE_integer("top", 0, "Rows of tables of where bytes come from, by op and by module.", lower_bound=0)
-    flags.DEFINE_integer("classes", 1000, "Of the data set, where config.data.directory names one.", lower_bound=1)
+    classes_help = "Of the data set, where config.data.directory names one: 1,000, or 150 to segment, unless given."
+    flags.DEFINE_integer("classes", None, classes_help, lower_bound=1)
     flags.DEFINE_integer("examples", 1_281_167, "Of the data set, likewise.", lower_bound=1)
     flags.DEFINE_string("target_config", str(TARGET_CONFIG), "The file that describes a GPU to its compiler.")
 
@@ -431,7 +432,8 @@ def _make_report(values, console: Console) -> dict:
         raise UserError(f"--steps wants some of {', '.join(STEPS)}, got {','.join(values.steps) or 'none'}.")
     validate(values.config)
     find_devices(values.topology, target_config=values.target_config)  # its mistakes before data are read
-    sources = make_sources(values.config, classes=values.classes, examples=values.examples)
+    classes = values.classes or (150 if values.config.get("task") == "segmentation" else 1000)
+    sources = make_sources(values.config, classes=classes, examples=values.examples)
     options = dict(topology=values.topology, sources=sources, target_config=values.target_config, top=values.top)
     if not values.find_batch:
         return compile_report(values.config, steps=values.steps, **options)
