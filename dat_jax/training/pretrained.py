@@ -346,7 +346,7 @@ def _fixed_stages(model: DAT) -> set[int]:
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     """Of a run: its task, and the model's settings, a name and attributes."""
     try:
-        config = json.loads(path.read_text())
+        config = {"task": "classification", **json.loads(path.read_text())}
         if config["task"] in _METRICS and isinstance(config["model"], dict):
             return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

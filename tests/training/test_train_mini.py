@@ -11,7 +11,7 @@ import pytest
 import dat_jax
 from dat_jax import conversion
 from dat_jax.tasks.classification import soft_cross_entropy
-from dat_jax.training.optimizer import make_optimizer, weight_decay_mask
+from dat_jax.training.optimizer import make_optimizer, decay_matrices
 from dat_jax.training.schedule import warmup_cosine
 from tests.golden_files import Golden
 
@@ -29,6 +29,7 @@ def check_training(dtype: str, *, loss_tolerance: float, norm_tolerance: float, 
     )
     b1, b2 = hyper["betas"]
     optimizer = make_optimizer(
+        decay_rule="matrices",
         schedule, b1=b1, b2=b2, eps=hyper["eps"], weight_decay=hyper["weight_decay"], clip_norm=hyper["clip_norm"]
     )
     images, targets = jnp.asarray(golden.images), jnp.asarray(golden.arrays["targets"], dtype)
@@ -69,7 +70,7 @@ def test_weight_decay_spares_the_recorded_names():
     decays = conversion.to_official(
         model,
         jax.tree.map(
-            lambda leaf, d: np.full(leaf.shape, d), variables["params"], weight_decay_mask(variables["params"])
+            lambda leaf, d: np.full(leaf.shape, d), variables["params"], decay_matrices(variables["params"])
         ),
     )
     assert {name for name, decay in decays.items() if not decay.any()} == set(
@@ -80,7 +81,7 @@ def test_weight_decay_spares_the_recorded_names():
 def test_weight_decay_of_the_tiny_model_counts_as_published():
     model = dat_jax.create_model("dat_pp_tiny")
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    sizes = jax.tree.map(lambda leaf, decays: (leaf.size, decays), params, weight_decay_mask(params))
+    sizes = jax.tree.map(lambda leaf, decays: (leaf.size, decays), params, decay_matrices(params))
     pairs = jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple))
     decayed, spared = [size for size, d in pairs if d], [size for size, d in pairs if not d]
     assert (len(decayed), sum(decayed), len(spared), sum(spared)) == (230, 23_736_450, 359, 226_426)
