@@ -29,8 +29,13 @@ def check_training(dtype: str, *, loss_tolerance: float, norm_tolerance: float, 
     )
     b1, b2 = hyper["betas"]
     optimizer = make_optimizer(
+        schedule,
+        b1=b1,
+        b2=b2,
+        eps=hyper["eps"],
+        weight_decay=hyper["weight_decay"],
         decay_rule="matrices",
-        schedule, b1=b1, b2=b2, eps=hyper["eps"], weight_decay=hyper["weight_decay"], clip_norm=hyper["clip_norm"]
+        clip_norm=hyper["clip_norm"],
     )
     images, targets = jnp.asarray(golden.images), jnp.asarray(golden.arrays["targets"], dtype)
 
@@ -69,9 +74,7 @@ def test_weight_decay_spares_the_recorded_names():
     model, variables = conversion.from_official(golden.config, golden.state_dict)
     decays = conversion.to_official(
         model,
-        jax.tree.map(
-            lambda leaf, d: np.full(leaf.shape, d), variables["params"], decay_matrices(variables["params"])
-        ),
+        jax.tree.map(lambda leaf, d: np.full(leaf.shape, d), variables["params"], decay_matrices(variables["params"])),
     )
     assert {name for name, decay in decays.items() if not decay.any()} == set(
         json.loads(str(golden.arrays["no_decay"]))
