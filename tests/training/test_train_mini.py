@@ -11,7 +11,7 @@ import pytest
 import dat_jax
 from dat_jax import conversion
 from dat_jax.tasks.classification import soft_cross_entropy
-from dat_jax.training.optimizer import make_optimizer, decay_matrices
+from dat_jax.training.optimizer import decay_matrices, make_optimizer
 from dat_jax.training.schedule import warmup_cosine
 from tests.golden_files import Golden
 
