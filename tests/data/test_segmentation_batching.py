@@ -143,13 +143,13 @@ def test_sizes_that_come_to_the_same_views_share_batches():
 
 def test_the_composed_examples_are_one_group():
     source = load_segmentation_source("digits_on_photographs", split="validation")
-    transform = make_segmentation_eval_transform(scale=(96, 96))
+    transform = make_segmentation_eval_transform(scale=(64, 64))
     batches = list(make_sized_eval_batches(source, transform, batch_size=48))
     assert [batch["mask"].sum() for batch in batches] == [48, 48, 48, 48, 8]
     labels = np.concatenate([batch["label"] for batch in batches])[:200]
-    assert labels.shape == (200, 128, 128)
+    assert labels.shape == (200, 64, 64)
     for index in (0, 77, 199):
-        np.testing.assert_array_equal(labels[index, :96, :96], source[index]["label"])
+        np.testing.assert_array_equal(labels[index], source[index]["label"])
 
 
 def test_no_examples_are_no_batches():
