@@ -18,10 +18,10 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Reads the flags, as absl's ``app.run`` wants it; a mistake in them ends the program with one sentence."""
     try:
-        return flags.FLAGS(argv)
+        return values(argv)
     except Exception as error:  # of the flags, and whatever a configuration's own code raises
         # ml_collections says an unknown key as '\'key\'\nDid you mean ...'
         message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())

@@ -432,7 +432,7 @@ def _make_report(values, console: Console) -> dict:
         raise UserError(f"--steps wants some of {', '.join(STEPS)}, got {','.join(values.steps) or 'none'}.")
     validate(values.config)
     find_devices(values.topology, target_config=values.target_config)  # its mistakes before data are read
-    classes = values.classes or (150 if values.config.get("task") == "segmentation" else 1000)
+    classes = values.classes or SETUPS[values.config.task].CLASSES
     sources = make_sources(values.config, classes=classes, examples=values.examples)
     options = dict(topology=values.topology, sources=sources, target_config=values.target_config, top=values.top)
     if not values.find_batch:

@@ -174,6 +174,11 @@ def make_schema(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return schema
 
 
+def _show(value) -> str:
+    """In one line: a group prints as several."""
+    return " ".join(repr(value).split())
+
+
 def _has_keys(group, keys) -> bool:
     return isinstance(group, Mapping | ConfigDict) and all(key in group for key in keys)
 
@@ -202,20 +207,20 @@ def _check_group(group, schema, path):
 def _check_value(value, wanted, name):
     if isinstance(wanted, dict):
         if not isinstance(value, Mapping | ConfigDict):
-            raise UserError(f"{name} wants a group of keys ({', '.join(wanted)}), got {value!r}.")
+            raise UserError(f"{name} wants a group of keys ({', '.join(wanted)}), got {_show(value)}.")
         _check_group(value, wanted, name)
     elif isinstance(wanted, tuple):
         if value not in wanted:
-            raise UserError(f"{name} wants one of {', '.join(wanted)}, got {value!r}.")
+            raise UserError(f"{name} wants one of {', '.join(wanted)}, got {_show(value)}.")
     elif isinstance(wanted, list):
         if not isinstance(value, list | tuple):
-            raise UserError(f"{name} wants several numbers, such as (0.5, 1.0), got {value!r}.")
+            raise UserError(f"{name} wants several numbers, such as (0.5, 1.0), got {_show(value)}.")
         for item in value:
             _check_value(item, wanted[0], name)
     elif wanted is bool:
         if not isinstance(value, bool):
-            raise UserError(f"{name} wants True or False, got {value!r}.")
+            raise UserError(f"{name} wants True or False, got {_show(value)}.")
     elif wanted is not None:
         kind = {float: numbers.Real, int: numbers.Integral, str: str}[wanted]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{name} wants a value of type {wanted.__name__}, got {value!r}.")
+            raise UserError(f"{name} wants a value of type {wanted.__name__}, got {_show(value)}.")

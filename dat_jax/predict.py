@@ -32,7 +32,7 @@ from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.tasks.segmentation import make_segmentation_task
 from dat_jax.training.metrics import print_table
-from dat_jax.training.pretrained import load_pretrained, read_class_names
+from dat_jax.training.pretrained import load_pretrained, read_class_names, read_names
 
 _DEFAULTS = dict(long_side=2048, short_side=512, ratios=(1.0,), flip=False, window=0, stride=0)
 _MOST_CLASSES = 255  # 255 itself is no class
@@ -133,16 +133,10 @@ def _check_options(options):
 
 
 def _find_names(path, file, count):
-    if file is None:
-        names = read_class_names(path, count=count)
-        return names or (ade20k.CLASS_NAMES if count == len(ade20k.CLASS_NAMES) else tuple(map(str, range(count))))
-    try:
-        names = tuple(pathlib.Path(file).read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from error
-    if len(names) != count:
-        raise UserError(f"{file} has {len(names)} names, wanted {count}, one a line.")
-    return names
+    if file is not None:
+        return read_names(file, count=count)
+    names = read_class_names(path, count=count)
+    return names or (ade20k.CLASS_NAMES if count == len(ade20k.CLASS_NAMES) else tuple(map(str, range(count))))
 
 
 def find_images(names: Sequence[str]) -> list[pathlib.Path]:

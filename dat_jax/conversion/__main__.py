@@ -23,7 +23,13 @@ from rich.console import Console
 from dat_jax.command_line import fail, parse_flags
 from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
-from dat_jax.conversion.segmentors import find_segmentor, is_segmentor, segmentor_to_official, segmentor_variables
+from dat_jax.conversion.segmentors import (
+    find_segmentor,
+    guess_segmentor,
+    is_segmentor,
+    segmentor_to_official,
+    segmentor_variables,
+)
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import create_model, list_models
@@ -61,7 +67,7 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
             raise UserError(
                 f"{weights} is of a segmentor, which --yaml does not describe; --model=NAME names its backbone."
             )
-        name, found = _find_segmentor(state_dict, weights, [model] if model else list_models())
+        name, found = _name_segmentor(state_dict, model) if model else _find_segmentor(state_dict, weights)
         convert = functools.partial(segmentor_variables, found)
     else:
         if yaml_file is not None:
@@ -151,17 +157,25 @@ def _find_model(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str
     )
 
 
-def _find_segmentor(state_dict: Mapping[str, np.ndarray], weights: str, names: list[str]) -> tuple[str, Segmentor]:
-    unknown = [name for name in names if name not in list_models()]
-    if unknown:
-        raise UserError(f"Unknown model {unknown[0]!r}. Models: {', '.join(list_models())}.")
-    found = find_segmentor(state_dict, backbones={name: create_model(name) for name in names})
+def _name_segmentor(state_dict: Mapping[str, np.ndarray], backbone: str) -> tuple[str, Segmentor]:
+    try:
+        return _title(found := guess_segmentor(state_dict, backbone), backbone), found
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _find_segmentor(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, Segmentor]:
+    found = find_segmentor(state_dict, backbones={name: create_model(name) for name in list_models()})
     if found is None:
         raise UserError(
-            f"{weights} has names or shapes of no known segmentor: wanted SemanticFPN or UperNet, of the published widths, on "
-            f"one of {', '.join(names)}."
+            f"{weights} has names or shapes of no known segmentor: wanted SemanticFPN or UperNet on a known model; say "
+            f"--model=NAME, one of {', '.join(list_models())}, to see what differs."
         )
-    return found
+    return _title(found[1], found[0]), found[1]
+
+
+def _title(model: Segmentor, backbone: str) -> str:
+    return f"{model.head} on {backbone}"
 
 
 def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from dat_jax.conversion import dense
+from dat_jax.models.dat import DAT
 from dat_jax.models.registry import create_segmentor
 from dat_jax.models.segmentation import Segmentor
 
@@ -71,18 +72,33 @@ def segmentor_shapes(model: Segmentor) -> dict[str, tuple[int, ...]]:
     return dense.official_shapes(model, _TABLE)
 
 
-def find_segmentor(
-    state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, Any]
-) -> tuple[str, Segmentor] | None:
-    """The segmentor on one of the backbones, name -> DAT, that has just these names and shapes; None if none has."""
+def guess_segmentor(state_dict: Mapping[str, np.ndarray], backbone: str) -> Segmentor:
+    """The segmentor on a backbone of the registry that published weights are of, its head and widths read from them."""
     shapes = {name: np.shape(array) for name, array in state_dict.items()}
+
+    def width(name, axis, default):
+        shape = shapes.get(f"{name}.weight", ())
+        return shape[axis] if len(shape) == 4 else default
+
     head = "sem_fpn" if any(name.startswith("neck.") for name in shapes) else "upernet"
-    classes = shapes.get("decode_head.conv_seg.weight", (1,))[0]
+    default = create_segmentor(head, backbone=backbone)
+    return default.clone(
+        num_classes=width("decode_head.conv_seg", 0, default.num_classes),
+        channels=width("decode_head.conv_seg", 1, default.channels),
+        neck_channels=width("neck.lateral_convs.0.conv", 0, default.neck_channels),
+        auxiliary_channels=width("auxiliary_head.convs.0.conv", 0, 0),
+    )
+
+
+def find_segmentor(
+    state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, DAT]
+) -> tuple[str, Segmentor] | None:
+    """The segmentor on one of the backbones, by name, that has just these names and shapes; None if none has."""
+    shapes = {name: np.shape(array) for name, array in state_dict.items()}
     width = shapes.get("backbone.norms.3.norm.weight")
-    options = {} if any(name.startswith("auxiliary_head.") for name in shapes) else {"auxiliary_channels": 0}
     for name, dat in backbones.items():
         if (dat.dims[-1],) == width:  # shapes of all take seconds
-            model = create_segmentor(head, backbone=name, num_classes=classes, **options)
+            model = guess_segmentor(state_dict, name)
             if all(shapes.get(key) == shape for key, shape in segmentor_shapes(model).items()):
-                return f"{head} on {name}", model
+                return name, model
     return None

@@ -269,16 +269,19 @@ def describe_model(model: DAT | Segmentor) -> dict[str, Any]:
 
 
 def read_class_names(path: str | os.PathLike, *, count: int) -> tuple[str, ...] | None:
-    """Of a work directory; None where the names are not known, as in an export.
+    """Of a work directory; None where the names are not known, as in an export. UserError as ``read_names``."""
+    file = pathlib.Path(path) / CLASS_NAMES
+    return read_names(file, count=count) if file.is_file() else None
+
+
+def read_names(file: str | os.PathLike, *, count: int) -> tuple[str, ...]:
+    """The names of classes in a file, one a line.
 
     Raises:
-      UserError: not ``count`` names.
+      UserError: it cannot be read, or has not ``count`` names.
     """
-    file = pathlib.Path(path) / CLASS_NAMES
-    if not file.is_file():
-        return None
     try:
-        names = tuple(file.read_text().splitlines())
+        names = tuple(pathlib.Path(file).read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
     if len(names) != count:

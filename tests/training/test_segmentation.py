@@ -53,12 +53,10 @@ def test_a_checkpoint_is_evaluated_to_the_same_numbers(workdir):
 def test_a_run_that_stopped_goes_through_the_same_numbers(workdir, tmp_path):
     config = tiny_segmentation.get_config().unlock()
     config.steps = 6
-    config.schedule.power = 0.0  # the rate does not depend on the length
-    train(config, str(tmp_path / "halves"))
+    train(config, str(tmp_path))
     config.steps = 12
-    train(config, str(tmp_path / "halves"))
-    train(config, str(tmp_path / "whole"))
-    halves, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("halves", "whole"))
+    train(config, str(tmp_path))
+    halves, whole = (read_metrics(directory / "metrics.jsonl") for directory in (tmp_path, workdir[0]))
     assert halves["train/loss"][12] == whole["train/loss"][12]
     assert halves["eval/mIoU"][12] == whole["eval/mIoU"][12]
 
@@ -99,9 +97,28 @@ def test_weights_go_to_published_names_and_back(workdir, tmp_path):
     back = flat(jax.device_get(conversion.segmentor_variables(model, state_dict)))
     for name, array in flat(variables).items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
-    # The command knows the published widths only; this one is of none.
+    # The command knows backbones by name only, and this one has none.
+    files = str(tmp_path / "weights.safetensors"), str(tmp_path / "out")
     with pytest.raises(UserError, match="names or shapes of no known segmentor: wanted SemanticFPN or UperNet"):
-        import_weights(str(tmp_path / "weights.safetensors"), str(tmp_path / "out"))
+        import_weights(*files)
+    with pytest.raises(UserError, match=r"sem_fpn on dat_pp_nano: .* unknown: backbone"):
+        import_weights(*files, model="dat_pp_nano")
+    with pytest.raises(UserError, match="Unknown model 'dat_pp_nono', did you mean 'dat_pp_nano'"):
+        import_weights(*files, model="dat_pp_nono")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_reads_head_and_widths_from_the_weights(tmp_path):
+    model = dat_jax.create_segmentor("sem_fpn", backbone="dat_pp_nano", num_classes=3, channels=8, neck_channels=8)
+    shapes = conversion.segmentors.segmentor_shapes(model)
+    rng = np.random.default_rng(0)
+    state_dict = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    conversion.write_safetensors(tmp_path / "weights.safetensors", state_dict)
+    import_weights(str(tmp_path / "weights.safetensors"), str(tmp_path / "export"))
+    loaded, variables = load_trained(tmp_path / "export")
+    assert (loaded.head, loaded.num_classes, loaded.channels, loaded.neck_channels) == ("sem_fpn", 3, 8, 8)
+    bias = variables["params"]["decode_head"]["classifier"]["conv_seg"]["bias"]
+    np.testing.assert_array_equal(bias, state_dict["decode_head.conv_seg.bias"])
 
 
 def test_an_export_comes_back(workdir, tmp_path):

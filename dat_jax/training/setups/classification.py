@@ -18,6 +18,8 @@ from dat_jax.ops.dispatch import compute_dtype
 from dat_jax.tasks import Task
 from dat_jax.tasks.classification import make_classification_task
 
+CLASSES = 1000  # of ImageNet-1k
+
 
 def load_sources(config: ConfigDict):
     """To train and to evaluate on."""

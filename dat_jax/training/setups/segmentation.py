@@ -18,6 +18,8 @@ from dat_jax.ops.dispatch import compute_dtype
 from dat_jax.tasks import Task
 from dat_jax.tasks.segmentation import make_segmentation_task
 
+CLASSES = 150  # of ADE20K
+
 
 def load_sources(config: ConfigDict):
     """To train and to evaluate on."""
