@@ -6,6 +6,7 @@ So a run that resumes at step n sees what it would have seen, and the number of 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -16,6 +17,7 @@ from dat_jax.errors import UserError
 
 _PREFETCHED_BATCHES = 4
 _ENDLESS = 2**40  # batches
+_PLANS_KEPT = 2  # passes over the data, of which one may end while the next one is being loaded
 _LABEL_MULTIPLE = 64  # few shapes of label maps, so few programs are compiled
 
 
@@ -150,6 +152,164 @@ def _plan_sized_batches(source, transform, batch_size: int) -> list[tuple[list[i
             height, width = (-(-side // _LABEL_MULTIPLE) * _LABEL_MULTIPLE for side in largest)
             plan.append((indices, (height, width)))
     return plan
+
+
+def make_detection_train_batches(
+    source,
+    transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless training batches, each of images that go to one bucket.
+
+    Every image has draws of its own. As these need no more than sizes, every process knows the bucket of every batch without
+    loading it. The published batches are of images that are all wider than high, or none; here of images that are in one
+    bucket after they were drawn, since all devices compute one shape.
+
+    Images follow each other in an order that is drawn anew every time all have come. Of this order, as many whole batches as
+    an epoch has are planned at a time: the images of a bucket fill batches, and where some are left over, they become a batch
+    with a chance of their part of one, filled up with others of the bucket; otherwise they are left out. So an image comes
+    once an epoch on average, whatever its bucket. Then the batches are shuffled.
+
+    Args:
+      source: see ``data.coco``; the size of every image is asked for before the first batch.
+      transform: see ``detection_transforms.make_detection_train_transform``.
+      batch_size: images a batch, over all processes.
+      seed: of order and draws.
+      start_step: the first batch to give.
+      rows: which images of every batch are this process's, only these are loaded; all unless given.
+      workers: processes that load; 0 loads in threads.
+
+    Yields:
+      What the transform gives, of the R rows in their order: "image" uint8 (R, Hb, Wb, 3) and so on.
+
+    Raises:
+      UserError: as ``make_train_batches``.
+    """
+    rows = range(batch_size) if rows is None else rows
+    sizes = np.array([source.size(index) for index in range(len(source))], np.int32)
+    plan = _DetectionPlan(sizes, transform, seed=seed, batch_size=batch_size)
+
+    def load(place: int) -> dict:
+        step, row = divmod(place, len(rows))
+        index, view, bucket = plan.example(step, rows[row])
+        rng = np.random.default_rng((seed, step, rows[row]))
+        return transform(source[index], view, bucket=bucket, rng=rng)
+
+    places = grain.MapDataset.range(_ENDLESS * len(rows)).map(load)
+    return _load(places.batch(len(rows))[start_step:], workers)
+
+
+def detection_example_indices(source, transform, *, seed: int, step: int, batch_size: int) -> list[int]:
+    """Which images the batch of a step has (the first step is 1), over all processes; see ``make_detection_train_batches``."""
+    sizes = np.array([source.size(index) for index in range(len(source))], np.int32)
+    plan = _DetectionPlan(sizes, transform, seed=seed, batch_size=batch_size)
+    return [plan.example(step - 1, row)[0] for row in range(batch_size)]
+
+
+class _DetectionPlan:
+    """Which image, which view of it and which bucket every row of every step has; a pass over the data is planned at once.
+
+    Planning a pass over 118,000 images takes less than a tenth of a second, and 8 MB as long as it is kept.
+    """
+
+    def __init__(self, sizes: np.ndarray, transform, *, seed: int, batch_size: int):
+        self._sizes, self._transform, self._seed, self._batch_size = sizes, transform, seed, batch_size
+        self._steps, self._passes = max(len(sizes) // batch_size, 1), {}
+
+    def example(self, step: int, row: int) -> tuple[int, Any, tuple[int, int]]:
+        """Index of an image, its view, and the bucket of the batch."""
+        number, step = divmod(step, self._steps)
+        found = self._passes.get(number)
+        if found is None:  # two threads may both make it, and make the same
+            found = self._passes[number] = self._plan(number)
+            for old in sorted(self._passes)[:-_PLANS_KEPT]:
+                self._passes.pop(old, None)
+        indices, views, buckets, batches = found
+        place = batches[step, row]
+        return int(indices[place]), views.take(place), self._transform.buckets[buckets[place]]
+
+    def _plan(self, number: int):
+        count = self._steps * self._batch_size
+        indices = _shuffled(len(self._sizes), range(number * count, (number + 1) * count), self._seed)
+        rng = np.random.default_rng((self._seed, number, 1))
+        views = self._transform.draw(self._sizes[indices], rng)
+        buckets = self._transform.choose_buckets(views.size)
+        return indices, views, buckets, plan_batches(buckets, batch_size=self._batch_size, rng=rng)
+
+
+def _shuffled(count: int, places: range, seed: int) -> np.ndarray:
+    """What is at some consecutive places of an endless order of ``count`` images, drawn anew after every ``count``."""
+    epochs = range(places.start // count, -(-places.stop // count))
+    orders = [np.random.default_rng((seed, epoch, 0)).permutation(count) for epoch in epochs]
+    first = epochs.start * count
+    return np.concatenate(orders)[places.start - first : places.stop - first]
+
+
+def plan_batches(groups: np.ndarray, *, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Batches of examples of one group each, as many as the examples fill.
+
+    Args:
+      groups: int (n,), of n examples, a multiple of the batch size.
+      batch_size: B.
+      rng: of which left-over examples of a group become a batch, with a chance of r / B for r of them, and of the order of the
+        batches.
+
+    Returns:
+      int (n / B, B), places of examples.
+    """
+    batches, left = [], []
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        whole = len(members) // batch_size * batch_size
+        batches.extend(members[:whole].reshape(-1, batch_size))
+        left.append((members[whole:], members))
+    # Systematic sampling: the numbers of left-over examples add up to whole batches, and so many of them are taken.
+    ends = np.cumsum([0, *(len(rest) for rest, _ in left)]) + int(rng.integers(batch_size))
+    for (rest, members), start, end in zip(left, ends[:-1], ends[1:], strict=True):
+        if end // batch_size > start // batch_size:
+            filling = rng.permutation(members[: len(members) - len(rest)])
+            batches.append(np.resize(np.concatenate([rest, filling]), batch_size))
+    return np.stack(batches)[rng.permutation(len(batches))]
+
+
+def make_detection_eval_batches(
+    source,
+    transform,
+    *,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every image once, only images of the same padded shape in a batch, in the order of ``make_sized_eval_batches``.
+
+    Args:
+      source: see ``data.coco``; the size of every image is asked for before the first batch.
+      transform: see ``detection_transforms.make_detection_eval_transform``.
+      batch_size, rows, workers: as for ``make_sized_eval_batches``.
+
+    Yields:
+      {"image": uint8 (R, Hp, Wp, 3), "valid": int32 (R, 2), "scale": float32 (R, 4), "original": int32 (R, 2), "image_id":
+      int64 (R,), "mask": float32 (R,)} of its R rows, mask 1 for an image and 0 for filling.
+
+    Raises:
+      UserError: a worker process has ended, or an image cannot be read.
+    """
+    rows = range(batch_size) if rows is None else rows
+    plan = [indices for indices, _ in _plan_sized_batches(source, transform, batch_size)]
+
+    def load(place: int) -> dict:
+        step, row = divmod(place, len(rows))
+        indices = plan[step]
+        index = indices[min(rows[row], len(indices) - 1)]
+        counted = {"image_id": np.int64(source.image_id(index)), "mask": np.float32(rows[row] < len(indices))}
+        return transform(source[index]) | counted
+
+    return _load(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
 
 
 def _load(batches: grain.MapDataset, workers: int) -> Iterator[dict]:

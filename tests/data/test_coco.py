@@ -1,0 +1,493 @@
+"""COCO's files read, checked and refused, and read back as ground truth."""
+
+import concurrent.futures
+import json
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from dat_jax.data.coco import (
+    DigitsSource,
+    _to_rle,
+    decode_mask,
+    load_coco,
+    load_detection_source,
+    to_coco_ground_truth,
+)
+from dat_jax.data.coco_json import _scan, decode_counts, read_table
+from dat_jax.data.composed import compose
+from dat_jax.errors import UserError
+from tests.coco_files import annotation, bounds, real_images, write, write_real
+from tests.photographs import photographs
+
+SIZE = (40, 60)
+
+
+def load(directory, split="validation"):
+    return load_detection_source("", split=split, directory=str(directory))
+
+
+def test_real_photographs_come_back_as_they_were(tmp_path):
+    write_real(tmp_path, "val")
+    source = load(tmp_path)
+    real = real_images()
+    assert len(source) == 2
+    assert [source.image_id(k) for k in range(2)] == [7, 3]
+    assert [source.size(k) for k in range(2)] == [(480, 640), (375, 500)]
+    assert source.category_ids == tuple(sorted(source.category_ids))
+    assert source.skipped == {}
+    assert source.has_masks
+    for index, wanted in enumerate(real):
+        record = source[index]
+        assert set(record) == {"image", "boxes", "labels", "masks", "crowd"}
+        np.testing.assert_array_equal(record["image"], wanted["image"])
+        assert [record[name].dtype for name in ("image", "boxes", "labels", "crowd")] == [
+            *(np.uint8, np.float32, np.int32, bool)
+        ]
+        # The ids are 100 - label, so the labels are in the opposite order.
+        assert [source.category_ids[k] for k in record["labels"]] == [100 - k for k in wanted["labels"]]
+        assert [source.class_names[k] for k in record["labels"]] == [f"thing {k}" for k in wanted["labels"]]
+        assert not record["crowd"].any()
+        for mask, box, true in zip(record["masks"], record["boxes"], wanted["masks"], strict=True):
+            assert isinstance(mask["counts"], bytes)
+            np.testing.assert_array_equal(decode_mask(mask), true)
+            assert box.tolist() == bounds(true)
+    # Of the first photograph, the boxes that come with it hold also what is hidden.
+    np.testing.assert_allclose(source[1]["boxes"], real[1]["boxes"], atol=1)
+    with pytest.raises(IndexError):
+        source[2]
+
+
+def test_one_source_serves_threads_and_processes(tmp_path):
+    write_real(tmp_path)
+    source = load(tmp_path, "train")
+    pickled = pickle.dumps(source)
+    assert len(pickled) < 6000
+    copied = pickle.loads(pickled)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        records = list(pool.map(lambda k: (source, copied)[k % 3 % 2][k % 2], range(12)))
+    for k, record in enumerate(records):
+        assert record["damaged"] == 0
+        np.testing.assert_array_equal(record["boxes"], source[k % 2]["boxes"])
+        assert record["masks"] == source[k % 2]["masks"]
+
+
+def test_the_ground_truth_is_what_pycocotools_reads_from_the_file(tmp_path, capsys):
+    write_real(tmp_path, "val")
+    ours = COCO()
+    ours.dataset = to_coco_ground_truth(load(tmp_path))
+    ours.createIndex()
+    theirs = COCO(str(tmp_path / "annotations/val.json"))
+    assert ours.getCatIds() == sorted(theirs.getCatIds())
+    assert {k: ours.cats[k]["name"] for k in ours.cats} == {k: theirs.cats[k]["name"] for k in theirs.cats}
+    assert sorted(ours.imgs) == sorted(theirs.imgs)
+    for number in ours.imgs:
+        pairs = list(zip(ours.imgToAnns[number], theirs.imgToAnns[number], strict=True))
+        assert pairs
+        for a, b in pairs:
+            assert [a[k] for k in ("bbox", "area", "category_id", "iscrowd")] == [
+                b[k] for k in ("bbox", "area", "category_id", "iscrowd")
+            ]
+            assert a["segmentation"]["counts"].decode() == b["segmentation"]["counts"]
+    assert min(ours.anns) == 1  # number 0 would count as none
+
+
+def test_polygons_and_counts_are_filled_as_pycocotools_does():
+    polygons = [[3.2, 4.1, 20.7, 5.5, 18.3, 30.9], [30, 10, 50, 10, 50, 35, 30.5, 35.5]]
+    wanted = rle.merge(rle.frPyObjects(polygons, *SIZE))
+    assert _to_rle(polygons, SIZE) == wanted
+    mask = decode_mask(wanted)
+    runs = decode_counts(wanted["counts"].decode()).tolist()
+    assert _to_rle({"size": list(SIZE), "counts": runs}, SIZE)["counts"] == wanted["counts"]
+    assert _to_rle({"size": list(SIZE), "counts": wanted["counts"].decode()}, SIZE) == wanted
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, in pycocotools
+        np.testing.assert_array_equal(mask, rle.decode(wanted))
+    assert mask[11, 40] == 1
+    assert mask.sum() == rle.area(wanted)
+    assert decode_mask(_to_rle(None, SIZE)).sum() == 0
+
+
+def test_compressed_counts_of_any_mask_are_decoded():
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        height, width = (int(x) for x in rng.integers(1, 300, 2))
+        mask = (
+            np.zeros((height, width), np.uint8) if index % 9 == 0 else rng.random((height, width)) < rng.random() ** 3
+        )
+        if index % 3 == 0:
+            mask[height // 3 :, width // 4 : width // 2] = 1
+        encoded = rle.encode(np.asfortranarray(mask, np.uint8))
+        np.testing.assert_array_equal(decode_mask(encoded), mask)
+        assert decode_counts(encoded["counts"].decode()).sum() == height * width
+    large = rle.frPyObjects({"size": [30000, 30000], "counts": [5, 899_999_990, 5]}, 30000, 30000)
+    assert decode_counts(large["counts"].decode()).tolist() == [5, 899_999_990, 5]
+
+
+@pytest.mark.parametrize("text", ["", " ", "0o", "é", "m", "5" + "o" * 9 + "0"])
+def test_compressed_counts_that_end_within_a_number_are_refused(text):
+    with pytest.raises(ValueError, match="compressed counts are broken"):
+        decode_counts(text)
+
+
+# A small data set whose entries the tests change.
+
+
+def disc(y=20, x=30, radius=8):
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    return (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+
+
+def annotate(number, image_id=1, category_id=2, **changes):
+    return annotation(number, image_id, category_id, disc(), **changes)
+
+
+CATEGORIES = [{"id": 9, "name": "nine"}, {"id": 2, "name": "two"}]
+
+
+def make(directory, annotations, *, categories=CATEGORIES, images=(1, 2, 3), size=SIZE, split="train"):
+    pictures = photographs(width=size[1], height=size[0])
+    write(
+        directory,
+        images={number: pictures[number] for number in images},
+        annotations=annotations,
+        categories=categories,
+        split=split,
+    )
+    return directory / "annotations" / f"{split}.json"
+
+
+def test_images_without_an_annotation_are_trained_on_by_nobody_and_evaluated(tmp_path):
+    annotations = [annotate(1, image_id=3), annotate(2, image_id=1, iscrowd=1), annotate(3, image_id=3, category_id=9)]
+    for split in ("train", "val"):
+        make(tmp_path, annotations, split=split)
+    train, evaluation = load(tmp_path, "train"), load(tmp_path)
+    assert [train.image_id(k) for k in range(len(train))] == [1, 3]
+    assert train.skipped == {"images without an annotation": 1}
+    assert train[1]["labels"].tolist() == [0, 1]
+    assert train[0]["crowd"].tolist() == [True]
+    assert [evaluation.image_id(k) for k in range(len(evaluation))] == [1, 2, 3]
+    assert evaluation.skipped == {}
+    empty = evaluation[1]
+    assert empty["boxes"].shape == (0, 4)
+    assert empty["masks"] == []
+    assert empty["labels"].shape == empty["crowd"].shape == (0,)
+    truth = to_coco_ground_truth(evaluation)
+    assert len(truth["images"]) == len(truth["annotations"]) == 3
+
+
+@pytest.mark.parametrize("size", [(31, 60), (60, 31)])
+def test_small_images_are_not_trained_on(tmp_path, size):
+    box = {"bbox": [1, 1, 20, 20], "area": 400, "segmentation": [[1, 1, 21, 1, 21, 21]]}
+    for split in ("train", "val"):
+        path = make(tmp_path, [annotate(k, image_id=k) | box for k in (1, 2, 3)], size=size, split=split)
+    assert len(load(tmp_path)) == 3
+    with pytest.raises(UserError, match=r"train\.json have no image to train on: .* sides of 32 pixels or more\.$"):
+        load(tmp_path, "train")
+    path = tmp_path / "annotations/train.json"
+    source = load_coco(str(path), str(tmp_path / "train"), split="train", min_side=31)
+    assert len(source) == 3
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    annotations = [
+        annotate(1),
+        annotate(2, image_id=77),
+        annotate(3, category_id=4),
+        annotate(4, ignore=1),
+        annotate(5, bbox=[5, 5, 0, 8]),
+        annotate(6, bbox=[5, 5, 8, 0.9]),
+        annotate(7, bbox=[25, 5, -8, 8]),
+        annotate(8, area=0),
+        annotate(9, bbox=[60, 5, 8, 8]),
+        annotate(10, bbox=[-9, 5, 9, 8]),
+        annotate(11, bbox=[5, 40.5, 8, 8]),
+        annotate(12, bbox=[-3.5, -2, 20, 90]),
+        annotate(13, bbox=[50.25, 30, 20, 10]),
+    ]
+    make(tmp_path, annotations, split="val")
+    source = load(tmp_path)
+    assert source.skipped == {
+        "annotations of images that are not listed": 1,
+        "annotations of categories that are not listed": 1,
+        'annotations marked "ignore"': 1,
+        "boxes without a size": 4,
+        "boxes outside the image": 3,
+        "boxes cut to the image": 2,
+    }
+    assert source[0]["boxes"].tolist() == [[22 + 1, 12 + 1, 38, 28], [0, 0, 16.5, 40], [50.25, 30, 60, 40]]
+    assert len(source[0]["masks"]) == len(source[0]["labels"]) == 3
+    truth = to_coco_ground_truth(source)["annotations"]
+    assert len(truth) == 11  # the published evaluation counts all but what no image or category has
+    assert truth[-2]["bbox"] == [-3.5, -2, 20, 90]
+
+
+def test_objects_that_are_passed_over_may_lack_a_mask(tmp_path):
+    bare = {key: value for key, value in annotate(2, bbox=[5, 5, 0, 8]).items() if key != "segmentation"}
+    make(tmp_path, [annotate(1), bare], split="val")
+    source = load(tmp_path)
+    assert len(source[0]["masks"]) == 1
+    assert decode_mask(source.objects(0).masks[1]).sum() == 0
+
+
+@pytest.mark.parametrize("absent", [None, [], "missing"])
+def test_a_file_of_boxes_only(tmp_path, absent):
+    annotations = [annotate(k, image_id=k, segmentation=absent) for k in (1, 2, 3)]
+    if absent == "missing":
+        annotations = [{k: v for k, v in entry.items() if k != "segmentation"} for entry in annotations]
+    path = make(tmp_path, annotations)
+    source = load(tmp_path, "train")
+    assert source[0]["masks"] is None
+    assert not source.has_masks
+    assert "segmentation" not in to_coco_ground_truth(source)["annotations"][0]
+    annotations[1]["segmentation"] = [[1, 2, 3, 4, 5, 6]]
+    make(tmp_path, annotations)
+    with pytest.raises(UserError, match=rf"^Annotation 1 of {path} has no mask, while others have one\.$"):
+        load(tmp_path, "train")
+
+
+RLE = {"size": list(SIZE), "counts": [100, 50, 2250]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bbox": [1, 2, 3]}, r"has the box \[1, 2, 3\] and the area"),
+        ({"bbox": [1, 2, 3, "4"]}, "has bad operand type"),
+        ({"bbox": [1, 2, 3, 1e9]}, "has the box"),
+        ({"bbox": "box"}, "has 'box' as 'bbox': wanted a list"),
+        ({"image_id": "1"}, "has '1' as 'image_id': wanted a whole number"),
+        ({"image_id": 2**70}, "as 'image_id': wanted a whole number"),
+        ({"category_id": True}, "has 'True' as 'category_id': wanted a whole number"),
+        ({"area": None}, "has 'None' as 'area': wanted a number"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "has a polygon that is not a list of six numbers or more"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "has a polygon that is not a list of six numbers or more"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "has a polygon that is not a list of six numbers or more"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 1e9]]}, "has a polygon that lies far outside any image"),
+        ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, "not supported between instances"),
+        ({"segmentation": 5}, "has a segmentation that is neither polygons nor a size with counts"),
+        ({"segmentation": {"counts": [1]}}, "has a segmentation that is neither polygons nor a size with counts"),
+        ({"segmentation": RLE | {"size": [40]}}, r"has a mask of the size \[40\]: wanted a height and a width"),
+        ({"segmentation": RLE | {"size": [0, 60]}}, "has a mask of the size"),
+        ({"segmentation": RLE | {"counts": [100, 50, 2251]}}, "counts are broken: wanted 2400 pixels in all"),
+        ({"segmentation": RLE | {"counts": [100, -50, 2350]}}, "counts are broken: wanted 2400 pixels in all"),
+        ({"segmentation": RLE | {"counts": [[2400]]}}, "counts are broken: wanted 2400 pixels in all"),
+        ({"segmentation": RLE | {"counts": ["a", 1]}}, "counts are broken: wanted 2400 pixels in all"),
+        ({"segmentation": RLE | {"counts": "PRc0"}}, "counts are broken: wanted 2400 pixels in all"),
+        ({"segmentation": RLE | {"counts": "PRc0o"}}, "compressed counts are broken"),
+        (
+            {"segmentation": {"size": [60, 40], "counts": [2400]}},
+            "a mask of 60 x 40 pixels: wanted 40 x 60 as its image",
+        ),
+    ],
+)
+def test_a_broken_annotation_is_named(tmp_path, changes, message):
+    make(tmp_path, [annotate(1), annotate(31) | changes])
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, "train")
+    text = str(caught.value)
+    assert text.startswith(f"Annotation 31 of {tmp_path}")
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id", "bbox", "area"])
+def test_a_key_that_an_annotation_lacks_is_named(tmp_path, key):
+    path = make(tmp_path, [annotate(1), {k: v for k, v in annotate(31).items() if k != key}])
+    with pytest.raises(UserError, match=rf"^Annotation 31 of {path} lacks '{key}'\.$"):
+        load(tmp_path, "train")
+
+
+def change_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("images"), "have no list 'images': wanted a file of COCO's instances"),
+        (lambda c: c.pop("annotations"), "have no list 'annotations'"),
+        (lambda c: c.pop("categories"), "have no list 'categories'"),
+        (lambda c: c.update(annotations={}), "have no list 'annotations'"),
+        (lambda c: c.update(categories=[]), "list no categories"),
+        (lambda c: c.update(images=[]), "list no images"),
+        (lambda c: c.update(annotations=[]), "have no image to train on"),
+        (lambda c: c["images"].append(c["images"][0]), "has the image 1 more than once"),
+        (lambda c: c["categories"].append(c["categories"][0]), "has the category 9 more than once"),
+        (lambda c: c["images"][1].pop("height"), "Image 1 of .* lacks 'height'"),
+        (lambda c: c["images"][1].update(width=0), "Image 2 of .* has 40 x 0 pixels"),
+        (lambda c: c["images"][1].update(width=60.0), "Image 1 of .* has '60.0' as 'width': wanted a whole number"),
+        (lambda c: c["images"].append(3), "Image 3 of .* is no JSON object"),
+        (lambda c: c["annotations"].append(None), "Annotation 1 of .* is no JSON object"),
+        (lambda c: c["images"][0].update(file_name="absent.jpg"), "are not in .*train: absent.jpg"),
+        (lambda c: c["images"][0].update(file_name="sub/img_1.png"), "are not in .*train: sub/img_1.png"),
+    ],
+)
+def test_a_file_that_lacks_something_is_named(tmp_path, change, message):
+    path = make(tmp_path, [annotate(5)])
+    change_json(path, change)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, "train")
+    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "nonsense",
+        "{'images': 1}",
+        '{"images": [}',
+        '{"a": 1} x',
+        '{"a": NaN}',
+        '{"images": [{"id": -Infinity}]}',
+        "[" * 99999,
+    ],
+    ids=str.__len__,
+)
+def test_what_is_no_json_is_named(tmp_path, content):
+    path = make(tmp_path, [annotate(5)])
+    path.write_text(content)
+    with pytest.raises(
+        UserError, match=rf"^The annotations {path} (are no JSON that can be read: .*|have no list .*)\.$"
+    ):
+        load(tmp_path, "train")
+
+
+def test_a_number_too_large_for_a_float_is_named(tmp_path):
+    path = make(tmp_path, [annotate(5)])
+    path.write_text(path.read_text().replace('"area": ', '"area": 1e999, "was": '))
+    with pytest.raises(
+        UserError, match=rf"^Annotation 5 of {path} has the box .* and the area inf: wanted .* all finite\.$"
+    ):
+        load(tmp_path, "train")
+
+
+def test_a_file_that_was_cut_off_is_refused_wherever(tmp_path):
+    path = make(tmp_path, [annotate(5), annotate(6)])
+    text = path.read_text()
+    for length in range(1, len(text), 7):
+        path.write_text(text[:length])
+        with pytest.raises(UserError, match="are no JSON that can be read"):
+            read_table(str(path))
+
+
+def test_the_places_of_entries_are_bytes_whatever_the_letters(tmp_path):
+    categories = [{"id": 2, "name": "äé中😀"}, {"id": 9, "name": "x"}]
+    path = make(tmp_path, [annotate(5, note="😀"), annotate(6, image_id=2)], categories=categories)
+    for ascii_only in (False, True):
+        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=ascii_only, indent=3))
+        source = load(tmp_path, "train")
+        assert source.class_names[0] == "äé中😀"
+        for index in range(2):
+            np.testing.assert_array_equal(decode_mask(source[index]["masks"][0]), disc())
+    found = []
+    _scan('{"b" : [ {"x":[1,2]} , 3, [ ] ], "c": {"b": [9]}, "d": [1]}', {"b": lambda *entry: found.append(entry)})
+    assert [entry for entry, _, _ in found] == [{"x": [1, 2]}, 3, []]
+
+
+def test_a_file_that_changes_during_a_run_is_noticed(tmp_path):
+    path = make(tmp_path, [annotate(5)])
+    source = load(tmp_path, "train")
+    path.write_text(" " * 9 + path.read_text())
+    with pytest.raises(UserError, match=rf"^The masks in {path} cannot be read again .*: it must stay as it was"):
+        source[0]
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read again"):
+        source[0]
+    with pytest.raises(UserError, match=r"val\.json"):
+        load(tmp_path)
+
+
+def test_an_image_of_another_size_is_named(tmp_path):
+    make(tmp_path, [annotate(5)])
+    Image.new("RGB", (61, 40)).save(tmp_path / "train/img_1.png")
+    with pytest.raises(UserError, match=r"img_1\.png has 40 x 61 pixels: wanted 40 x 60 as in .*train\.json\.$"):
+        load(tmp_path, "train")[0]
+
+
+def test_a_damaged_image_is_passed_over_in_training_and_an_error_in_evaluation(tmp_path):
+    for split in ("train", "val"):
+        make(tmp_path, [annotate(k, image_id=k, category_id=(2, 9, 2)[k - 1]) for k in (1, 2, 3)], split=split)
+        (tmp_path / split / "img_1.png").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"img_1\.png cannot be decoded.* The next one is taken instead"):
+        record = load(tmp_path, "train")[0]
+    assert record["damaged"] == 1
+    assert record["labels"].tolist() == [1]
+    with pytest.raises(UserError, match=r"img_1\.png cannot be decoded"):
+        load(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [("instances_train2017.json", "train2017"), ("instances_train.json", "train"), ("train.json", "train")],
+)
+def test_the_layouts_that_are_known(tmp_path, file, folder):
+    make(tmp_path, [annotate(1)])
+    (tmp_path / "annotations/train.json").rename(tmp_path / "annotations" / file)
+    (tmp_path / "train").rename(tmp_path / folder)
+    assert len(load(tmp_path, "train")) == 1
+    (tmp_path / "annotations/other.json").write_text("{}")
+    assert len(load(tmp_path, "train")) == 1
+    both = tmp_path / "annotations" / ("train.json" if file != "train.json" else "instances_train.json")
+    both.write_text("{}")
+    with pytest.raises(UserError, match=r"annotations has the files .* and .*: wanted one of them"):
+        load(tmp_path, "train")
+
+
+def test_files_in_folders_below(tmp_path):
+    path = make(tmp_path, [annotate(1)])
+    (tmp_path / "train/sub").mkdir()
+    (tmp_path / "train/img_1.png").rename(tmp_path / "train/sub/a.png")
+    change_json(path, lambda c: c["images"][0].update(file_name="sub/a.png"))
+    assert load(tmp_path, "train")[0]["image"].shape == (*SIZE, 3)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="There is no directory .*absent"):
+        load(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"annotations has no file instances_val2017\.json or .* or val\.json\."):
+        load(tmp_path)
+    make(tmp_path, [annotate(1)])
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="has no folder train2017 or train"):
+        load(tmp_path, "train")
+    with pytest.raises(UserError, match="Unknown split 'test'; choose one of train, validation"):
+        load(tmp_path, "test")
+    with pytest.raises(UserError, match="Unknown data set 'x' for detection; choose digits_on_photographs"):
+        load_detection_source("x", split="train")
+
+
+def test_composed_digits_are_objects():
+    source = load_detection_source("digits_on_photographs", split="validation")
+    assert source.class_names == tuple("0123456789")
+    assert (len(source), source.size(3), source.image_id(3)) == (200, (64, 64), 4)
+    hidden = 0
+    for index in range(len(source)):
+        image, _, digits = compose("validation", index)
+        seen = [(digit, mask) for digit, mask in digits if mask.sum() >= 20]
+        hidden += len(digits) - len(seen)
+        record = source[index]
+        np.testing.assert_array_equal(record["image"], image)
+        assert record["labels"].tolist() == [digit for digit, _ in seen]
+        assert len(seen) >= 1
+        for mask, box, (_, true) in zip(record["masks"], record["boxes"], seen, strict=True):
+            np.testing.assert_array_equal(decode_mask(mask), true)
+            assert box.tolist() == bounds(true)
+    truth = to_coco_ground_truth(source)
+    assert len(truth["images"]) == 200
+    assert [entry["name"] for entry in truth["categories"]] == list("0123456789")
+    assert len(truth["annotations"]) == sum(len(compose("validation", k)[2]) for k in range(200)) - hidden
+    assert pickle.loads(pickle.dumps(source)) == source == DigitsSource("validation")
+    with pytest.raises(IndexError):
+        source[200]
