@@ -149,13 +149,14 @@ class BatchNorm(nn.Module):
     """BatchNorm over all but the channels, eps 1e-5, statistics in float32 or better; training moves them by a tenth.
 
     The batch is the whole one, over all devices (the partitioner adds the sums), as PyTorch's SyncBatchNorm; as there the
-    variance that is kept is n / (n - 1) of the batch's. Collection "batch_stats": mean and var.
+    variance that is kept is n / (n - 1) of the batch's. With ``mask``, bool (B,), only those rows count. Collection
+    "batch_stats": mean and var.
     """
 
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, *, train: bool):
+    def __call__(self, x, *, train: bool, mask: jax.Array | None = None):
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
@@ -164,12 +165,16 @@ class BatchNorm(nn.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train:
             axes = tuple(range(x.ndim - 1))
-            mean = wide.mean(axes)
-            var = jnp.square(wide - mean.reshape((1,) * len(axes) + channels)).mean(axes)
+            counted, count = None, x.size // x.shape[-1]
+            if mask is not None:
+                counted = mask.reshape(-1, *(1,) * (x.ndim - 1))
+                count = jnp.maximum(mask.sum() * (count // x.shape[0]), 1)
+            mean = wide.sum(axes, where=counted) / count
+            square = jnp.square(wide - mean.reshape((1,) * len(axes) + channels))
+            var = square.sum(axes, where=counted) / count
             if not self.is_initializing():
-                count = x.size // x.shape[-1]
                 kept_mean.value += _STATISTICS_RATE * (mean - kept_mean.value)
-                kept_var.value += _STATISTICS_RATE * (var * count / max(count - 1, 1) - kept_var.value)
+                kept_var.value += _STATISTICS_RATE * (var * count / jnp.maximum(count - 1, 1) - kept_var.value)
         else:
             mean, var = kept_mean.value, kept_var.value
         factor = scale * jax.lax.rsqrt(var + 1e-5)
@@ -178,20 +183,20 @@ class BatchNorm(nn.Module):
 
 
 class ConvUnit(nn.Module):
-    """Square convolution without bias that keeps the size, BatchNorm, ReLU: the unit of the published heads."""
+    """Square convolution without bias that keeps the size, BatchNorm (see there), ReLU: the unit of the published heads."""
 
     features: int
     kernel_size: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, *, train: bool):
+    def __call__(self, x, *, train: bool, mask: jax.Array | None = None):
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         sides, padding = (self.kernel_size,) * 2, self.kernel_size // 2
         x = nn.Conv(
             self.features, sides, padding=padding, use_bias=False, kernel_init=init, dtype=self.dtype, name="conv"
         )(x)
-        return nn.relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train))
+        return nn.relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train, mask=mask))
 
 
 class LayerScale(nn.Module):

@@ -10,7 +10,7 @@ from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
 from dat_jax.models.fpn import FPN
 from dat_jax.models.layers import ConvUnit
-from dat_jax.models.rpn import RPNHead
+from dat_jax.models.rpn import ANCHOR_RATIOS, ANCHOR_SCALES, RPNHead
 
 BOX_SIDE, MASK_SIDE = 7, 14  # of what RoIAlign cuts out for the heads
 CASCADE_STAGES = 3
@@ -18,6 +18,8 @@ CASCADE_STAGES = 3
 
 class BoxHead(nn.Module):
     """(N, 7, 7, C) -> logits (N, K + 1), the last for background, and deltas (N, K * 4), class by class; float32 or better.
+
+    With ``mask``, bool (N,), only those rows count in BatchNorm's statistics.
 
     Attributes:
       num_convs: 3 x 3 units with BatchNorm before (published 4 in a cascade, else 0).
@@ -31,10 +33,12 @@ class BoxHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         wide = jnp.promote_types(self.dtype, jnp.float32)
         for index in range(self.num_convs):
-            x = ConvUnit(x.shape[-1], 3, dtype=self.dtype, name=f"shared_convs_{index}")(x, train=train)
+            x = ConvUnit(x.shape[-1], 3, dtype=self.dtype, name=f"shared_convs_{index}")(x, train=train, mask=mask)
         x = x.reshape(x.shape[0], -1)
         for index in range(self.num_layers):
             init = nn.initializers.xavier_uniform()
@@ -83,6 +87,7 @@ class RCNN(nn.Module):
       cascade: three box and mask heads with BatchNorm, and a last level that is subsampled (Cascade), or one of each and a
         last level by convolution (Mask R-CNN).
       features: width of the pyramid. width: of the box heads' linear layers.
+      anchor_scales, anchor_ratios: of the RPN's anchors at every place, see ``ops.anchors``.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """
@@ -92,14 +97,16 @@ class RCNN(nn.Module):
     cascade: bool = False
     features: int = 256
     width: int = 1024
-    num_anchors: int = 3
+    anchor_scales: tuple[float, ...] = ANCHOR_SCALES
+    anchor_ratios: tuple[float, ...] = ANCHOR_RATIOS
     dtype: Any = jnp.float32
 
     def setup(self):
+        num_anchors = len(self.anchor_scales) * len(self.anchor_ratios)
         self.backbone = Backbone(self.dat.clone(parent=None), dtype=self.dtype)
         extra = "subsampling" if self.cascade else "convolutions"
         self.neck = FPN(self.features, levels=5, extra=extra, dtype=self.dtype)
-        self.rpn_head = RPNHead(self.num_anchors, self.features, dtype=self.dtype)
+        self.rpn_head = RPNHead(num_anchors, self.features, dtype=self.dtype)
         sizes = dict(num_convs=4, num_layers=1) if self.cascade else dict(num_convs=0, num_layers=2)
         options = dict(num_classes=self.num_classes, dtype=self.dtype)
         self.bbox_heads = [BoxHead(width=self.width, **sizes, **options) for _ in range(self.stages)]
@@ -119,9 +126,11 @@ class RCNN(nn.Module):
         scores, deltas = zip(*map(self.rpn_head, pyramid), strict=True)
         return {"scores": scores, "deltas": deltas}
 
-    def boxes(self, cuts: jax.Array, *, stage: int = 0, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def boxes(
+        self, cuts: jax.Array, *, stage: int = 0, train: bool = False, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """(N, 7, 7, features) -> logits (N, K + 1) and deltas (N, K * 4) of a stage, see ``BoxHead``."""
-        return self.bbox_heads[stage](cuts, train=train)
+        return self.bbox_heads[stage](cuts, train=train, mask=mask)
 
     def masks(self, cuts: jax.Array, *, stage: int = 0) -> jax.Array:
         """(N, 14, 14, features) -> logits (N, 28, 28, K) of a stage."""

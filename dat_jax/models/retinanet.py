@@ -12,6 +12,8 @@ from dat_jax.models.dat import DAT
 from dat_jax.models.fpn import FPN
 
 STRIDES = (8, 16, 32, 64, 128)
+ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # times the stride
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height over width
 _PRIOR = 0.01  # probability of every class that an untrained head gives
 
 
@@ -64,7 +66,7 @@ class RetinaNet(nn.Module):
       dat: the backbone; its classifier is not used.
       num_classes: without background.
       features: width of the pyramid and the head.
-      num_anchors: of a place.
+      anchor_scales, anchor_ratios: of the anchors at every place, see ``ops.anchors``.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """
@@ -72,13 +74,15 @@ class RetinaNet(nn.Module):
     dat: DAT
     num_classes: int = 80
     features: int = 256
-    num_anchors: int = 9
+    anchor_scales: tuple[float, ...] = ANCHOR_SCALES
+    anchor_ratios: tuple[float, ...] = ANCHOR_RATIOS
     dtype: Any = jnp.float32
 
     def setup(self):
+        num_anchors = len(self.anchor_scales) * len(self.anchor_ratios)
         self.backbone = Backbone(self.dat.clone(parent=None), out_indices=(1, 2, 3), dtype=self.dtype)
         self.neck = FPN(self.features, levels=5, dtype=self.dtype)
-        self.bbox_head = RetinaHead(self.num_classes, self.num_anchors, self.features, dtype=self.dtype)
+        self.bbox_head = RetinaHead(self.num_classes, num_anchors, self.features, dtype=self.dtype)
 
     def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
         """The five levels (B, H_i, W_i, features)."""

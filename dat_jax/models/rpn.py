@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from dat_jax.models.retinanet import small_conv
 
 STRIDES = (4, 8, 16, 32, 64)
+ANCHOR_SCALES = (8.0,)  # times the stride
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height over width
 
 
 class RPNHead(nn.Module):
