@@ -20,17 +20,19 @@ def crop_masks(
     size: int = 28,
     mask_shape=None,
     valid: jax.Array | None = None,
+    packed: bool = False,
     chunk: int = 8,
 ) -> jax.Array:
     """Each box's part of its mask, by RoIAlign with ratio 0: soft, from 0 to 1.
 
     Args:
-      masks: (G, H, W) bool or 0 and 1.
+      masks: (G, H, W) bool or 0 and 1; packed, uint8 (G, H, W / 8).
       boxes: (K, 4) in pixels of the masks; clipped to them.
       indices: (K,) int, which mask each box is cut from.
       size: P, the side of the result.
       mask_shape: (height, width) that count, if the rest of ``masks`` is padding; may be traced. The whole unless given.
       valid: (K,) bool; for others the result is 0, whatever box and index are. None for all.
+      packed: whether a byte of the masks has eight pixels, the first in its highest bit, as of ``numpy.packbits``.
       chunk: boxes treated at once; memory is ``chunk * H * W`` numbers.
 
     Returns:
@@ -38,7 +40,8 @@ def crop_masks(
 
     Source: MMDetection 2.26, ``BitmapMasks.crop_and_resize``.
     """
-    height, width = masks.shape[1:] if mask_shape is None else mask_shape
+    rows_of_masks, columns_of_masks = masks.shape[1], masks.shape[2] * (8 if packed else 1)
+    height, width = (rows_of_masks, columns_of_masks) if mask_shape is None else mask_shape
     valid = jnp.ones(boxes.shape[0], bool) if valid is None else valid
     boxes = bx.replace_invalid(lax.stop_gradient(boxes), valid)
     boxes = boxes.astype(jnp.promote_types(boxes.dtype, jnp.float32))
@@ -47,9 +50,11 @@ def crop_masks(
 
     def crop_chunk(arguments):
         boxes, indices, valid = arguments
-        rows = ra.axis_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], size, extent=height)
-        columns = ra.axis_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], size, extent=width)
-        cropped = ra.apply_weights("khw", jnp.asarray(masks)[indices].astype(boxes.dtype), rows, columns)
+        rows = ra.axis_weights(boxes[:, 1], boxes[:, 3], rows_of_masks, size, extent=height)
+        columns = ra.axis_weights(boxes[:, 0], boxes[:, 2], columns_of_masks, size, extent=width)
+        chosen = jnp.asarray(masks)[indices]
+        chosen = jnp.unpackbits(chosen, axis=-1) if packed else chosen
+        cropped = ra.apply_weights("khw", chosen.astype(boxes.dtype), rows, columns)
         return jnp.where(valid[:, None, None], cropped, 0)
 
     return lax.stop_gradient(ra.map_chunks(crop_chunk, (boxes, indices, valid), chunk))

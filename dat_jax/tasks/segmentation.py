@@ -43,7 +43,7 @@ def make_segmentation_task(model: Segmentor, *, auxiliary_weight: float) -> Task
         return model.init(key, normalize(batch["image"]))
 
     def loss(variables, batch, key):
-        images = _clear_padding(normalize(batch["image"]), batch["valid"])
+        images = clear_padding(normalize(batch["image"]), batch["valid"])
         rngs = {"dropout": key}
         outputs, state = model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
         value, accuracy = segmentation_loss(outputs["logits"], batch["label"])
@@ -60,6 +60,7 @@ def make_segmentation_task(model: Segmentor, *, auxiliary_weight: float) -> Task
     return Task(init=init, loss=loss, predict=predict)
 
 
-def _clear_padding(images, valid):
+def clear_padding(images: jax.Array, valid: jax.Array) -> jax.Array:
+    """Images (B, H, W, 3) with zeros beyond their heights and widths, int (B, 2)."""
     rows, columns = (jnp.arange(side)[None, :] < valid[:, axis, None] for axis, side in enumerate(images.shape[1:3]))
     return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], images, 0)

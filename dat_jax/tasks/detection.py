@@ -1,0 +1,68 @@
+"""Object detection and instance segmentation.
+
+Batches to train on hold "image", uint8 (B, H, W, 3), "valid", int32 (B, 2), the height and width of each image, beyond which
+is padding; "boxes", float32 (B, G, 4), x1, y1, x2, y2 in pixels; "labels", int32 (B, G), from 0; "box_mask", bool (B, G), which
+of them are objects; and, for models with masks, "masks", uint8 (B, G, H, W / 8), eight pixels a byte.
+
+To predict they hold "image", "valid" and "scale", float32 (B, 4), by which x, y, x and y of the original image were multiplied.
+Detections are {"boxes": (B, D, 4), in pixels of the original images, "scores": (B, D), descending, "labels": int32 (B, D),
+"valid": bool (B, D), and "masks": (B, D, 28, 28), probabilities within each box}; what is not valid is 0.
+"""
+
+import flax.linen as nn
+import jax
+
+from dat_jax.models.rcnn import RCNN
+from dat_jax.models.retinanet import RetinaNet
+from dat_jax.tasks import Task
+from dat_jax.tasks.classification import normalize
+from dat_jax.tasks.rcnn import CASCADE, MASK_RCNN, RCNNSettings, rcnn_detect, rcnn_loss
+from dat_jax.tasks.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
+from dat_jax.tasks.segmentation import clear_padding
+
+
+def default_settings(model: RetinaNet | RCNN) -> RetinaNetSettings | RCNNSettings:
+    """The published ones."""
+    if isinstance(model, RetinaNet):
+        return RetinaNetSettings()
+    return CASCADE if model.cascade else MASK_RCNN
+
+
+def make_detection_task(
+    model: RetinaNet | RCNN, *, settings: RetinaNetSettings | RCNNSettings | None = None
+) -> Task:
+    """The published losses and detections; batches and outputs are described above.
+
+    Args:
+      model: a detector.
+      settings: of ``default_settings`` unless given.
+    """
+    settings = default_settings(model) if settings is None else settings
+
+    def init(key, batch):
+        return model.init(key, normalize(batch["image"]))
+
+    def prepare(batch):
+        return clear_padding(normalize(batch["image"]), batch["valid"])
+
+    def loss(variables, batch, key):
+        drop_key, sample_key = jax.random.split(key)
+
+        def compute(module, images):
+            if isinstance(module, RetinaNet):
+                return retinanet_loss(module, module(images, train=True), batch)
+            return rcnn_loss(module, images, batch, sample_key, settings)
+
+        apply = nn.apply(compute, model, mutable=["batch_stats"])
+        (value, metrics), state = apply(variables, prepare(batch), rngs={"dropout": drop_key})
+        return value, {"loss": value, **metrics}, dict(state)
+
+    def predict(variables, batch):
+        def compute(module, images):
+            if isinstance(module, RetinaNet):
+                return retinanet_detect(module, module(images), batch, settings)
+            return rcnn_detect(module, images, batch, settings)
+
+        return nn.apply(compute, model)(variables, prepare(batch))
+
+    return Task(init=init, loss=loss, predict=predict)
