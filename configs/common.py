@@ -91,6 +91,65 @@ def get_segmentation_config() -> ConfigDict:
     return config
 
 
+def get_detection_config() -> ConfigDict:
+    """Of a detector, with the recipe of Mask R-CNN on COCO, 12 epochs, as defaults."""
+    config = _get_base()
+    config.task = "detection"
+    config.epochs = 12
+    config.batch_size = 64
+    config.log_every = 50
+
+    # name: retinanet, mask_rcnn or cascade_mask_rcnn. Any attribute of dat_jax.RetinaNet or dat_jax.RCNN may be added.
+    config.head = ConfigDict(dict(name="mask_rcnn"))
+
+    # Folders train2017/ and val2017/ with annotations/instances_train2017.json and instances_val2017.json, as COCO has them.
+    config.data.name = "coco"
+    # Images are resized to fit, keeping their ratio, in training with one of the short sides.
+    config.data.long_side = 1333
+    config.data.short_sides = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    config.data.test_long_side = 1333
+    config.data.test_short_side = 800
+    config.data.max_boxes = 100  # objects of a training image; of more some are left out, at random
+    # Shapes, height x width in multiples of 32, that training images are padded to, such as "608x832,832x608": each is
+    # compiled for. "": those of dat_jax/data/detection_transforms.py.
+    config.data.buckets = ""
+
+    config.augmentation = ConfigDict()
+    config.augmentation.flip_probability = 0.5
+    # Of a crop: its sides are drawn from crop_min to crop_max, in an image of one of first_short_sides; it is then resized as
+    # whole images are.
+    config.augmentation.crop_probability = 0.5
+    config.augmentation.first_short_sides = (400, 500, 600)
+    config.augmentation.crop_min = 384
+    config.augmentation.crop_max = 600
+
+    # Boxes of an image; RetinaNet, which trains on all anchors and proposes nothing, has test_candidates only.
+    config.sampling = ConfigDict()
+    config.sampling.rpn_samples = 256  # anchors that the RPN learns from, up to half of them on objects
+    config.sampling.roi_samples = 512  # proposals that a head learns from, up to a quarter of them on objects
+    config.sampling.train_candidates = 2000  # the best of a level, before those that overlap better ones go
+    config.sampling.train_proposals = 1000  # the best of what is left, over all levels
+    config.sampling.test_candidates = 1000
+    config.sampling.test_proposals = 1000
+
+    config.optimizer.decay_rule = "all_but_norms_and_bn"
+    config.optimizer.clip_norm = 0.0
+
+    # base_lr, times factor after each of so many epochs, and linear warm-up from warmup_ratio of it. A larger or smaller
+    # batch does not scale it.
+    config.schedule = ConfigDict(
+        dict(kind="step", base_lr=4e-4, warmup_steps=500, warmup_ratio=0.001, drops=(8, 11), factor=0.1)
+    )
+
+    config.eval.batch_size = 8  # images of one shape at a time
+    config.eval.score_threshold = 0.05
+    config.eval.iou_threshold = 0.5  # a box that overlaps a better one of its class by more goes
+    config.eval.max_detections = 100  # of an image
+    # Of which the sides of images are, by padding. A larger one has fewer shapes to compile, and other results.
+    config.eval.multiple = 32
+    return config
+
+
 def _get_base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
@@ -134,8 +193,9 @@ def _get_base() -> ConfigDict:
     config.data.max_damaged = 0.2  # of the training images seen; where more cannot be read the run ends
     config.data.stall_seconds = 60.0  # of waiting for a batch, which are said; 0: never
 
-    # AdamW; clip_norm 0 does not clip. What decays: matrices (and kernels, but no position tables), or all but norms (and
-    # position tables), as the published segmentors and detectors have it.
+    # AdamW; clip_norm 0 does not clip. What decays: matrices (and kernels, but no position tables); all_but_norms (and
+    # position tables), but BatchNorms, as the published segmentors have it; all_but_norms_and_bn, where BatchNorms do not
+    # decay either, as the published detectors have it.
     config.optimizer = ConfigDict(
         dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, decay_rule="matrices", clip_norm=5.0)
     )

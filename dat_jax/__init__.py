@@ -2,15 +2,20 @@
 
 from dat_jax import conversion
 from dat_jax.models.dat import DAT
-from dat_jax.models.registry import VARIANTS, create_model, create_segmentor, list_models
+from dat_jax.models.rcnn import RCNN
+from dat_jax.models.registry import VARIANTS, create_detector, create_model, create_segmentor, list_models
+from dat_jax.models.retinanet import RetinaNet
 from dat_jax.models.segmentation import Segmentor
 
 __version__ = "0.1.0"
 __all__ = [
     "DAT",
+    "RCNN",
     "VARIANTS",
+    "RetinaNet",
     "Segmentor",
     "conversion",
+    "create_detector",
     "create_model",
     "create_segmentor",
     "list_models",

@@ -44,10 +44,16 @@ _LARGEST_BATCH = 2**14
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """What a run asks of a data set before its first step: a number of examples, and names of the classes."""
+    """What a run asks of a data set before its first step: how many examples there are, and what they are of."""
 
     examples: int
     class_names: tuple[str, ...]
+    has_masks: bool = True
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """Of the classes."""
+        return tuple(range(len(self.class_names)))
 
     def __len__(self) -> int:
         return self.examples
@@ -152,12 +158,11 @@ def step_function(run, step: str):
     where = sharding.batch_sharding(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        for name, leaf in run.setup.example_batch(run.config, size).items()
+        for name, leaf in run.setup.example_batch(run.config, size, train=train).items()
     }
     if train:
         return run_lib.make_jitted_step(run), (run.abstract_state, batch), size
-    predict = jax.jit(lambda variables, batch: run.task.predict(variables, batch)["logits"])
-    return predict, (run.abstract_state.eval_variables, batch), size
+    return jax.jit(run.task.predict), (run.abstract_state.eval_variables, batch), size
 
 
 def _state_bytes(run, step) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a run's configuration must hold. Values live in configs/; this module only checks them."""
 
 import difflib
+import itertools
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,7 @@ _EVERY_TASK: dict[str, Any] = {
         "b2": float,
         "eps": float,
         "weight_decay": float,
-        "decay_rule": ("matrices", "all_but_norms"),
+        "decay_rule": ("matrices", "all_but_norms", "all_but_norms_and_bn"),
         "clip_norm": float,
     },
     "mesh": {"data": int, "fsdp": int},
@@ -76,15 +77,46 @@ _TASKS: dict[str, dict[str, Any]] = {
         "loss": {"auxiliary_weight": float},
         "eval": {"ratios": [float], "flip": bool, "window": int, "stride": int},
     },
+    "detection": {
+        "head": None,  # name and any attribute of the detector; create_detector checks them
+        "data": {
+            "long_side": int,
+            "short_sides": [int],
+            "test_long_side": int,
+            "test_short_side": int,
+            "max_boxes": int,
+            "buckets": str,
+        },
+        "augmentation": {
+            "flip_probability": float,
+            "crop_probability": float,
+            "first_short_sides": [int],
+            "crop_min": int,
+            "crop_max": int,
+        },
+        "sampling": {
+            "rpn_samples": int,
+            "roi_samples": int,
+            "train_candidates": int,
+            "train_proposals": int,
+            "test_candidates": int,
+            "test_proposals": int,
+        },
+        "eval": {"score_threshold": float, "iou_threshold": float, "max_detections": int, "multiple": int},
+    },
 }
 _SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"warmup_lr": float, "min_lr": float, "warmup_epochs": float, "reference_batch_size": int},
     "poly": {"power": float, "warmup_steps": int, "warmup_ratio": float},
+    "step": {"warmup_steps": int, "warmup_ratio": float, "drops": [float], "factor": float},
 }
 _AT_LEAST_ONE = (
     *("epochs", "batch_size", "accumulate_steps", "log_every", "max_skipped_steps", "checkpoint.keep", "eval.every"),
     *("eval.batch_size", "data.image_size", "schedule.reference_batch_size", "augmentation.max_crop_aspect"),
-    *("data.crop_size", "data.long_side", "data.short_side"),
+    *("data.crop_size", "data.long_side", "data.short_side", "data.test_long_side", "data.test_short_side"),
+    *("data.max_boxes", "augmentation.crop_min", "augmentation.crop_max"),
+    *("sampling.rpn_samples", "sampling.roi_samples", "sampling.train_candidates", "sampling.train_proposals"),
+    *("sampling.test_candidates", "sampling.test_proposals", "eval.max_detections", "eval.multiple"),
 )
 _AT_LEAST_ZERO = (
     *("seed", "steps", "profile", "spike_factor", "checkpoint.every", "data.stall_seconds", "data.workers"),
@@ -97,8 +129,10 @@ _AT_LEAST_ZERO = (
 _BELOW_ONE = ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2")
 _FROM_ZERO_TO_ONE = (
     *("augmentation.flip_probability", "augmentation.erasing_probability", "augmentation.min_crop_area"),
-    *("augmentation.max_class_ratio", "schedule.warmup_ratio", "data.max_damaged"),
+    *("augmentation.max_class_ratio", "augmentation.crop_probability", "schedule.warmup_ratio", "schedule.factor"),
+    *("data.max_damaged", "eval.score_threshold", "eval.iou_threshold"),
 )
+_ALL_ABOVE_ZERO = ("eval.ratios", "data.short_sides", "augmentation.first_short_sides")
 
 
 def validate(config: ConfigDict) -> None:
@@ -128,6 +162,13 @@ def validate(config: ConfigDict) -> None:
             value = _get(config, path)
             if value is not None and not holds(value):
                 raise UserError(f"config.{path} wants {wanted}, got {value}.")
+    for path in _ALL_ABOVE_ZERO:
+        values = _get(config, path)
+        if values is not None and not (values and all(value > 0 for value in values)):
+            raise UserError(f"config.{path} wants at least one number, all above 0, got {values}.")
+    drops = _get(config, "schedule.drops") or ()
+    if not all(before < drop for before, drop in itertools.pairwise((0, *drops))):
+        raise UserError(f"config.schedule.drops wants numbers above 0, each larger than the one before, got {drops}.")
     _CHECKS[config.task](config)
     for axis, size in config.mesh.items():
         if size < 1 and size != -1:
@@ -151,8 +192,6 @@ def _check_segmentation(config):
             f"config.augmentation.min_ratio wants a number above 0 and up to max_ratio {augmentation.max_ratio}, got "
             f"{augmentation.min_ratio}."
         )
-    if not evaluation.ratios or min(evaluation.ratios) <= 0:
-        raise UserError(f"config.eval.ratios wants at least one number, all above 0, got {evaluation.ratios}.")
     if bool(evaluation.window) != bool(evaluation.stride) or evaluation.stride > evaluation.window:
         raise UserError(
             f"config.eval.window and stride want two numbers, the stride at most the window, or 0 for whole images, got "
@@ -160,7 +199,19 @@ def _check_segmentation(config):
         )
 
 
-_CHECKS = {"classification": _check_classification, "segmentation": _check_segmentation}
+def _check_detection(config):
+    data, augmentation = config.data, config.augmentation
+    pairs = (
+        ("data.long_side", data.long_side, "the largest of short_sides", max(data.short_sides)),
+        ("data.test_long_side", data.test_long_side, "test_short_side", data.test_short_side),
+        ("augmentation.crop_max", augmentation.crop_max, "crop_min", augmentation.crop_min),
+    )
+    for path, value, name, least in pairs:
+        if value < least:
+            raise UserError(f"config.{path} wants at least {name} {least}, got {value}.")
+
+
+_CHECKS = {"classification": _check_classification, "segmentation": _check_segmentation, "detection": _check_detection}
 
 
 def make_schema(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -214,7 +265,8 @@ def _check_value(value, wanted, name):
             raise UserError(f"{name} wants one of {', '.join(wanted)}, got {_show(value)}.")
     elif isinstance(wanted, list):
         if not isinstance(value, list | tuple):
-            raise UserError(f"{name} wants several numbers, such as (0.5, 1.0), got {_show(value)}.")
+            example = {float: "(0.5, 1.0)", int: "(480, 800)"}[wanted[0]]
+            raise UserError(f"{name} wants several numbers, such as {example}, got {_show(value)}.")
         for item in value:
             _check_value(item, wanted[0], name)
     elif wanted is bool:

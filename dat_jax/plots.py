@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 _ACCURACIES = {
     "top-1 accuracy, %": ("train/top1", "eval/top1"),
@@ -168,4 +168,67 @@ def save_segmentations(
     handles = [Patch(color=palette[index] / 255, label=class_names[index]) for index in shown]
     if handles:
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_detections(
+    axes,
+    image: np.ndarray,
+    found: Mapping[str, np.ndarray],
+    *,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    opacity: float = 0.5,
+) -> None:
+    """An image with boxes, masks, and names with scores over it.
+
+    Args:
+      axes: of matplotlib.
+      image: uint8 (H, W, 3).
+      found: "boxes", (n, 4), x1, y1, x2, y2 in pixels, pixel i covering [i, i + 1); "labels", integers (n,); where there are
+        any, "scores", (n,), and "masks", bool (n, H, W).
+      class_names, palette: of the K classes, uint8 (K, 3).
+      opacity: of the masks.
+    """
+    masks, scores = found.get("masks"), found.get("scores")
+    for index in range(len(found["boxes"]) if masks is not None else 0):
+        coloured = (1 - opacity) * image + opacity * palette[found["labels"][index]]
+        image = np.where(masks[index][..., None], np.round(coloured), image).astype(np.uint8)
+    axes.imshow(image)
+    for index, (x1, y1, x2, y2) in enumerate(np.asarray(found["boxes"], float) - 0.5):
+        label = int(found["labels"][index])
+        colour = palette[label] / 255
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.2))
+        name = class_names[label] if scores is None else f"{class_names[label]} {scores[index]:.2f}"
+        ink = "black" if colour.mean() > 0.5 else "white"
+        box = dict(facecolor=colour, edgecolor="none", pad=1, alpha=0.8)
+        axes.text(x1, y1, name, fontsize=6, color=ink, verticalalignment="bottom", bbox=box, clip_on=True)
+
+
+def save_detections(
+    path: pathlib.Path,
+    rows: Sequence[Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]],
+    *,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    panel_width: float = 3.0,
+) -> None:
+    """Images with what is found in them, a row an image.
+
+    Args:
+      path: of the PNG file.
+      rows: for each, panel title -> (image, what is found), see ``draw_detections``.
+      class_names, palette: of the K classes, uint8 (K, 3).
+      panel_width: of a panel, inches of 130 pixels.
+    """
+    columns = max(map(len, rows))
+    height = sum(panel_width * max(image.shape[0] / image.shape[1] for image, _ in row.values()) for row in rows)
+    figure = Figure(figsize=(panel_width * columns, height + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.axis("off")
+    for row, line in zip(rows, grid, strict=True):
+        for (title, (image, found)), axes in zip(row.items(), line, strict=False):
+            draw_detections(axes, image, found, class_names=class_names, palette=palette)
+            axes.set_title(title, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -28,7 +28,7 @@ from dat_jax.data.images import decode_image
 from dat_jax.data.segmentation_transforms import SegmentationEvalTransform, make_segmentation_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter, segment_record
-from dat_jax.models.dat import MIN_IMAGE_SIDE
+from dat_jax.models.dat import DAT, MIN_IMAGE_SIDE
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.tasks.segmentation import make_segmentation_task
 from dat_jax.training.metrics import print_table
@@ -92,7 +92,8 @@ def load_segmenter(path: str | os.PathLike, *, classes: str | os.PathLike | None
     _check_options(options)
     model, variables = load_pretrained(path)
     if not isinstance(model, Segmentor):
-        raise UserError(f"{path} has the weights of a classifier; only segmentors are supported so far.")
+        kind = "classifier" if isinstance(model, DAT) else "detector"
+        raise UserError(f"{path} has the weights of a {kind}; only segmentors are supported so far.")
     if model.num_classes > _MOST_CLASSES:
         raise UserError(
             f"{path} has {model.num_classes} classes: {_MOST_CLASSES} at most fit into label maps of 8 bits."

@@ -1,4 +1,4 @@
-"""Whatever comes from outside is taken, or refused with the one error that says so: 10,800 inputs, always the same ones."""
+"""Whatever comes from outside is taken, or refused with the one error that says so: 11,800 inputs, always the same ones."""
 
 import contextlib
 import io
@@ -156,7 +156,11 @@ VALUES = st.one_of(
 )
 
 
-MAKERS = {"classification": common.get_config, "segmentation": common.get_segmentation_config}
+MAKERS = {
+    "classification": common.get_config,
+    "segmentation": common.get_segmentation_config,
+    "detection": common.get_detection_config,
+}
 
 
 @pytest.mark.parametrize("task", MAKERS)

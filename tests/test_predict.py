@@ -232,7 +232,8 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (["{export}", "{images}/below"], "There is no image in .*below"),
         (["{export}", "-"], "There is no image in stdin"),
         (["{images}", "{images}/b.jpg"], r"Wanted an export \(with model.json\)"),
-        (["{classifier}", "{images}/b.jpg"], "is a classifier|of a classifier; only segmentors are supported so far"),
+        (["{classifier}", "{images}/b.jpg"], "of a classifier; only segmentors are supported so far"),
+        (["{detector}", "{images}/b.jpg"], "of a detector; only segmentors are supported so far"),
         (["{export}", "{images}", "{images}/a.PNG", "--output={tmp}/out"], "a.PNG and .*a.PNG would both become a.png"),
         (["{export}", "{images}/b.jpg", "--output={tmp}/there"], "b.png exists already; --overwrite replaces it"),
         (["{export}", "{images}/b.jpg", "--json={tmp}/there/b.png"], "b.png exists already"),
@@ -253,11 +254,14 @@ def test_mistakes_end_with_one_sentence_and_nothing_is_written(
 ):
     (tmp_path / "there").mkdir()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "there" / "b.png")
-    places = {"export": export, "images": folder, "tmp": tmp_path, "classifier": tmp_path / "classifier"}
-    if "{classifier}" in arguments:
-        model = dat_jax.create_model("dat_pp_nano", num_classes=4, **tiny_segmentation.BACKBONE)
-        variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32))
-        export_model(places["classifier"], model=model, variables=variables)
+    places = {"export": export, "images": folder, "tmp": tmp_path}
+    classifier = dat_jax.create_model("dat_pp_nano", num_classes=4, **tiny_segmentation.BACKBONE)
+    detector = dat_jax.create_detector("retinanet", backbone=classifier, features=8)
+    for name, model in (("classifier", classifier), ("detector", detector)):
+        places[name] = tmp_path / name
+        if f"{{{name}}}" in arguments:
+            variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32))
+            export_model(places[name], model=model, variables=variables)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n-\n"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert run(*(argument.format(**places) for argument in arguments)) == 1

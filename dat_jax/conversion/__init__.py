@@ -1,10 +1,14 @@
 """Published PyTorch configurations and weights to ours, and weights back. As a command: ``__main__``."""
 
+from dat_jax.conversion.detectors import detector_from_official, detector_to_official, detector_variables
 from dat_jax.conversion.files import read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, to_official
 from dat_jax.conversion.segmentors import segmentor_from_official, segmentor_to_official, segmentor_variables
 
 __all__ = [
+    "detector_from_official",
+    "detector_to_official",
+    "detector_variables",
     "from_official",
     "model_from_official",
     "read_weights",

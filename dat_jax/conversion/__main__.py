@@ -1,8 +1,8 @@
 """Converts weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE]
 
-WEIGHTS with published names (.pth, .pt, .safetensors), of a classifier or of a whole segmentor, become an export, the folder
-OUT, which dat_jax.load_pretrained reads and config.init_from takes. An export or the work directory of a run becomes
-OUT.safetensors with published names.
+WEIGHTS with published names (.pth, .pt, .safetensors), of a classifier or of a whole segmentor or detector, become an export,
+the folder OUT, which dat_jax.load_pretrained reads and config.init_from takes. An export or the work directory of a run
+becomes OUT.safetensors with published names.
 """
 
 import functools
@@ -10,8 +10,8 @@ import pathlib
 import sys
 import textwrap
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -21,18 +21,12 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from dat_jax.command_line import fail, parse_flags
+from dat_jax.conversion import detectors, segmentors
 from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
-from dat_jax.conversion.segmentors import (
-    find_segmentor,
-    guess_segmentor,
-    is_segmentor,
-    segmentor_to_official,
-    segmentor_variables,
-)
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
-from dat_jax.models.registry import create_model, list_models
+from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.training.checkpoint import checksum, load_export
 from dat_jax.training.metrics import print_table
@@ -43,13 +37,48 @@ _MODEL = flags.DEFINE_string("model", None, "What the weights are of, one of dat
 _YAML = flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.")
 
 
+class _Dense(NamedTuple):
+    """Models around a backbone, one of which is called ``word``: the functions of ``conversion`` for them."""
+
+    word: str
+    known: str
+    has_names: Callable[..., bool]
+    guess: Callable
+    find: Callable
+    to_variables: Callable
+    to_official: Callable
+    title: Callable[..., str]
+
+
+_SEGMENTORS = _Dense(
+    "segmentor",
+    "SemanticFPN or UperNet",
+    segmentors.is_segmentor,
+    segmentors.guess_segmentor,
+    segmentors.find_segmentor,
+    segmentors.segmentor_variables,
+    segmentors.segmentor_to_official,
+    lambda model: model.head,
+)
+_DETECTORS = _Dense(
+    "detector",
+    "RetinaNet, Mask R-CNN or Cascade Mask R-CNN",
+    detectors.is_detector,
+    detectors.guess_detector,
+    detectors.find_detector,
+    detectors.detector_variables,
+    detectors.detector_to_official,
+    name_detector,
+)
+
+
 def import_weights(weights: str, out: str, *, model: str | None = None, yaml_file: str | None = None) -> dict[str, str]:
     """A file with published names -> an export.
 
     Args:
       weights: a file that ``read_weights`` reads.
       out: the folder to make.
-      model: a name of the registry; the class count is that of the weights.
+      model: a name of the registry, of the backbone where there is one; the class count is that of the weights.
       yaml_file: a published configuration, instead. With neither the registry is searched for names and shapes.
 
     Returns:
@@ -62,13 +91,14 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
     if pathlib.Path(out).suffix in SUFFIXES:
         raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
     state_dict = read_weights(weights)
-    if is_segmentor(state_dict):
+    dense = next((kind for kind in (_SEGMENTORS, _DETECTORS) if kind.has_names(state_dict)), None)
+    if dense:
         if yaml_file is not None:
             raise UserError(
-                f"{weights} is of a segmentor, which --yaml does not describe; --model=NAME names its backbone."
+                f"{weights} is of a {dense.word}, which --yaml does not describe; --model=NAME names its backbone."
             )
-        name, found = _name_segmentor(state_dict, model) if model else _find_segmentor(state_dict, weights)
-        convert = functools.partial(segmentor_variables, found)
+        name, found = _name_dense(dense, state_dict, model) if model else _find_dense(dense, state_dict, weights)
+        convert = functools.partial(dense.to_variables, found)
     else:
         if yaml_file is not None:
             name, found = yaml_file, _model_from_yaml(yaml_file)
@@ -84,7 +114,7 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
         raise UserError(f"{weights} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
     export_model(out, model=found, variables=variables)
     written, description = load_export(out)
-    wanted = variables if isinstance(found, Segmentor) else variables["params"]
+    wanted = variables if dense else variables["params"]
     return _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
 
 
@@ -101,9 +131,10 @@ def export_weights(trained: str, out: str) -> dict[str, str]:
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
     model, variables = load_trained(trained)
-    if isinstance(model, Segmentor):
-        state_dict, wanted = segmentor_to_official(model, variables), variables
-        read = lambda arrays: segmentor_variables(model, arrays)  # noqa: E731
+    if not isinstance(model, DAT):
+        dense = _SEGMENTORS if isinstance(model, Segmentor) else _DETECTORS
+        state_dict, wanted = dense.to_official(model, variables), variables
+        read = functools.partial(dense.to_variables, model)
     else:
         state_dict, wanted = to_official(model, variables["params"]), variables["params"]
         read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
@@ -157,25 +188,22 @@ def _find_model(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str
     )
 
 
-def _name_segmentor(state_dict: Mapping[str, np.ndarray], backbone: str) -> tuple[str, Segmentor]:
+def _name_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], backbone: str) -> tuple[str, Segmentor | Detector]:
     try:
-        return _title(found := guess_segmentor(state_dict, backbone), backbone), found
+        found = dense.guess(state_dict, backbone)
     except ValueError as error:
         raise UserError(str(error)) from error
+    return f"{dense.title(found)} on {backbone}", found
 
 
-def _find_segmentor(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, Segmentor]:
-    found = find_segmentor(state_dict, backbones={name: create_model(name) for name in list_models()})
+def _find_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, Segmentor | Detector]:
+    found = dense.find(state_dict, backbones={name: create_model(name) for name in list_models()})
     if found is None:
         raise UserError(
-            f"{weights} has names or shapes of no known segmentor: wanted SemanticFPN or UperNet on a known model; say "
+            f"{weights} has names or shapes of no known {dense.word}: wanted {dense.known} on a known model; say "
             f"--model=NAME, one of {', '.join(list_models())}, to see what differs."
         )
-    return _title(found[1], found[0]), found[1]
-
-
-def _title(model: Segmentor, backbone: str) -> str:
-    return f"{model.head} on {backbone}"
+    return f"{dense.title(found[1])} on {found[0]}", found[1]
 
 
 def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -195,7 +223,7 @@ def _checksum(params) -> str:
 
 
 def _rows(
-    name: str, model: DAT | Segmentor, written, written_checksum: str, *, wanted: Any, where: str
+    name: str, model: DAT | Segmentor | Detector, written, written_checksum: str, *, wanted: Any, where: str
 ) -> dict[str, str]:
     """What the table says, once what was read back is what was meant."""
     if not _checksum(written) == written_checksum == _checksum(wanted):

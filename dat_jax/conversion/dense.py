@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -70,6 +70,34 @@ def to_official(model, table: Table, variables: Mapping[str, Any]) -> dict[str, 
 def official_shapes(model, table: Table) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every parameter and statistic of the model."""
     return {entry.name: entry.official_shape() for entry in make_entries(model, table)}
+
+
+def read_width(state_dict: Mapping[str, np.ndarray], layer: str, *, axis: int, default: int) -> int:
+    """The length of an axis of a published layer's weights; ``default`` where there is none."""
+    array = state_dict.get(f"{layer}.weight")
+    shape = () if array is None else np.shape(array)
+    return shape[axis] if len(shape) > axis and shape[axis] else default
+
+
+def find(
+    state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, DAT], guess: Callable, shapes_of: Callable
+) -> tuple[str, Any] | None:
+    """The model on one of the backbones, by name, that has just these names and shapes; None if none has.
+
+    Args:
+      state_dict: published weights.
+      backbones: of the registry.
+      guess: (state_dict, name of a backbone) -> the model that the weights may be of.
+      shapes_of: model -> its published names and shapes.
+    """
+    shapes = {name: np.shape(array) for name, array in state_dict.items()}
+    width = shapes.get("backbone.norms.3.norm.weight")
+    for name, dat in backbones.items():
+        if (dat.dims[-1],) == width:  # shapes of all take seconds
+            model = guess(state_dict, name)
+            if all(shapes.get(key) == shape for key, shape in shapes_of(model).items()):
+                return name, model
+    return None
 
 
 @functools.lru_cache(maxsize=8)  # tracing a large model takes seconds

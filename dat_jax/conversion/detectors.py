@@ -1,5 +1,6 @@
 """Published detectors, a whole checkpoint of MMDetection, to ours, and back."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,9 @@ import numpy as np
 
 from dat_jax.conversion import dense
 from dat_jax.conversion.official import LINEAR, Transform
+from dat_jax.models.dat import DAT
 from dat_jax.models.rcnn import BOX_SIDE, RCNN
+from dat_jax.models.registry import Detector, create_detector
 from dat_jax.models.retinanet import RetinaNet
 
 _DETECTORS = ("RetinaNet", "MaskRCNN", "CascadeRCNN")
@@ -52,7 +55,7 @@ def is_detector(names) -> bool:
     return any(name.startswith(("bbox_head.", "rpn_head.")) for name in names)
 
 
-def detector_from_official(config: Mapping[str, Any], **overrides) -> RetinaNet | RCNN:
+def detector_from_official(config: Mapping[str, Any], **overrides) -> Detector:
     """The model of a published configuration.
 
     Args:
@@ -81,7 +84,7 @@ def detector_from_official(config: Mapping[str, Any], **overrides) -> RetinaNet 
     )
 
 
-def detector_variables(model: RetinaNet | RCNN, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def detector_variables(model: Detector, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Published weights of a detector as {"params"}, of a cascade with "batch_stats".
 
     Raises:
@@ -90,14 +93,37 @@ def detector_variables(model: RetinaNet | RCNN, state_dict: Mapping[str, np.ndar
     return dense.to_variables(model, _table(model), state_dict)
 
 
-def detector_to_official(model: RetinaNet | RCNN, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def detector_to_official(model: Detector, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our variables with published names and layouts."""
     return dense.to_official(model, _table(model), variables)
 
 
-def detector_shapes(model: RetinaNet | RCNN) -> dict[str, tuple[int, ...]]:
+def detector_shapes(model: Detector) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every parameter and statistic of the model."""
     return dense.official_shapes(model, _table(model))
+
+
+def guess_detector(state_dict: Mapping[str, np.ndarray], backbone: str) -> Detector:
+    """The detector on a backbone of the registry that published weights are of, its kind and widths read from them."""
+    width = functools.partial(dense.read_width, state_dict)
+    features = width("neck.lateral_convs.0.conv", axis=0, default=256)
+    if any(name.startswith("bbox_head.") for name in state_dict):
+        model = create_detector("retinanet", backbone=backbone, features=features)
+        anchors = len(model.anchor_scales) * len(model.anchor_ratios)
+        outputs = width("bbox_head.retina_cls", axis=0, default=anchors * model.num_classes)
+        return model.clone(num_classes=max(outputs // anchors, 1))
+    cascade = any(name.startswith("roi_head.bbox_head.0.") for name in state_dict)
+    model = create_detector("cascade_mask_rcnn" if cascade else "mask_rcnn", backbone=backbone, features=features)
+    stage = ".0" if cascade else ""
+    return model.clone(
+        num_classes=width(f"roi_head.mask_head{stage}.conv_logits", axis=0, default=model.num_classes),
+        width=width(f"roi_head.bbox_head{stage}.fc_cls", axis=1, default=model.width),
+    )
+
+
+def find_detector(state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, DAT]) -> tuple[str, Detector] | None:
+    """The detector on one of the backbones that has these names and shapes, with the backbone's name; see ``dense.find``."""
+    return dense.find(state_dict, backbones=backbones, guess=guess_detector, shapes_of=detector_shapes)
 
 
 def _table(model):

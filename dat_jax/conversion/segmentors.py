@@ -1,5 +1,6 @@
 """Published segmentors, a whole checkpoint of MMSegmentation, to ours, and back."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,31 +75,19 @@ def segmentor_shapes(model: Segmentor) -> dict[str, tuple[int, ...]]:
 
 def guess_segmentor(state_dict: Mapping[str, np.ndarray], backbone: str) -> Segmentor:
     """The segmentor on a backbone of the registry that published weights are of, its head and widths read from them."""
-    shapes = {name: np.shape(array) for name, array in state_dict.items()}
-
-    def width(name, axis, default):
-        shape = shapes.get(f"{name}.weight", ())
-        return shape[axis] if len(shape) == 4 else default
-
-    head = "sem_fpn" if any(name.startswith("neck.") for name in shapes) else "upernet"
+    head = "sem_fpn" if any(name.startswith("neck.") for name in state_dict) else "upernet"
     default = create_segmentor(head, backbone=backbone)
+    width = functools.partial(dense.read_width, state_dict)
     return default.clone(
-        num_classes=width("decode_head.conv_seg", 0, default.num_classes),
-        channels=width("decode_head.conv_seg", 1, default.channels),
-        neck_channels=width("neck.lateral_convs.0.conv", 0, default.neck_channels),
-        auxiliary_channels=width("auxiliary_head.convs.0.conv", 0, 0),
+        num_classes=width("decode_head.conv_seg", axis=0, default=default.num_classes),
+        channels=width("decode_head.conv_seg", axis=1, default=default.channels),
+        neck_channels=width("neck.lateral_convs.0.conv", axis=0, default=default.neck_channels),
+        auxiliary_channels=width("auxiliary_head.convs.0.conv", axis=0, default=0),
     )
 
 
 def find_segmentor(
     state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, DAT]
 ) -> tuple[str, Segmentor] | None:
-    """The segmentor on one of the backbones, by name, that has just these names and shapes; None if none has."""
-    shapes = {name: np.shape(array) for name, array in state_dict.items()}
-    width = shapes.get("backbone.norms.3.norm.weight")
-    for name, dat in backbones.items():
-        if (dat.dims[-1],) == width:  # shapes of all take seconds
-            model = guess_segmentor(state_dict, name)
-            if all(shapes.get(key) == shape for key, shape in segmentor_shapes(model).items()):
-                return name, model
-    return None
+    """The segmentor on one of the backbones that has these names and shapes, with the backbone's name; see ``dense.find``."""
+    return dense.find(state_dict, backbones=backbones, guess=guess_segmentor, shapes_of=segmentor_shapes)

@@ -293,8 +293,8 @@ def make_detection_eval_batches(
       batch_size, rows, workers: as for ``make_sized_eval_batches``.
 
     Yields:
-      {"image": uint8 (R, Hp, Wp, 3), "valid": int32 (R, 2), "scale": float32 (R, 4), "original": int32 (R, 2), "image_id":
-      int64 (R,), "mask": float32 (R,)} of its R rows, mask 1 for an image and 0 for filling.
+      {"image": uint8 (R, Hp, Wp, 3), "valid": int32 (R, 2), "scale": float32 (R, 4), "original": int32 (R, 2), "index":
+      int32 (R,), "mask": float32 (R,)} of its R rows, mask 1 for an image and 0 for filling.
 
     Raises:
       UserError: a worker process has ended, or an image cannot be read.
@@ -306,7 +306,7 @@ def make_detection_eval_batches(
         step, row = divmod(place, len(rows))
         indices = plan[step]
         index = indices[min(rows[row], len(indices) - 1)]
-        counted = {"image_id": np.int64(source.image_id(index)), "mask": np.float32(rows[row] < len(indices))}
+        counted = {"index": np.int32(index), "mask": np.float32(rows[row] < len(indices))}
         return transform(source[index]) | counted
 
     return _load(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)

@@ -7,6 +7,7 @@ width) in pixels, that a network is compiled for; images are padded to it at the
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import cv2
@@ -192,6 +193,22 @@ def make_detection_train_transform(
         max_boxes=max_boxes,
         masks=masks,
     )
+
+
+def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
+    """Heights and widths from text such as "608x832,832x608"; of "" ``BUCKETS``.
+
+    Raises:
+      UserError: other text.
+    """
+    if not text:
+        return BUCKETS
+    parts = [re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", part) for part in text.split(",")]
+    if not all(parts):
+        raise UserError(
+            f'config.data.buckets wants heights and widths such as "608x832,832x608", or "" for the default ones, got {text!r}.'
+        )
+    return tuple((int(part[1]), int(part[2])) for part in parts)
 
 
 def transform_boxes(boxes: np.ndarray, view: Views) -> tuple[np.ndarray, np.ndarray]:

@@ -1,18 +1,157 @@
-"""COCO's average precision of boxes and of masks, by pycocotools."""
+"""COCO's average precision of boxes and of masks, by pycocotools, and pictures of detections."""
 
 import contextlib
 import io
-from collections.abc import Sequence
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from dat_jax import plots
+from dat_jax.ops.masks import paste_masks
 
 METRIC = "bbox/AP"  # what the best checkpoint is best in
 # Of COCO's summary: precision over IoU .5:.05:.95, at .5, at .75, of small, medium and large objects; recall with at most 1, 10
 # and 100 detections an image, and of small, medium and large objects.
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+_MASK_THRESHOLD = 0.5  # of a pixel's probability
+_SHOWN_SCORE = 0.3  # from which on a detection is drawn
+
+
+def make_evaluator(
+    predict: Callable, *, load_ground_truth: Callable[[], dict], category_ids: Sequence[int], masks: bool
+) -> Callable[..., dict[str, float]]:
+    """Makes ``evaluate(variables, batches) -> metrics``, compiled once for each shape that images come in.
+
+    Args:
+      predict: see ``tasks.detection``.
+      load_ground_truth: gives what ``data.coco.to_coco_ground_truth`` makes of the images; asked for at every evaluation.
+      category_ids: of the labels, in order.
+      masks: whether masks are judged beside boxes.
+
+    Returns:
+      A function of variables and batches, as ``data.batching.make_detection_eval_batches`` makes them. It gives what
+      ``evaluate_coco`` does, and "images". Every process makes the detections of the images on its own devices; then each
+      gets those of all.
+    """
+    network = jax.jit(predict)
+
+    def evaluate(variables, batches):
+        truth = load_ground_truth()
+        image_ids = [image["id"] for image in truth["images"]]
+        found, seen, pending = [], 0, None
+
+        def collect(batch, outputs):
+            rows = jax.tree.map(_own_rows, {**outputs, **{name: batch[name] for name in ("original", "index", "mask")}})
+            detections = []
+            for row in np.flatnonzero(rows["mask"] > 0):
+                one = to_original({name: values[row] for name, values in rows.items()}, masks=masks)
+                names = dict(image_id=image_ids[rows["index"][row]], category_ids=category_ids)
+                detections += make_detections(one["boxes"], one["labels"], one["scores"], one["masks"], **names)
+            return detections, int((rows["mask"] > 0).sum())
+
+        for batch in itertools.chain(batches, [None]):
+            # The devices compute a batch while the one before becomes detections.
+            started = None if batch is None else (batch, network(variables, _inputs(batch)))
+            if pending is not None:
+                detections, count = collect(*pending)
+                found, seen = found + detections, seen + count
+            pending = started
+        if jax.process_count() > 1:
+            found, seen = _of_all_processes([found, seen])
+        kinds = ("bbox", "segm") if masks else ("bbox",)
+        return {**evaluate_coco(truth, found, kinds=kinds), "images": seen}
+
+    return evaluate
+
+
+def to_original(outputs: dict[str, np.ndarray], *, masks: bool) -> dict[str, np.ndarray]:
+    """The detections of one image, on the host.
+
+    Args:
+      outputs: of ``predict``, one row of each, and "original", (height, width).
+      masks: whether to paste the masks into the image.
+
+    Returns:
+      {"boxes": float32 (n, 4), x1, y1, x2, y2 in pixels of the original image, "scores": float32 (n,), descending, "labels":
+      int32 (n,), "masks": bool (n, height, width), or None}.
+    """
+    valid = outputs["valid"]
+    found = {name: np.asarray(outputs[name])[valid] for name in ("boxes", "scores", "labels")}
+    pasted = None
+    if masks:
+        shape = tuple(int(side) for side in outputs["original"])
+        pasted = paste_masks(outputs["masks"][valid], found["boxes"], shape, threshold=_MASK_THRESHOLD)
+    return found | {"masks": pasted}
+
+
+def detect_record(network: Callable, variables, record: dict, *, masks: bool) -> dict[str, np.ndarray]:
+    """``to_original`` of one example: "image", "valid", "scale", "original", not in a batch; ``network`` is a jitted predict."""
+    outputs = network(variables, {name: np.asarray(record[name])[None] for name in ("image", "valid", "scale")})
+    outputs = {name: np.asarray(values[0]) for name, values in outputs.items()}
+    return to_original({**outputs, "original": record["original"]}, masks=masks)
+
+
+def save_pictures(
+    predict: Callable,
+    variables,
+    records: Sequence[tuple[dict, dict]],
+    *,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    masks: bool,
+    directory: pathlib.Path,
+) -> None:
+    """detections.png: the objects of some examples, and what is detected with a score of 0.3 or more.
+
+    Args:
+      predict: see ``make_evaluator``.
+      variables: of the model.
+      records: of each, the original "image", "boxes", "labels" and bool "masks" (or None), and what ``detect_record`` wants.
+      class_names, palette: of the K classes, uint8 (K, 3).
+      masks: whether masks are predicted.
+      directory: where it goes.
+    """
+    network, rows = jax.jit(predict), []
+    for truth, record in records:
+        found = detect_record(network, variables, record, masks=masks)
+        shown = found["scores"] >= _SHOWN_SCORE
+        found = {name: None if values is None else values[shown] for name, values in found.items()}
+        rows.append({"objects": (truth["image"], truth), "detections": (truth["image"], found)})
+    plots.save_detections(directory / "detections.png", rows, class_names=class_names, palette=palette)
+
+
+def _inputs(batch):
+    return {name: batch[name] for name in ("image", "valid", "scale")}
+
+
+def _own_rows(array: jax.Array) -> np.ndarray:
+    """The rows of a global array that lie on this process's devices, in order."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def _of_all_processes(found: list) -> list:
+    """[detections, number of images] of all processes, from those of each."""
+    text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(text), np.int32))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    parts = [
+        json.loads(row[:length].tobytes())
+        for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
+    ]
+    return [sum((part[0] for part in parts), []), sum(part[1] for part in parts)]
 
 
 def evaluate_coco(

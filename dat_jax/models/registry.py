@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dat_jax.models.dat import DAT
+from dat_jax.models.rcnn import RCNN
+from dat_jax.models.retinanet import RetinaNet
 from dat_jax.models.segmentation import Segmentor
+
+Detector = RetinaNet | RCNN
 
 
 def _dat_pp(dims, num_heads, num_groups, drop_path_rate) -> dict[str, Any]:
@@ -99,11 +103,47 @@ def create_segmentor(name: str, *, backbone: str | Mapping[str, Any] | DAT, **ov
     if name not in _HEADS:
         raise ValueError(f"Unknown head {name!r}{_nearest(name, _HEADS)}. Heads: {', '.join(_HEADS)}.")
     _check_attributes(Segmentor, overrides)
-    if isinstance(backbone, DAT):
-        dat = backbone
-    else:
-        dat = create_model(backbone) if isinstance(backbone, str) else create_model(**backbone)
+    dat = _make_backbone(backbone)
     return Segmentor(dat, **{"head": name, "dtype": dat.dtype, **_HEADS[name], **overrides})
+
+
+_DETECTORS = {
+    "retinanet": (RetinaNet, {}),
+    "mask_rcnn": (RCNN, dict(cascade=False)),
+    "cascade_mask_rcnn": (RCNN, dict(cascade=True)),
+}
+
+
+def create_detector(name: str, *, backbone: str | Mapping[str, Any] | DAT, **overrides) -> Detector:
+    """Makes a detector.
+
+    Args:
+      name: "retinanet", "mask_rcnn" or "cascade_mask_rcnn".
+      backbone: as of ``create_segmentor``.
+      **overrides: attributes of ``RetinaNet`` or of ``RCNN``, such as num_classes.
+
+    Raises:
+      ValueError: unknown name or attribute; the nearest known one is named.
+    """
+    if name not in _DETECTORS:
+        raise ValueError(f"Unknown detector {name!r}{_nearest(name, _DETECTORS)}. Detectors: {', '.join(_DETECTORS)}.")
+    kind, settings = _DETECTORS[name]
+    _check_attributes(kind, overrides)
+    dat = _make_backbone(backbone)
+    return kind(dat, **{"dtype": dat.dtype, **settings, **overrides})
+
+
+def name_detector(model: Detector) -> str:
+    """What ``create_detector`` calls it."""
+    if isinstance(model, RetinaNet):
+        return "retinanet"
+    return "cascade_mask_rcnn" if model.cascade else "mask_rcnn"
+
+
+def _make_backbone(backbone: str | Mapping[str, Any] | DAT) -> DAT:
+    if isinstance(backbone, DAT):
+        return backbone
+    return create_model(backbone) if isinstance(backbone, str) else create_model(**backbone)
 
 
 def _check_attributes(kind: type, given: Mapping[str, Any]) -> None:

@@ -393,9 +393,9 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
     scores = jnp.where(proposals.valid[..., None], scores, 0)
 
     def detect(boxes, deltas, scores, image_shape, scale):
-        boxes = bx.decode_boxes(boxes[:, None], deltas, **settings.stages[-1].coder, image_shape=image_shape) / scale
+        boxes = bx.decode_boxes(boxes[:, None], deltas, **settings.stages[-1].coder, image_shape=image_shape)
         return multiclass_nms(
-            boxes,
+            boxes / scale.reshape(1, 1, 4),
             scores,
             score_threshold=settings.score_threshold,
             iou_threshold=settings.iou_threshold,

@@ -63,7 +63,7 @@ def retinanet_loss(
         min_positive=0.0,
     )
     count = jnp.maximum((codes >= 0).sum(axis=1), 1).sum()
-    classes = jnp.arange(model.num_classes)
+    classes = jnp.arange(model.num_classes).reshape(1, 1, -1)
     class_loss = box_loss = start = 0
     for scores, deltas, anchors in zip(outputs["scores"], outputs["deltas"], level_anchors, strict=True):
         of_level = codes[:, start : start + len(anchors)]
@@ -90,7 +90,7 @@ def retinanet_detect(
             _best_of_level(*level, image_shape, settings) for level in zip(scores, deltas, anchors, strict=True)
         ]
         boxes, scores, labels = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
-        boxes, valid = boxes / scale, scores > 0
+        boxes, valid = boxes / scale.reshape(1, 4), scores > 0
         keep = nms(boxes, scores, threshold=settings.iou_threshold, valid=valid, groups=labels)
         best, places = lax.top_k(jnp.where(keep, scores, 0), min(settings.max_detections, len(scores)))
         valid = best > 0

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dat_jax.data.batching import example_indices
 from dat_jax.errors import UserError
 from dat_jax.training.run import Run
 
@@ -52,7 +51,7 @@ def _say_waiting(finished, seconds, note):
 
 
 class ImageCounter:
-    """Counts images that could not be read, which their successors took the place of.
+    """Counts images that could not be read, which their successors took the place of, and objects that had no room.
 
     Args:
       max_damaged: the part of all images seen from which on the run ends.
@@ -60,10 +59,10 @@ class ImageCounter:
     """
 
     def __init__(self, max_damaged: float, *, note: Callable[[str], None]):
-        self._max, self._note, self._seen, self._damaged = max_damaged, note, 0, 0
+        self._max, self._note, self._seen, self._damaged, self._dropped = max_damaged, note, 0, 0, 0
 
     def count(self, batch: dict[str, Any]) -> None:
-        """Takes "damaged" out of a batch of this process.
+        """Takes "damaged" and "dropped" out of a batch of this process.
 
         Raises:
           UserError: too many were damaged.
@@ -71,7 +70,8 @@ class ImageCounter:
         damaged = int(np.sum(batch.pop("damaged", 0)))
         if damaged and not self._damaged:
             self._note("Some images cannot be read; each is named once, and the next one is taken instead.")
-        self._seen += len(batch["label"]) + damaged
+        self._dropped += int(np.sum(batch.pop("dropped", 0)))
+        self._seen += len(batch["image"]) + damaged
         self._damaged += damaged
         if self._damaged > max(_FEW, self._max * self._seen):
             raise UserError(
@@ -80,8 +80,9 @@ class ImageCounter:
             )
 
     def summary(self) -> dict[str, int]:
-        """{"damaged_images": how many so far}, where there were any."""
-        return {"damaged_images": self._damaged} if self._damaged else {}
+        """{"damaged_images", "dropped_objects": how many so far}, where there were any."""
+        found = {"damaged_images": self._damaged, "dropped_objects": self._dropped}
+        return {name: count for name, count in found.items() if count}
 
 
 class SpikeReport:
@@ -102,15 +103,12 @@ class SpikeReport:
         """Looks at the metrics of the last steps, ``step`` being the last."""
         if not self._factor:
             return
-        config = self._run.config
         for index, metrics in enumerate(values, start=step - len(values) + 1):
             loss, usual = float(metrics["loss"]), float(np.mean(self._losses)) if self._losses else math.inf
             if not metrics["skipped_in_a_row"] and loss <= self._factor * usual:
                 self._losses = [*self._losses, loss][-_REMEMBERED:]
                 continue
-            images = example_indices(
-                len(self._run.train_source), seed=config.seed, step=index, batch_size=config.batch_size
-            )
+            images = self._run.setup.example_indices(self._run.config, self._run.train_source, step=index)
             self._note(f"  step {index}: loss {loss:.4g}, usually {usual:.4g}; its images are in {self._path}")
             finite = {name: x if math.isfinite(x) else None for name, x in (("loss", loss), ("usual_loss", usual))}
             if jax.process_index() == 0:

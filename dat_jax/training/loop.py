@@ -14,6 +14,7 @@ from dat_jax.errors import UserError
 from dat_jax.training import compilation_cache, continuation, distributed, health, sharding
 from dat_jax.training import metrics as metrics_lib
 from dat_jax.training.checkpoint import Checkpoints
+from dat_jax.training.optimizer import global_norm
 from dat_jax.training.preemption import Preemption
 from dat_jax.training.pretrained import CLASS_NAMES
 from dat_jax.training.profiling import StepProfiler
@@ -198,8 +199,10 @@ def _train_steps(
             return state, preemption.signal_name
         if due:
             result = run.evaluate(state.eval_variables, eval_batches(run))
-            # The losses before this were of earlier weights; these are what would be saved.
-            _check_finite(result["loss"], "evaluation's loss", step, checkpoints)
+            # The losses before this were of earlier weights; these are what would be saved. No loss is evaluated of detectors.
+            known = "loss" in result
+            value = result["loss"] if known else jax.jit(global_norm)(state.eval_variables["params"])
+            _check_finite(value, "evaluation's loss" if known else "weights' norm", step, checkpoints)
             writer.write(step, result, prefix="eval")
             save(step, {run.metric: result[run.metric]})
             console.print(f"  evaluation: {_format(result)}")

@@ -50,7 +50,7 @@ def decay_matrices(params):
 def decay_all_but_norms(params):
     """True for all parameters but those of LayerNorms and position bias tables: biases and BatchNorm's decay too.
 
-    Source: the published segmentors' and detectors' recipe, which goes by names that contain "norm"; BatchNorms are "bn".
+    Source: the published segmentors' recipe, which goes by names that contain "norm"; BatchNorms are "bn".
     """
 
     def decays(path, leaf):
@@ -61,6 +61,18 @@ def decay_all_but_norms(params):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def decay_all_but_norms_and_bn(params):
+    """True for all parameters but those of norms, BatchNorms too, and position bias tables: biases decay.
+
+    Source: the published detectors' recipe, the segmentors' with mmcv's ``norm_decay_mult=0``.
+    """
+
+    def decays(path, decays_by_name):
+        return decays_by_name and "['bn']" not in jax.tree_util.keystr(path)
+
+    return jax.tree_util.tree_map_with_path(decays, decay_all_but_norms(params))
+
+
 # LayerNorms that are named by their place in a sequence, as published
 _NAMELESS_NORMS = r"\['(conv_offset_1|proj_ds_1)'\]"
 
@@ -69,7 +81,11 @@ def _is_table(name: str) -> bool:
     return "rpe_table" in name or "relative_position_bias_table" in name
 
 
-DECAY_RULES = {"matrices": decay_matrices, "all_but_norms": decay_all_but_norms}
+DECAY_RULES = {
+    "matrices": decay_matrices,
+    "all_but_norms": decay_all_but_norms,
+    "all_but_norms_and_bn": decay_all_but_norms_and_bn,
+}
 
 
 def make_optimizer(

@@ -15,7 +15,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dat_jax.config import validate
-from dat_jax.data.batching import make_train_batches
 from dat_jax.errors import UserError
 from dat_jax.flops import count_product_flops
 from dat_jax.ops.dispatch import compute_dtype, target_platform
@@ -23,7 +22,7 @@ from dat_jax.tasks import Task
 from dat_jax.training import sharding
 from dat_jax.training.optimizer import make_optimizer
 from dat_jax.training.pretrained import load_for_finetuning
-from dat_jax.training.schedule import warmup_cosine, warmup_poly
+from dat_jax.training.schedule import warmup_cosine, warmup_poly, warmup_step
 from dat_jax.training.setups import SETUPS
 from dat_jax.training.state import TrainState, init_state
 from dat_jax.training.step import make_train_step
@@ -123,7 +122,7 @@ def make_run(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
         ),
         metric=setup.evaluation.METRIC,
-        evaluate=setup.make_evaluate(config, task.predict),
+        evaluate=setup.make_evaluate(config, task.predict, eval_source),
     )
 
 
@@ -211,15 +210,8 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
 
 def train_batches(run: Run, *, start_step: int) -> Iterator[dict]:
     """Endless batches, this process's part of them (numpy), from a step on."""
-    return make_train_batches(
-        run.train_source,
-        run.setup.make_train_transform(run.config),
-        batch_size=run.config.batch_size,
-        seed=run.config.seed,
-        start_step=start_step,
-        rows=sharding.local_rows(run.config.batch_size, run.mesh),
-        workers=run.config.data.workers,
-    )
+    rows = sharding.local_rows(run.config.batch_size, run.mesh)
+    return run.setup.make_train_batches(run.config, run.train_source, start_step=start_step, rows=rows)
 
 
 def eval_batches(run: Run, source=None) -> Iterator[dict]:
@@ -281,6 +273,15 @@ def _make_schedule(config, steps_per_epoch):
             warmup_steps=s.warmup_steps,
             warmup_ratio=s.warmup_ratio,
             total_steps=total_steps,
+        )
+    if s.kind == "step":
+        return warmup_step(
+            base_lr=s.base_lr,
+            warmup_steps=s.warmup_steps,
+            warmup_ratio=s.warmup_ratio,
+            drops=s.drops,
+            factor=s.factor,
+            steps_per_epoch=steps_per_epoch,
         )
     scale = config.batch_size / s.reference_batch_size
     return warmup_cosine(

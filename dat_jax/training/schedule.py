@@ -1,5 +1,8 @@
 """The learning rate of every step."""
 
+import math
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import optax
 
@@ -34,9 +37,34 @@ def warmup_poly(
     """
 
     def schedule(count):
-        t = count * 1.0
-        rate = base_lr * jnp.maximum(1 - t / total_steps, 0) ** power
-        warm = 1 - (1 - t / max(warmup_steps, 1)) * (1 - warmup_ratio)
-        return jnp.where(t < warmup_steps, rate * warm, rate)
+        rate = base_lr * jnp.maximum(1 - count * 1.0 / total_steps, 0) ** power
+        return rate * _warmup(count, warmup_steps, warmup_ratio)
 
     return schedule
+
+
+def warmup_step(
+    *,
+    base_lr: float,
+    warmup_steps: int,
+    warmup_ratio: float,
+    drops: Sequence[float],
+    factor: float,
+    steps_per_epoch: int,
+) -> optax.Schedule:
+    """base_lr, times ``factor`` after each of ``drops``, in epochs; in warm-up as ``warmup_poly``.
+
+    A drop after e epochs holds from t = e * steps_per_epoch on, the first step of the next epoch; t is the number of finished
+    steps. Source: the published detectors' recipe (mmcv's step policy by epochs, with its linear warm-up by steps).
+    """
+
+    def schedule(count):
+        dropped = math.prod(jnp.where(count >= epochs * steps_per_epoch, factor, 1.0) for epochs in drops)
+        return base_lr * dropped * _warmup(count, warmup_steps, warmup_ratio)
+
+    return schedule
+
+
+def _warmup(count, steps: int, ratio: float):
+    """From ``ratio`` to 1, linearly over so many steps, and 1 from then on."""
+    return jnp.where(count < steps, 1 - (1 - count / max(steps, 1)) * (1 - ratio), 1.0)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import dat_jax
-from dat_jax.conversion import read_weights, to_official, write_safetensors
+from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
 from dat_jax.conversion.__main__ import export_weights, import_weights
 from dat_jax.errors import UserError
 from dat_jax.training.pretrained import export_model
@@ -113,6 +113,50 @@ def test_half_precision_weights_become_float32(tmp_path):
     bias = variables["params"]["cls_head"]["bias"]
     np.testing.assert_array_equal(bias, weights["cls_head.bias"].astype(np.float32))
     assert bias.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
+def test_a_whole_detector_there_and_back(name, tmp_path):
+    """Kind, classes and widths are read from the weights; a training checkpoint has its counters beside them."""
+    width = {} if name == "retinanet" else {"width": 16}
+    detector = dat_jax.create_detector(name, backbone="dat_pp_nano", num_classes=3, features=8, **width)
+    rng = np.random.default_rng(0)
+    shapes = detectors.detector_shapes(detector)
+    weights = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    counters = {f"{key[:-11]}num_batches_tracked": np.array(7) for key in shapes if key.endswith("running_var")}
+    assert bool(counters) == (name == "cascade_mask_rcnn")
+    pth.write_pth(tmp_path / "w.pth", weights | counters)
+    rows = import_weights(str(tmp_path / "w.pth"), str(tmp_path / "export"))
+    assert (rows["model"], rows["classes"]) == (f"{name} on dat_pp_nano", "3")
+    model, variables = dat_jax.load_pretrained(tmp_path / "export")
+    assert model == detector
+    assert set(variables) == ({"params", "batch_stats"} if counters else {"params"})
+    trained = sum(array.size for key, array in weights.items() if not key.endswith(("running_mean", "running_var")))
+    assert rows["parameters"] == f"{trained:,}"
+
+    back = export_weights(str(tmp_path / "export"), str(tmp_path / "back.safetensors"))
+    assert back["checksum"] == rows["checksum"]
+    got = load_file(tmp_path / "back.safetensors")
+    assert got.keys() == weights.keys() | counters.keys()
+    for key, array in weights.items():
+        np.testing.assert_array_equal(got[key], array, err_msg=key)
+
+
+def test_weights_of_an_unknown_detector_are_refused(tmp_path):
+    detector = dat_jax.create_detector("mask_rcnn", backbone="dat_pp_nano", num_classes=3, features=8, width=16)
+    shapes = detectors.detector_shapes(detector)
+    weights = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    weights["roi_head.bbox_head.fc_reg.weight"] = np.zeros((4, 16), np.float32)  # one box for all classes
+    write_safetensors(tmp_path / "w.safetensors", weights)
+    files = str(tmp_path / "w.safetensors"), str(tmp_path / "out")
+    with pytest.raises(UserError, match="no known detector: wanted RetinaNet, Mask R-CNN or Cascade Mask R-CNN on a"):
+        import_weights(*files)
+    wanted = r"mask_rcnn on dat_pp_nano: .* mis-shaped: roi_head.bbox_head.fc_reg.weight \(4, 16\), wanted \(12, 16\)"
+    with pytest.raises(UserError, match=wanted):
+        import_weights(*files, model="dat_pp_nano")
+    with pytest.raises(UserError, match="is of a detector, which --yaml does not describe"):
+        import_weights(*files, yaml_file="some.yaml")
+    assert not (tmp_path / "out").exists()
 
 
 GOOD_YAML = {

@@ -6,10 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dat_jax import create_model
+from dat_jax import create_detector, create_model, list_models
 from dat_jax.conversion import detectors
-from dat_jax.models.rcnn import RCNN
-from dat_jax.models.retinanet import RetinaNet
 from tests.golden_files import DIRECTORY
 
 PUBLISHED = {  # millions of parameters, as the paper's tables have them
@@ -24,8 +22,8 @@ PUBLISHED = {  # millions of parameters, as the paper's tables have them
 
 
 def make(kind, size):
-    dat = create_model(f"dat_pp_{size}")
-    return RetinaNet(dat) if kind == "retinanet" else RCNN(dat, cascade=kind == "cascade")
+    name = {"retinanet": "retinanet", "maskrcnn": "mask_rcnn", "cascade": "cascade_mask_rcnn"}[kind]
+    return create_detector(name, backbone=f"dat_pp_{size}")
 
 
 def read_keys(kind, size):
@@ -57,3 +55,54 @@ def test_a_full_size_state_dict_converts_and_comes_back(kind):
     assert back.keys() == state_dict.keys()
     for name, array in state_dict.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_the_weight_decay_is_that_of_the_published_names():
+    """Published: none for the names that the segmentors spare, nor for any norm: here the BatchNorms are left, "bn"."""
+    from dat_jax.training.optimizer import decay_all_but_norms_and_bn
+
+    model = create_detector("cascade_mask_rcnn", backbone="dat_tiny", features=8, width=16)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    decays = jax.tree.map(
+        lambda leaf, d: np.full(leaf.shape, d), shapes["params"], decay_all_but_norms_and_bn(shapes["params"])
+    )
+    statistics = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes["batch_stats"])
+    official = detectors.detector_to_official(model, {"params": decays, "batch_stats": statistics})
+    free = ("norm", ".bn.", "rpe_table", "relative_position_bias_table", "absolute_pos_embed")
+    for word in free[:-1]:
+        assert any(word in name for name in official)
+    for name, array in official.items():
+        if not name.endswith(("running_mean", "running_var", "tracked")):
+            assert array.all() == (not any(word in name for word in free)), name
+    assert official["roi_head.bbox_head.2.fc_cls.bias"].all()
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
+def test_kind_and_widths_are_read_from_the_weights(name):
+    width = {} if name == "retinanet" else {"width": 16}
+    model = create_detector(name, backbone="dat_pp_nano", num_classes=3, features=8, **width)
+    state_dict = {key: np.zeros(shape, np.float32) for key, shape in detectors.detector_shapes(model).items()}
+    assert detectors.guess_detector(state_dict, "dat_pp_nano") == model
+    backbones = {size: create_model(size) for size in ("dat_pp_tiny", "dat_pp_nano")}
+    assert detectors.find_detector(state_dict, backbones=backbones) == ("dat_pp_nano", model)
+    del state_dict["neck.fpn_convs.0.conv.weight"]
+    assert detectors.find_detector(state_dict, backbones=backbones) is None
+
+
+@pytest.mark.parametrize(("kind", "name"), [("retinanet", "retinanet"), ("cascade", "cascade_mask_rcnn")])
+def test_published_weights_are_found(kind, name):
+    _, recorded = read_keys(kind, "tiny")
+    state_dict = {key: np.broadcast_to(np.float32(0), shape) for key, shape in recorded.items()}
+    found = detectors.find_detector(state_dict, backbones={size: create_model(size) for size in list_models()})
+    assert found == ("dat_pp_tiny", create_detector(name, backbone="dat_pp_tiny"))
+
+
+def test_guesses_survive_weights_of_strange_shapes():
+    for shape in ((), (0,), (5,), (0, 0, 3, 3)):
+        state_dict = {
+            "bbox_head.retina_cls.weight": np.zeros(shape),
+            "neck.lateral_convs.0.conv.weight": np.zeros(shape),
+        }
+        model = detectors.guess_detector(state_dict, "dat_pp_nano")
+        assert min(model.num_classes, model.features) >= 1

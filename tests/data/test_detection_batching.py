@@ -197,7 +197,7 @@ def test_every_image_is_evaluated_once(directory, batch_size):
             "valid": np.int32,
             "scale": np.float32,
             "original": np.int32,
-            "image_id": np.int64,
+            "index": np.int32,
             "mask": np.float32,
         }
         assert len(batch["image"]) == batch_size
@@ -205,13 +205,13 @@ def test_every_image_is_evaluated_once(directory, batch_size):
         mask = batch["mask"].tolist()
         assert mask[0] == 1
         assert mask == sorted(mask, reverse=True)
-        for row, number in enumerate(batch["image_id"].tolist()):
-            wanted = EVAL_TRANSFORM(source[number - 1])
-            assert batch["original"][row].tolist() == list(SIZES[number - 1])
+        for row, index in enumerate(batch["index"].tolist()):
+            wanted = EVAL_TRANSFORM(source[index])
+            assert batch["original"][row].tolist() == list(SIZES[index])
             for name, values in wanted.items():
                 np.testing.assert_array_equal(batch[name][row], values)
-        seen.extend(number for number, counts in zip(batch["image_id"].tolist(), mask, strict=True) if counts)
-    assert sorted(seen) == list(range(1, len(SIZES) + 1))
+        seen.extend(index for index, counts in zip(batch["index"].tolist(), mask, strict=True) if counts)
+    assert sorted(seen) == list(range(len(SIZES)))
     assert shapes == sorted(shapes)
 
 

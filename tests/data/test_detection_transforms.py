@@ -9,6 +9,7 @@ from dat_jax.data.detection_transforms import (
     Views,
     make_detection_eval_transform,
     make_detection_train_transform,
+    parse_buckets,
     transform_boxes,
     transform_mask,
 )
@@ -367,6 +368,14 @@ def test_every_image_has_the_smallest_bucket_that_holds_it():
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_detection_train_transform(**options)
+
+
+def test_buckets_are_read_from_text():
+    assert parse_buckets("") == BUCKETS
+    assert parse_buckets("608x832, 832x608") == ((608, 832), (832, 608))
+    for text in ("608", "608x832,", "608x832x3", "608*832", "axb", " ", "-32x32", "9" * 5000 + "x32"):
+        with pytest.raises(UserError, match='config.data.buckets wants heights and widths such as "608x832,832x608"'):
+            parse_buckets(text)
 
 
 def test_one_square_bucket_is_enough():

@@ -1,7 +1,6 @@
 """Transforms for segmentation: against recorded inputs, against the recipe's arithmetic, and the statistics of the draws."""
 
 import collections
-import pathlib
 
 import cv2
 import numpy as np
@@ -22,9 +21,9 @@ from dat_jax.data.segmentation_transforms import (
     resize_image,
     resize_label,
 )
+from tests.golden_files import read
 from tests.photographs import photographs
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "sem_fpn_mini.npz"
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 DRAWS = 2000
 HALF = 4 * np.sqrt(0.25 / DRAWS)  # four standard errors of a probability of 1/2
@@ -41,10 +40,10 @@ def blocks(side, *, classes, size=16, seed=0):
 
 
 def test_the_views_are_those_of_the_published_test():
-    with np.load(GOLDEN) as golden:
-        image = golden["ms.raw_bgr"][..., ::-1].copy()
-        scale = tuple(golden["ms.img_scale"].tolist())
-        inputs = [golden[f"ms.input{index}"] for index in (0, 2, 4)]
+    golden = read("sem_fpn_mini")
+    image = golden["ms.raw_bgr"][..., ::-1].copy()
+    scale = tuple(golden["ms.img_scale"].tolist())
+    inputs = [golden[f"ms.input{index}"] for index in (0, 2, 4)]
     transform = make_segmentation_eval_transform(scale=scale, ratios=(0.5, 1.0, 1.5))
     label = np.zeros(image.shape[:2], np.uint8)
     views = transform({"image": image, "label": label})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import dat_jax
+from dat_jax.models.registry import name_detector
 from tests.golden_files import DIRECTORY
 
 COUNTS = {
@@ -52,6 +53,37 @@ def test_unknown_names_are_refused_with_the_nearest():
         dat_jax.create_model("dat_pp_tinny")
     with pytest.raises(ValueError, match="'drop_path', did you mean 'drop_path_rate'"):
         dat_jax.create_model("dat_pp_tiny", drop_path=0.1)
+
+
+def test_detectors_by_name():
+    retinanet = dat_jax.create_detector("retinanet", backbone="dat_pp_nano", num_classes=3)
+    assert isinstance(retinanet, dat_jax.RetinaNet)
+    assert (retinanet.num_classes, retinanet.dat) == (3, dat_jax.create_model("dat_pp_nano"))
+    for name, cascade in (("mask_rcnn", False), ("cascade_mask_rcnn", True)):
+        backbone = {"name": "dat_pp_nano", "dtype": jnp.bfloat16}
+        model = dat_jax.create_detector(name, backbone=backbone, width=16)
+        assert isinstance(model, dat_jax.RCNN)
+        assert (model.cascade, model.width, model.dtype) == (cascade, 16, jnp.bfloat16)
+        assert name_detector(model) == name
+        assert dat_jax.create_detector(name, backbone=model.dat, width=16) == model
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "mask_rcn",
+            {},
+            "Unknown detector 'mask_rcn', did you mean 'mask_rcnn'.* Detectors: retinanet, mask_rcnn, cascade",
+        ),
+        ("mask_rcnn", {"featuers": 8}, "RCNN has no attribute 'featuers', did you mean 'features'"),
+        ("retinanet", {"width": 8}, "RetinaNet has no attribute 'width'"),
+        ("retinanet", {"backbone": "dat_pp_nono"}, "Unknown model 'dat_pp_nono', did you mean 'dat_pp_nano'"),
+    ],
+)
+def test_unknown_detectors_are_refused_with_the_nearest(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        dat_jax.create_detector(name, **{"backbone": "dat_pp_nano", **settings})
 
 
 if __name__ == "__main__":

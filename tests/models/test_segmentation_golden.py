@@ -1,4 +1,4 @@
-"""Backbone and segmentors agree with the recorded arrays of the published ones, forward, loss, gradients and test path."""
+"""Segmentors agree with the recorded arrays of the published ones, forward, loss, gradients and test path."""
 
 import json
 
@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dat_jax.conversion import dense, official, segmentors
+from dat_jax.conversion import segmentors
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
 from dat_jax.evaluation.segmentation import make_segmenter
-from dat_jax.models.backbone import Backbone
 from dat_jax.ops.resize import resize_bilinear
 from dat_jax.tasks.segmentation import make_segmentation_task, segmentation_loss
 from tests.golden_files import Golden, channels_last, relative_error
@@ -24,36 +23,6 @@ def load(name, dtype):
     golden = Golden(name, dtype)
     model = segmentors.segmentor_from_official(golden.config, dtype=jnp.dtype(dtype))
     return golden, model, segmentors.segmentor_variables(model, golden.state_dict)
-
-
-def check_backbone(dtype):
-    golden, (arrays_close, values_close, norms_close) = Golden("backbone_mini", dtype), TOLERANCES[dtype]
-    config = {key: value for key, value in golden.config.items() if key not in ("out_indices", "use_checkpoint")}
-    dat = official.model_from_official(config, dtype=jnp.dtype(dtype))
-    model = Backbone(dat, dtype=jnp.dtype(dtype))
-    a, b = (channels_last(golden.arrays[f"{name}.images"].astype(dtype)) for name in "ab")
-    wanted = jax.eval_shape(model.init, jax.random.key(0), a)["params"]
-    # The names of a segmentor's backbone are those of the backbone alone, behind "backbone.".
-    recorded = {f"backbone.{name}": array for name, array in golden.state_dict.items()}
-    entries = [
-        official.Entry(path, leaf.shape, *dense.name_entry(("backbone", *path), dat, ()))
-        for path, leaf in flatten(wanted).items()
-    ]
-    params = official.assemble(recorded, entries, is_ignored=lambda name: official.is_ignored(name[9:], dat))
-
-    def loss(params, images):
-        maps = model.apply({"params": params}, images)
-        return sum(jnp.tanh(x).mean() for x in maps), maps
-
-    (value, maps), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, a)
-    for name, found, of in (("a", maps, value), ("b", *reversed(jax.jit(loss)(params, b)))):
-        for index, x in enumerate(found):
-            assert relative_error(jnp.moveaxis(x, -1, 1), golden.arrays[f"{name}.feat{index}"]) < arrays_close
-        assert relative_error(of, golden.arrays[f"{name}.loss"]) < 10 * values_close  # tanh of both signs cancels
-    norms = {f"backbone.{name}": norm for name, norm in golden.group("gradnorm.").items()}
-    check_norms(
-        {e.name: e.transform.to_official(np.asarray(flatten(gradients)[e.path])) for e in entries}, norms, norms_close
-    )
 
 
 def flatten(tree):
@@ -83,19 +52,19 @@ def check_evaluation_mode(name, dtype):
     for index, x in enumerate(sown["neck" if "neck" in sown else "backbone"]["__call__"][0]):
         assert relative_error(jnp.abs(x).mean(), golden.arrays[f"feat.mean_abs{index}"]) < close
         if "neck" in sown:
-            assert relative_error(jnp.moveaxis(x, -1, 1), golden.arrays[f"neck{index}"]) < close
+            x = jnp.moveaxis(x, -1, 1)  # recorded of the finest level is every fourth row and column
+            x, key = (x, f"neck{index}") if index else (x[:, :, ::4, ::4], "neck0_4")
+            assert relative_error(x, golden.arrays[key]) < close
     assert relative_error(first("logits"), golden.arrays["logits"]) < close
     if "aux_logits" in golden.arrays:
         assert relative_error(first("auxiliary_logits"), golden.arrays["aux_logits"]) < close
     full = resize_bilinear(outputs["logits"], golden.images.shape[1:3])
-    assert relative_error(jnp.moveaxis(full[:1], -1, 1), golden.arrays["logits_input_size"]) < close
 
     # The test path of an image that fills only a part of the input.
     meta = json.loads(str(golden.arrays["test.meta"]))
     (height, width, _), original = meta["img_shape"], tuple(meta["ori_shape"][:2])
     probabilities = jax.nn.softmax(resize_bilinear(full[:1, :height, :width], original), axis=-1)
-    assert relative_error(jnp.moveaxis(probabilities, -1, 1), golden.arrays["test.prob"]) < close
-    assert relative_error(jnp.moveaxis(probabilities[:, :, ::-1], -1, 1), golden.arrays["test.prob_flip"]) < close
+    assert relative_error(jnp.moveaxis(probabilities, -1, 1)[..., ::3, ::3], golden.arrays["test.prob_3"]) < close
     check_labels(probabilities[0].argmax(axis=-1), golden.arrays["test.pred"], probabilities[0], close)
 
 
@@ -115,20 +84,20 @@ def check_multi_scale(name, dtype):
         scale=tuple(golden.arrays["ms.img_scale"].tolist()), ratios=(0.5, 1.0, 1.5)
     )
     record = transform({"image": image, "label": np.zeros(image.shape[:2], np.uint8)})
-    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
-    inputs = [golden.arrays[f"ms.input{index}"].transpose(1, 2, 0) for index in (0, 2, 4)]
-    for index, wanted in enumerate(inputs):
-        assert relative_error((record[f"view_{index}"] - mean) / std, wanted) < 1e-6
+    mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
+    inputs = [(record[f"view_{index}"] - mean) / std for index in range(3)]  # bit for bit what the published model saw
+    for index, wanted in golden.group("ms.input").items():  # of views 0, 2, 4, the others are mirrored
+        np.testing.assert_array_equal(inputs[int(index) // 2].transpose(2, 0, 1), wanted)
 
-    def predict(variables, batch):  # the recorded inputs, which are normalised, so that rounding of those is left out
+    def predict(variables, batch):  # inputs that are normalised, so that rounding of those is left out
         return model.apply(variables, batch["image"])
 
     views = [jnp.asarray(x, dtype)[None] for x in inputs]
     size = jnp.array([image.shape[:2]])
     labels, confidence = make_segmenter(predict, flip=True)(variables, views, size, image.shape[:2])
-    wanted = golden.arrays["ms.prob"][0].max(axis=0)
-    assert relative_error(confidence[0], wanted) < close
-    check_labels(labels[0], golden.arrays["ms.pred"], np.moveaxis(golden.arrays["ms.prob"][0], 0, -1), close)
+    two_likeliest = golden.arrays["ms.top2"]
+    assert relative_error(confidence[0], two_likeliest[1]) < close
+    check_labels(labels[0], golden.arrays["ms.pred"], np.moveaxis(two_likeliest, 0, -1), close)
 
 
 def check_training(name, dtype):
@@ -163,14 +132,6 @@ def check_training(name, dtype):
             assert relative_error(ours[key], wanted) < close, key
     ours = {key: x for key, x in ours.items() if not key.endswith(("running_mean", "running_var", "tracked"))}
     check_norms(ours, golden.group("gradnorm."), norms_close)
-
-
-def test_backbone():
-    check_backbone("float32")
-
-
-def test_backbone_in_float64(x64):
-    check_backbone("float64")
 
 
 @pytest.mark.parametrize("name", HEADS)

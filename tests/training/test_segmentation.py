@@ -171,7 +171,7 @@ def test_another_head_is_another_model(workdir):
         ("eval.window", 32, "config.eval.window and stride want two numbers"),
         ("augmentation.min_ratio", 3.0, "config.augmentation.min_ratio wants a number above 0 and up to max_ratio 2.0"),
         ("augmentation.distort", 1, "config.augmentation.distort wants True or False, got 1"),
-        ("schedule.kind", "step", "config.schedule.kind wants one of cosine, poly, got 'step'"),
+        ("schedule.kind", "steps", "config.schedule.kind wants one of cosine, poly, step, got 'steps'"),
         ("data.image_size", 64, "Unknown key config.data.image_size"),
     ],
 )

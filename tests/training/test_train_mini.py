@@ -12,7 +12,7 @@ import dat_jax
 from dat_jax import conversion
 from dat_jax.tasks.classification import soft_cross_entropy
 from dat_jax.training.optimizer import decay_matrices, make_optimizer
-from dat_jax.training.schedule import warmup_cosine
+from dat_jax.training.schedule import warmup_cosine, warmup_poly, warmup_step
 from tests.golden_files import Golden
 
 
@@ -95,3 +95,33 @@ def test_schedule_by_hand(count, wanted):
     """Two warm-up steps from 0.1 to 1, total 4: t is 0, 0, 1, then the cosine at t = 2 of 4, and 0 from t = 4 on."""
     schedule = warmup_cosine(base_lr=1.0, warmup_lr=0.1, min_lr=0.0, warmup_steps=2, total_steps=4)
     np.testing.assert_allclose(schedule(count), wanted, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"),
+    [(0, 0.2), (2, 0.6), (4, 1.0), (15, 1.0), (16, 0.1), (24, 0.1), (25, 0.01), (10**6, 0.01)],
+)
+def test_drops_by_hand(count, wanted):
+    """Ten steps an epoch. Four warm-up steps from a fifth, drops after 1.6 and 2.5 epochs."""
+    schedule = warmup_step(
+        base_lr=1.0, warmup_steps=4, warmup_ratio=0.2, drops=(1.6, 2.5), factor=0.1, steps_per_epoch=10
+    )
+    np.testing.assert_allclose(schedule(count), wanted, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(schedule)(count), wanted, rtol=1e-6)
+
+
+def test_drops_come_in_warm_up_too_as_in_mmcv():
+    """An epoch of two steps in a warm-up of four from 0: the rate of the second epoch is a tenth."""
+    schedule = warmup_step(base_lr=8.0, warmup_steps=4, warmup_ratio=0.0, drops=(1,), factor=0.1, steps_per_epoch=2)
+    np.testing.assert_allclose([schedule(count) for count in range(5)], [0.0, 2.0, 0.4, 0.6, 0.8], rtol=1e-6)
+
+
+def test_without_drops_or_warm_up_the_rate_stays():
+    schedule = warmup_step(base_lr=3.0, warmup_steps=0, warmup_ratio=0.5, drops=(), factor=0.1, steps_per_epoch=2)
+    np.testing.assert_array_equal([schedule(count) for count in (0, 1, 99)], 3.0)
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(0, 0.1), (1, 0.9 * 0.55), (2, 0.8), (5, 0.5), (10, 0.0), (11, 0.0)])
+def test_poly_by_hand(count, wanted):
+    schedule = warmup_poly(base_lr=1.0, power=1.0, warmup_steps=2, warmup_ratio=0.1, total_steps=10)
+    np.testing.assert_allclose(schedule(count), wanted, rtol=1e-6)

@@ -11,7 +11,7 @@ from dat_jax.data import batching
 from dat_jax.data.eval_sets import load_eval_sets as load_sets
 from dat_jax.data.sources import SPLITS, load_source
 from dat_jax.data.transforms import make_eval_transform
-from dat_jax.data.transforms import make_train_transform as make_transform
+from dat_jax.data.transforms import make_train_transform
 from dat_jax.evaluation import classification as evaluation
 from dat_jax.models.registry import create_model
 from dat_jax.ops.dispatch import compute_dtype
@@ -43,16 +43,16 @@ def make_task(config: ConfigDict, *, classes: int, **overrides) -> Task:
     )
 
 
-def make_evaluate(config: ConfigDict, predict):
+def make_evaluate(config: ConfigDict, predict, source):
     """See ``evaluation.classification``."""
-    del config
+    del config, source
     return evaluation.make_evaluator(predict)
 
 
-def make_train_transform(config: ConfigDict):
-    """See ``data.transforms``."""
+def make_train_batches(config: ConfigDict, source, *, start_step: int, rows: list[int]) -> Iterator[dict]:
+    """See ``data.batching``."""
     augmentation = config.augmentation
-    return make_transform(
+    transform = make_train_transform(
         image_size=config.data.image_size,
         min_crop_area=augmentation.min_crop_area,
         max_crop_aspect=augmentation.max_crop_aspect,
@@ -61,6 +61,20 @@ def make_train_transform(config: ConfigDict):
         rand_augment_magnitude=augmentation.rand_augment_magnitude,
         rand_augment_std=augmentation.rand_augment_std,
     )
+    return batching.make_train_batches(
+        source,
+        transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        rows=rows,
+        workers=config.data.workers,
+    )
+
+
+def example_indices(config: ConfigDict, source, *, step: int) -> list[int]:
+    """Which images the batch of a step has."""
+    return batching.example_indices(len(source), seed=config.seed, step=step, batch_size=config.batch_size)
 
 
 def make_eval_batches(config: ConfigDict, source, *, rows: list[int]) -> Iterator[dict]:
@@ -76,8 +90,9 @@ def make_eval_batches(config: ConfigDict, source, *, rows: list[int]) -> Iterato
     )
 
 
-def example_batch(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """To train on."""
+def example_batch(config: ConfigDict, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    """To train on, or to evaluate."""
+    del train
     side = config.data.image_size
     return {
         "image": jax.ShapeDtypeStruct((size, side, side, 3), "uint8"),

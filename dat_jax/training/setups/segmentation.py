@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dat_jax.data.ade20k import make_palette_for
-from dat_jax.data.batching import make_sized_eval_batches
+from dat_jax.data import batching
 from dat_jax.data.segmentation_sources import load_segmentation_source
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
 from dat_jax.data.sources import SPLITS
@@ -46,15 +46,16 @@ def make_task(config: ConfigDict, *, classes: int, **overrides) -> Task:
     )
 
 
-def make_evaluate(config: ConfigDict, predict):
+def make_evaluate(config: ConfigDict, predict, source):
     """See ``evaluation.segmentation``."""
+    del source
     return evaluation.make_evaluator(predict, **_test_options(config))
 
 
-def make_train_transform(config: ConfigDict):
-    """See ``data.segmentation_transforms``."""
+def make_train_batches(config: ConfigDict, source, *, start_step: int, rows: list[int]) -> Iterator[dict]:
+    """See ``data.batching``."""
     data, augmentation = config.data, config.augmentation
-    return make_segmentation_train_transform(
+    transform = make_segmentation_train_transform(
         scale=(data.long_side, data.short_side),
         min_ratio=augmentation.min_ratio,
         max_ratio=augmentation.max_ratio,
@@ -63,17 +64,32 @@ def make_train_transform(config: ConfigDict):
         flip_probability=augmentation.flip_probability,
         distort=augmentation.distort,
     )
+    return batching.make_train_batches(
+        source,
+        transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        rows=rows,
+        workers=data.workers,
+    )
+
+
+def example_indices(config: ConfigDict, source, *, step: int) -> list[int]:
+    """Which images the batch of a step has."""
+    return batching.example_indices(len(source), seed=config.seed, step=step, batch_size=config.batch_size)
 
 
 def make_eval_batches(config: ConfigDict, source, *, rows: list[int]) -> Iterator[dict]:
     """Every example once, in batches of images of one size, this process's rows of every batch."""
-    return make_sized_eval_batches(
+    return batching.make_sized_eval_batches(
         source, _eval_transform(config), batch_size=config.eval.batch_size, rows=rows, workers=config.data.workers
     )
 
 
-def example_batch(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """To train on."""
+def example_batch(config: ConfigDict, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    """To train on, or to evaluate."""
+    del train
     side = config.data.crop_size
     return {
         "image": jax.ShapeDtypeStruct((size, side, side, 3), "uint8"),
