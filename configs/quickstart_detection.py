@@ -30,12 +30,12 @@ def get_config() -> ConfigDict:
     config.sampling.test_candidates = 100
     config.sampling.test_proposals = 30
     config.batch_size = 32
-    config.steps = 1200
+    config.steps = 1500
     config.log_every = 50
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
     config.schedule = ConfigDict(dict(kind="poly", base_lr=2e-3, power=1.0, warmup_steps=50, warmup_ratio=0.01))
     config.eval.batch_size = 40
-    config.eval.every_steps = 300
+    config.eval.every_steps = 500
     config.eval.max_detections = 10
     return config.lock()

@@ -137,7 +137,7 @@ def make_detection_train_transform(
     flip_probability: float = 0.5,
     crop_probability: float = 0.5,
     first_short_sides: Sequence[int] = (400, 500, 600),
-    first_long_side: int = 4200,
+    first_long_side: int = LONG_SIDE,
     crop_sides: tuple[int, int] = (384, 600),
     buckets: Sequence[tuple[int, int]] = BUCKETS,
     max_boxes: int = 100,

@@ -24,8 +24,10 @@ from dat_jax.tasks.retinanet import (
 )
 from tests.golden_files import channels_last, load, relative_error
 
-# Of values that were computed in float64 and stored in float32, of losses, and of gradient norms.
-TOLERANCES = {"float64": (5e-6, 1e-7, 1e-6), "float32": (1e-4, 1e-4, 1e-3)}
+# Of values that were computed in float64 and stored in float32, and of losses.
+TOLERANCES = {"float64": (5e-6, 1e-7), "float32": (1e-4, 1e-4)}
+# Of gradient norms, in float64. In the cascade many RoIs go through BatchNorm and ReLU, near whose kink rounding counts.
+NORMS_CLOSE = {"retinanet": 1e-8, "maskrcnn": 2e-6, "cascade": 5e-6}
 TRUTHS = 6  # of an image, with padding
 RCNN = ["maskrcnn", "cascade"]
 
@@ -84,7 +86,7 @@ def settings_of(model, config, mode="firstk"):
 
 def check_detections(kind, dtype):
     arrays, config, metas, _ = load(kind)
-    (model, variables, images, batch), (close, _, _) = make(kind, dtype), TOLERANCES[dtype]
+    (model, variables, images, batch), (close, _) = make(kind, dtype), TOLERANCES[dtype]
     settings = settings_of(model, config)
 
     def detect(module, images):
@@ -142,10 +144,10 @@ def test_detections_in_float64(kind, x64):
     check_detections(kind, "float64")
 
 
-def check_losses(kind, mode, dtype):
-    """Every loss, the gradient's norms, and BatchNorm's statistics after the step."""
-    arrays, config, _, _ = load(kind)
-    (model, variables, images, batch), (close, exact, norms_close) = make(kind, dtype), TOLERANCES[dtype]
+def compute_losses(kind, mode, dtype):
+    """A function of parameters, jitted: (loss, (metrics, model state)), and the parameters."""
+    _, config, _, _ = load(kind)
+    model, variables, images, batch = make(kind, dtype)
     settings = settings_of(model, config, mode)
 
     def compute(module, images):
@@ -158,28 +160,16 @@ def check_losses(kind, mode, dtype):
         (value, metrics), state = apply({**variables, "params": params}, images)
         return value, (metrics, state)
 
-    (value, (metrics, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    return model, loss, variables["params"]
+
+
+def check_losses(kind, mode, dtype, value, metrics):
+    arrays, exact = load(kind)[0], TOLERANCES[dtype][1]
     assert relative_error(value, arrays[f"{mode}.loss_total"]) < exact
     wanted = wanted_metrics(arrays, f"{mode}.loss.", kind)
     assert set(metrics) == set(wanted)
     for name, x in wanted.items():
         assert relative_error(metrics[name], x) < 10 * exact, name
-    ours = detector_to_official(model, jax.device_get({"params": gradients, **state}))
-    for key, x in arrays.items():
-        if key.startswith(f"{mode}.after."):
-            assert relative_error(ours[key.removeprefix(f"{mode}.after.")], x) < close, key
-    norms = {key.removeprefix(f"{mode}.gradnorm."): x for key, x in arrays.items() if ".gradnorm." in key}
-    checked = 0
-    for name, x in norms.items():
-        if name.startswith(("all.", "firstk.")):  # of the other mode
-            continue
-        norm = np.linalg.norm(ours[name])
-        if x < 1e-12 or name.endswith("proj_k.bias"):  # zero in exact arithmetic
-            assert norm < 1e-3 * max(norms.values()), name
-        else:
-            assert relative_error(norm, x) < norms_close, name
-        checked += 1
-    assert checked == len(jax.tree.leaves(gradients))
 
 
 def wanted_metrics(arrays, prefix, kind):
@@ -194,17 +184,41 @@ def wanted_metrics(arrays, prefix, kind):
     return wanted
 
 
-MODES = [("retinanet", "all"), *((kind, mode) for kind in RCNN for mode in ("firstk", "all"))]
+@pytest.mark.parametrize("kind", ["retinanet", *RCNN])
+def test_losses(kind):
+    mode = "all" if kind == "retinanet" else "firstk"
+    _, loss, params = compute_losses(kind, mode, "float32")
+    value, (metrics, _) = jax.jit(loss)(params)
+    check_losses(kind, mode, "float32", value, metrics)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("retinanet", "all"), ("maskrcnn", "firstk"), ("cascade", "firstk")])
-def test_losses(kind, mode):
-    check_losses(kind, mode, "float32")
+@pytest.mark.parametrize("kind", RCNN)
+def test_losses_of_all_candidates(kind, x64):
+    _, loss, params = compute_losses(kind, "all", "float64")
+    value, (metrics, _) = jax.jit(loss)(params)
+    check_losses(kind, "all", "float64", value, metrics)
 
 
-@pytest.mark.parametrize(("kind", "mode"), MODES)
-def test_losses_in_float64(kind, mode, x64):
-    check_losses(kind, mode, "float64")
+@pytest.mark.parametrize("kind", ["retinanet", *RCNN])
+def test_losses_and_gradients_in_float64(kind, x64):
+    """Every loss, the norms of the gradients, and BatchNorm's statistics after the step."""
+    arrays, mode = load(kind)[0], "all" if kind == "retinanet" else "firstk"
+    model, loss, params = compute_losses(kind, mode, "float64")
+    (value, (metrics, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    check_losses(kind, mode, "float64", value, metrics)
+    ours = detector_to_official(model, jax.device_get({"params": gradients, **state}))
+    for key, x in arrays.items():
+        if key.startswith(f"{mode}.after."):
+            assert relative_error(ours[key.removeprefix(f"{mode}.after.")], x) < 1e-6, key
+    prefix = f"{mode}.gradnorm."
+    norms = {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
+    assert len(norms) == len(jax.tree.leaves(gradients))
+    for name, x in norms.items():
+        norm = np.linalg.norm(ours[name])
+        if x < 1e-12 or name.endswith("proj_k.bias"):  # zero in exact arithmetic
+            assert norm < 1e-3 * max(norms.values()), name
+        else:
+            assert relative_error(norm, x) < NORMS_CLOSE[kind], name
 
 
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
