@@ -9,7 +9,6 @@ Detections are {"boxes": (B, D, 4), in pixels of the original images, "scores": 
 "valid": bool (B, D), and "masks": (B, D, 28, 28), probabilities within each box}; what is not valid is 0.
 """
 
-import flax.linen as nn
 import jax
 
 from dat_jax.models.rcnn import RCNN
@@ -53,8 +52,8 @@ def make_detection_task(
                 return retinanet_loss(module, module(images, train=True), batch)
             return rcnn_loss(module, images, batch, sample_key, settings)
 
-        apply = nn.apply(compute, model, mutable=["batch_stats"])
-        (value, metrics), state = apply(variables, prepare(batch), rngs={"dropout": drop_key})
+        options = dict(method=compute, rngs={"dropout": drop_key}, mutable=["batch_stats"])
+        (value, metrics), state = model.apply(variables, prepare(batch), **options)
         return value, {"loss": value, **metrics}, dict(state)
 
     def predict(variables, batch):
@@ -63,6 +62,6 @@ def make_detection_task(
                 return retinanet_detect(module, module(images), batch, settings)
             return rcnn_detect(module, images, batch, settings)
 
-        return nn.apply(compute, model)(variables, prepare(batch))
+        return model.apply(variables, prepare(batch), method=compute)
 
     return Task(init=init, loss=loss, predict=predict)
