@@ -207,28 +207,34 @@ def draw_detections(
 
 def save_detections(
     path: pathlib.Path,
-    rows: Sequence[Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]],
+    examples: Sequence[Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]],
     *,
     class_names: Sequence[str],
     palette: np.ndarray,
-    panel_width: float = 3.0,
+    examples_per_row: int = 2,
+    panel_width: float = 2.4,
 ) -> None:
-    """Images with what is found in them, a row an image.
+    """Images with what is found in them.
 
     Args:
       path: of the PNG file.
-      rows: for each, panel title -> (image, what is found), see ``draw_detections``.
+      examples: of each, panel title -> (image, what is found), see ``draw_detections``.
       class_names, palette: of the K classes, uint8 (K, 3).
+      examples_per_row: whose panels stand side by side.
       panel_width: of a panel, inches of 130 pixels.
     """
+    rows = [
+        [panel for example in examples[start : start + examples_per_row] for panel in example.items()]
+        for start in range(0, len(examples), examples_per_row)
+    ]
     columns = max(map(len, rows))
-    height = sum(panel_width * max(image.shape[0] / image.shape[1] for image, _ in row.values()) for row in rows)
-    figure = Figure(figsize=(panel_width * columns, height + 0.4), layout="constrained")
+    height = sum(panel_width * max(image.shape[0] / image.shape[1] for _, (image, _) in row) + 0.2 for row in rows)
+    figure = Figure(figsize=(panel_width * columns, height), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.ravel():
         axes.axis("off")
     for row, line in zip(rows, grid, strict=True):
-        for (title, (image, found)), axes in zip(row.items(), line, strict=False):
+        for (title, (image, found)), axes in zip(row, line, strict=False):
             draw_detections(axes, image, found, class_names=class_names, palette=palette)
             axes.set_title(title, fontsize=8)
     figure.savefig(path, dpi=130)

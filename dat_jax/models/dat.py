@@ -139,7 +139,8 @@ class Stage(nn.Module):
         if self.scan and len(self.blocks) > self.period and not self.is_initializing():
             return self._scan(x, train)
         for index, (make_block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
-            x = make_block(name=f"blocks_{index}", parent=self)(x, rate, train)
+            # Drop path is all that training changes; remat makes a traced number of a rate of zero.
+            x = make_block(name=f"blocks_{index}", parent=self)(x, rate, train and rate > 0)
         return x
 
     def _scan(self, x, train):
@@ -162,7 +163,7 @@ class Stage(nn.Module):
             sown = []
             for position, block in enumerate(blocks):
                 rngs = {"dropout": keys[position]} if random else {}
-                arguments = ({"params": params[position]}, x, rates[position] if random else 0.0, train)
+                arguments = ({"params": params[position]}, x, rates[position], random)
                 if sow:
                     x, state = block.apply(*arguments, rngs=rngs, mutable=["intermediates"])
                     sown.append(state.get("intermediates", {}))

@@ -27,9 +27,7 @@ def default_settings(model: RetinaNet | RCNN) -> RetinaNetSettings | RCNNSetting
     return CASCADE if model.cascade else MASK_RCNN
 
 
-def make_detection_task(
-    model: RetinaNet | RCNN, *, settings: RetinaNetSettings | RCNNSettings | None = None
-) -> Task:
+def make_detection_task(model: RetinaNet | RCNN, *, settings: RetinaNetSettings | RCNNSettings | None = None) -> Task:
     """The published losses and detections; batches and outputs are described above.
 
     Args:

@@ -19,9 +19,7 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.softplus(logits) - logits * targets
 
 
-def sigmoid_focal_loss(
-    logits: jax.Array, targets: jax.Array, *, gamma: float = 2.0, alpha: float = 0.25
-) -> jax.Array:
+def sigmoid_focal_loss(logits: jax.Array, targets: jax.Array, *, gamma: float = 2.0, alpha: float = 0.25) -> jax.Array:
     """Cross-entropy of a sigmoid times alpha (1 - p) ** gamma for targets, (1 - alpha) p ** gamma for others.
 
     Args:

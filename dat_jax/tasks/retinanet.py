@@ -86,9 +86,7 @@ def retinanet_detect(
     anchors = make_level_anchors(model, outputs, STRIDES)
 
     def detect(scores, deltas, image_shape, scale):
-        found = [
-            _best_of_level(*level, image_shape, settings) for level in zip(scores, deltas, anchors, strict=True)
-        ]
+        found = [_best_of_level(*level, image_shape, settings) for level in zip(scores, deltas, anchors, strict=True)]
         boxes, scores, labels = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
         boxes, valid = boxes / scale.reshape(1, 4), scores > 0
         keep = nms(boxes, scores, threshold=settings.iou_threshold, valid=valid, groups=labels)
@@ -157,9 +155,7 @@ def assign_anchors(
 
     def assign(image_shape, truths, is_truth):
         padded = -(-image_shape // _PADDED_TO) * _PADDED_TO
-        valid = jnp.concatenate(
-            anchor_validity(shapes, strides=strides, per_position=per_position, pad_shape=padded)
-        )
+        valid = jnp.concatenate(anchor_validity(shapes, strides=strides, per_position=per_position, pad_shape=padded))
         if inside_only:
             valid &= inside_image(anchors, image_shape=image_shape)
         options = dict(valid_boxes=valid, valid_ground_truths=is_truth, match_low_quality=True)

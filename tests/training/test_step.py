@@ -17,6 +17,7 @@ from dat_jax.tasks import Task
 from dat_jax.training import run as run_lib
 from dat_jax.training import sharding
 from dat_jax.training.optimizer import clip_by_global_norm, global_norm
+from dat_jax.training.setups import SETUPS
 from dat_jax.training.state import TrainState, init_state, own_memory
 from dat_jax.training.step import make_train_step
 from tests import tiny_config
@@ -163,7 +164,7 @@ def stand_in(config):
     """In the place of a data set that is not there; the embedded ones themselves."""
     if not config.data.directory:
         return None
-    return (StandIn(2048, tuple(map(str, range(150 if config.task == "segmentation" else 1000)))),) * 2
+    return (StandIn(2048, tuple(map(str, range(SETUPS[config.task].CLASSES)))),) * 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -176,9 +177,16 @@ def test_the_step_of_every_configuration_has_consistent_shapes(name):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), run.abstract_state
     )
-    of_task = {"classification": {"top1"}, "segmentation": {"accuracy"}}[config.task]
-    if config.get("head", {}).get("name") == "upernet":
+    of_task = {"classification": {"top1"}, "segmentation": {"accuracy"}, "detection": {"class_loss", "box_loss"}}[
+        config.task
+    ]
+    head = config.get("head", {}).get("name")
+    if head == "upernet":
         of_task |= {"main_loss", "auxiliary_loss"}
+    elif head in ("mask_rcnn", "cascade_mask_rcnn"):
+        stages = ("_0", "_1", "_2") if head == "cascade_mask_rcnn" else ("",)
+        of_task = {f"{name}{stage}" for stage in stages for name in ("class_loss", "box_loss", "mask_loss", "accuracy")}
+        of_task |= {"rpn_class_loss", "rpn_box_loss"}
     assert set(metrics) == {"loss", *of_task, "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
 
 

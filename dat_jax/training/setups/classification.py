@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 from dat_jax.data import batching
 from dat_jax.data.eval_sets import load_eval_sets as load_sets
 from dat_jax.data.sources import SPLITS, load_source
-from dat_jax.data.transforms import make_eval_transform
-from dat_jax.data.transforms import make_train_transform
+from dat_jax.data.transforms import make_eval_transform, make_train_transform
 from dat_jax.evaluation import classification as evaluation
 from dat_jax.models.registry import create_model
 from dat_jax.ops.dispatch import compute_dtype

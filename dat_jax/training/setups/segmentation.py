@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dat_jax.data.ade20k import make_palette_for
 from dat_jax.data import batching
+from dat_jax.data.ade20k import make_palette_for
 from dat_jax.data.segmentation_sources import load_segmentation_source
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
 from dat_jax.data.sources import SPLITS

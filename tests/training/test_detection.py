@@ -1,0 +1,89 @@
+"""Detectors train, are evaluated, go on, and come back: the same loop as for classifiers."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dat_jax import conversion
+from dat_jax.errors import UserError
+from dat_jax.training import run as run_lib
+from dat_jax.training import sharding
+from dat_jax.training.loop import evaluate, train
+from dat_jax.training.metrics import read_metrics
+from dat_jax.training.pretrained import load_trained, read_class_names
+from dat_jax.training.setups import detection as setup
+from tests import tiny_detection
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a whole run, and what it gave."""
+    directory = tmp_path_factory.mktemp("detector")
+    return directory, train(tiny_detection.get_config(), str(directory))
+
+
+def test_it_learns_and_leaves_what_people_look_at(workdir):
+    directory, result = workdir
+    series = read_metrics(directory / "metrics.jsonl")
+    assert series["train/loss"][8] < series["train/loss"][2]
+    assert set(series["eval/bbox/AP"]) == set(series["eval/segm/AP50"]) == {4, 8}
+    assert result["images"] == 200
+    assert result["bbox/AP"] == pytest.approx(max(series["eval/bbox/AP"].values()))
+    assert read_class_names(directory, count=10) == tiny_detection.CLASS_NAMES
+    for name in ("curves.png", "detections.png"):
+        with Image.open(directory / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_a_checkpoint_is_evaluated_to_the_same_numbers(workdir):
+    directory, result = workdir
+    assert evaluate(tiny_detection.get_config(), str(directory)) == pytest.approx(result)
+
+
+def test_weights_go_to_published_names_and_back(workdir):
+    model, variables = load_trained(workdir[0])
+    state_dict = conversion.detector_to_official(model, variables)
+    back = conversion.detector_variables(model, state_dict)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), dict(variables))
+
+
+def two_steps(config, devices):
+    """Metrics of two steps, BatchNorm's statistics after them, and detections of four images."""
+    run = run_lib.make_run(config, devices=devices)
+    state, step = run_lib.initialize(run), run_lib.make_jitted_step(run)
+    batches, found = run_lib.train_batches(run, start_step=0), []
+    for _ in range(2):
+        batch = {name: array for name, array in next(batches).items() if name not in ("damaged", "dropped")}
+        state, metrics = step(state, sharding.put_batch(batch, run.mesh))
+        found.append(jax.device_get(metrics))
+    return found, jax.device_get(state.model_state)
+
+
+def test_eight_devices_step_as_one():
+    """A cascade: losses and BatchNorm are of the whole batch, on every mesh."""
+    config = tiny_detection.get_config("cascade_mask_rcnn").unlock()
+    eight = two_steps(config, jax.devices())
+    config.mesh.data = config.mesh.fsdp = 1
+    one = two_steps(config, jax.devices()[:1])
+    assert "batch_stats" in one[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), eight, one)
+
+
+def test_data_that_do_not_fit_are_refused(monkeypatch):
+    config = tiny_detection.get_config().unlock()
+    train_source, _ = setup.load_sources(config)
+
+    class WithoutMasks:
+        has_masks = False
+
+    with pytest.raises(UserError, match="mask_rcnn learns masks, and the annotations have none"):
+        setup.make_train_batches(config, WithoutMasks(), start_step=0, rows=[0])
+
+    class OtherNames:
+        category_ids, class_names = (1, 7), ("cat", "dog")
+
+    sources = iter([train_source, OtherNames()])
+    monkeypatch.setattr(setup, "load_detection_source", lambda *_, **__: next(sources))
+    with pytest.raises(UserError, match=r"categories 1 0, 2 1, .*\.\.\., those to validate on 1 cat, 7 dog: wanted"):
+        setup.load_sources(config)
