@@ -151,7 +151,7 @@ def _of_all_processes(found: list) -> list:
         json.loads(row[:length].tobytes())
         for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
     ]
-    return [sum((part[0] for part in parts), []), sum(part[1] for part in parts)]
+    return [[detection for part in parts for detection in part[0]], sum(part[1] for part in parts)]
 
 
 def evaluate_coco(
