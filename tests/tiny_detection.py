@@ -1,12 +1,17 @@
 """A detector that compiles and trains in seconds."""
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
 from dat_jax.data.coco import DigitsSource
+from dat_jax.models.registry import create_detector
+from tests.random_variables import random_variables
 from tests.tiny_segmentation import BACKBONE
 
 DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")
+_SCALES = {"rpn_reg": 0.02, "fc_reg": 0.02, "retina_reg": 0.02, "retina_cls": 0.2, "fc_cls": 0.5}  # of random weights
 CLASS_NAMES = DigitsSource("train").class_names
 
 
@@ -45,3 +50,19 @@ def get_config(head: str = "mask_rcnn"):
     config.eval.max_detections = 5
     config.mesh.data, config.mesh.fsdp = -1, 4  # what is split is gathered, also for pictures and evaluations
     return config.lock()
+
+
+def random_detector(head: str = "mask_rcnn", *, num_classes: int = 3, seed: int = 0):
+    """A model and random variables that find boxes of several places, sizes and classes."""
+    backbone = {"name": "dat_pp_nano", **BACKBONE}
+    model = create_detector(head, backbone=backbone, num_classes=num_classes, **head_settings(head))
+
+    def adjust(path, leaf):
+        names = jax.tree_util.keystr(path)
+        if names.endswith("['var']"):
+            return abs(leaf) + 0.5
+        small = next((scale for part, scale in _SCALES.items() if f"{part}']" in names), 1.0)
+        return (small * leaf).astype(leaf.dtype)
+
+    variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), seed=seed, scale=0.4)
+    return model, jax.tree_util.tree_map_with_path(adjust, variables)

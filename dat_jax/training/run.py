@@ -234,10 +234,13 @@ def describe(run: Run) -> dict[str, str]:
     """The table that a run starts with."""
     config, devices = run.config, jax.devices()
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.abstract_state.params))
+    skipped = {name: count for name, count in getattr(run.train_source, "skipped", {}).items() if count}
+    left_out = ", ".join(f"{count:,} {name}" for name, count in skipped.items())
     return {
         "model": f"{config.model.name}, {parameters:,} parameters, {compute_dtype(config.model.dtype)}",
         "data": f"{config.data.name}: {len(run.train_source):,} to train, {len(run.eval_source):,} to validate, "
         f"{run.setup.describe_images(config)}",
+        **({"left out or mended": left_out} if left_out else {}),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "mesh": " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items()),
         "batch": f"{config.batch_size} in {config.accumulate_steps} part(s), {run.steps_per_epoch} steps an epoch",

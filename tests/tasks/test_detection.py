@@ -1,0 +1,43 @@
+"""What detectors learn from images that have little or nothing in them."""
+
+import jax
+import numpy as np
+import pytest
+
+from dat_jax.training import run as run_lib
+from tests import tiny_detection
+
+
+@pytest.mark.parametrize("head", tiny_detection.DETECTORS)
+def test_images_without_objects_and_odd_boxes_give_finite_losses_and_gradients(head):
+    config = tiny_detection.get_config(head).unlock()
+    config.mesh.data = config.mesh.fsdp = 1
+    run = run_lib.make_run(config, devices=jax.devices()[:1])
+    state = run_lib.initialize(run)
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.setup.example_batch(config, 2))
+    batch["valid"][:] = [[64, 64], [40, 33]]
+    batch["boxes"][:] = np.nan
+
+    @jax.jit
+    def losses(batch):
+        def loss(params):
+            value, metrics, _ = run.task.loss({"params": params, **state.model_state}, batch, jax.random.key(0))
+            return value, metrics
+
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return metrics, gradients
+
+    def check():
+        metrics, gradients = losses(batch)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((metrics, gradients)))
+        return metrics
+
+    nothing = check()
+    assert all(value == 0 for name, value in nothing.items() if "box_loss" in name or "mask_loss" in name)
+    # A box without an area, one beyond the image, and one that is all of it.
+    batch["box_mask"][1] = True
+    batch["boxes"][1] = [[5, 5, 5, 30], [50, 50, 60, 60]]
+    check()
+    batch["boxes"][1, 0] = [0, 0, 33, 40]
+    something = check()
+    assert sum(value > 0 for name, value in something.items() if "box_loss" in name) > 0
