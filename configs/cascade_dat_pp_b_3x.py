@@ -4,7 +4,7 @@ python -m dat_jax.main --config=configs/cascade_dat_pp_b_3x.py --workdir=runs/ca
     --config.data.directory=/data/coco --config.init_from=weights/dat_pp_b
 
 --config.init_from takes published weights that `python -m dat_jax.conversion` has read, or the work directory of a run.
-Hardware: any number of devices that divides the batch; published with 64 GPUs. Published: 54.5 box AP, 47.0 mask AP.
+Hardware: any number of devices that divides the batch. Published: 54.5 box AP, 47.0 mask AP.
 Not trained with this code yet.
 """
 
@@ -26,14 +26,10 @@ def get_config() -> ConfigDict:
         )
     )
     config.init_from = "weights/dat_pp_b"
-    config.data.name = "coco"
     config.data.directory = "data/coco"
     config.data.workers = 8
     config.head = ConfigDict(dict(name="cascade_mask_rcnn"))
     config.sampling.train_proposals = 2000
-    config.batch_size = 64
     config.epochs = 36
-    config.optimizer.weight_decay = 0.05
-    config.schedule.base_lr = 4e-4
     config.schedule.drops = (27, 33)
     return config.lock()

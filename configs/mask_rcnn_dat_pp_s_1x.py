@@ -4,7 +4,7 @@ python -m dat_jax.main --config=configs/mask_rcnn_dat_pp_s_1x.py --workdir=runs/
     --config.data.directory=/data/coco --config.init_from=weights/dat_pp_s
 
 --config.init_from takes published weights that `python -m dat_jax.conversion` has read, or the work directory of a run.
-Hardware: any number of devices that divides the batch; published with 32 GPUs. Published: 49.8 box AP, 44.5 mask AP.
+Hardware: any number of devices that divides the batch. Published: 49.8 box AP, 44.5 mask AP.
 Not trained with this code yet.
 """
 
@@ -26,14 +26,7 @@ def get_config() -> ConfigDict:
         )
     )
     config.init_from = "weights/dat_pp_s"
-    config.data.name = "coco"
     config.data.directory = "data/coco"
     config.data.workers = 8
     config.head = ConfigDict(dict(name="mask_rcnn"))
-    config.sampling.train_proposals = 1000
-    config.batch_size = 64
-    config.epochs = 12
-    config.optimizer.weight_decay = 0.05
-    config.schedule.base_lr = 4e-4
-    config.schedule.drops = (8, 11)
     return config.lock()

@@ -5,7 +5,7 @@ python -m dat_jax.main --config=configs/sem_fpn_dat_pp_b.py --workdir=runs/sem_f
 
 --config.init_from takes published weights that `python -m dat_jax.conversion` has read, or the work directory of a run.
 Multi-scale test: --mode=eval --config.eval.ratios="(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)" --config.eval.flip=True
-Hardware: any number of devices that divides the batch; published with 8 GPUs. Published: 50.4 mIoU, 51.1 with that test.
+Hardware: any number of devices that divides the batch. Published: 50.4 mIoU, 51.1 with that test.
 Not trained with this code yet.
 """
 

@@ -1,6 +1,7 @@
 """Reads the recorded arrays of tests/golden."""
 
 import functools
+import gzip
 import json
 import math
 import pathlib
@@ -40,6 +41,12 @@ def read(name: str) -> dict[str, np.ndarray]:
     high, low = (arrays.pop(f"float16.{half}").astype(np.uint16) for half in ("high", "low"))
     parts = np.split((high << 8 | low).view(np.float16), np.cumsum([math.prod(shape) for shape in shapes.values()]))
     return arrays | {key: part.reshape(shapes[key]) for key, part in zip(shapes, parts, strict=False)}
+
+
+def read_keys(name: str) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Of a published model, HEAD_SIZE such as semfpn_tiny: number of parameters, and shape of every entry by name."""
+    recorded = json.loads(gzip.decompress((DIRECTORY / "keys.json.gz").read_bytes()))[name]
+    return recorded["params_total"], {key: tuple(shape) for key, shape in recorded["shapes"].items()}
 
 
 @functools.cache

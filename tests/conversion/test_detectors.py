@@ -1,6 +1,5 @@
 """Published detectors come over whole: names, shapes, counts and numbers."""
 
-import json
 
 import jax
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from dat_jax import create_detector, create_model, list_models
 from dat_jax.conversion import detectors
-from tests.golden_files import DIRECTORY
+from tests.golden_files import read_keys
 
 PUBLISHED = {  # millions of parameters, as the paper's tables have them
     **{
@@ -26,14 +25,9 @@ def make(kind, size):
     return create_detector(name, backbone=f"dat_pp_{size}")
 
 
-def read_keys(kind, size):
-    recorded = json.loads((DIRECTORY / "keys" / f"{kind}_{size}.json").read_text())
-    return recorded["params_total"], {name: tuple(shape) for name, shape in recorded["shapes"].items()}
-
-
 @pytest.mark.parametrize(("kind", "size"), PUBLISHED)
 def test_names_and_counts_are_the_published_ones(kind, size):
-    total, recorded = read_keys(kind, size)
+    total, recorded = read_keys(f"{kind}_{size}")
     ours = detectors.detector_shapes(make(kind, size))
     counters = {name for name in recorded if name.endswith("num_batches_tracked")}
     assert ours == {name: shape for name, shape in recorded.items() if name not in counters}
@@ -44,7 +38,7 @@ def test_names_and_counts_are_the_published_ones(kind, size):
 @pytest.mark.parametrize("kind", ["retinanet", "maskrcnn", "cascade"])
 def test_a_full_size_state_dict_converts_and_comes_back(kind):
     rng = np.random.default_rng(0)
-    _, recorded = read_keys(kind, "tiny")
+    _, recorded = read_keys(f"{kind}_tiny")
     state_dict = {
         name: np.zeros((), np.int64) if name.endswith("tracked") else rng.standard_normal(shape, np.float32)
         for name, shape in recorded.items()
@@ -92,7 +86,7 @@ def test_kind_and_widths_are_read_from_the_weights(name):
 
 @pytest.mark.parametrize(("kind", "name"), [("retinanet", "retinanet"), ("cascade", "cascade_mask_rcnn")])
 def test_published_weights_are_found(kind, name):
-    _, recorded = read_keys(kind, "tiny")
+    _, recorded = read_keys(f"{kind}_tiny")
     state_dict = {key: np.broadcast_to(np.float32(0), shape) for key, shape in recorded.items()}
     found = detectors.find_detector(state_dict, backbones={size: create_model(size) for size in list_models()})
     assert found == ("dat_pp_tiny", create_detector(name, backbone="dat_pp_tiny"))

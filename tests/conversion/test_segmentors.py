@@ -1,6 +1,5 @@
 """Published segmentors come over whole: names, shapes, counts and numbers."""
 
-import json
 
 import jax
 import numpy as np
@@ -8,19 +7,14 @@ import pytest
 
 from dat_jax.conversion import segmentors
 from dat_jax.models.registry import create_segmentor
-from tests.golden_files import DIRECTORY
+from tests.golden_files import read_keys
 
 KEYS = [(head, size) for head in ("sem_fpn", "upernet") for size in ("tiny", "small", "base")]
 
 
-def read_keys(head, size):
-    recorded = json.loads((DIRECTORY / "keys" / f"{head.replace('_', '')}_{size}.json").read_text())
-    return recorded["params_total"], {name: tuple(shape) for name, shape in recorded["shapes"].items()}
-
-
 @pytest.mark.parametrize(("head", "size"), KEYS)
 def test_names_and_counts_are_the_published_ones(head, size):
-    total, recorded = read_keys(head, size)
+    total, recorded = read_keys(f"{head.replace('_', '')}_{size}")
     model = create_segmentor(head, backbone=f"dat_pp_{size}", num_classes=150)
     ours = segmentors.segmentor_shapes(model)
     counters = {name: shape for name, shape in recorded.items() if name.endswith("num_batches_tracked")}
@@ -34,7 +28,7 @@ def test_names_and_counts_are_the_published_ones(head, size):
 @pytest.mark.parametrize(("head", "size"), [("sem_fpn", "tiny"), ("upernet", "tiny")])
 def test_a_full_size_state_dict_converts_and_comes_back(head, size):
     rng = np.random.default_rng(0)
-    _, recorded = read_keys(head, size)
+    _, recorded = read_keys(f"{head.replace('_', '')}_{size}")
     state_dict = {
         name: np.zeros((), np.int64) if name.endswith("tracked") else rng.standard_normal(shape, np.float32)
         for name, shape in recorded.items()
@@ -49,7 +43,7 @@ def test_a_full_size_state_dict_converts_and_comes_back(head, size):
 
 def test_all_that_does_not_fit_is_named():
     model = create_segmentor("sem_fpn", backbone="dat_pp_tiny", num_classes=150)
-    _, recorded = read_keys("sem_fpn", "tiny")
+    _, recorded = read_keys("semfpn_tiny")
     state_dict = {name: np.zeros(shape, np.float32) for name, shape in recorded.items()}
     del state_dict["neck.fpn_convs.0.conv.bias"]
     state_dict["decode_head.more"] = np.zeros(3)

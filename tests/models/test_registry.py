@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import flax
 import jax
@@ -10,8 +11,8 @@ import pytest
 
 import dat_jax
 from dat_jax.models.registry import name_detector
-from tests.golden_files import DIRECTORY
 
+_PARAMETERS = pathlib.Path(__file__).with_name("parameters.json")
 COUNTS = {
     "dat_pp_tiny": 23_962_876,
     "dat_pp_small": 53_127_366,
@@ -34,7 +35,7 @@ def parameter_shapes(name: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("name", dat_jax.list_models())
 def test_names_and_shapes_of_parameters_are_the_written_down_ones(name):
     shapes = parameter_shapes(name)
-    assert shapes == json.loads((DIRECTORY / "parameters.json").read_text())[name]
+    assert shapes == json.loads(_PARAMETERS.read_text())[name]
     if name in COUNTS:
         assert sum(map(math.prod, shapes.values())) == COUNTS[name]
 
@@ -88,4 +89,4 @@ def test_unknown_detectors_are_refused_with_the_nearest(name, settings, message)
 
 if __name__ == "__main__":
     lists = {name: parameter_shapes(name) for name in dat_jax.list_models()}
-    (DIRECTORY / "parameters.json").write_text(json.dumps(lists) + "\n")
+    _PARAMETERS.write_text(json.dumps(lists) + "\n")
