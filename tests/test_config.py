@@ -123,7 +123,7 @@ def test_mistakes_of_a_detector_are_said(key, value, message):
 def test_a_detector_may_keep_its_learning_rate():
     config = common.get_detection_config()
     config.schedule.drops = ()
-    validate(config)
+    assert validate(config) is None
 
 
 def check_refused(config, key, value, message):

@@ -23,7 +23,7 @@ from dat_jax.config import make_schema, validate
 from dat_jax.conversion.files import read_weights, write_safetensors
 from dat_jax.data.images import check_image, decode_image
 from dat_jax.errors import UserError
-from dat_jax.training import checkpoint, continuation
+from dat_jax.training import checkpoint, continuation, manifest
 from dat_jax.training.metrics import read_metrics
 from tests.conversion.pth_writer import write_pth
 
@@ -231,13 +231,13 @@ METADATA = json.dumps({"examples": 4, "config": RUN.config.to_dict(), "classes":
 def test_what_a_checkpoint_says_of_itself(tmp_path_factory, data, anything):
     directory = tmp_path_factory.getbasetemp() / "fuzzed"
     (directory / "metrics").mkdir(parents=True, exist_ok=True)
-    for name in (checkpoint.MANIFEST, "metrics/metrics", "metrics.jsonl"):
+    for name in (manifest.MANIFEST, "metrics/metrics", "metrics.jsonl"):
         (directory / name).write_bytes(data)
     metrics = checkpoint._read_metrics(directory)
     assert metrics is None or isinstance(metrics, dict)
     read_metrics(directory / "metrics.jsonl")
-    with pytest.raises(checkpoint.DamagedError):
-        checkpoint._check_files(directory)
+    with pytest.raises(manifest.DamagedError):
+        manifest.check_files(directory)
     said = [anything]
     with contextlib.suppress(ValueError):
         said.append(json.loads(data))

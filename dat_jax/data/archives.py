@@ -6,11 +6,10 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 _COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
-_NAMED_AT_MOST = 5
 _TAR_BLOCK = 512
 
 
@@ -110,12 +109,6 @@ def index_classes(wanted: Iterable[str], class_names: Sequence[str], *, source: 
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name, and not hidden."""
     return not posixpath.basename(name).startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def name_some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-    return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
 def plain_reason(error: object) -> str:

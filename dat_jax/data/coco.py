@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from dat_jax.data.archives import Member, name_some, plain_reason, read_member
+from dat_jax.data.archives import Member, plain_reason, read_member
 from dat_jax.data.coco_json import decode_counts, join, read_table
 from dat_jax.data.composed import CLASS_NAMES, COUNTS, SIDE, compose
 from dat_jax.data.images import decode_image
 from dat_jax.data.sources import SPLITS, read_readable
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 
 FILES = {
     "train": ("instances_train2017.json", "instances_train.json", "train.json"),

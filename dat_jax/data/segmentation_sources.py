@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from dat_jax.data import ade20k
-from dat_jax.data.archives import Member, name_some, plain_reason, read_member, scan_folder
+from dat_jax.data.archives import Member, plain_reason, read_member, scan_folder
 from dat_jax.data.composed import ComposedSource
 from dat_jax.data.images import DAMAGE, decode_image
 from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.data.sources import SPLITS, read_readable
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 
 LABEL_FOLDERS = ("annotations", "labels", "masks")
 SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("val", "validation")}

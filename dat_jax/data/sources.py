@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dat_jax.data.archives import Member, index_classes, name_some, plain_reason, read_member, scan_folder
+from dat_jax.data.archives import Member, index_classes, plain_reason, read_member, scan_folder
 from dat_jax.data.embedded import read_mnist5k
 from dat_jax.data.images import decode_image
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 
 SPLITS = ("train", "validation")
 PREPARE_INPUTS = "progress/inputs.json"  # in a directory that `python -m dat_jax.data.prepare` writes or wrote

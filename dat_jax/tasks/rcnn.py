@@ -20,7 +20,7 @@ from dat_jax.ops.masks import mask_targets
 from dat_jax.ops.nms import multiclass_nms, nms
 from dat_jax.ops.roi_align import pyramid_roi_align
 from dat_jax.tasks import detection_losses as losses
-from dat_jax.tasks.retinanet import (
+from dat_jax.tasks.anchors import (
     CODER,
     assign_anchors,
     level_shapes,
@@ -328,7 +328,7 @@ def _stage_loss(module, pyramid, chosen, batch, index, settings):
 
 def _mask_loss(module, pyramid, chosen, labels, batch, index, settings):
     # Positives come first, so that the rest needs no masks.
-    most = min(int(settings.roi_samples * settings.roi_positive), settings.roi_samples)
+    most = int(settings.roi_samples * settings.roi_positive)
     boxes, truths, positive, labels = (x[:, :most] for x in (chosen.boxes, chosen.truths, chosen.positive, labels))
     logits = look_at_masks(module, pyramid, boxes, positive, labels, stage=index)
 

@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,16 +22,12 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 from dat_jax.training import distributed
+from dat_jax.training.manifest import MANIFEST, DamagedError, Listing, check_files
 
-MANIFEST = "files.json"  # of a checkpoint: size and SHA-256 of its files, written last
 SET_ASIDE = "set_aside"  # folder beside the checkpoints, for what is none any more
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError)  # what orbax and tensorstore raise for damage
-
-
-class DamagedError(UserError):
-    """A checkpoint that cannot be read, or whose numbers are not those that were saved."""
 
 
 class Checkpoints:
@@ -122,7 +117,7 @@ class Checkpoints:
             raise UserError(f"Step {step} was not saved: {self._directory} holds a later step.")
         self._saving = step
         if jax.process_index() == 0:
-            self._listing = _Listing(self._directory / str(step))
+            self._listing = Listing(self._directory / str(step))
         return True
 
     def wait(self) -> None:
@@ -173,7 +168,7 @@ class Checkpoints:
         where = self._directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
-            _check_files(where)
+            check_files(where)
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             if "digests" in meta and "checksum" not in meta:
                 raise UserError(f"The checkpoint {where} was written by an earlier version, which had another format.")
@@ -295,11 +290,6 @@ class Checkpoints:
             )
 
 
-def name_some(names: list[str]) -> str:
-    """The first three, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _complete_steps(directory: pathlib.Path) -> list[int]:
     """Folders with a number for a name that hold what a checkpoint has. An empty one is none."""
     items = ("state", "meta", MANIFEST)
@@ -307,65 +297,6 @@ def _complete_steps(directory: pathlib.Path) -> list[int]:
         path for path in directory.glob("*") if path.name.isdigit() and all((path / item).exists() for item in items)
     ]
     return sorted(int(path.name) for path in found if _read_metrics(path) is not None)
-
-
-class _Listing:
-    """Writes the manifest of a checkpoint as soon as that is there, in a thread."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path, self._error, self._stopped = path, None, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        while not self._path.exists():
-            if self._stopped.wait(0.05):
-                return
-        try:
-            write_manifest(self._path)
-        except OSError as error:
-            self._error = error
-
-    def finish(self):
-        """Raises an OSError where it could not be written."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def give_up(self):
-        self._stopped.set()
-        self._thread.join()
-
-
-def write_manifest(path: pathlib.Path) -> None:
-    """Lists the files of a checkpoint in it. It appears when it is whole."""
-    unfinished = path / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(_list_files(path)) + "\n")
-    unfinished.rename(path / MANIFEST)
-
-
-def _list_files(path: pathlib.Path) -> dict[str, str]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(MANIFEST))
-    digests = {}
-    for file in files:
-        with file.open("rb") as opened:
-            digests[str(file.relative_to(path))] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
-
-
-def _check_files(path: pathlib.Path) -> None:
-    """Raises a DamagedError where files are not those of the manifest. The first process reads for all."""
-    if jax.process_index() > 0:
-        return
-    try:
-        saved, found = json.loads((path / MANIFEST).read_text()), _list_files(path)
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"The checkpoint {path} is damaged: {MANIFEST} cannot be read.") from error
-    if not isinstance(saved, dict):
-        raise DamagedError(f"The checkpoint {path} is damaged: {MANIFEST} is not what was saved.")
-    changed = [name for name in sorted(saved.keys() | found.keys()) if saved.get(name) != found.get(name)]
-    if changed:
-        raise DamagedError(f"The checkpoint {path} is damaged: {name_some(changed)} differ from what was saved.")
 
 
 def _read_metrics(path: pathlib.Path) -> dict[str, float] | None:

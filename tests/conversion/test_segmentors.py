@@ -1,6 +1,5 @@
 """Published segmentors come over whole: names, shapes, counts and numbers."""
 
-
 import jax
 import numpy as np
 import pytest

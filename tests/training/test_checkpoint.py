@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is found again, damage that is noticed and set aside, disks that take nothing."""
 
+import asyncio
 import errno
 import itertools
 import pathlib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from dat_jax.errors import UserError
-from dat_jax.training import checkpoint
+from dat_jax.training import checkpoint, manifest
 from dat_jax.training.checkpoint import Checkpoints, DamagedError, compute_digests
 from dat_jax.training.state import TrainState
 
@@ -118,7 +119,7 @@ def test_arrays_that_are_not_the_saved_ones_are_named(tmp_path):
     save(tmp_path, {1: 0.1, 2: 0.0})
     shutil.rmtree(tmp_path / "2" / "state")
     shutil.copytree(tmp_path / "1" / "state", tmp_path / "2" / "state")
-    checkpoint.write_manifest(tmp_path / "2")
+    manifest.write_manifest(tmp_path / "2")
     with (
         Checkpoints(tmp_path, metric="score") as checkpoints,
         pytest.raises(DamagedError, match=r"2 is damaged: .*params/kernel.* differ from what was saved"),
@@ -175,6 +176,8 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, monkeypa
     original = checkpoint.ocp.StandardCheckpointHandler.async_save
 
     async def full(*_, **__):
+        # The thread that writes the rest is done by then: one that is overtaken by the tidying up ends in an error of its own.
+        await asyncio.sleep(0.5)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     notes = []

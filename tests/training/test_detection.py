@@ -45,7 +45,8 @@ def test_weights_go_to_published_names_and_back(workdir):
     model, variables = load_trained(workdir[0])
     state_dict = conversion.detector_to_official(model, variables)
     back = conversion.detector_variables(model, state_dict)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), dict(variables))
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), jax.device_get(back), dict(variables))
+    assert all(jax.tree.leaves(same))
 
 
 def two_steps(config, devices):
@@ -85,5 +86,7 @@ def test_data_that_do_not_fit_are_refused(monkeypatch):
 
     sources = iter([train_source, OtherNames()])
     monkeypatch.setattr(setup, "load_detection_source", lambda *_, **__: next(sources))
-    with pytest.raises(UserError, match=r"categories 1 0, 2 1, .*\.\.\., those to validate on 1 cat, 7 dog: wanted"):
+    with pytest.raises(
+        UserError, match="categories 1 0, 2 1, 3 2, 4 3, 5 4 and 5 more, those to validate on 1 cat, 7 dog: wanted"
+    ):
         setup.load_sources(config)

@@ -105,3 +105,21 @@ def test_two_processes_evaluate_images_of_many_sizes_once(tmp_path):
     assert two["eval/images"] == one["eval/images"] == {6: 21, 12: 21}
     for name in ("eval/mIoU", "eval/aAcc"):
         assert two[name] == pytest.approx(one[name], abs=0.1)
+
+
+def test_two_processes_detect_as_one(tmp_path):
+    """A cascade: NMS, samples and BatchNorm over both, each process the detections of its own images."""
+    for count in (1, 2):
+        running = soak.start(
+            "tests/tiny_detection.py:cascade_mask_rcnn",
+            tmp_path / str(count),
+            values={"log_every": 1, "steps": 4},
+            processes=count,
+            xla_flags="--xla_backend_optimization_level=0",
+        )
+        finish(running)
+    one, two = (series(tmp_path / str(count)) for count in (1, 2))
+    assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
+    assert two["eval/images"] == one["eval/images"] == {4: 200}
+    for name in ("eval/bbox/AP50", "eval/segm/AP50", "eval/bbox/AR100"):
+        assert two[name] == pytest.approx(one[name], abs=0.5)

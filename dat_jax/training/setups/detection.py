@@ -18,7 +18,7 @@ from dat_jax.data.detection_transforms import (
     parse_buckets,
 )
 from dat_jax.data.sources import SPLITS
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 from dat_jax.evaluation import detection as evaluation
 from dat_jax.models.registry import create_detector
 from dat_jax.models.retinanet import RetinaNet
@@ -151,8 +151,7 @@ def save_pictures(config: ConfigDict, predict, variables, source, directory: pat
 
 
 def _list(categories) -> str:
-    named = [f"{number} {name}" for number, name in zip(*categories, strict=True)]
-    return ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
+    return name_some([f"{number} {name}" for number, name in zip(*categories, strict=True)])
 
 
 def _with_masks(config) -> bool:
