@@ -131,7 +131,7 @@ def test_the_second_signal_ends_at_once():
         "import os, signal, time, jax\n"
         "from dat_jax.training.preemption import Preemption\n"
         "from dat_jax.training.sharding import make_mesh\n"
-        "with Preemption(make_mesh(data=-1, fsdp=1), note=print) as preemption:\n"
+        "with Preemption(make_mesh(data=-1, fsdp=1), note=lambda text: print(text, flush=True)) as preemption:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert preemption.should_stop()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
