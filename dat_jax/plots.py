@@ -1,5 +1,6 @@
 """Pictures from arrays: learning curves, predictions, sampled points. Needs numpy and matplotlib only."""
 
+import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ _ACCURACIES = {
     "top-1 accuracy, %": ("train/top1", "eval/top1"),
     "accuracy of pixels and mIoU, %": ("train/accuracy", "eval/aAcc", "eval/mIoU"),
 }
+_INCHES = 6.4  # of the longer side of a drawn image
 
 
 def save_curves(path: pathlib.Path, series: Mapping[str, Mapping[int, float]]) -> None:
@@ -84,7 +86,7 @@ def save_sampled_points(
         map.
       map_shapes: block name -> (height, width) of that map. Its pixels are drawn as cells that tile the image.
     """
-    blocks = sorted(positions, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    blocks = _sort_blocks(positions)
     figure = Figure(figsize=(1.9 * (len(blocks) + 1), 2.0 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), len(blocks) + 1, squeeze=False)
     for row, image in zip(grid, images, strict=True):
@@ -98,12 +100,17 @@ def save_sampled_points(
     figure.savefig(path, dpi=110)
 
 
+def _sort_blocks(names):
+    return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
 def _draw_points(axes, image, points, map_shape):
     axes.imshow(image, alpha=0.6)
+    size = np.clip(4000 / points[..., 0].size, 1, 9)
     for group, group_points in enumerate(points):
         pixels = (group_points.reshape(-1, 2) + 1) / 2 * (np.array(map_shape) - 1)
         y, x = ((pixels + 0.5) / np.array(map_shape) * np.array(image.shape[:2]) - 0.5).T
-        axes.scatter(x, y, s=9, color=f"C{group}", alpha=0.9)
+        axes.scatter(x, y, s=size, color=f"C{group}", alpha=0.9)
     axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
 
 
@@ -202,7 +209,10 @@ def draw_detections(
         name = class_names[label] if scores is None else f"{class_names[label]} {scores[index]:.2f}"
         ink = "black" if colour.mean() > 0.5 else "white"
         box = dict(facecolor=colour, edgecolor="none", pad=1, alpha=0.8)
-        axes.text(x1, y1, name, fontsize=6, color=ink, verticalalignment="bottom", bbox=box, clip_on=True)
+        place = "top" if y1 < 0.03 * image.shape[0] else "bottom"  # within the box where there is no room above it
+        axes.text(
+            x1, y1, name, fontsize=6, color=ink, verticalalignment=place, bbox=box, clip_on=True, parse_math=False
+        )
 
 
 def save_detections(
@@ -237,4 +247,73 @@ def save_detections(
         for (title, (image, found)), axes in zip(row, line, strict=False):
             draw_detections(axes, image, found, class_names=class_names, palette=palette)
             axes.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def save_drawn_image(
+    path: pathlib.Path,
+    image: np.ndarray,
+    found: Mapping[str, np.ndarray],
+    *,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    min_side: int = 640,
+) -> None:
+    """An image with what is found in it, and nothing around it.
+
+    Args:
+      path: of the PNG file.
+      image: uint8 (H, W, 3).
+      found, class_names, palette: see ``draw_detections``.
+      min_side: pixels that the longer side of the picture has at least: a smaller image is enlarged a whole number of times.
+    """
+    longest = max(image.shape[:2])
+    factor = -(-min_side // longest)
+    height, width = (factor * side for side in image.shape[:2])
+    dpi = factor * longest / _INCHES  # letters and lines of one size in every picture
+    # Pixels are cut to whole ones.
+    figure = Figure(figsize=((width + 0.5) / dpi, (height + 0.5) / dpi), dpi=dpi)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    draw_detections(axes, image, found, class_names=class_names, palette=palette)
+    axes.set_aspect("auto")
+    figure.savefig(path, dpi=dpi)
+
+
+def save_detections_and_points(
+    path: pathlib.Path,
+    image: np.ndarray,
+    found: Mapping[str, np.ndarray],
+    *,
+    seen: np.ndarray,
+    positions: Mapping[str, np.ndarray],
+    map_shapes: Mapping[str, tuple[int, int]],
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    columns: int = 4,
+    panel_width: float = 4.0,
+) -> None:
+    """An image, what is found in it, and where every deformable block looks, in lines of panels.
+
+    Args:
+      path: of the PNG file.
+      image: uint8 (H, W, 3).
+      found, class_names, palette: see ``draw_detections``.
+      seen: uint8 (Hp, Wp, 3), the image that the network sees.
+      positions, map_shapes: see ``save_sampled_points``, without the first axis.
+      columns: panels in a line.
+      panel_width: of a panel, inches of 130 pixels.
+    """
+    blocks = _sort_blocks(positions)
+    lines = -(-(2 + len(blocks)) // columns)
+    height = panel_width * max(x.shape[0] / x.shape[1] for x in (image, seen)) + 0.3
+    figure = Figure(figsize=(panel_width * columns, height * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    grid[0].imshow(image)
+    draw_detections(grid[1], image, found, class_names=class_names, palette=palette)
+    for axes, name in zip(grid[2:], blocks, strict=False):
+        _draw_points(axes, seen, positions[name], map_shapes[name])
+    for axes, title in itertools.zip_longest(grid, ["image", "detections", *blocks]):
+        axes.set_title(title or "", fontsize=8)
+        axes.axis("off")
     figure.savefig(path, dpi=130)

@@ -1,7 +1,8 @@
-"""Pictures of what a segmentor sees: python -m dat_jax.visualize TRAINED IMAGE... --output=DIR [--labels=FILE_OR_DIR]
+"""Pictures of what a model sees: python -m dat_jax.visualize TRAINED IMAGE... --output=DIR [--labels=FILE_OR_DIR]
 
-TRAINED and IMAGE are as of dat_jax.predict. DIR/<stem>.png shows the image, the classes over it, and the probability of the
-likeliest class; with --labels also the annotated classes.
+TRAINED and IMAGE are as of dat_jax.predict. Of a segmentor, DIR/<stem>.png shows the image, the classes over it, and the
+probability of the likeliest class; with --labels also the annotated classes. Of a detector it shows the image, what is found
+in it, and where every deformable block of the backbone samples it.
 """
 
 import pathlib
@@ -17,7 +18,8 @@ from dat_jax.command_line import check_outputs, fail, name_outputs, parse_flags,
 from dat_jax.data.segmentation_sources import decode_label
 from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import IGNORED
-from dat_jax.predict import Segmenter, define_flags, find_images, load_from_flags, read_image
+from dat_jax.inference import ObjectDetector, Segmenter
+from dat_jax.predict import define_flags, find_images, load_from_flags, read_image
 
 _PANEL_WIDTH = 4.0  # inches
 
@@ -65,7 +67,7 @@ def read_labels(
     return labels
 
 
-def save_visualization(
+def save_segmentation(
     path: pathlib.Path, image: np.ndarray, *, segmenter: Segmenter, annotated: np.ndarray | None = None
 ) -> None:
     """Image, annotated classes where they are given, likeliest classes and their probabilities, side by side.
@@ -73,7 +75,7 @@ def save_visualization(
     Args:
       path: of the PNG file.
       image: uint8 (H, W, 3).
-      segmenter: of ``load_segmenter``.
+      segmenter: of ``inference.load``.
       annotated: uint8 (H, W), 255 for no class.
 
     Raises:
@@ -97,6 +99,32 @@ def save_visualization(
         )
 
 
+def save_detection(path: pathlib.Path, image: np.ndarray, *, detector: ObjectDetector) -> None:
+    """Image, detections, and the points that each deformable block samples, over the image as the network sees it.
+
+    Args:
+      path: of the PNG file.
+      image: uint8 (H, W, 3).
+      detector: of ``inference.load``.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    found, sampled = detector.choose_shown(detector(image)), detector.sample(image)
+    with replacing(path) as unfinished:
+        plots.save_detections_and_points(
+            unfinished,
+            image,
+            found,
+            seen=sampled["image"],
+            positions=sampled["positions"],
+            map_shapes=sampled["map_shapes"],
+            class_names=detector.class_names,
+            palette=detector.palette,
+            panel_width=_PANEL_WIDTH,
+        )
+
+
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """One call, and its mistakes as one sentence."""
     if len(argv) < 3 or not values.output:
@@ -106,16 +134,20 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         outputs = name_outputs(images, values.output)
         label_files = find_labels(images, pathlib.Path(values.labels)) if values.labels else []
         check_outputs(outputs, inputs=[*images, *label_files], overwrite=values.overwrite)
-        segmenter = load_from_flags(argv[1], values)
+        looker = load_from_flags(argv[1], values)
+        if label_files and not isinstance(looker, Segmenter):
+            raise UserError(f"--labels wants a segmentor, and {argv[1]} is a detector.")
     except UserError as error:
         fail(str(error))
-    options = dict(classes=len(segmenter.class_names), zero_is_ignored=values.zero_is_ignored)
+    options = dict(classes=len(looker.class_names), zero_is_ignored=values.zero_is_ignored)
 
     def handle(index):
         image, annotated = read_image(images[index]), None
+        if isinstance(looker, ObjectDetector):
+            return save_detection(outputs[index], image, detector=looker)
         if label_files:
             annotated = read_labels(label_files[index], shape=image.shape[:2], **options)
-        save_visualization(outputs[index], image, segmenter=segmenter, annotated=annotated)
+        return save_segmentation(outputs[index], image, segmenter=looker, annotated=annotated)
 
     if not process(images, handle):
         sys.exit(1)
@@ -125,7 +157,7 @@ def define_own_flags(values: flags.FlagValues) -> None:
     """All of this tool."""
     define_flags(values)
     flags.DEFINE_string(
-        "labels", None, "PNGs of class indices, 255 for none, as the images are called.", flag_values=values
+        "labels", None, "Segmentors: PNGs of class indices, 255 for none, as the images are called.", flag_values=values
     )
     help_text = "Label files hold 0 for no class and k + 1 for class k, as ADE20K's."
     flags.DEFINE_bool("zero_is_ignored", False, help_text, flag_values=values)

@@ -51,13 +51,17 @@ ALLOWED = {
     "dat_jax.hlo": set(),
     "dat_jax.plots": {"matplotlib"},
     "dat_jax.command_line": {"dat_jax.errors", "absl"},
+    "dat_jax.inference": {
+        *("dat_jax.inference", "dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation"),
+        *("dat_jax.models", "dat_jax.plots", "dat_jax.tasks", "dat_jax.training.pretrained", "PIL", "jax"),
+    },
     "dat_jax.predict": {
-        *("dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.models"),
-        *("dat_jax.tasks", "dat_jax.training.metrics", "dat_jax.training.pretrained", "PIL", "absl", "rich"),
+        *("dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.inference"),
+        *("dat_jax.training.metrics", "PIL", "absl", "rich"),
     },
     "dat_jax.visualize": {
-        *("dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.plots"),
-        *("dat_jax.predict", "absl"),
+        *("dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
+        *("dat_jax.plots", "dat_jax.predict", "absl"),
     },
     "dat_jax.errors": set(),
     "dat_jax.config": {"dat_jax.errors", "ml_collections"},

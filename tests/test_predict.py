@@ -1,4 +1,4 @@
-"""python -m dat_jax.predict: label maps of files, and mistakes that end with one sentence."""
+"""python -m dat_jax.predict: label maps and detections of files, and mistakes that end with one sentence."""
 
 import io
 import json
@@ -17,38 +17,29 @@ from PIL import Image
 from rich.console import Console
 
 import dat_jax
-from dat_jax import predict
+from dat_jax import inference, predict
 from dat_jax.data import ade20k
+from dat_jax.data.coco import decode_mask
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
-from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter
 from dat_jax.tasks.segmentation import make_segmentation_task
 from dat_jax.training.checkpoint import Checkpoints
 from dat_jax.training.pretrained import export_model
 from dat_jax.training.state import TrainState
-from tests import tiny_segmentation
+from tests import tiny_detection, tiny_segmentation
+from tests.inference.test_detection import export_detector
 from tests.photographs import photographs
 from tests.random_variables import random_variables
+from tests.tiny_segmentation import random_segmentor
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--long_side=64", "--short_side=64"]
 
 
-def tiny_segmentor(**settings):
-    """A model and random variables whose classes differ from place to place."""
-    options = {"num_classes": 5, "channels": 16, "neck_channels": 16, **settings}
-    backbone = {"name": "dat_pp_nano", **tiny_segmentation.BACKBONE}
-    model = dat_jax.create_segmentor("sem_fpn", backbone=backbone, **options)
-    variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), scale=0.4)
-    positive = lambda path, leaf: abs(leaf) + 0.5 if path[-1].key == "var" else leaf  # noqa: E731
-    statistics = jax.tree_util.tree_map_with_path(positive, variables["batch_stats"])
-    return model, {"params": variables["params"], "batch_stats": statistics}
-
-
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     directory = tmp_path_factory.mktemp("export") / "export"
-    model, variables = tiny_segmentor()
+    model, variables = random_segmentor()
     export_model(directory, model=model, variables=variables)
     return directory
 
@@ -57,16 +48,37 @@ def export(tmp_path_factory):
 def workdir(tmp_path_factory):
     """Of a run that evaluates in windows, at two ratios and mirrored."""
     directory = tmp_path_factory.mktemp("workdir")
-    model, variables = tiny_segmentor(num_classes=3)
+    model, variables = random_segmentor(num_classes=3)
     config = tiny_segmentation.get_config().unlock()
     config.head.dropout = model.dropout
     config.eval.update(ratios=(0.75, 1.0), flip=True, window=48, stride=32)
     (directory / "config.json").write_text(config.to_json_best_effort())
     (directory / "classes.txt").write_text("sky\nroad\ntree\n")
-    state = TrainState(jnp.int32(1), variables["params"], {"batch_stats": variables["batch_stats"]}, (), None)
-    with Checkpoints(directory / "checkpoints", metric="mIoU") as checkpoints:
-        checkpoints.save(jax.device_put(state), metadata={"examples": 0}, metrics={"mIoU": 1.0})
+    save_checkpoint(directory, variables, metric="mIoU")
     return directory
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    return export_detector(tmp_path_factory.mktemp("detector") / "export")
+
+
+@pytest.fixture(scope="module")
+def detector_workdir(tmp_path_factory):
+    """Of a run that detects boxes alone."""
+    directory = tmp_path_factory.mktemp("detector_workdir")
+    config = tiny_detection.get_config("retinanet").unlock()
+    (directory / "config.json").write_text(config.to_json_best_effort())
+    (directory / "classes.txt").write_text("cat\ndog\ncow\n")
+    save_checkpoint(directory, tiny_detection.random_detector("retinanet")[1], metric="bbox/AP")
+    return directory
+
+
+def save_checkpoint(directory, variables, *, metric):
+    rest = {name: values for name, values in variables.items() if name != "params"}
+    state = TrainState(jnp.int32(1), variables["params"], rest, (), None)
+    with Checkpoints(directory / "checkpoints", metric=metric) as checkpoints:
+        checkpoints.save(jax.device_put(state), metadata={"examples": 0}, metrics={metric: 1.0})
 
 
 @pytest.fixture
@@ -148,7 +160,7 @@ def test_without_an_output_the_classes_are_said_and_nothing_is_written(export, f
 
 
 def test_a_terminal_gets_tables(export, folder):
-    segmenter = predict.load_segmenter(export, long_side=64, short_side=64)
+    segmenter = inference.load(export, long_side=64, short_side=64)
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     assert predict.predict(segmenter, [folder / "a.PNG"], console=console)
     labels, _ = segmenter(np.array(Image.open(folder / "a.PNG")))
@@ -171,28 +183,86 @@ def test_a_work_directory_says_how_it_is_looked_at_and_what_classes_are_called(w
     assert set(re.findall(r"(\w+) [\d.]+%", capsys.readouterr().out)) <= {"Himmel", "Straße", "Baum"}
 
 
-def test_the_names_of_150_classes_are_those_of_ade20k(tmp_path):
-    model, variables = tiny_segmentor(num_classes=150)
-    export_model(tmp_path / "export", model=model, variables=variables)
-    segmenter = predict.load_segmenter(tmp_path / "export")
-    assert segmenter.class_names == ade20k.CLASS_NAMES
-    np.testing.assert_array_equal(segmenter.palette, ade20k.PALETTE)
-    assert (segmenter.transform.scale, segmenter.transform.ratios) == ((2048, 512), (1.0,))
+def read_image(path):
+    with Image.open(path) as opened:
+        return np.array(opened.convert("RGB"))
 
 
-def test_the_function_gives_labels_and_probabilities(export):
-    segmenter = predict.load_segmenter(export, long_side=64, short_side=64)
-    labels, probabilities = segmenter(photographs(width=64, height=64)[3])
-    assert (labels.dtype, labels.shape) == (np.uint8, (64, 64))
-    assert (probabilities.dtype, probabilities.shape) == (np.float32, (64, 64))
-    assert ((probabilities >= 0.2 - 1e-6) & (probabilities <= 1)).all()
-    assert segmenter.class_names == ("0", "1", "2", "3", "4")
+def test_a_folder_becomes_drawn_images_and_results_of_coco(detector, folder, tmp_path, capsys):
+    out, names = tmp_path / "out", ("a.PNG", "b.jpg", "grey.webp")
+    options = ["--min_score=0.5", "--max_detections=5", *SMALL]
+    assert run(detector, folder, f"--output={out}", f"--json={tmp_path / 'all.json'}", *options) == 0
+    looker = inference.load(detector, long_side=64, short_side=64, max_detections=5)
+    said, entries = capsys.readouterr(), json.loads((tmp_path / "all.json").read_text())
+    assert said.err == ""
+    assert len(entries) == 15
+    for number, (name, line) in enumerate(zip(names, said.out.splitlines(), strict=True), start=1):
+        image = read_image(folder / name)
+        wanted = looker(image)
+        own = [entry for entry in entries if entry["image"] == str(folder / name)]
+        for index, entry in enumerate(own):
+            label, (x1, y1, x2, y2) = wanted["labels"][index], wanted["boxes"][index].tolist()
+            mask = decode_mask(entry.pop("segmentation"))
+            np.testing.assert_array_equal(mask, wanted["masks"][index])
+            assert entry == {
+                "image": str(folder / name),
+                "image_id": number,
+                "category": str(label),
+                "category_id": label + 1,
+                "bbox": pytest.approx([x1, y1, x2 - x1, y2 - y1]),
+                "score": pytest.approx(wanted["scores"][index]),
+            }
+        scores = [f"{score:.2f}" for score in wanted["scores"] if score >= 0.5]
+        assert sorted(re.findall(r"0\.\d\d", line), reverse=True) == scores
+        assert line.startswith(f"{folder / name}: {wanted['labels'][0]} {scores[0]}" if scores else "")
+        drawn, factor = read_image(out / f"{pathlib.Path(name).stem}.png"), -(-640 // max(image.shape[:2]))
+        assert drawn.shape == (factor * image.shape[0], factor * image.shape[1], 3)
+        assert (drawn[::factor, ::factor] != image).any()
 
 
-def test_shares_add_up_over_classes_of_one_name():
-    labels = np.array([[0, 1, 1, 1], [2, 2, 2, 2]], np.uint8)
-    shares = predict.measure_shares(labels, ["sky", "road", "sky", "tree"])
-    assert list(shares.items()) == [("sky", 0.625), ("road", 0.375)]
+def test_a_work_directory_of_a_detector_says_what_its_classes_are_called(detector_workdir, folder, tmp_path, capsys):
+    assert run(detector_workdir, folder / "a.PNG", f"--json={tmp_path / 'x.json'}", "--min_score=0") == 0
+    entries = json.loads((tmp_path / "x.json").read_text())
+    names = [("cat", "dog", "cow")[entry["category_id"] - 1] for entry in entries]
+    assert [entry["category"] for entry in entries] == names
+    assert "segmentation" not in entries[0]
+    assert len(entries) == 5
+    assert re.match(rf".*a.PNG: {names[0]} {entries[0]['score']:.2f}[ ,]", capsys.readouterr().out)
+    (tmp_path / "names.txt").write_text("Katze\nHund\nKuh\n")
+    assert run(detector_workdir, folder / "a.PNG", "--min_score=0", f"--classes={tmp_path / 'names.txt'}") == 0
+    assert set(re.findall(r"([A-Za-z]+) 0\.", capsys.readouterr().out)) <= {"Katze", "Hund", "Kuh"}
+    assert run(detector_workdir, folder / "a.PNG", "--min_score=1") == 0
+    assert capsys.readouterr().out == f"{folder / 'a.PNG'}: nothing\n"
+
+
+def test_a_terminal_gets_tables_of_detections(detector_workdir, folder):
+    looker = inference.load(detector_workdir, min_score=0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    assert predict.predict(looker, [folder / "a.PNG"], console=console)
+    assert console.file.getvalue().startswith(f"{folder / 'a.PNG'}\n┌")
+    for name, scores in looker.describe(looker(read_image(folder / "a.PNG"))).items():
+        assert re.search(rf"{name} +│ {scores} ", console.file.getvalue())
+
+
+def test_images_have_the_numbers_that_they_are_called_by():
+    number = lambda *names: predict.number_images([pathlib.Path(name) for name in names])  # noqa: E731
+    assert number("val/000000000139.jpg", "val/000000000285.jpg") == [139, 285]
+    assert number("a/7.jpg", "b/007.png") == [1, 2]
+    assert number("7.jpg", "eight.jpg") == [1, 2]
+
+
+def test_what_cannot_be_read_is_no_part_of_the_results(detector_workdir, folder, tmp_path, capsys):
+    (folder / "empty.png").write_bytes(b"")
+    Image.fromarray(np.zeros((2, 64, 3), np.uint8)).save(folder / "flat.png")  # which padding makes large enough
+    arguments = [f"--output={tmp_path / 'out'}", f"--json={tmp_path / 'all.json'}"]
+    assert run(detector_workdir, folder, *arguments) == 1
+    assert re.fullmatch(r"error: The image .*empty.png cannot be decoded: .*\n", capsys.readouterr().err)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "flat.png", "grey.png"]
+    numbers = {
+        pathlib.Path(entry["image"]).name: entry["image_id"]
+        for entry in json.loads((tmp_path / "all.json").read_text())
+    }
+    assert numbers["grey.webp"] == 5
 
 
 def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tmp_path, capsys):
@@ -232,8 +302,13 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (["{export}", "{images}/below"], "There is no image in .*below"),
         (["{export}", "-"], "There is no image in stdin"),
         (["{images}", "{images}/b.jpg"], r"Wanted an export \(with model.json\)"),
-        (["{classifier}", "{images}/b.jpg"], "of a classifier; only segmentors are supported so far"),
-        (["{detector}", "{images}/b.jpg"], "of a detector; only segmentors are supported so far"),
+        (["{classifier}", "{images}/b.jpg"], "of a classifier: wanted those of a segmentor or a detector"),
+        (["{detector}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a detector"),
+        (["{detector}", "{images}/b.jpg", "--min_score=2"], "min_score wants a number from 0 to 1, got 2"),
+        (["{detector}", "{images}/b.jpg", "--max_detections=0"], "max_detections wants a number of at least 1"),
+        (["{detector}", "{images}/b.jpg", "--classes={images}/notes.txt"], "notes.txt has 1 names, wanted 3"),
+        (["{detector}", "{images}", "--output={tmp}/there"], "b.png exists already; --overwrite replaces it"),
+        (["{export}", "{images}/b.jpg", "--min_score=0.5"], "Unknown option 'min_score' of a segmentor"),
         (["{export}", "{images}", "{images}/a.PNG", "--output={tmp}/out"], "a.PNG and .*a.PNG would both become a.png"),
         (["{export}", "{images}/b.jpg", "--output={tmp}/there"], "b.png exists already; --overwrite replaces it"),
         (["{export}", "{images}/b.jpg", "--json={tmp}/there/b.png"], "b.png exists already"),
@@ -250,18 +325,16 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
     ],
 )
 def test_mistakes_end_with_one_sentence_and_nothing_is_written(
-    arguments, message, export, folder, tmp_path, capsys, monkeypatch
+    arguments, message, export, detector, folder, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "there").mkdir()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "there" / "b.png")
-    places = {"export": export, "images": folder, "tmp": tmp_path}
-    classifier = dat_jax.create_model("dat_pp_nano", num_classes=4, **tiny_segmentation.BACKBONE)
-    detector = dat_jax.create_detector("retinanet", backbone=classifier, features=8)
-    for name, model in (("classifier", classifier), ("detector", detector)):
-        places[name] = tmp_path / name
-        if f"{{{name}}}" in arguments:
-            variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32))
-            export_model(places[name], model=model, variables=variables)
+    places = {"export": export, "detector": detector, "images": folder, "tmp": tmp_path}
+    places["classifier"] = tmp_path / "classifier"
+    if "{classifier}" in arguments:
+        classifier = dat_jax.create_model("dat_pp_nano", num_classes=4, **tiny_segmentation.BACKBONE)
+        variables = random_variables(classifier, np.zeros((1, 64, 64, 3), np.float32))
+        export_model(places["classifier"], model=classifier, variables=variables)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n-\n"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert run(*(argument.format(**places) for argument in arguments)) == 1
@@ -270,11 +343,6 @@ def test_mistakes_end_with_one_sentence_and_nothing_is_written(
     assert len(said.err.splitlines()) == 1
     assert re.match(f"error: .*({message})", said.err)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_unknown_options_are_refused(export):
-    with pytest.raises(UserError, match="Unknown option 'ratio': wanted some of long_side"):
-        predict.load_segmenter(export, ratio=1.0)
 
 
 def test_overwriting_is_asked_for_and_nothing_is_left_half_written(export, folder, tmp_path, capsys, monkeypatch):

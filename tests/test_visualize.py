@@ -1,4 +1,4 @@
-"""python -m dat_jax.visualize: pictures of what a segmentor sees, with annotated labels or without."""
+"""python -m dat_jax.visualize: pictures of what a segmentor sees, with annotated labels or without, or a detector."""
 
 import os
 import pathlib
@@ -14,8 +14,10 @@ from PIL import Image
 from dat_jax import plots, visualize
 from dat_jax.errors import UserError
 from dat_jax.training.pretrained import export_model
+from tests.inference.test_detection import export_detector
 from tests.photographs import photographs
-from tests.test_predict import SMALL, tiny_segmentor
+from tests.test_predict import SMALL
+from tests.tiny_segmentation import random_segmentor
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,9 +25,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     directory = tmp_path_factory.mktemp("export") / "export"
-    model, variables = tiny_segmentor()
+    model, variables = random_segmentor()
     export_model(directory, model=model, variables=variables)
     return directory
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    return export_detector(tmp_path_factory.mktemp("detector") / "export")
 
 
 @pytest.fixture
@@ -70,6 +77,31 @@ def test_every_image_becomes_a_picture_and_labels_one_panel_more(export, folder,
     assert second.shape[1] - first.shape[1] == pytest.approx(520, abs=2)  # 4 inches of 130 pixels
     assert not np.array_equal(first, read(plain / "b.png"))
     assert first.std() > 20
+
+
+def test_a_detector_is_shown_with_the_points_that_its_backbone_samples(detector, folder, tmp_path, capsys):
+    assert run(detector, folder, f"--output={tmp_path / 'out'}", "--max_detections=5", *SMALL) == 0
+    assert capsys.readouterr() == ("", "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+    picture = read(tmp_path / "out" / "a.png")
+    assert picture.shape == (559, 2080, 3)  # four panels of 4 inches; the last one is empty
+    image, detections, points, nothing = np.split(picture, 4, axis=1)
+    assert (nothing == 255).all()
+    for panel in (detections, points):
+        assert (panel != image).any(axis=-1).mean() > 0.05
+    blue = np.array([31, 119, 180])  # of the first group
+    assert (abs(points - blue).max(axis=-1) < 30).sum() > 4 * (abs(image - blue).max(axis=-1) < 30).sum()
+
+
+def test_where_many_points_are_sampled_they_are_small(tmp_path):
+    image, sums = np.zeros((64, 64, 3), np.uint8), []
+    for side in (4, 60):
+        points = {"stages_0/blocks_0": np.zeros((1, 1, side, side, 2))}  # all in the middle
+        path = tmp_path / f"{side}.png"
+        plots.save_sampled_points(path, image[None], points, map_shapes={"stages_0/blocks_0": (16, 16)})
+        blue = read(path).astype(int)
+        sums.append(((blue[..., 2] - blue[..., 0]) > 60).sum())
+    assert sums[0] > 2 * sums[1] > 0
 
 
 def test_labels_of_one_image_are_a_file_or_in_a_folder(export, folder, tmp_path):
@@ -122,11 +154,21 @@ def test_what_cannot_be_drawn_is_named_and_the_others_are_done(export, folder, t
         (["{export}", "{images}", "--output={tmp}/out", "--labels={tmp}/labels/a.png"], "--labels wants a folder"),
         (["{export}", "{images}", "--output={tmp}/out", "--labels={images}"], "There is no label file .*a.png"),
         (["{export}", "{images}/a.jpg", "--output={tmp}/out", "--labels={tmp}/x"], "There is no label file .*x"),
+        (
+            ["{detector}", "{images}", "--output={tmp}/out", "--labels={tmp}/labels"],
+            "--labels wants a segmentor, and .*export is a detector",
+        ),
+        (["{detector}", "{images}", "--output={tmp}/out", "--ratios=1.0"], "Unknown option 'ratios' of a detector"),
     ],
 )
-def test_mistakes_end_with_one_sentence_and_nothing_is_written(arguments, message, export, folder, tmp_path, capsys):
+def test_mistakes_end_with_one_sentence_and_nothing_is_written(
+    arguments, message, export, detector, folder, tmp_path, capsys
+):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert run(*(argument.format(export=export, images=folder, tmp=tmp_path) for argument in arguments)) == 1
+    assert (
+        run(*(argument.format(export=export, detector=detector, images=folder, tmp=tmp_path) for argument in arguments))
+        == 1
+    )
     said = capsys.readouterr()
     assert said.out == ""
     assert len(said.err.splitlines()) == 1

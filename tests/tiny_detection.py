@@ -11,7 +11,13 @@ from tests.random_variables import random_variables
 from tests.tiny_segmentation import BACKBONE
 
 DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")
-_SCALES = {"rpn_reg": 0.02, "fc_reg": 0.02, "retina_reg": 0.02, "retina_cls": 0.2, "fc_cls": 0.5}  # of random weights
+_SCALES = {
+    "rpn_reg": 0.01,
+    "fc_reg": 0.003,
+    "retina_reg": 3e-4,
+    "retina_cls": 3e-4,
+    "fc_cls": 0.02,
+}  # of random weights
 CLASS_NAMES = DigitsSource("train").class_names
 
 

@@ -1,11 +1,14 @@
 """A segmentor that compiles and trains in seconds."""
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
 from dat_jax.data import segmentation_sources
 from dat_jax.data.segmentation_sources import SegmentationArraySource
+from dat_jax.models.registry import create_segmentor
+from tests.random_variables import random_variables
 
 BACKBONE = dict(
     image_size=64,
@@ -58,3 +61,13 @@ def get_config(head: str = "sem_fpn"):
     config.eval.every_steps = 6
     config.mesh.data, config.mesh.fsdp = -1, 4  # what is split is gathered, also for pictures and evaluations
     return config.lock()
+
+
+def random_segmentor(**settings):
+    """A model and random variables whose classes differ from place to place."""
+    options = {"num_classes": 5, "channels": 16, "neck_channels": 16, **settings}
+    model = create_segmentor("sem_fpn", backbone={"name": "dat_pp_nano", **BACKBONE}, **options)
+    variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), scale=0.4)
+    positive = lambda path, leaf: abs(leaf) + 0.5 if path[-1].key == "var" else leaf  # noqa: E731
+    statistics = jax.tree_util.tree_map_with_path(positive, variables["batch_stats"])
+    return model, {"params": variables["params"], "batch_stats": statistics}

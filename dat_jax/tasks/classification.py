@@ -7,6 +7,7 @@ import optax
 from dat_jax.models.dat import DAT
 from dat_jax.tasks import Task
 from dat_jax.tasks.augmentation import erase_randomly, mix
+from dat_jax.tasks.positions import name_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,11 +29,6 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def _stage_of(block_name: str) -> int:
-    """stages_2/blocks_5 -> 2."""
-    return int(block_name.split("/")[0].removeprefix("stages_"))
-
-
 def make_classification_task(
     model: DAT,
     *,
@@ -43,9 +39,8 @@ def make_classification_task(
 ) -> Task:
     """Cross-entropy on smoothed labels, of images that are erased and mixed as ``tasks.augmentation`` says.
 
-    Batches hold "image", uint8 (B, H, W, 3), and "label", int (B,). Outputs of ``predict``: "logits" (B, K), and of every
-    D block by name "positions", those of its keys, (B, G, Hk, Wk, 2), (y, x) in [-1, 1], and "map_shapes", the (height,
-    width) of the map they are on.
+    Batches hold "image", uint8 (B, H, W, 3), and "label", int (B,). Outputs of ``predict``: "logits" (B, K), and "positions"
+    and "map_shapes" of ``name_positions``.
     """
 
     def init(key, batch):
@@ -67,12 +62,6 @@ def make_classification_task(
     def predict(variables, batch):
         images = normalize(batch["image"])
         logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
-        positions = {
-            f"{stage}/{block}": sown["attn"]["positions"][0]
-            for stage, blocks in state.get("intermediates", {}).items()
-            for block, sown in blocks.items()
-        }
-        map_shapes = {name: model.map_shape(images.shape[1:3], stage=_stage_of(name)) for name in positions}
-        return {"logits": logits, "positions": positions, "map_shapes": map_shapes}
+        return {"logits": logits, **name_positions(state.get("intermediates", {}), model, images.shape[1:3])}
 
     return Task(init=init, loss=loss, predict=predict)

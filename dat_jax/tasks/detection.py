@@ -9,12 +9,15 @@ Detections are {"boxes": (B, D, 4), in pixels of the original images, "scores": 
 "valid": bool (B, D), and "masks": (B, D, 28, 28), probabilities within each box}; what is not valid is 0.
 """
 
+from typing import Any
+
 import jax
 
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.retinanet import RetinaNet
 from dat_jax.tasks import Task
 from dat_jax.tasks.classification import normalize
+from dat_jax.tasks.positions import name_positions
 from dat_jax.tasks.rcnn import CASCADE, MASK_RCNN, RCNNSettings, rcnn_detect, rcnn_loss
 from dat_jax.tasks.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
 from dat_jax.tasks.segmentation import clear_padding
@@ -39,9 +42,6 @@ def make_detection_task(model: RetinaNet | RCNN, *, settings: RetinaNetSettings 
     def init(key, batch):
         return model.init(key, normalize(batch["image"]))
 
-    def prepare(batch):
-        return clear_padding(normalize(batch["image"]), batch["valid"])
-
     def loss(variables, batch, key):
         drop_key, sample_key = jax.random.split(key)
 
@@ -51,7 +51,7 @@ def make_detection_task(model: RetinaNet | RCNN, *, settings: RetinaNetSettings 
             return rcnn_loss(module, images, batch, sample_key, settings)
 
         options = dict(method=compute, rngs={"dropout": drop_key}, mutable=["batch_stats"])
-        (value, metrics), state = model.apply(variables, prepare(batch), **options)
+        (value, metrics), state = model.apply(variables, _prepare(batch), **options)
         return value, {"loss": value, **metrics}, dict(state)
 
     def predict(variables, batch):
@@ -60,6 +60,19 @@ def make_detection_task(model: RetinaNet | RCNN, *, settings: RetinaNetSettings 
                 return retinanet_detect(module, module(images), batch, settings)
             return rcnn_detect(module, images, batch, settings)
 
-        return model.apply(variables, prepare(batch), method=compute)
+        return model.apply(variables, _prepare(batch), method=compute)
 
     return Task(init=init, loss=loss, predict=predict)
+
+
+def find_positions(model: RetinaNet | RCNN, variables, batch: dict) -> dict[str, dict[str, Any]]:
+    """Where the D blocks of a detector's backbone sample the "image" and "valid" of a batch: see ``name_positions``."""
+    images = _prepare(batch)
+    look = lambda module, images: module.backbone(images)  # noqa: E731
+    _, state = model.apply(variables, images, method=look, mutable=["intermediates"])
+    sown = state.get("intermediates", {}).get("backbone", {}).get("dat", {})
+    return name_positions(sown, model.dat, images.shape[1:3])
+
+
+def _prepare(batch):
+    return clear_padding(normalize(batch["image"]), batch["valid"])

@@ -1,0 +1,49 @@
+"""A trained segmentor as a function of images."""
+
+import numpy as np
+import pytest
+
+from dat_jax import inference
+from dat_jax.data import ade20k
+from dat_jax.errors import UserError
+from dat_jax.inference.segmentation import measure_shares
+from dat_jax.training.pretrained import export_model
+from tests.photographs import photographs
+from tests.tiny_segmentation import random_segmentor
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export") / "export"
+    model, variables = random_segmentor()
+    export_model(directory, model=model, variables=variables)
+    return directory
+
+
+def test_the_names_of_150_classes_are_those_of_ade20k(tmp_path):
+    model, variables = random_segmentor(num_classes=150)
+    export_model(tmp_path / "export", model=model, variables=variables)
+    segmenter = inference.load(tmp_path / "export")
+    assert segmenter.class_names == ade20k.CLASS_NAMES
+    np.testing.assert_array_equal(segmenter.palette, ade20k.PALETTE)
+    assert (segmenter.transform.scale, segmenter.transform.ratios) == ((2048, 512), (1.0,))
+
+
+def test_the_function_gives_labels_and_probabilities(export):
+    segmenter = inference.load(export, long_side=64, short_side=64)
+    labels, probabilities = segmenter(photographs(width=64, height=64)[3])
+    assert (labels.dtype, labels.shape) == (np.uint8, (64, 64))
+    assert (probabilities.dtype, probabilities.shape) == (np.float32, (64, 64))
+    assert ((probabilities >= 0.2 - 1e-6) & (probabilities <= 1)).all()
+    assert segmenter.class_names == ("0", "1", "2", "3", "4")
+
+
+def test_shares_add_up_over_classes_of_one_name():
+    labels = np.array([[0, 1, 1, 1], [2, 2, 2, 2]], np.uint8)
+    shares = measure_shares(labels, ["sky", "road", "sky", "tree"])
+    assert list(shares.items()) == [("sky", 0.625), ("road", 0.375)]
+
+
+def test_unknown_options_are_refused(export):
+    with pytest.raises(UserError, match="Unknown option 'ratio' of a segmentor: wanted some of long_side"):
+        inference.load(export, ratio=1.0)
