@@ -38,6 +38,7 @@ from dat_jax.training.setups import SETUPS
 STEPS = ("train", "eval")
 # Products of a GPU go to its library: their tiles are chosen by timing, and without a device some are taken that do not work.
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_READ_COSTS = ("bytes", "padded_bytes", "hbm_bytes")  # from the compiled text
 _BATCH_UNIT = 8  # of --find_batch, examples a chip
 _LARGEST_BATCH = 2**14
 
@@ -116,7 +117,8 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
     Returns:
       Bytes and FLOPs of one chip: "batch_size" over all chips, "fits", "message" of the compiler where
       it does not; "memory", "cost", "roofline", "collectives", "gather", "scatter", "loops", "lower_seconds",
-      "compile_seconds", and "top" where asked for. Of a step that does not fit only those up to "memory" are known.
+      "compile_seconds", and "top" where asked for. Of a step that does not fit only those up to "memory" are known; where
+      the compiled text cannot be read "unread" says why, and of "cost" only the compiler's counts are known.
     """
     function, arguments, batch_size = step_function(run, step)
     start = time.perf_counter()
@@ -137,11 +139,17 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
             raise UserError(f"The compiler refuses the {step} step: {first_line(error)}") from error
         return {**report, "message": _memory_message(error), "compile_seconds": time.perf_counter() - lowered_at}
     report["compile_seconds"] = time.perf_counter() - lowered_at
-    module = hlo.parse(compiled.as_text())
     report["memory"] = _memory(compiled.memory_analysis(), _state_bytes(run, step), available=chip.memory_bytes)
     report["fits"] = chip.memory_bytes is None or report["memory"]["peak"] <= chip.memory_bytes
+    product_flops = count_product_flops(traced.jaxpr.jaxpr) / run.mesh.size
+    try:
+        module = hlo.parse(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.52 and large programs for v5p
+        report["unread"] = first_line(error)
+        report["cost"] = _cost(compiled, None, product_flops)
+        return report
     by_opcode, by_path = hlo.traffic(module)
-    report["cost"] = _cost(compiled, by_opcode, count_product_flops(traced.jaxpr.jaxpr) / run.mesh.size)
+    report["cost"] = _cost(compiled, by_opcode, product_flops)
     report["roofline"] = _roofline(report["cost"], chip, report["batch_size_per_chip"])
     report["collectives"] = hlo.collectives(module)
     report |= {opcode: hlo.count_indexed(module, opcode) for opcode in ("gather", "scatter")}
@@ -201,13 +209,13 @@ def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[st
 
 
 def _cost(compiled, by_opcode, product_flops: float) -> dict[str, float | None]:
-    """The compiler's own count (a loop's body once; None on a GPU) and ours (as often as it runs)."""
+    """The compiler's own count (a loop's body once; None on a GPU) and ours (as often as it runs; None without a text)."""
     analysis = compiled.cost_analysis() or {}
     return {
         "flops": analysis.get("flops"),
         "bytes_accessed": analysis.get("bytes accessed"),
         "product_flops": product_flops,
-        **{key: sum(c[key] for c in by_opcode.values()) for key in ("bytes", "padded_bytes", "hbm_bytes")},
+        **{key: by_opcode and sum(c[key] for c in by_opcode.values()) for key in _READ_COSTS},
     }
 
 
@@ -334,6 +342,8 @@ def print_report(console: Console, report: dict) -> None:
     for step, found in report["steps"].items():
         if "message" in found:
             console.print(f"{step} does not fit: {found['message']}")
+        if "unread" in found:
+            console.print(f"{step}: the compiled text cannot be read, so collectives are not known: {found['unread']}")
         for kind, rows in found.get("top", {}).items():
             table = Table(f"{step}, by {kind}", "ops", "GB", "GB padded", "GB in HBM")
             for row in rows:
@@ -368,7 +378,7 @@ def _column(found: dict) -> dict[str, str]:
     if memory["available"] is not None:
         rows["fits"] = "yes" if found["fits"] else "no"
     if cost := found.get("cost"):
-        untiled = cost["padded_bytes"] == cost["bytes"] == cost["hbm_bytes"]
+        untiled = len({cost[key] for key in _READ_COSTS}) == 1
         for key, name in _COSTS.items():
             if cost[key] is not None and not (untiled and key in ("padded_bytes", "hbm_bytes")):
                 rows[f"{name}, G; an image"] = f"{cost[key] / 1e9:,.2f}; {cost[key] / batch / 1e9:.3f}"
@@ -377,7 +387,7 @@ def _column(found: dict) -> dict[str, str]:
         rows["at memory bandwidth, ms"] = f"{1e3 * roofline['memory_seconds']:.2f}"
         rows["likewise, what is in HBM, ms"] = f"{1e3 * roofline['hbm_seconds']:.2f}"
         rows["what binds"] = f"{roofline['binds']}, {roofline['images_per_second']:,.0f} images/s at most"
-    if cost:
+    if "collectives" in found:
         rows["collectives"] = "\n".join(
             f"{kind} {row['count']}, {row['bytes'] / 1e6:.1f} MB"
             + f", {row['in_loops']} in loops" * (row["in_loops"] > 0)

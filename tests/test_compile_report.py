@@ -96,6 +96,25 @@ def test_a_step_that_needs_more_memory_than_there_is(monkeypatch):
         compile_report.compile_report(config, topology="cpu")
 
 
+def test_a_compiled_text_that_cannot_be_read_costs_its_rows_only(monkeypatch):
+    def refuse(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: operands\nmore")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", refuse)
+    config = tiny_config.get_config(stages=("D",))
+    report = compile_report.compile_report(config, topology="cpu", steps=("train",))
+    train = report["steps"]["train"]
+    assert train["fits"]
+    assert train["memory"]["temporaries"] > 0
+    assert train["cost"]["product_flops"] > 0
+    assert train["cost"]["bytes"] is None
+    console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
+    compile_report.print_report(console, report)
+    printed = console.export_text()
+    assert "temporaries" in printed
+    assert "cannot be read, so collectives are not known: INTERNAL: RET_CHECK failure: operands" in printed
+
+
 def test_a_step_fits_where_its_peak_is_at_most_the_memory_of_the_chip(monkeypatch):
     """The search is told by the batch alone: here 48 examples a chip have room."""
     seen, notes = [], []
