@@ -1,4 +1,4 @@
-"""Trained segmentors and detectors as functions of images, for programs. A module a task.
+"""Trained classifiers, segmentors and detectors as functions of images, for programs. A module a task.
 
 What ``load`` gives has ``class_names`` and, of an image uint8 (H, W, 3) RGB:
 __call__(image): what is found.
@@ -10,31 +10,32 @@ to_entries(found, image=, number=, picture=): what a JSON file has of an image o
 
 import os
 
-from dat_jax.errors import UserError
-from dat_jax.inference import detection, segmentation
+from dat_jax.inference import classification, detection, segmentation
+from dat_jax.inference.classification import Classifier
 from dat_jax.inference.detection import ObjectDetector
 from dat_jax.inference.segmentation import Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.training.pretrained import load_pretrained
 
+Looker = Classifier | Segmenter | ObjectDetector
 
-def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, **options) -> Segmenter | ObjectDetector:
-    """A trained segmentor or detector as a function of images.
+
+def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, **options) -> Looker:
+    """A trained classifier, segmentor or detector as a function of images.
 
     Args:
       path: see ``load_pretrained``.
-      classes: a file with the names of the classes, one a line. None takes those of the work directory, else those that
-        ADE20K (segmentors) or COCO (detectors) has where there are as many, else numbers.
-      **options: see ``segmentation.from_trained`` and ``detection.from_trained``. One that is None or not given is what the
-        run of a work directory evaluates with, else as published.
+      classes: a file with the names of the classes, one a line. None takes those of the work directory or the export, else
+        those that ImageNet (classifiers), ADE20K (segmentors) or COCO (detectors) has where there are as many, else numbers.
+      **options: see ``from_trained`` of the task's module. One that is None or not given is what the export says or the run
+        of a work directory evaluates with, else as published.
 
     Raises:
-      UserError: as ``load_pretrained``; a classifier; another number of names; unknown or impossible options.
+      UserError: as ``load_pretrained``; another number of names; unknown or impossible options.
     """
     given = {name: value for name, value in options.items() if value is not None}
     model, variables = load_pretrained(path)
-    if isinstance(model, DAT):
-        raise UserError(f"{path} has the weights of a classifier: wanted those of a segmentor or a detector.")
-    task = segmentation if isinstance(model, Segmentor) else detection
+    tasks = {DAT: classification, Segmentor: segmentation}
+    task = tasks.get(type(model), detection)
     return task.from_trained(path, model, variables, classes=classes, **given)

@@ -15,7 +15,7 @@ def choose_options(
     """Every option's value.
 
     Args:
-      path: an export or a work directory.
+      path: an export, whose "options" are taken, or a work directory.
       given: those that were asked for.
       known: option -> ("group.key" of the configuration of a work directory's run, value where it is not there).
       kind: of model, in words.
@@ -26,16 +26,18 @@ def choose_options(
     unknown = set(given) - set(known)
     if unknown:
         raise UserError(f"Unknown option {min(unknown)!r} of a {kind}: wanted some of {', '.join(known)}.")
-    config = _read_config(path)
-    return {name: given.get(name, _find(config, place, default)) for name, (place, default) in known.items()}
+    exported = _read_json(path / "model.json")
+    config = _read_json(path / "config.json") if not exported else {}
+    saved = {name: _find(config, place, default) for name, (place, default) in known.items()}
+    saved |= {name: value for name, value in (exported.get("options") or {}).items() if name in known}
+    values = {name: given.get(name, saved[name]) for name in known}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _read_config(path):
-    if (path / "model.json").is_file():
-        return {}
+def _read_json(path):
     try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

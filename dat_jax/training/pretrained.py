@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -142,10 +142,27 @@ def load_trained(path: str | os.PathLike) -> tuple[DAT | Segmentor | Detector, d
 
 
 def export_model(
-    directory: str | os.PathLike, *, model: DAT | Segmentor | Detector, variables: Mapping[str, Any]
+    directory: str | os.PathLike,
+    *,
+    model: DAT | Segmentor | Detector,
+    variables: Mapping[str, Any],
+    classes: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
-    """Writes an export that ``load_pretrained`` reads, into a folder that must not exist; returns its checksum."""
+    """Writes an export that ``load_pretrained`` reads.
+
+    Args:
+      directory: must not exist.
+      model, variables: of any task.
+      classes: their names.
+      options: how ``inference.load`` looks at images with it, by name.
+
+    Returns:
+      Its checksum.
+    """
     description, arrays = {"model": describe_model(_dat(model))}, variables["params"]
+    given = {"classes": classes and list(classes), "options": options and dict(options)}
+    description |= {key: value for key, value in given.items() if value}
     if not isinstance(model, DAT):
         description[kind_of(arrays)] = describe_model(model)
         arrays = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
@@ -163,8 +180,13 @@ def describe_model(model: DAT | Segmentor | Detector) -> dict[str, Any]:
 
 
 def read_class_names(path: str | os.PathLike, *, count: int) -> tuple[str, ...] | None:
-    """Of a work directory; None where the names are not known, as in an export. UserError as ``read_names``."""
+    """Of a work directory or an export; None where the names are not known. UserError as ``read_names``."""
     file = pathlib.Path(path) / CLASS_NAMES
+    if (description := pathlib.Path(path) / "model.json").is_file():
+        names = tuple(map(str, json.loads(description.read_text()).get("classes") or ()))
+        if names and len(names) != count:
+            raise UserError(f"{description} has {len(names)} names of classes, wanted {count}.")
+        return names or None
     return read_names(file, count=count) if file.is_file() else None
 
 
