@@ -159,6 +159,9 @@ def _get_base() -> ConfigDict:
     config.accumulate_steps = 1  # the batch is split into so many parts, one after the other
     config.ema_decay = 0.0  # 0: none; else the average of the weights is what is evaluated
     config.log_every = 50  # steps
+    # Where metrics go beside WORKDIR/metrics.jsonl: "tensorboard" writes files into WORKDIR/tensorboard, "wandb" sends them to
+    # Weights & Biases (pip install -e ".[wandb]"; its variables WANDB_PROJECT and WANDB_MODE count).
+    config.logs = ("tensorboard",)
     # Steps to trace into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; 0: none. They come after three others, and
     # the first process traces its own devices.
     config.profile = 0

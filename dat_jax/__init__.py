@@ -1,11 +1,17 @@
 """DAT++ (2309.01430), the deformable attention transformer, in JAX and Flax."""
 
-from dat_jax import conversion
-from dat_jax.models.dat import DAT
-from dat_jax.models.rcnn import RCNN
-from dat_jax.models.registry import VARIANTS, create_detector, create_model, create_segmentor, list_models
-from dat_jax.models.retinanet import RetinaNet
-from dat_jax.models.segmentation import Segmentor
+from typing import TYPE_CHECKING
+
+from dat_jax import lazy
+
+if TYPE_CHECKING:  # what _PLACES says, for type checkers
+    from dat_jax import conversion
+    from dat_jax.models.dat import DAT
+    from dat_jax.models.rcnn import RCNN
+    from dat_jax.models.registry import VARIANTS, create_detector, create_model, create_segmentor, list_models
+    from dat_jax.models.retinanet import RetinaNet
+    from dat_jax.models.segmentation import Segmentor
+    from dat_jax.training.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,9 +28,18 @@ __all__ = [
     "load_pretrained",
 ]
 
-
-def load_pretrained(path, **overrides):
-    """(model, variables) of an export or a run's work directory: see ``training.pretrained.load_pretrained``."""
-    from dat_jax.training import pretrained  # late: it reads checkpoints, which takes a while to import
-
-    return pretrained.load_pretrained(path, **overrides)
+# Public name -> the module that has it, imported when the name is first asked for: --help of a tool takes no jax.
+_PLACES = {
+    "DAT": "dat_jax.models.dat",
+    "RCNN": "dat_jax.models.rcnn",
+    "RetinaNet": "dat_jax.models.retinanet",
+    "Segmentor": "dat_jax.models.segmentation",
+    "VARIANTS": "dat_jax.models.registry",
+    "conversion": "dat_jax.conversion",
+    "create_detector": "dat_jax.models.registry",
+    "create_model": "dat_jax.models.registry",
+    "create_segmentor": "dat_jax.models.registry",
+    "list_models": "dat_jax.models.registry",
+    "load_pretrained": "dat_jax.training.pretrained",
+}
+__getattr__, __dir__ = lazy.attach(__name__, _PLACES)

@@ -1,15 +1,94 @@
 """What the programs of the package share: flags are read, mistakes end with one sentence and status 1, files are written."""
 
 import contextlib
+import difflib
+import inspect
 import os
 import pathlib
+import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from absl import flags
+from absl import app, flags, logging
 
+from dat_jax import __version__
 from dat_jax.errors import UserError
+
+HELP_FLAGS = ("--help", "-help", "--helpshort", "-helpshort", "-h", "-?")
+_INTERRUPTED = 130  # the status of what SIGINT ended, as shells have it
+
+
+def run_tool(
+    main: Callable[[list[str]], None],
+    *,
+    groups: Mapping[str, Sequence[str]],
+    define_flags: Callable[[flags.FlagValues], None] = lambda values: None,
+    interrupted: str = "Interrupted: every file that was written is whole.",
+) -> None:
+    """Calls a tool's ``main`` with the arguments that are no flags; --help and --version are answered before.
+
+    Args:
+      main: imports what takes long itself, so that --help and mistakes in the flags are said at once.
+      groups: title -> flags, see ``format_help``.
+      define_flags: defines those that importing the tool does not define.
+      interrupted: a sentence for Ctrl-C, upon which the status is 130.
+    """
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.set_verbosity(logging.ERROR)
+    define_flags(flags.FLAGS)
+    asked = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
+    if any(argument in HELP_FLAGS for argument in asked):
+        text = sys.modules[main.__module__].__doc__
+        print(
+            format_help(text, flags.FLAGS, groups=groups, width=min(shutil.get_terminal_size((120, 24)).columns, 120))
+        )
+    elif "--version" in asked:
+        print(f"dat_jax {__version__}")
+    else:
+        run_interruptible(lambda: app.run(main, flags_parser=parse_flags), interrupted)
+
+
+def run_interruptible(function: Callable[[], None], interrupted: str = "Interrupted.") -> None:
+    """Calls a function; Ctrl-C ends the program with one sentence and status 130."""
+    try:
+        function()
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr, flush=True)
+        sys.exit(_INTERRUPTED)
+
+
+def format_help(text: str, values: flags.FlagValues, *, groups: Mapping[str, Sequence[str]], width: int) -> str:
+    """What a tool says of itself: its module's text, then its own flags with their meanings and defaults.
+
+    Args:
+      text: the docstring.
+      values: the flags.
+      groups: title -> flags as they are written, such as "--output=DIR", without the dashes.
+      width: columns; names and the text stay as they are.
+    """
+    lines = [inspect.cleandoc(text), ""]
+    for title, written in groups.items():
+        lines.append(f"{title}:")
+        for form in written:
+            flag = values[form.partition("=")[0]]
+            short = f"-{flag.short_name}, " if flag.short_name else ""
+            default = "" if flag.default in (None, False, "", 0) else f" Default: {flag.default_as_str.strip(chr(39))}."
+            option = {"initial_indent": " " * 6, "subsequent_indent": " " * 6, "break_on_hyphens": False}
+            meaning = (
+                re.sub(r"^<[^>]*>: ", "", flag.help) + default
+            )  # absl puts the choices before, as ``form`` has them
+            lines += [f"  {short}--{form}", *textwrap.wrap(meaning, width, **option)]
+        lines.append("")
+    return "\n".join([*lines, "--help and --version answer and end; --helpfull has the flags of the libraries too."])
+
+
+def find_nearest(name: str, choices: Iterable[str]) -> str:
+    """The choice that is written most like ``name``."""
+    return difflib.get_close_matches(name, list(choices), n=1, cutoff=0)[0]
 
 
 def fail(message: str) -> NoReturn:

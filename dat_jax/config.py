@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dat_jax.errors import UserError
 
-# Key -> type, or a tuple of the allowed values, or a group; [float] is several numbers. What each means is said in
+# Key -> type, or a tuple of the allowed values, or a group; [float] is several numbers, [(...)] several of the allowed values. What each means is said in
 # configs/common.py.
 _EVERY_TASK: dict[str, Any] = {
     "task": str,
@@ -21,6 +21,7 @@ _EVERY_TASK: dict[str, Any] = {
     "accumulate_steps": int,
     "ema_decay": float,
     "log_every": int,
+    "logs": [("tensorboard", "wandb")],
     "profile": int,
     "max_skipped_steps": int,
     "spike_factor": float,
@@ -263,6 +264,10 @@ def _check_value(value, wanted, name):
     elif isinstance(wanted, tuple):
         if value not in wanted:
             raise UserError(f"{name} wants one of {', '.join(wanted)}, got {_show(value)}.")
+    elif isinstance(wanted, list) and isinstance(wanted[0], tuple):
+        if not isinstance(value, list | tuple) or not all(item in wanted[0] for item in value):
+            example = repr(wanted[0][:1])
+            raise UserError(f"{name} wants some of {', '.join(wanted[0])}, such as {example}, got {_show(value)}.")
     elif isinstance(wanted, list):
         if not isinstance(value, list | tuple):
             example = {float: "(0.5, 1.0)", int: "(480, 800)"}[wanted[0]]

@@ -1,5 +1,11 @@
 """What is in images: python -m dat_jax.predict TRAINED IMAGE... [--output=DIR] [--json=FILE] [--min_score=0.3] [--flip] ...
 
+A photograph; every image of a folder, with pictures; names from another program, and all that was found as JSON:
+
+  python -m dat_jax.predict runs/quickstart_segmentation photo.jpg
+  python -m dat_jax.predict runs/quickstart_detection photos/ --output=drawn --min_score=0.5
+  find photos -name '*.png' | python -m dat_jax.predict runs/quickstart_detection - --json=found.json --quiet
+
 TRAINED is an export, or the work directory of a run, of a segmentor or a detector; an IMAGE is a file, a folder of them, or -
 for names on stdin, one a line.
 
@@ -8,27 +14,29 @@ a line has the scores of the objects of each class; DIR/<stem>.png is the image 
 COCO's format of results, also those with lower scores.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import os
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape
 
-from dat_jax import inference
-from dat_jax.command_line import check_outputs, fail, name_outputs, parse_flags, process, replacing
+from dat_jax.command_line import check_outputs, fail, name_outputs, process, replacing, run_tool
+from dat_jax.console import make_console, print_table
 from dat_jax.data.archives import is_image
 from dat_jax.data.images import decode_image
 from dat_jax.errors import UserError
-from dat_jax.inference import ObjectDetector, Segmenter
-from dat_jax.training.metrics import print_table
+
+if TYPE_CHECKING:  # it takes long to import, so that is done where it is called
+    from dat_jax.inference import ObjectDetector, Segmenter
 
 
 def find_images(names: Sequence[str]) -> list[pathlib.Path]:
@@ -105,9 +113,9 @@ def predict(
         entries.extend(looker.to_entries(found, image=name, number=numbers[index], picture=picture))
         said = looker.describe(found) or {"nothing": ""}
         if console.is_terminal:
-            print(name, file=console.file)  # as a title it would be broken to the width of the table
-            print_table(console, "", {escape(key): value for key, value in said.items()})
-        else:
+            console.print(name, soft_wrap=True, markup=False)  # as a title it would be broken to the width of the table
+            print_table(console, "", said)
+        elif not console.quiet:
             words = ", ".join(" ".join(item).rstrip() for item in said.items())
             print(f"{name}: {words}", file=console.file, flush=True)
 
@@ -136,6 +144,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def load_from_flags(path: str, values: flags.FlagValues) -> Segmenter | ObjectDetector:
     """``inference.load`` with the flags of ``define_flags``."""
+    from dat_jax import inference
+
     names = ("flip", "long_side", "short_side", "classes", "min_score", "max_detections")
     try:
         ratios = None if values.ratios is None else tuple(map(float, values.ratios))
@@ -154,7 +164,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         written = [*(outputs or ()), *([pathlib.Path(values.json)] if values.json else ())]
         check_outputs(written, inputs=images, overwrite=values.overwrite)
         looker = load_from_flags(argv[1], values)
-        console = Console(highlight=False)
+        console = make_console(quiet=values.quiet)
         done = predict(looker, images, outputs=outputs, json_file=values.json or None, console=console)
     except UserError as error:
         fail(str(error))
@@ -162,9 +172,21 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         sys.exit(1)
 
 
+def define_own_flags(values: flags.FlagValues) -> None:
+    """All of this tool."""
+    define_flags(values)
+    flags.DEFINE_string("json", None, "The file that what is found in all images is written to.", flag_values=values)
+    help_text = "Says errors only: what is found is in the files."
+    flags.DEFINE_bool("quiet", False, help_text, short_name="q", flag_values=values)
+
+
+# Flags that every tool for images has, by title.
+IMAGE_FLAGS = {
+    "How images are seen": ("long_side=PIXELS", "short_side=PIXELS", "classes=FILE"),
+    "Segmentors": ("ratios=RATIO,...", "flip"),
+    "Detectors": ("min_score=SCORE", "max_detections=N"),
+}
+_FLAGS = {"What is written": ("output=DIR", "json=FILE", "overwrite", "quiet"), **IMAGE_FLAGS}
+
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.set_verbosity(logging.ERROR)
-    define_flags(flags.FLAGS)
-    flags.DEFINE_string("json", None, "The file that what is found in all images is written to.")
-    app.run(main, flags_parser=parse_flags)
+    run_tool(main, groups=_FLAGS, define_flags=define_own_flags)

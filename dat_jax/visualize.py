@@ -1,25 +1,32 @@
 """Pictures of what a model sees: python -m dat_jax.visualize TRAINED IMAGE... --output=DIR [--labels=FILE_OR_DIR]
 
+A photograph; every image of a folder; a validation set beside its annotated classes:
+
+  python -m dat_jax.visualize runs/quickstart_detection photo.jpg --output=seen
+  python -m dat_jax.visualize runs/quickstart_segmentation photos/ --output=seen --overwrite
+  python -m dat_jax.visualize runs/upernet images/validation --output=seen --labels=annotations/validation --zero_is_ignored
+
 TRAINED and IMAGE are as of dat_jax.predict. Of a segmentor, DIR/<stem>.png shows the image, the classes over it, and the
 probability of the likeliest class; with --labels also the annotated classes. Of a detector it shows the image, what is found
 in it, and where every deformable block of the backbone samples it.
 """
 
+from __future__ import annotations
+
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
-from dat_jax import plots
-from dat_jax.command_line import check_outputs, fail, name_outputs, parse_flags, process, replacing
-from dat_jax.data.segmentation_sources import decode_label
+from dat_jax.command_line import check_outputs, fail, name_outputs, process, replacing, run_tool
 from dat_jax.errors import UserError
-from dat_jax.evaluation.segmentation import IGNORED
-from dat_jax.inference import ObjectDetector, Segmenter
-from dat_jax.predict import define_flags, find_images, load_from_flags, read_image
+from dat_jax.predict import IMAGE_FLAGS, define_flags, find_images, load_from_flags, read_image
+
+if TYPE_CHECKING:  # they take long to import, so that is done where they are called
+    from dat_jax.inference import ObjectDetector, Segmenter
 
 _PANEL_WIDTH = 4.0  # inches
 
@@ -53,6 +60,9 @@ def read_labels(
     Raises:
       UserError: a file that cannot be read, is of another kind or size, or holds a value that is no class.
     """
+    from dat_jax.data.segmentation_sources import decode_label
+    from dat_jax.evaluation.segmentation import IGNORED
+
     try:
         values = decode_label(path.read_bytes(), path=str(path))
     except OSError as error:
@@ -81,6 +91,8 @@ def save_segmentation(
     Raises:
       UserError: the image is too small, or the file cannot be written.
     """
+    from dat_jax import plots
+
     labels, probabilities = segmenter(image)
     title = f"probability, blue 0 to yellow 1, mean {probabilities.mean():.2f}"
     row = {
@@ -110,6 +122,8 @@ def save_detection(path: pathlib.Path, image: np.ndarray, *, detector: ObjectDet
     Raises:
       UserError: the file cannot be written.
     """
+    from dat_jax import plots
+
     found, sampled = detector.choose_shown(detector(image)), detector.sample(image)
     with replacing(path) as unfinished:
         plots.save_detections_and_points(
@@ -129,6 +143,8 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """One call, and its mistakes as one sentence."""
     if len(argv) < 3 or not values.output:
         fail(f"Wanted: TRAINED IMAGE... --output=DIR [--labels=FILE_OR_DIR], got {' '.join(argv[1:]) or 'nothing'}.")
+    from dat_jax.inference import ObjectDetector, Segmenter
+
     try:
         images = find_images(argv[2:])
         outputs = name_outputs(images, values.output)
@@ -163,8 +179,8 @@ def define_own_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("zero_is_ignored", False, help_text, flag_values=values)
 
 
+_FLAGS = {"What is written": ("output=DIR", "overwrite"), **IMAGE_FLAGS}
+_FLAGS["Segmentors"] += ("labels=FILE_OR_DIR", "zero_is_ignored")
+
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.set_verbosity(logging.ERROR)
-    define_own_flags(flags.FLAGS)
-    app.run(main, flags_parser=parse_flags)
+    run_tool(main, groups=_FLAGS, define_flags=define_own_flags)

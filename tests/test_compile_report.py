@@ -12,7 +12,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from dat_jax import compile_report, targets
+from dat_jax import compile_report, step_report, targets
 from dat_jax.errors import UserError
 from dat_jax.flops import count_product_flops
 from dat_jax.ops import dispatch
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def cpu_report():
-    return compile_report.compile_report(tiny_config.get_config(stages=("D",)), topology="cpu", top=3)
+    return step_report.compile_report(tiny_config.get_config(stages=("D",)), topology="cpu", top=3)
 
 
 def test_the_report_of_the_cpu(cpu_report):
@@ -67,7 +67,7 @@ def test_what_is_compiled_for_another_platform_is_what_it_would_run():
     for platform in ("cpu", "tpu"):
         with dispatch.compiling_for(platform):
             run = run_lib.make_run(config)
-            step, arguments, _ = compile_report.step_function(run, "train")
+            step, arguments, _ = step_report.step_function(run, "train")
             lowered = step.lower(*arguments)
             donated[platform] = {leaf.donated for leaf in jax.tree.leaves(lowered.args_info[0][0])}
             assert ("bf16" in lowered.as_text()) == (platform == "tpu")
@@ -88,12 +88,12 @@ def test_a_step_that_needs_more_memory_than_there_is(monkeypatch):
 
     config = tiny_config.get_config(stages=("D",))
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    report = compile_report.compile_report(config, topology="cpu")["steps"]["train"]
+    report = step_report.compile_report(config, topology="cpu")["steps"]["train"]
     assert not report["fits"]
     assert "(18.25G) exceeds available HBM (15.75G)" in report["message"]
     message = "INTERNAL: Mosaic failed to compile the kernel.\nmore"
     with pytest.raises(UserError, match="refuses the train step: INTERNAL: Mosaic failed to compile the kernel.$"):
-        compile_report.compile_report(config, topology="cpu")
+        step_report.compile_report(config, topology="cpu")
 
 
 def test_a_compiled_text_that_cannot_be_read_costs_its_rows_only(monkeypatch):
@@ -102,7 +102,7 @@ def test_a_compiled_text_that_cannot_be_read_costs_its_rows_only(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", refuse)
     config = tiny_config.get_config(stages=("D",))
-    report = compile_report.compile_report(config, topology="cpu", steps=("train",))
+    report = step_report.compile_report(config, topology="cpu", steps=("train",))
     train = report["steps"]["train"]
     assert train["fits"]
     assert train["memory"]["temporaries"] > 0
@@ -126,22 +126,22 @@ def test_a_step_fits_where_its_peak_is_at_most_the_memory_of_the_chip(monkeypatc
 
     monkeypatch.setattr(compile_report, "report_step", report_step)
     config = tiny_config.get_config(stages=("D",))
-    sources = compile_report.make_sources(config, classes=0, examples=0)
-    report = compile_report.find_batch(config, "train", topology="cpu", sources=sources, note=notes.append)
+    sources = step_report.make_sources(config, classes=0, examples=0)
+    report = step_report.find_batch(config, "train", topology="cpu", sources=sources, note=notes.append)
     assert report["steps"]["train"]["memory"]["peak"] == 48 * 2**20
     assert seen == [8, 16, 32, 64, 48, 56]
     assert notes[0] == "train: a batch of 8 a chip fits, peak 8.00 MiB."
     assert notes[-1] == "train: a batch of 56 a chip does not fit."
     monkeypatch.setattr(compile_report, "report_step", lambda *_, **__: {"fits": False, "memory": {}})
     with pytest.raises(UserError, match="Not even a batch of 8 a chip fits the eval step on cpu"):
-        compile_report.find_batch(config, "eval", topology="cpu", sources=sources, note=notes.append)
+        step_report.find_batch(config, "eval", topology="cpu", sources=sources, note=notes.append)
 
 
 @pytest.mark.parametrize("capacity", [0, 7, 8, 15, 16, 100, 127, 128, 1000])
 @pytest.mark.parametrize("unit", [8, 24])
 def test_the_largest_that_fits(capacity, unit):
     wanted = min(capacity, 192) // unit * unit
-    assert compile_report.largest_that_fits(lambda n: n <= capacity, unit=unit, limit=192) == wanted
+    assert step_report.largest_that_fits(lambda n: n <= capacity, unit=unit, limit=192) == wanted
 
 
 def test_accumulated_parts_are_all_counted():
@@ -150,7 +150,7 @@ def test_accumulated_parts_are_all_counted():
         config = tiny_config.get_config(stages=("D",)).unlock()
         config.accumulate_steps = parts
         run = run_lib.make_run(config)
-        step, arguments, _ = compile_report.step_function(run, "train")
+        step, arguments, _ = step_report.step_function(run, "train")
         flops[parts] = count_product_flops(step.trace(*arguments).jaxpr.jaxpr)
     assert math.isclose(flops[1], flops[2], rel_tol=0.05)
 
@@ -197,7 +197,7 @@ def test_the_report_of_a_tpu():
     config = tiny_config.get_config(stages=("D",), dtype="auto", dim_stem=128, dims=(128,), num_heads=(4,)).unlock()
     config.mesh.fsdp = 4
     options = dict(topology="v5e:2x2", steps=("train",))
-    report = compile_report.compile_report(config, **options, top=5)
+    report = step_report.compile_report(config, **options, top=5)
     train = report["steps"]["train"]
     assert (report["chips"], report["dtype"], train["fits"]) == (4, "bfloat16", True)
     assert train["memory"]["available"] == 16 * 2**30
@@ -209,8 +209,8 @@ def test_the_report_of_a_tpu():
     assert train["roofline"]["binds"] == "memory"
     config.batch_size = 4 * 2**17
     config.data.image_size = config.data.eval_resize = 64
-    sources = (compile_report.StandIn(2**30, ("left", "right")),) * 2
-    report = compile_report.compile_report(config, **options, sources=sources)["steps"]["train"]
+    sources = (step_report.StandIn(2**30, ("left", "right")),) * 2
+    report = step_report.compile_report(config, **options, sources=sources)["steps"]["train"]
     assert not report["fits"]
     assert "15.75G" in report["message"]
 
@@ -219,7 +219,7 @@ def test_the_report_of_a_tpu():
 def test_kernels_in_a_step_of_several_chips():
     """Each chip runs them on its part of the batch: nothing of it is gathered."""
     config = tiny_config.get_config(dtype="auto", implementation="pallas", dim_stem=32, dims=(32,))
-    report = compile_report.compile_report(config, topology="v5e:2x2", steps=("train",), top=30)
+    report = step_report.compile_report(config, topology="v5e:2x2", steps=("train",), top=30)
     train = report["steps"]["train"]
     kernels = [row for row in train["top"]["op"] if row["name"] == "custom-call tpu_custom_call"]
     # Forward and backward of two attentions, a sampling and two MLPs.

@@ -1,264 +1,65 @@
 """Converts weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE]
 
+A published classifier; one whose configuration is published too; a published segmentor, whole; a run of ours to others:
+
+  python -m dat_jax.conversion dat_pp_tiny.pth weights/dat_pp_t
+  python -m dat_jax.conversion dat_pp_base.pth weights/dat_pp_b --yaml=dat_pp_base.yaml
+  python -m dat_jax.conversion upernet_dat_s.pth weights/upernet_dat_pp_s
+  python -m dat_jax.conversion runs/dat_pp_s dat_pp_s.safetensors
+
 WEIGHTS with published names (.pth, .pt, .safetensors), of a classifier or of a whole segmentor or detector, become an export,
 the folder OUT, which dat_jax.load_pretrained reads and config.init_from takes. An export or the work directory of a run
 becomes OUT.safetensors with published names.
 """
 
-import functools
 import pathlib
 import sys
-import textwrap
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
-import flax
-import jax
-import numpy as np
-import yaml
-from absl import app, flags, logging
+from absl import flags
 from rich.console import Console
 
-from dat_jax.command_line import fail, parse_flags
-from dat_jax.conversion import detectors, segmentors
-from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
-from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
+from dat_jax.command_line import fail, run_tool
+from dat_jax.console import make_console, print_table
 from dat_jax.errors import UserError
-from dat_jax.models.dat import DAT
-from dat_jax.models.registry import Detector, create_model, list_models, name_detector
-from dat_jax.models.segmentation import Segmentor
-from dat_jax.training.checkpoint import checksum, load_export
-from dat_jax.training.metrics import print_table
-from dat_jax.training.pretrained import describe_model, export_model, load_trained
 
 _USAGE = "WEIGHTS OUT [--model=NAME | --yaml=FILE]"
-_MODEL = flags.DEFINE_string("model", None, "What the weights are of, one of dat_jax.list_models().")
-_YAML = flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.")
+_FLAGS = {"What WEIGHTS are of, where it is not found out": ("model=NAME", "yaml=FILE")}
 
 
-class _Dense(NamedTuple):
-    """Models around a backbone, one of which is called ``word``: the functions of ``conversion`` for them."""
-
-    word: str
-    known: str
-    has_names: Callable[..., bool]
-    guess: Callable
-    find: Callable
-    to_variables: Callable
-    to_official: Callable
-    title: Callable[..., str]
+def define_flags(values: flags.FlagValues) -> None:
+    """All of this tool."""
+    help_text = "What the weights are of, one of dat_jax.list_models(); of a segmentor or detector its backbone."
+    flags.DEFINE_string("model", None, help_text, flag_values=values)
+    flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.", flag_values=values)
 
 
-_SEGMENTORS = _Dense(
-    "segmentor",
-    "SemanticFPN or UperNet",
-    segmentors.is_segmentor,
-    segmentors.guess_segmentor,
-    segmentors.find_segmentor,
-    segmentors.segmentor_variables,
-    segmentors.segmentor_to_official,
-    lambda model: model.head,
-)
-_DETECTORS = _Dense(
-    "detector",
-    "RetinaNet, Mask R-CNN or Cascade Mask R-CNN",
-    detectors.is_detector,
-    detectors.guess_detector,
-    detectors.find_detector,
-    detectors.detector_variables,
-    detectors.detector_to_official,
-    name_detector,
-)
-
-
-def import_weights(weights: str, out: str, *, model: str | None = None, yaml_file: str | None = None) -> dict[str, str]:
-    """A file with published names -> an export.
-
-    Args:
-      weights: a file that ``read_weights`` reads.
-      out: the folder to make.
-      model: a name of the registry, of the backbone where there is one; the class count is that of the weights.
-      yaml_file: a published configuration, instead. With neither the registry is searched for names and shapes.
-
-    Returns:
-      Rows of a table: what was written.
-
-    Raises:
-      UserError: damage, weights of another model, or ``out`` exists. Nothing is written then.
-    """
-    _refuse_existing(out)
-    if pathlib.Path(out).suffix in SUFFIXES:
-        raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
-    state_dict = read_weights(weights)
-    dense = next((kind for kind in (_SEGMENTORS, _DETECTORS) if kind.has_names(state_dict)), None)
-    if dense:
-        if yaml_file is not None:
-            raise UserError(
-                f"{weights} is of a {dense.word}, which --yaml does not describe; --model=NAME names its backbone."
-            )
-        name, found = _name_dense(dense, state_dict, model) if model else _find_dense(dense, state_dict, weights)
-        convert = functools.partial(dense.to_variables, found)
-    else:
-        if yaml_file is not None:
-            name, found = yaml_file, _model_from_yaml(yaml_file)
-        elif model is not None:
-            name, found = model, _with_classes_of(state_dict, model)
-        else:
-            name, found = _find_model(state_dict, weights)
-        # All attributes are given, so that of the published configuration none is left to say.
-        convert = lambda arrays: from_official({}, arrays, **describe_model(found))[1]  # noqa: E731
-    try:
-        variables = convert(state_dict)
-    except ValueError as error:
-        raise UserError(f"{weights} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
-    export_model(out, model=found, variables=variables)
-    written, description = load_export(out)
-    wanted = variables if dense else variables["params"]
-    return _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
-
-
-def export_weights(trained: str, out: str) -> dict[str, str]:
-    """An export, or a run's work directory -> a .safetensors file with published names, float32.
-
-    Returns:
-      Rows of a table: what was written.
-
-    Raises:
-      UserError: damage, or ``out`` exists. Nothing is written then.
-    """
-    _refuse_existing(out)
-    if pathlib.Path(out).suffix != ".safetensors":
-        raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
-    model, variables = load_trained(trained)
-    if not isinstance(model, DAT):
-        dense = _SEGMENTORS if isinstance(model, Segmentor) else _DETECTORS
-        state_dict, wanted = dense.to_official(model, variables), variables
-        read = functools.partial(dense.to_variables, model)
-    else:
-        state_dict, wanted = to_official(model, variables["params"]), variables["params"]
-        read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
-    write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)})
-    # Read as anyone's weights are read.
-    return _rows(trained, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
-
-
-def _refuse_existing(out):
-    if pathlib.Path(out).exists():
-        raise UserError(f"{out} exists already and nothing is overwritten; name another place.")
-
-
-def _model_from_yaml(path: str) -> DAT:
-    """Of the published YAML only MODEL.DAT says what the model is; DATA.IMG_SIZE is the size that it is run on."""
-    try:
-        config = yaml.safe_load(pathlib.Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}.") from error
-    for key in ("MODEL", "DAT"):
-        config = config.get(key) if isinstance(config, dict) else None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} wants a mapping MODEL.DAT, as in the published YAML files.")
-    try:
-        return model_from_official(config)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(f"{path} does not describe a model: {error}") from error
-
-
-def _with_classes_of(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:
-    head = np.shape(state_dict.get("cls_head.weight"))
-    try:
-        return create_model(name, **({"num_classes": head[0]} if head else {}))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _find_model(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, DAT]:
-    """The first of the registry with these names and shapes. Those of the same shapes differ in drop path only."""
-    shapes = {name: array.shape for name, array in state_dict.items()}
-    for name in list_models():
-        model = _with_classes_of(state_dict, name)
-        if shapes.get("cls_norm.norm.weight") == (model.dims[-1],):  # shapes of all take seconds
-            wanted = official_shapes(model)
-            if all(shapes.get(key) == shape for key, shape in wanted.items()):
-                return name, model
-    raise UserError(
-        f"{weights} has names or shapes of no known model; say --yaml=FILE, the published configuration, or --model=NAME, "
-        f"one of {', '.join(list_models())}, to see what differs."
-    )
-
-
-def _name_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], backbone: str) -> tuple[str, Segmentor | Detector]:
-    try:
-        found = dense.guess(state_dict, backbone)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return f"{dense.title(found)} on {backbone}", found
-
-
-def _find_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, Segmentor | Detector]:
-    found = dense.find(state_dict, backbones={name: create_model(name) for name in list_models()})
-    if found is None:
-        raise UserError(
-            f"{weights} has names or shapes of no known {dense.word}: wanted {dense.known} on a known model; say "
-            f"--model=NAME, one of {', '.join(list_models())}, to see what differs."
-        )
-    return f"{dense.title(found[1])} on {found[0]}", found[1]
-
-
-def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Slide attention's first convolution, (9 D, 1, 3, 3): channel c * 9 + j takes tap j. Ours has no array for it."""
-    taps = np.eye(9, dtype=np.float32).reshape(9, 1, 3, 3)
-    suffix = ".dep_conv1.weight"
-    return {
-        f"{name.removesuffix(suffix)}.dep_conv.weight": np.tile(taps, (len(kernel) // 9, 1, 1, 1))
-        for name, kernel in state_dict.items()
-        if name.endswith(suffix)
-    }
-
-
-def _checksum(params) -> str:
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    return checksum({name: np.asarray(array) for name, array in flat.items()})
-
-
-def _rows(
-    name: str, model: DAT | Segmentor | Detector, written, written_checksum: str, *, wanted: Any, where: str
-) -> dict[str, str]:
-    """What the table says, once what was read back is what was meant."""
-    if not _checksum(written) == written_checksum == _checksum(wanted):
-        raise UserError(f"{where} was written, but other numbers were read back; do not use it.")
-    return {
-        "model": name,
-        "parameters": f"{sum(array.size for array in jax.tree.leaves(written.get('params', written))):,}",
-        "classes": str(model.num_classes),
-        "checksum": written_checksum,
-        "written": where,
-    }
-
-
-def main(argv):
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """One call, and its mistakes as one sentence."""
-    if len(argv) != 3 or (_MODEL.value is not None and _YAML.value is not None):
+    if len(argv) != 3 or (values.model is not None and values.yaml is not None):
         fail(f"Wanted: {_USAGE}, got {' '.join(argv[1:]) or 'nothing'}.")
     _, weights, out = argv
+    import jax  # late, as it takes long
+
+    from dat_jax.conversion import command
+
     jax.config.update("jax_platforms", "cpu")  # another program may have the accelerator
     try:
         if not pathlib.Path(weights).is_dir():
-            rows = import_weights(weights, out, model=_MODEL.value, yaml_file=_YAML.value)
-        elif _MODEL.value is None and _YAML.value is None:
-            rows = export_weights(weights, out)
+            rows = command.import_weights(weights, out, model=values.model, yaml_file=values.yaml)
+        elif values.model is None and values.yaml is None:
+            rows = command.export_weights(weights, out)
         else:
             raise UserError(f"--model and --yaml are for a file of weights; the folder {weights} says what it is of.")
     except UserError as error:
         fail(str(error))
-    width = max(map(len, rows.values())) + 20  # a path or checksum that is cut off says nothing
-    print_table(Console(highlight=False, width=width), "Converted", rows)
+    console = make_console()
+    if console.is_terminal:
+        width = max(map(len, rows.values())) + 20  # a path or checksum that is broken cannot be copied
+        console = Console(highlight=False, width=width)
+    print_table(console, "Converted", rows)
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.set_verbosity(logging.ERROR)
     # Where arrays cannot be read, the reader leaves an event loop behind, and a traceback that says no more.
     sys.unraisablehook = lambda _: None
-    app.run(main, flags_parser=parse_flags)
+    run_tool(main, groups=_FLAGS, define_flags=define_flags, interrupted="Interrupted: nothing was written.")

@@ -3,6 +3,12 @@
   python -m dat_jax.data.prepare --train=PATH --validation=PATH --output=DIR [--validation_labels=FILE]
       [--records_per_shard=2048] [--workers=N] [--incomplete]
 
+The archives of ImageNet as they come; any folders of classes; a flat validation set with its classes in a file:
+
+  python -m dat_jax.data.prepare --train=ILSVRC2012_img_train.tar --validation=ILSVRC2012_img_val.tar --output=/data/imagenet
+  python -m dat_jax.data.prepare --train=flowers/train --validation=flowers/val --output=/data/flowers
+  python -m dat_jax.data.prepare --train=birds/train --validation=birds/val --validation_labels=val.txt --output=/data/birds
+
 A PATH is ILSVRC2012_img_train.tar (a tar of one tar a class), ILSVRC2012_img_val.tar (flat), a folder of class folders or a
 flat folder. Records are ordered by class, then by file name: training shuffles by random access. Damaged images are left
 out and named in DIR/damaged.txt. The same command goes on where an interrupted one ended.
@@ -23,11 +29,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 
-from absl import app, flags, logging
+from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dat_jax.command_line import fail, parse_flags
+from dat_jax.command_line import fail, run_tool
 from dat_jax.data.archives import Member, index_classes, list_images, plain_reason, read_member
 from dat_jax.data.images import check_image
 from dat_jax.data.sources import METADATA_FILES, PREPARE_INPUTS, SPLITS
@@ -389,9 +395,8 @@ def _describe(shards: Sequence[Shard]) -> str:
     return "; ".join(parts)
 
 
-def _define_flags() -> flags.FlagValues:
-    """Flags of this program alone: importing it defines none."""
-    values = flags.FlagValues()
+def define_flags(values: flags.FlagValues) -> None:
+    """All of this tool."""
     flags.DEFINE_string("train", None, "Training images.", flag_values=values)
     flags.DEFINE_string("validation", None, "Validation images.", flag_values=values)
     flags.DEFINE_string("output", None, "Where the data set goes; an unfinished one goes on.", flag_values=values)
@@ -400,27 +405,27 @@ def _define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_integer("records_per_shard", 2048, "Images a file.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("incomplete", False, "Take any number of ImageNet's images.", flag_values=values)
-    return values
+    flags.DEFINE_bool("incomplete", False, "Takes any number of ImageNet's images.", flag_values=values)
 
 
-_FLAGS = _define_flags()
+_FLAGS = {
+    "What is read": ("train=PATH", "validation=PATH", "validation_labels=FILE", "incomplete"),
+    "What is written": ("output=DIR", "records_per_shard=N", "workers=N"),
+}
 
 
 def main(_):
     """One call, and its mistakes as one sentence."""
-    options = {name: _FLAGS[name].value for name in _FLAGS}
+    names = [form.partition("=")[0] for forms in _FLAGS.values() for form in forms]
+    options = {name: flags.FLAGS[name].value for name in names}
     if not (options["train"] and options["validation"] and options["output"]):
         fail("Wanted: --train=PATH --validation=PATH --output=DIR, a PATH being a tar or a folder of images.")
     try:
         print(prepare(**options))
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("Interrupted: the same command goes on from here.")
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    flags.FLAGS.append_flag_values(_FLAGS)
-    app.run(main, flags_parser=parse_flags)
+    goes_on = "Interrupted: the same command goes on from here."
+    run_tool(main, groups=_FLAGS, define_flags=define_flags, interrupted=goes_on)

@@ -17,6 +17,7 @@ _FREE = (
     "compilation_cache",
     "profile",
     "log_every",
+    "logs",
     "checkpoint",
     "spike_factor",
     "init_from",

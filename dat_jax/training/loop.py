@@ -3,6 +3,8 @@
 import contextlib
 import math
 import pathlib
+import time
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -10,9 +12,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from dat_jax import plots
+from dat_jax.console import make_console, print_table
 from dat_jax.errors import UserError
-from dat_jax.training import compilation_cache, continuation, distributed, health, sharding
+from dat_jax.training import compilation_cache, continuation, distributed, health, logs, sharding
 from dat_jax.training import metrics as metrics_lib
+from dat_jax.training import summary as summary_lib
 from dat_jax.training.checkpoint import Checkpoints
 from dat_jax.training.optimizer import global_norm
 from dat_jax.training.preemption import Preemption
@@ -33,15 +37,19 @@ from dat_jax.training.run import (
 from dat_jax.training.state import TrainState, own_memory
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+def train(
+    config: ConfigDict, workdir: str, *, quiet: bool = False, command_flags: str = "--config=FILE"
+) -> dict[str, float]:
     """Trains as configured, or goes on where the work directory left off.
 
-    Leaves in the work directory: checkpoints/, config.json, classes.txt, metrics.jsonl, tensorboard/, pictures, and profile/
-    where ``config.profile`` asks for one.
+    Leaves in the work directory: checkpoints/, config.json, classes.txt, metrics.jsonl, what ``config.logs`` names, pictures,
+    summary.md, and profile/ where ``config.profile`` asks for one.
 
     Args:
       config: see configs/common.py.
       workdir: made if missing.
+      quiet: prints warnings and the result only.
+      command_flags: that say the configuration on a command line, for what is printed of how to go on.
 
     Returns:
       Evaluation metrics of the best checkpoint; {} if a signal ended the run before its last step.
@@ -51,13 +59,20 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         a finite number, or too many images that cannot be read.
     """
     distributed.check_started()
-    run, console = make_run(config), _console()
+    logs.check_logs(config.get("logs", ()))
+    run, console, warn = make_run(config), _console(quiet), _console().print
+    began = time.monotonic()
     check_train_batch(run)
     directory = _make_directory(workdir)
-    kept = compilation_cache.enable(config.compilation_cache, note=console.print)
+    kept = compilation_cache.enable(config.compilation_cache, note=warn)
     places = {"work directory": str(directory), "compiled programs": "not kept" if kept is None else f"kept in {kept}"}
-    metrics_lib.print_table(console, "dat_jax", {**describe(run), **places})
-    options = dict(metric=run.metric, keep=config.checkpoint.keep, note=console.print)
+    print_table(console, "dat_jax", {**describe(run), **places})
+    options = dict(metric=run.metric, keep=config.checkpoint.keep, note=warn)
+
+    def summarize(step, ended=None):
+        how = {"ended": ended, "seconds": time.monotonic() - began, "command_flags": command_flags}
+        _write_summary(run, directory, step, described={**describe(run), **places}, note=warn, **how)
+
     with Checkpoints(directory / "checkpoints", **options) as checkpoints:
         # A checkpoint in the work directory is gone on from; otherwise the run starts from the weights that
         # config.init_from names; otherwise from scratch.
@@ -67,23 +82,28 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         else:
             state, metadata = found
             del found  # which would keep the state's memory beside that of its copy
-            continuation.check(metadata, run, note=console.print)
+            continuation.check(metadata, run, note=warn)
             console.print(f"Resumed at step {int(state.step)} of {run.total_steps}.")
-        ended = None
-        if int(state.step) >= run.total_steps:
+        ended, done = None, int(state.step) >= run.total_steps
+        if done:
             name = "steps" if config.steps else "epochs"
             console.print(f"All {config[name]} {name} are done; set --config.{name} for more.")
         else:
             state = own_memory(state)
             with (
-                _make_writer(run, directory, console) as writer,
+                _make_writer(run, directory, warn) as writer,
                 _make_profiler(run, state, directory, console) as profiler,
-                Preemption(run.mesh, note=console.print) as preemption,
+                Preemption(run.mesh, note=warn) as preemption,
             ):
-                state, ended = _train_steps(run, state, checkpoints, writer, profiler, preemption, directory, console)
+                state, ended = _train_steps(
+                    run, state, checkpoints, writer, profiler, preemption, directory, console, warn
+                )
         if ended is not None:
             checkpoints.wait()
-            console.print(f"Ended by {ended} at step {int(state.step)}. The same command goes on from there.")
+            step = int(state.step)
+            commands = summary_lib.list_commands(config.task, workdir, command_flags=command_flags)
+            warn(_say_ended(ended, step, checkpoints.latest_step(), directory, next(iter(commands.values()))))
+            summarize(step, ended)
             return {}
         if checkpoints.latest_step() is not None:  # else nothing could be saved, which was said
             del state  # its memory is for the best one
@@ -97,12 +117,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             plots.save_curves(directory / "curves.png", metrics_lib.read_metrics(directory / "metrics.jsonl"))
         save_pictures(run, state, directory)
     except OSError as error:
-        console.print(f"WARNING: the pictures could not be saved in {directory}: {error.strerror}.")
-    _print_result(console, result, f"step {int(state.step)} in {directory / 'checkpoints'}")
+        warn(f"WARNING: the pictures could not be saved in {directory}: {error.strerror}.")
+    if not done or not (directory / summary_lib.SUMMARY).exists():  # else it says how long the run took
+        summarize(run.total_steps)
+    _print_result(console, warn, result, f"step {int(state.step)} in {directory / 'checkpoints'}")
     return result
 
 
-def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
+def evaluate(config: ConfigDict, workdir: str, *, quiet: bool = False) -> dict[str, float]:
     """Evaluates a checkpoint of a work directory, or the weights that ``config.init_from`` names where it has none.
 
     ``config.eval.checkpoint`` chooses the best or the latest. Beside the validation images every set of
@@ -115,10 +137,11 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
       UserError: no checkpoint, or one of another model.
     """
     distributed.check_started()
-    run, console, directory = make_run(config), _console(), pathlib.Path(workdir)
-    compilation_cache.enable(config.compilation_cache, note=console.print)
+    run, console, directory = make_run(config), _console(quiet), pathlib.Path(workdir)
+    warn = _console().print
+    compilation_cache.enable(config.compilation_cache, note=warn)
     if (directory / "checkpoints").is_dir():
-        options = dict(metric=run.metric, read_only=True, note=console.print)
+        options = dict(metric=run.metric, read_only=True, note=warn)
         with Checkpoints(directory / "checkpoints", **options) as checkpoints:
             best = config.eval.checkpoint == "best"
             step = checkpoints.best_step() if best else checkpoints.latest_step()
@@ -138,7 +161,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     for name, (source, classes) in run.eval_sets.items():
         metrics = run.evaluate(state.eval_variables, eval_batches(run, source), classes=classes)
         result |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-    _print_result(console, result, origin)
+    _print_result(console, warn, result, origin)
     return result
 
 
@@ -151,22 +174,21 @@ def _train_steps(
     preemption: Preemption,
     directory: pathlib.Path,
     console: Console,
+    warn: Callable[[str], None],
 ) -> tuple[TrainState, str | None]:
     """The loop itself. Returns the state, and the signal that ended it, if one did."""
     config, start = run.config, int(state.step)
     train_step = make_jitted_step(run)
-    batches = health.watch(train_batches(run, start_step=start), seconds=config.data.stall_seconds, note=console.print)
-    images = health.ImageCounter(config.data.max_damaged, note=console.print)
-    spikes = health.SpikeReport(directory / "loss_spikes.jsonl", run, factor=config.spike_factor, note=console.print)
+    batches = health.watch(train_batches(run, start_step=start), seconds=config.data.stall_seconds, note=warn)
+    images = health.ImageCounter(config.data.max_damaged, note=warn)
+    spikes = health.SpikeReport(directory / "loss_spikes.jsonl", run, factor=config.spike_factor, note=warn)
     usage = metrics_lib.Usage(run.mesh.devices.ravel(), count_flops=lambda: count_model_flops(run))
     progress = None
     pending = []  # metrics of the steps since the last line, still on the devices
 
     def save(step, metrics=None):
         if int(state.skipped_in_a_row):  # it would take the place of the last one that goes on
-            console.print(
-                f"  not saved: step {step} is one of {int(state.skipped_in_a_row)} in a row that were skipped"
-            )
+            warn(f"  not saved: step {step} is one of {int(state.skipped_in_a_row)} in a row that were skipped")
         else:
             checkpoints.save(state, metadata=continuation.describe(run, step), metrics=metrics)
 
@@ -265,9 +287,48 @@ def _format(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
-def _console() -> Console:
+def _console(quiet: bool = False) -> Console:
     """Prints on the first process only."""
-    return Console(quiet=jax.process_index() > 0, highlight=False, soft_wrap=True)
+    return make_console(quiet=quiet or jax.process_index() > 0)
+
+
+def _say_ended(signal: str, step: int, saved: int | None, directory: pathlib.Path, command: str) -> str:
+    """What a run that a signal ended leaves, and the command that goes on."""
+    place = "Nothing is saved" if saved is None else f"Saved is {directory / 'checkpoints' / str(saved)}"
+    return f"Ended by {signal} at step {step}. {place}; the same command goes on from there: {command}"
+
+
+def _write_summary(
+    run: Run,
+    directory: pathlib.Path,
+    step: int,
+    *,
+    ended: str | None,
+    seconds: float,
+    described: Mapping[str, str],
+    command_flags: str,
+    note: Callable[[str], None],
+) -> None:
+    """summary.md, by the first process; what hinders it is said."""
+    if jax.process_index() > 0:
+        return
+    text = summary_lib.format_summary(
+        name=directory.resolve().name,
+        described={"configuration": command_flags, **described},
+        step=step,
+        total_steps=run.total_steps,
+        steps_per_epoch=run.steps_per_epoch,
+        ended=ended,
+        series=metrics_lib.read_metrics(directory / "metrics.jsonl"),
+        metric=run.metric,
+        seconds=seconds,
+        pictures=summary_lib.find_pictures(directory),
+        commands=summary_lib.list_commands(run.config.task, str(directory), command_flags=command_flags),
+    )
+    try:
+        summary_lib.write_summary(directory, text)
+    except OSError as error:
+        note(f"WARNING: the summary could not be written in {directory}: {error.strerror}.")
 
 
 def _make_directory(workdir: str) -> pathlib.Path:
@@ -282,7 +343,7 @@ def _make_directory(workdir: str) -> pathlib.Path:
     return directory
 
 
-def _make_writer(run: Run, directory: pathlib.Path, console: Console):
+def _make_writer(run: Run, directory: pathlib.Path, warn: Callable[[str], None]):
     """The first process writes the configuration, the names of the classes and the metrics; the others write nothing."""
     if jax.process_index() > 0:
         return contextlib.nullcontext(metrics_lib.NullWriter())
@@ -294,8 +355,9 @@ def _make_writer(run: Run, directory: pathlib.Path, console: Console):
         try:
             (directory / name).write_text(text)
         except OSError as error:
-            console.print(f"WARNING: {directory / name} could not be written: {error.strerror}.")
-    return metrics_lib.MetricWriter(directory, note=console.print)
+            warn(f"WARNING: {directory / name} could not be written: {error.strerror}.")
+    chosen = logs.choose_logs(run.config.logs, directory, config=run.config.to_dict(), note=warn)
+    return metrics_lib.MetricWriter(directory, logs=chosen, note=warn)
 
 
 def _make_profiler(run: Run, state: TrainState, directory: pathlib.Path, console: Console) -> StepProfiler:
@@ -303,6 +365,9 @@ def _make_profiler(run: Run, state: TrainState, directory: pathlib.Path, console
     return StepProfiler(directory / "profile", **steps, note=console.print)
 
 
-def _print_result(console: Console, result: dict[str, float], origin: str) -> None:
+def _print_result(console: Console, warn: Callable[[str], None], result: dict[str, float], origin: str) -> None:
     rows = {name: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for name, value in result.items()}
-    metrics_lib.print_table(console, "Result", {**rows, "weights": origin})
+    if console.quiet:
+        warn("  ".join([*(" ".join(row) for row in rows.items()), origin]))
+    else:
+        print_table(console, "Result", {**rows, "weights": origin})

@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSONL file, TensorBoard, and lines with progress on the console."""
+"""Metrics of a run: a JSONL file, the logs beside it, and what progress is made of what."""
 
 import contextlib
 import json
@@ -10,53 +10,53 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-from rich.console import Console
-from rich.table import Table
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
 
 from dat_jax.targets import find_chip
+from dat_jax.training.logs import Log, TensorBoardLog
 
 
 class MetricWriter:
-    """Appends to metrics.jsonl and to TensorBoard files in ``directory``. Use as a context manager, in one process.
+    """Appends to metrics.jsonl in ``directory``, and to other logs. Use as a context manager, in one process.
 
     What cannot be written is kept and written with a later line; the first time it is said, and the run goes on.
 
     Args:
       directory: of the files.
+      logs: functions that make the other logs; TensorBoard's, unless given. They say themselves what fails beside an OSError.
       note: is told what could not be written.
     """
 
-    def __init__(self, directory: pathlib.Path, *, note: Callable[[str], None] = print):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        logs: Sequence[Callable[[], Log]] | None = None,
+        note: Callable[[str], None] = print,
+    ):
         self._path, self._note, self._waiting, self._said = directory / "metrics.jsonl", note, "", False
         if self._path.exists():  # a killed run may have left an unfinished last line
             os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
-        self._tensorboard = None
-        with self._said_once():
-            (directory / "tensorboard").mkdir(exist_ok=True)
-            # Not its SummaryWriter, whose thread dies of a full disk, upon which everything waits for it.
-            self._tensorboard = event_file_writer.EventsWriter(str(directory / "tensorboard" / "events"))
+        self._logs = []
+        for make in [lambda: TensorBoardLog(directory)] if logs is None else logs:
+            with self._said_once():
+                self._logs.append(make())
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._append("")
-        if self._tensorboard is not None:
+        for log in self._logs:
             with self._said_once():
-                self._tensorboard.close()
+                log.close()
 
     def write(self, step: int, metrics: dict[str, float], *, prefix: str) -> None:
         """One line {"step": step, "train/loss": ..., ...}."""
         named = {f"{prefix}/{name}": value for name, value in metrics.items()}
         self._append(json.dumps({"step": step, **named}) + "\n")
-        if self._tensorboard is not None:
+        for log in self._logs:
             with self._said_once():
-                for name, value in named.items():
-                    event = event_pb2.Event(step=step, wall_time=time.time(), summary=summary.scalar(name, value))
-                    self._tensorboard.write_event(event)
-                self._tensorboard.flush()
+                log.write(step, named)
 
     def _append(self, line):
         self._waiting += line
@@ -181,11 +181,3 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def print_table(console: Console, title: str, rows: dict[str, str]) -> None:
-    """A two-column table."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
-from dat_jax.conversion.__main__ import export_weights, import_weights
+from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.errors import UserError
 from dat_jax.training.pretrained import export_model
 from tests.conversion import pth_writer as pth

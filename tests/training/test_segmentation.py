@@ -10,7 +10,7 @@ from PIL import Image
 
 import dat_jax
 from dat_jax import conversion
-from dat_jax.conversion.__main__ import export_weights, import_weights
+from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.errors import UserError
 from dat_jax.training import run as run_lib
 from dat_jax.training import sharding

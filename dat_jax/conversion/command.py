@@ -1,0 +1,222 @@
+"""What `python -m dat_jax.conversion` does: files with published names to exports, and exports to files."""
+
+import functools
+import pathlib
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import numpy as np
+import yaml
+
+from dat_jax.conversion import detectors, segmentors
+from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
+from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
+from dat_jax.errors import UserError
+from dat_jax.models.dat import DAT
+from dat_jax.models.registry import Detector, create_model, list_models, name_detector
+from dat_jax.models.segmentation import Segmentor
+from dat_jax.training.checkpoint import checksum, load_export
+from dat_jax.training.pretrained import describe_model, export_model, load_trained
+
+
+class _Dense(NamedTuple):
+    """Models around a backbone, one of which is called ``word``: the functions of ``conversion`` for them."""
+
+    word: str
+    known: str
+    has_names: Callable[..., bool]
+    guess: Callable
+    find: Callable
+    to_variables: Callable
+    to_official: Callable
+    title: Callable[..., str]
+
+
+_SEGMENTORS = _Dense(
+    "segmentor",
+    "SemanticFPN or UperNet",
+    segmentors.is_segmentor,
+    segmentors.guess_segmentor,
+    segmentors.find_segmentor,
+    segmentors.segmentor_variables,
+    segmentors.segmentor_to_official,
+    lambda model: model.head,
+)
+_DETECTORS = _Dense(
+    "detector",
+    "RetinaNet, Mask R-CNN or Cascade Mask R-CNN",
+    detectors.is_detector,
+    detectors.guess_detector,
+    detectors.find_detector,
+    detectors.detector_variables,
+    detectors.detector_to_official,
+    name_detector,
+)
+
+
+def import_weights(weights: str, out: str, *, model: str | None = None, yaml_file: str | None = None) -> dict[str, str]:
+    """A file with published names -> an export.
+
+    Args:
+      weights: a file that ``read_weights`` reads.
+      out: the folder to make.
+      model: a name of the registry, of the backbone where there is one; the class count is that of the weights.
+      yaml_file: a published configuration, instead. With neither the registry is searched for names and shapes.
+
+    Returns:
+      Rows of a table: what was written.
+
+    Raises:
+      UserError: damage, weights of another model, or ``out`` exists. Nothing is written then.
+    """
+    _refuse_existing(out)
+    if pathlib.Path(out).suffix in SUFFIXES:
+        raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
+    state_dict = read_weights(weights)
+    dense = next((kind for kind in (_SEGMENTORS, _DETECTORS) if kind.has_names(state_dict)), None)
+    if dense:
+        if yaml_file is not None:
+            raise UserError(
+                f"{weights} is of a {dense.word}, which --yaml does not describe; --model=NAME names its backbone."
+            )
+        name, found = _name_dense(dense, state_dict, model) if model else _find_dense(dense, state_dict, weights)
+        convert = functools.partial(dense.to_variables, found)
+    else:
+        if yaml_file is not None:
+            name, found = yaml_file, _model_from_yaml(yaml_file)
+        elif model is not None:
+            name, found = model, _with_classes_of(state_dict, model)
+        else:
+            name, found = _find_model(state_dict, weights)
+        # All attributes are given, so that of the published configuration none is left to say.
+        convert = lambda arrays: from_official({}, arrays, **describe_model(found))[1]  # noqa: E731
+    try:
+        variables = convert(state_dict)
+    except ValueError as error:
+        raise UserError(f"{weights} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
+    export_model(out, model=found, variables=variables)
+    written, description = load_export(out)
+    wanted = variables if dense else variables["params"]
+    return _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
+
+
+def export_weights(trained: str, out: str) -> dict[str, str]:
+    """An export, or a run's work directory -> a .safetensors file with published names, float32.
+
+    Returns:
+      Rows of a table: what was written.
+
+    Raises:
+      UserError: damage, or ``out`` exists. Nothing is written then.
+    """
+    _refuse_existing(out)
+    if pathlib.Path(out).suffix != ".safetensors":
+        raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
+    model, variables = load_trained(trained)
+    if not isinstance(model, DAT):
+        dense = _SEGMENTORS if isinstance(model, Segmentor) else _DETECTORS
+        state_dict, wanted = dense.to_official(model, variables), variables
+        read = functools.partial(dense.to_variables, model)
+    else:
+        state_dict, wanted = to_official(model, variables["params"]), variables["params"]
+        read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
+    write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)})
+    # Read as anyone's weights are read.
+    return _rows(trained, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
+
+
+def _refuse_existing(out):
+    if pathlib.Path(out).exists():
+        raise UserError(f"{out} exists already and nothing is overwritten; name another place.")
+
+
+def _model_from_yaml(path: str) -> DAT:
+    """Of the published YAML only MODEL.DAT says what the model is; DATA.IMG_SIZE is the size that it is run on."""
+    try:
+        config = yaml.safe_load(pathlib.Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    for key in ("MODEL", "DAT"):
+        config = config.get(key) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} wants a mapping MODEL.DAT, as in the published YAML files.")
+    try:
+        return model_from_official(config)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"{path} does not describe a model: {error}") from error
+
+
+def _with_classes_of(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:
+    head = np.shape(state_dict.get("cls_head.weight"))
+    try:
+        return create_model(name, **({"num_classes": head[0]} if head else {}))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _find_model(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, DAT]:
+    """The first of the registry with these names and shapes. Those of the same shapes differ in drop path only."""
+    shapes = {name: array.shape for name, array in state_dict.items()}
+    for name in list_models():
+        model = _with_classes_of(state_dict, name)
+        if shapes.get("cls_norm.norm.weight") == (model.dims[-1],):  # shapes of all take seconds
+            wanted = official_shapes(model)
+            if all(shapes.get(key) == shape for key, shape in wanted.items()):
+                return name, model
+    raise UserError(
+        f"{weights} has names or shapes of no known model; say --yaml=FILE, the published configuration, or --model=NAME, "
+        f"one of {', '.join(list_models())}, to see what differs."
+    )
+
+
+def _name_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], backbone: str) -> tuple[str, Segmentor | Detector]:
+    try:
+        found = dense.guess(state_dict, backbone)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return f"{dense.title(found)} on {backbone}", found
+
+
+def _find_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, Segmentor | Detector]:
+    found = dense.find(state_dict, backbones={name: create_model(name) for name in list_models()})
+    if found is None:
+        raise UserError(
+            f"{weights} has names or shapes of no known {dense.word}: wanted {dense.known} on a known model; say "
+            f"--model=NAME, one of {', '.join(list_models())}, to see what differs."
+        )
+    return f"{dense.title(found[1])} on {found[0]}", found[1]
+
+
+def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Slide attention's first convolution, (9 D, 1, 3, 3): channel c * 9 + j takes tap j. Ours has no array for it."""
+    taps = np.eye(9, dtype=np.float32).reshape(9, 1, 3, 3)
+    suffix = ".dep_conv1.weight"
+    return {
+        f"{name.removesuffix(suffix)}.dep_conv.weight": np.tile(taps, (len(kernel) // 9, 1, 1, 1))
+        for name, kernel in state_dict.items()
+        if name.endswith(suffix)
+    }
+
+
+def _checksum(params) -> str:
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    return checksum({name: np.asarray(array) for name, array in flat.items()})
+
+
+def _rows(
+    name: str, model: DAT | Segmentor | Detector, written, written_checksum: str, *, wanted: Any, where: str
+) -> dict[str, str]:
+    """What the table says, once what was read back is what was meant."""
+    if not _checksum(written) == written_checksum == _checksum(wanted):
+        raise UserError(f"{where} was written, but other numbers were read back; do not use it.")
+    return {
+        "model": name,
+        "parameters": f"{sum(array.size for array in jax.tree.leaves(written.get('params', written))):,}",
+        "classes": str(model.num_classes),
+        "checksum": written_checksum,
+        "written": where,
+    }
