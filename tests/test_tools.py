@@ -104,9 +104,13 @@ def test_an_interrupt_ends_with_one_sentence(capsys):
 
 
 def test_an_interrupt_leaves_no_file_that_is_not_whole(tmp_path):
-    with pytest.raises(KeyboardInterrupt), command_line.replacing(tmp_path / "a.png") as unfinished:
-        unfinished.write_text("half")
-        raise KeyboardInterrupt
+    def write():
+        with command_line.replacing(tmp_path / "a.png") as unfinished:
+            unfinished.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -60,7 +60,7 @@ def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path,
     assert loop.evaluate(tiny_config.get_config(), str(directory)) == finished[1]
     capsys.readouterr()
     latest = loop.evaluate(with_values(**{"eval.checkpoint": "latest"}), str(directory), quiet=True)
-    assert re.fullmatch(r"loss .*top1 .*step 20 in .*checkpoints\n", capsys.readouterr().out)
+    assert re.fullmatch(r"top1 .*loss .*step 20 in .*checkpoints\n", capsys.readouterr().out)
     assert latest["top1"] == read_metrics(directory / "metrics.jsonl")["eval/top1"][20]
 
 
