@@ -98,8 +98,7 @@ def folder(tmp_path):
 def run(*arguments):
     """What main does, without a process: (status, words on stdout, on stderr) come from capsys."""
     values = flags.FlagValues()
-    predict.define_flags(values)
-    flags.DEFINE_string("json", None, "", flag_values=values)
+    predict.define_own_flags(values)
     try:
         predict.main(values(["predict", *map(str, arguments)]), values)
     except SystemExit as error:
