@@ -12,14 +12,16 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false",
     )
 )
 
 import jax
 import pytest
 
+jax.devices()  # the flags are read now; libtpu, which some tests load, reads them too and ends at one it does not know
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(" --xla_cpu_use_fusion_emitters=false", "")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(50_000, 50, 100)  # a quarter of the time of tracing is otherwise spent on looking for garbage
 
@@ -30,3 +32,11 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each of several workers takes a run of tests, what a module's fixtures made is used again, and steals at the end."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None

@@ -207,7 +207,7 @@ def test_the_report_of_a_tpu():
     # What is read from the text is near what the compiler counts, without knowing how it counts.
     assert 0.5 < train["cost"]["padded_bytes"] / train["cost"]["bytes_accessed"] < 2
     assert train["roofline"]["binds"] == "memory"
-    config.batch_size = 4 * 2**17
+    config.batch_size = 4 * 2**13
     config.data.image_size = config.data.eval_resize = 64
     sources = (step_report.StandIn(2**30, ("left", "right")),) * 2
     report = step_report.compile_report(config, **options, sources=sources)["steps"]["train"]
