@@ -58,7 +58,10 @@ ALLOWED = {
         *("dat_jax.command_line", "dat_jax.console", "dat_jax.data", "dat_jax.errors", "dat_jax.inference"),
         *("PIL", "absl", "rich"),
     },
+    "dat_jax.attention_page": {"dat_jax.inference.attention", "dat_jax.plots", "PIL"},
+    "dat_jax.attention_plots": {"dat_jax.inference.attention", "dat_jax.plots", "matplotlib"},
     "dat_jax.visualize": {
+        *("dat_jax.attention_page", "dat_jax.attention_plots"),
         *("dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
         *("dat_jax.plots", "dat_jax.predict", "absl"),
     },
