@@ -113,7 +113,8 @@ def predict(
         entries.extend(looker.to_entries(found, image=name, number=numbers[index], picture=picture))
         said = looker.describe(found) or {"nothing": ""}
         if console.is_terminal:
-            console.print(name, soft_wrap=True, markup=False, highlight=False)  # as a title it would be broken to the width of the table
+            # As a title it would be broken to the width of the table.
+            console.print(name, soft_wrap=True, markup=False, highlight=False)
             print_table(console, "", said)
         elif not console.quiet:
             words = ", ".join(" ".join(item).rstrip() for item in said.items())
