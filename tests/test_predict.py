@@ -301,7 +301,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (["{export}", "{images}/below"], "There is no image in .*below"),
         (["{export}", "-"], "There is no image in stdin"),
         (["{images}", "{images}/b.jpg"], r"Wanted an export \(with model.json\)"),
-        (["{classifier}", "{images}/b.jpg"], "of a classifier: wanted those of a segmentor or a detector"),
+        (["{classifier}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a classifier"),
         (["{detector}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a detector"),
         (["{detector}", "{images}/b.jpg", "--min_score=2"], "min_score wants a number from 0 to 1, got 2"),
         (["{detector}", "{images}/b.jpg", "--max_detections=0"], "max_detections wants a number of at least 1"),
