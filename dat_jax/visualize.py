@@ -222,7 +222,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """One call, and its mistakes as one sentence."""
     if len(argv) < 3 or not values.output:
         fail(f"Wanted: TRAINED IMAGE... --output=DIR [--labels=FILE_OR_DIR], got {' '.join(argv[1:]) or 'nothing'}.")
-    from dat_jax.inference import Classifier, ObjectDetector, Segmenter
+    from dat_jax.inference import Classifier, Segmenter
 
     try:
         images = find_images(argv[2:])
@@ -275,7 +275,10 @@ def define_own_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("query", None, help_text, flag_values=values)
     help_text = "Classifiers: the most important keys of a query that are shown."
     flags.DEFINE_integer("keys", 16, help_text, flag_values=values)
-    help_text = "Classifiers: those that the query's keys are shown of, such as stages_2/blocks_1; the last D block of every stage unless given."
+    help_text = (
+        "Classifiers: those whose keys of the query are shown, such as stages_2/blocks_1; the last D block of every "
+        "stage unless given. The page begins with the last one."
+    )
     flags.DEFINE_list("blocks", None, help_text, flag_values=values)
 
 
