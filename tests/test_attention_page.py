@@ -97,11 +97,11 @@ def test_the_page_has_the_most_important_keys_of_every_query(page, seen):
         block = seen.blocks[packed["name"]]
         shape = (block.groups, block.weights.shape[1], 5)
         indices, codes = (
-            decode(packed[name], kind).reshape(shape) for name, kind in (("indices", "<u2"), ("weights", "u1"))
+            decode(packed[name], kind).reshape(shape) for name, kind in (("indices", "<u2"), ("weights", "<u2"))
         )
         wanted = -np.sort(-block.group_weights, axis=-1)[..., :5]
         np.testing.assert_array_equal(np.take_along_axis(block.group_weights, indices.astype(int), axis=-1), wanted)
-        np.testing.assert_allclose(packed["scale"] * (codes / 255) ** 2, wanted, atol=packed["scale"] / 250)
+        np.testing.assert_allclose(packed["scale"] * codes / 65535, wanted, atol=packed["scale"] / 65535)
     np.testing.assert_array_equal(decode(packed["positions"], "<f4"), block.positions.ravel())
 
 
@@ -115,7 +115,7 @@ def test_names_cannot_leave_their_place_and_nothing_is_loaded(page):
 def test_large_images_keep_fewer_keys_and_at_least_one(seen):
     blocks = list(seen.blocks.values())  # 256 queries twice, 64 of two groups
     assert attention_page.choose_count(blocks, 16) == 16
-    assert attention_page.choose_count(blocks * 300, 16) == 3_000_000 // (3 * 640 * 300)
+    assert attention_page.choose_count(blocks * 300, 16) == 3_000_000 // (4 * 640 * 300)
     assert attention_page.choose_count(blocks * 10_000, 16) == 1
 
 
