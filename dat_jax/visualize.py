@@ -276,7 +276,8 @@ def define_own_flags(values: flags.FlagValues) -> None:
     help_text = "Classifiers: the most important keys of a query that are shown."
     flags.DEFINE_integer("keys", 16, help_text, flag_values=values)
     help_text = (
-        "Classifiers: whose keys are shown, such as stages_2/blocks_1; the last D block of every stage unless given."
+        "Classifiers: those whose keys of the query are shown, such as stages_2/blocks_1; the last D block of every "
+        "stage unless given. The page begins with the last one."
     )
     flags.DEFINE_list("blocks", None, help_text, flag_values=values)
 
