@@ -100,13 +100,6 @@ def test_features_of_images():
     assert pooled.shape == (2, 16)
 
 
-def test_every_public_name_is_there():
-    for name in dat_jax.__all__:
-        assert getattr(dat_jax, name) is not None
-    assert set(dat_jax.__all__) == set(dat_jax._PLACES)
-    assert dat_jax.load is dat_jax.load_pretrained
-
-
 def test_overrides_replace_attributes():
     model = dat_jax.create_model("dat_pp_tiny", num_classes=7, drop_path_rate=0.1)
     assert (model.num_classes, model.drop_path_rate, model.dims) == (7, 0.1, (64, 128, 256, 512))
