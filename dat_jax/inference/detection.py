@@ -21,6 +21,8 @@ from dat_jax.inference.settings import check_sides, choose_options, find_names
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
 from dat_jax.tasks.detection import default_settings, find_positions, make_detection_task
+from dat_jax.tasks.rcnn import RCNNSettings
+from dat_jax.tasks.retinanet import RetinaNetSettings
 
 OPTIONS = {  # see ``choose_options``
     "long_side": ("data.test_long_side", 1333),
@@ -47,6 +49,7 @@ class ObjectDetector:
       find_positions: jitted, of ``tasks.detection``, of variables and a batch.
       model, variables: what it is made of.
       options: every option's value.
+      settings: of its detections, by ``options``.
       has_masks: whether there are masks beside boxes.
       min_score: from which on a detection is drawn and described.
       columns: of ``to_rows``.
@@ -63,6 +66,7 @@ class ObjectDetector:
     model: Detector
     variables: Mapping[str, Any]
     options: Mapping[str, Any]
+    settings: RetinaNetSettings | RCNNSettings
     has_masks: bool
     min_score: float
 
@@ -152,17 +156,18 @@ def from_trained(
     _check(options)
     published = dict(count=count, published=coco_names.CLASS_NAMES)
     of_coco = find_names(path, None, **published) == coco_names.CLASS_NAMES
-    scale = (options["long_side"], options["short_side"])
+    scale, settings = (options["long_side"], options["short_side"]), _make_settings(model, options)
     return ObjectDetector(
         class_names=find_names(path, classes, **published),
         category_ids=coco_names.CATEGORY_IDS if of_coco else tuple(range(1, count + 1)),
         palette=make_palette(count + 1)[1:],  # the first one is black
         transform=make_detection_eval_transform(scale=scale, multiple=options["multiple"]),
-        predict=jax.jit(make_detection_task(model, settings=_make_settings(model, options)).predict),
+        predict=jax.jit(make_detection_task(model, settings=settings).predict),
         find_positions=jax.jit(functools.partial(find_positions, model)),
         model=model,
         variables=variables,
         options=options,
+        settings=settings,
         has_masks=isinstance(model, RCNN),
         min_score=options["min_score"],
     )

@@ -55,14 +55,27 @@ def make_detection_task(model: RetinaNet | RCNN, *, settings: RetinaNetSettings 
         return value, {"loss": value, **metrics}, dict(state)
 
     def predict(variables, batch):
-        def compute(module, images):
-            if isinstance(module, RetinaNet):
-                return retinanet_detect(module, module(images), batch, settings)
-            return rcnn_detect(module, images, batch, settings)
-
-        return model.apply(variables, _prepare(batch), method=compute)
+        return detect(model, variables, normalize(batch["image"]), batch, settings=settings)
 
     return Task(init=init, loss=loss, predict=predict)
+
+
+def detect(
+    model: RetinaNet | RCNN,
+    variables,
+    images: jax.Array,
+    batch: dict,
+    *,
+    settings: RetinaNetSettings | RCNNSettings,
+) -> dict[str, jax.Array]:
+    """The detections described above, of normalised images float32 (B, H, W, 3) and "valid" and "scale" of a batch."""
+
+    def compute(module, images):
+        if isinstance(module, RetinaNet):
+            return retinanet_detect(module, module(images), batch, settings)
+        return rcnn_detect(module, images, batch, settings)
+
+    return model.apply(variables, clear_padding(images, batch["valid"]), method=compute)
 
 
 def find_positions(model: RetinaNet | RCNN, variables, batch: dict) -> dict[str, dict[str, Any]]:

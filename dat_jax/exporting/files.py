@@ -1,0 +1,160 @@
+"""The folder of an exported model: files, a manifest with their digests, and what says whether they are whole."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from dat_jax import __version__
+from dat_jax.conversion.command import export_weights
+from dat_jax.errors import UserError, name_some
+from dat_jax.exporting.preprocessing import describe_preprocessing
+from dat_jax.exporting.programs import choose_image_shape, describe_arrays, make_program
+from dat_jax.inference import Classifier, Looker, Segmenter
+from dat_jax.models.dat import DAT
+from dat_jax.training.pretrained import describe_model, export_model
+
+FORMATS = ("orbax", "stablehlo", "safetensors")
+MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "model.stablehlo", "model.safetensors"
+_CHUNK = 2**20
+
+
+def write_exported(
+    directory: str | os.PathLike,
+    looker: Looker,
+    *,
+    trained: str | os.PathLike,
+    formats: Sequence[str] = FORMATS,
+    image_shape: tuple[int, int] | None = None,
+    platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
+    preprocessing: str = "inside",
+    batch: int | None = None,
+) -> dict[str, Any]:
+    """Writes a new folder, which appears when it is whole.
+
+    Args:
+      directory: must not exist.
+      looker: of ``inference.load``.
+      trained: where it was loaded from.
+      formats: of ``FORMATS``: "orbax", model.json and params/, which ``load`` reads, with the names of the classes and the
+        options; "stablehlo", model.stablehlo, see ``make_program``; "safetensors", model.safetensors, published names.
+      image_shape: (H, W) of the program's images; None for those that the model is made for, see ``choose_image_shape``.
+      platforms, preprocessing, batch: of ``make_program``.
+
+    Returns:
+      What manifest.json has.
+
+    Raises:
+      UserError: unknown formats, what ``make_program`` refuses, the folder exists already, or cannot be written.
+    """
+    directory = pathlib.Path(directory)
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown or not formats:
+        raise UserError(f"formats wants some of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
+    if directory.exists():
+        raise UserError(f"{directory} exists already and nothing is overwritten; name another folder.")
+    shape = image_shape or choose_image_shape(looker)
+    program = None
+    if "stablehlo" in formats:
+        program = make_program(looker, image_shape=shape, platforms=platforms, preprocessing=preprocessing, batch=batch)
+    with _appearing(directory) as unfinished:
+        if "orbax" in formats:
+            options = dict(classes=looker.class_names, options=looker.options)
+            export_model(unfinished, model=looker.model, variables=looker.variables, **options)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        if "safetensors" in formats:
+            export_weights(str(trained), str(unfinished / WEIGHTS))
+        if program is not None:
+            (unfinished / PROGRAM).write_bytes(program.serialize())
+        manifest = {
+            "dat_jax": __version__,
+            "jax": jax.__version__,
+            "task": _name_task(looker),
+            "model": _describe(looker.model),
+            "classes": list(looker.class_names),
+            "preprocessing": describe_preprocessing(looker, image_shape=shape, inside=preprocessing == "inside"),
+            "program": None if program is None else _describe_program(program, looker),
+            "files": {name: _digest(unfinished / name) for name in _list_files(unfinished)},
+        }
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def check_files(directory: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of a folder that ``write_exported`` made, all of whose files are as they were written.
+
+    Raises:
+      UserError: it has no manifest, or files are missing or differ, each named.
+    """
+    directory = pathlib.Path(directory)
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        wanted = {name: (record["bytes"], record["sha256"]) for name, record in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
+        raise UserError(f"{directory} is no folder of dat_jax.export, or damaged: {what}.") from error
+    damaged = []
+    for name, (size, digest) in wanted.items():
+        try:
+            found = _digest(directory / name)
+        except OSError:
+            damaged.append(f"{name} cannot be read")
+            continue
+        if found != {"bytes": size, "sha256": digest}:
+            damaged.append(f"{name} differs from what was written")
+    if damaged:
+        raise UserError(f"{directory} is damaged: {name_some(damaged)}.")
+    return manifest
+
+
+@contextlib.contextmanager
+def _appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The name of a folder to make, that becomes ``directory`` at the end; nothing is left of it after a failure."""
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        unfinished.rename(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _list_files(directory):
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def _digest(path):
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _name_task(looker):
+    if isinstance(looker, Classifier):
+        return "classification"
+    return "segmentation" if isinstance(looker, Segmenter) else "detection"
+
+
+def _describe(model):
+    if isinstance(model, DAT):
+        return describe_model(model)
+    return {**describe_model(model), "backbone": describe_model(model.dat)}
+
+
+def _describe_program(program, looker):
+    return {
+        "file": PROGRAM,
+        "platforms": list(program.platforms),
+        "calling_convention_version": program.calling_convention_version,
+        "products": "float32 on every platform",
+        **describe_arrays(program, looker),
+    }
