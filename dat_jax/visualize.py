@@ -284,15 +284,7 @@ def define_own_flags(values: flags.FlagValues) -> None:
 
 _FLAGS = {"What is written": ("output=DIR", "overwrite"), **IMAGE_FLAGS}
 _FLAGS["Segmentors"] += ("labels=FILE_OR_DIR", "zero_is_ignored")
-_FLAGS["Classifiers"] = (
-    "html",
-    "query=Y,X",
-    "keys=N",
-    "blocks=NAME,...",
-    "image_size=PIXELS",
-    "resize=PIXELS",
-    "top=N",
-)
+_FLAGS["Classifiers"] += ("html", "query=Y,X", "keys=N", "blocks=NAME,...")
 
 if __name__ == "__main__":
     run_tool(main, groups=_FLAGS, define_flags=define_own_flags)
