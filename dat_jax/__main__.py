@@ -17,9 +17,8 @@ class Tool(NamedTuple):
 
 TOOLS = {
     "main": Tool("trains and evaluates", "--config=configs/quickstart.py --workdir=runs/quickstart"),
-    "predict": Tool("says what is in images", "runs/quickstart_segmentation photo.jpg --output=predicted"),
-    "visualize": Tool("draws what a model sees", "runs/quickstart_segmentation photo.jpg --output=seen"),
-    "export": Tool("writes a trained model for other programs", "runs/quickstart exported"),
+    "predict": Tool("says what is in images", "runs/quickstart photo.jpg"),
+    "visualize": Tool("draws what a model sees", "runs/quickstart photo.jpg --output=seen --html"),
     "compile_report": Tool(
         "memory, FLOPs and bytes of a step on a chip that is not there",
         "--config=configs/dat_pp_t.py --topology=v5e:2x2",

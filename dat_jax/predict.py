@@ -178,8 +178,6 @@ def define_flags(values: flags.FlagValues) -> None:
     help_text = "Classifiers: side that images are resized to, of which the centre is seen."
     flags.DEFINE_integer("resize", None, help_text, flag_values=values)
     flags.DEFINE_integer("top", None, "Classifiers: how many classes are said; 5 unless given.", flag_values=values)
-    help_text = "Classifiers: images that are computed at once; 8 unless given."
-    flags.DEFINE_integer("batch_size", None, help_text, flag_values=values)
     help_text = "Segmentors: of the views, such as 0.5,1.0; probabilities are averaged."
     flags.DEFINE_list("ratios", None, help_text, flag_values=values)
     flags.DEFINE_bool("flip", None, "Segmentors: also looks at mirrored images.", flag_values=values)
@@ -189,7 +187,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def load_from_flags(path: str, values: flags.FlagValues) -> Looker:
-    """``inference.load`` with the flags of ``define_flags``."""
+    """``inference.load`` with the flags of ``define_flags``, and of what a tool adds the batch size."""
     from dat_jax import inference
 
     names = (
@@ -200,7 +198,7 @@ def load_from_flags(path: str, values: flags.FlagValues) -> Looker:
         ratios = None if values.ratios is None else tuple(map(float, values.ratios))
     except ValueError as error:
         raise UserError(f"--ratios wants numbers with commas between them, got {','.join(values.ratios)}.") from error
-    return inference.load(path, ratios=ratios, **{name: values[name].value for name in names})
+    return inference.load(path, ratios=ratios, **{name: values[name].value for name in names if name in values})
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -234,6 +232,8 @@ def define_own_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("json", None, "The file that what is found in all images is written to.", flag_values=values)
     help_text = "The file that it is written to as a table, with commas."
     flags.DEFINE_string("csv", None, help_text, flag_values=values)
+    help_text = "Classifiers: images that are computed at once; 8 unless given."
+    flags.DEFINE_integer("batch_size", None, help_text, flag_values=values)
     help_text = "Says errors only: what is found is in the files."
     flags.DEFINE_bool("quiet", False, help_text, short_name="q", flag_values=values)
 
@@ -241,12 +241,13 @@ def define_own_flags(values: flags.FlagValues) -> None:
 # Flags that every tool for images has, by title.
 IMAGE_FLAGS = {
     "How images are seen": ("classes=FILE",),
-    "Classifiers": ("image_size=PIXELS", "resize=PIXELS", "top=N", "batch_size=N"),
+    "Classifiers": ("image_size=PIXELS", "resize=PIXELS", "top=N"),
     "Segmentors and detectors": ("long_side=PIXELS", "short_side=PIXELS"),
     "Segmentors": ("ratios=RATIO,...", "flip"),
     "Detectors": ("min_score=SCORE", "max_detections=N"),
 }
 _FLAGS = {"What is written": ("output=DIR", "json=FILE", "csv=FILE", "overwrite", "quiet"), **IMAGE_FLAGS}
+_FLAGS["Classifiers"] += ("batch_size=N",)
 
 if __name__ == "__main__":
     run_tool(main, groups=_FLAGS, define_flags=define_own_flags)
