@@ -19,6 +19,7 @@ TOOLS = {
     "main": Tool("trains and evaluates", "--config=configs/quickstart.py --workdir=runs/quickstart"),
     "predict": Tool("says what is in images", "runs/quickstart photo.jpg"),
     "visualize": Tool("draws what a model sees", "runs/quickstart photo.jpg --output=seen --html"),
+    "export": Tool("a trained model for other programs", "runs/quickstart exported/quickstart"),
     "compile_report": Tool(
         "memory, FLOPs and bytes of a step on a chip that is not there",
         "--config=configs/dat_pp_t.py --topology=v5e:2x2",

@@ -48,7 +48,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("formats", ["orbax", "stablehlo", "safetensors"], help_text, flag_values=values)
     help_text = "Some of cpu, tpu, cuda and rocm, none of which has to be here."
     flags.DEFINE_list("platforms", ["cpu", "tpu", "cuda"], help_text, flag_values=values)
-    help_text = "Who normalises images: the program, which takes uint8 then, or who calls it, with float32. Both are resized before."
+    help_text = (
+        "Who normalises images: the program, which takes uint8, or its caller, who gives float32. Both resize before."
+    )
     flags.DEFINE_enum("preprocessing", "inside", ["inside", "outside"], help_text, flag_values=values)
     help_text = "How many images it takes: symbolic for any number. Of a detector a number; 1 unless given."
     flags.DEFINE_string("batch", None, help_text, flag_values=values)

@@ -48,7 +48,7 @@ def test_help_teaches_without_jax(tool):
 
 
 @pytest.mark.parametrize(
-    "tool", ["main", "predict", "visualize", "conversion.__main__", "data.prepare", "compile_report"]
+    "tool", ["main", "predict", "visualize", "export", "conversion.__main__", "data.prepare", "compile_report"]
 )
 def test_help_has_every_flag_of_the_tool(tool):
     module, values = importlib.import_module(f"dat_jax.{tool}"), flags.FlagValues()

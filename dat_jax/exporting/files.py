@@ -54,8 +54,11 @@ def write_exported(
       UserError: unknown formats, what ``make_program`` refuses, the folder exists already, or cannot be written.
     """
     directory = pathlib.Path(directory)
-    unknown = sorted(set(formats) - set(FORMATS))
-    if unknown or not formats:
+    if "onnx" in formats:
+        raise UserError(
+            f"ONNX is not written: no converter from JAX that is kept up does without TensorFlow; formats are {', '.join(FORMATS)}."
+        )
+    if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats wants some of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
     if directory.exists():
         raise UserError(f"{directory} exists already and nothing is overwritten; name another folder.")

@@ -76,7 +76,7 @@ def make_program(
 
 
 def make_branch(looker: Looker, platform: str, *, preprocessing: str = "inside") -> Callable:
-    """A function of variables, images and what else ``make_program`` says, with the algorithms of a platform of ``ops.dispatch``."""
+    """A function of variables and of what ``make_program`` says, with the algorithms of a platform of ``ops.dispatch``."""
 
     def branch(variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
         with compiling_for(platform), jax.default_matmul_precision("float32"):
