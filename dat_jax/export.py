@@ -15,7 +15,7 @@ TRAINED is an export, or the work directory of a run. OUT_DIR is a new folder, w
   model.stablehlo    one program for all platforms, weights inside: jax alone loads it, with flatbuffers, not this package
   model.safetensors  weights with their published names
 
-There is no ONNX: of the converters from JAX or StableHLO none that is kept up does without TensorFlow.
+ONNX is an extra, pip install "dat-jax[onnx]": --formats=onnx writes model.onnx of a classifier or a segmentor.
 """
 
 import pathlib
@@ -44,7 +44,7 @@ _FLAGS = {
 
 def define_flags(values: flags.FlagValues) -> None:
     """All of this tool."""
-    help_text = "Some of orbax (model.json and params), stablehlo and safetensors."
+    help_text = "Some of orbax (model.json and params), stablehlo, safetensors and onnx."
     flags.DEFINE_list("formats", ["orbax", "stablehlo", "safetensors"], help_text, flag_values=values)
     help_text = "Some of cpu, tpu, cuda and rocm, none of which has to be here."
     flags.DEFINE_list("platforms", ["cpu", "tpu", "cuda"], help_text, flag_values=values)

@@ -235,14 +235,48 @@ def test_a_detectors_program(tmp_path, images, capsys):
     assert not (tmp_path / "symbolic").exists()
 
 
+def test_onnx_gives_the_same_logits(trained, tmp_path, images, logits):
+    """With the extra that is none of the development requirements, since it wants an older Orbax."""
+    pytest.importorskip("jax2onnx", reason='pip install "dat-jax[onnx]"')
+    onnxruntime = pytest.importorskip("onnxruntime")
+    with jax.numpy_rank_promotion("allow"):  # the converter's own
+        assert run(trained, tmp_path / "of_classifier", "--formats=onnx") == 0
+    assert sorted(path.name for path in (tmp_path / "of_classifier").iterdir()) == ["manifest.json", "model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "of_classifier/model.onnx")
+    for count in (1, 3, 8):
+        (found,) = session.run(["logits"], {"images": images[:count]})
+        np.testing.assert_allclose(found, logits[:count], rtol=1e-5, atol=1e-5)
+
+    model, variables = random_segmentor()
+    export_model(tmp_path / "segmentor", model=model, variables=variables)
+    out = tmp_path / "of_segmentor"
+    with jax.numpy_rank_promotion("allow"):
+        assert run(tmp_path / "segmentor", out, "--formats=onnx", "--image_size=64", "--batch=2") == 0
+    (found,) = onnxruntime.InferenceSession(out / "model.onnx").run(None, {"images": images[:2]})
+    wanted = jax.jit(model.apply)(variables, normalize(images[:2]))["logits"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_onnx_without_its_library_and_of_a_detector_is_refused(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    assert run(trained, tmp_path / "out", "--formats=onnx") == 1
+    assert 'not installed: pip install "dat-jax[onnx]"' in capsys.readouterr().err
+    export_detector(tmp_path / "detector")
+    assert run(tmp_path / "detector", tmp_path / "out", "--formats=onnx", "--image_size=64") == 1
+    assert "ONNX is written of classifiers and segmentors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["detector"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["{trained}"], "Wanted: TRAINED OUT_DIR"),
         (["nothing", "{out}"], "Wanted an export"),
         (["{trained}", "{trained}"], "exists already and nothing is overwritten"),
-        (["{trained}", "{out}", "--formats=onnx"], "ONNX is not written"),
-        (["{trained}", "{out}", "--formats=tflite"], "formats wants some of orbax, stablehlo, safetensors, got tflite"),
+        (
+            ["{trained}", "{out}", "--formats=tflite"],
+            "formats wants some of orbax, stablehlo, safetensors, onnx, got tflite",
+        ),
         (["{trained}", "{out}", "--platforms=gpu"], "platforms wants some of cpu, tpu, cuda, rocm, got gpu"),
         (["{trained}", "{out}", "--batch=0"], "batch wants symbolic or a number of at least 1, got 0"),
         (["{trained}", "{out}", "--batch=few"], "--batch wants symbolic or a number of at least 1, got few"),

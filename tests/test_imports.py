@@ -75,6 +75,7 @@ ALLOWED = {
             "dat_jax.tasks",
             "dat_jax.training.pretrained",
             "jax",
+            "jax2onnx",
         ),
     },
     "dat_jax.export": {

@@ -14,14 +14,15 @@ import jax
 from dat_jax import __version__
 from dat_jax.conversion.command import export_weights
 from dat_jax.errors import UserError, name_some
+from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import choose_image_shape, describe_arrays, make_program
 from dat_jax.inference import Classifier, Looker, Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.training.pretrained import describe_model, export_model
 
-FORMATS = ("orbax", "stablehlo", "safetensors")
-MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "model.stablehlo", "model.safetensors"
+FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")  # the last one is an extra
+MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.safetensors", "model.onnx"
 _CHUNK = 2**20
 
 
@@ -30,7 +31,7 @@ def write_exported(
     looker: Looker,
     *,
     trained: str | os.PathLike,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = FORMATS[:3],
     image_shape: tuple[int, int] | None = None,
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
     preprocessing: str = "inside",
@@ -43,7 +44,8 @@ def write_exported(
       looker: of ``inference.load``.
       trained: where it was loaded from.
       formats: of ``FORMATS``: "orbax", model.json and params/, which ``load`` reads, with the names of the classes and the
-        options; "stablehlo", model.stablehlo, see ``make_program``; "safetensors", model.safetensors, published names.
+        options; "stablehlo", model.stablehlo, see ``make_program``; "safetensors", model.safetensors, published names;
+        "onnx", model.onnx, see ``write_onnx``.
       image_shape: (H, W) of the program's images; None for those that the model is made for, see ``choose_image_shape``.
       platforms, preprocessing, batch: of ``make_program``.
 
@@ -54,10 +56,6 @@ def write_exported(
       UserError: unknown formats, what ``make_program`` refuses, the folder exists already, or cannot be written.
     """
     directory = pathlib.Path(directory)
-    if "onnx" in formats:
-        raise UserError(
-            f"ONNX is not written: no converter from JAX that is kept up does without TensorFlow; formats are {', '.join(FORMATS)}."
-        )
     if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats wants some of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
     if directory.exists():
@@ -73,6 +71,8 @@ def write_exported(
         unfinished.mkdir(parents=True, exist_ok=True)
         if "safetensors" in formats:
             export_weights(str(trained), str(unfinished / WEIGHTS))
+        if "onnx" in formats:
+            write_onnx(unfinished / ONNX, looker, image_shape=shape, preprocessing=preprocessing, batch=batch)
         if program is not None:
             (unfinished / PROGRAM).write_bytes(program.serialize())
         manifest = {

@@ -17,7 +17,7 @@ from dat_jax.tasks.detection import detect
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # of jax.export -> of ``ops.dispatch``
 PREPROCESSING = ("inside", "outside")
 SYMBOLIC = "symbolic"
-_BATCH = "b"  # what a symbolic batch size is called
+BATCH = "b"  # what a symbolic batch size is called
 
 
 def make_program(
@@ -51,16 +51,14 @@ def make_program(
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms or len(set(platforms)) < len(platforms):
         raise UserError(f"platforms wants some of {', '.join(PLATFORMS)}, got {','.join(platforms) or 'none'}.")
-    if preprocessing not in PREPROCESSING:
-        raise UserError(f"preprocessing wants one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
+    dtype = choose_dtype(preprocessing)
     if min(image_shape) < MIN_IMAGE_SIDE:
         raise UserError("image_size wants sides of at least {}, got {} x {}.".format(MIN_IMAGE_SIDE, *image_shape))
     if batch is None and isinstance(looker, ObjectDetector):
         raise UserError("A detector chooses boxes of each image with loops of fixed sizes: batch wants a number.")
     if batch is not None and batch < 1:
         raise UserError(f"batch wants {SYMBOLIC} or a number of at least 1, got {batch}.")
-    size = jax.export.symbolic_shape(_BATCH)[0] if batch is None else batch
-    dtype = jnp.uint8 if preprocessing == "inside" else jnp.float32
+    size = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
     inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), dtype)]
     if isinstance(looker, ObjectDetector):
         inputs.append(jax.ShapeDtypeStruct((size, 2), jnp.int32))
@@ -95,6 +93,13 @@ def _compute(looker, variables, images, *sizes):
     (valid,) = sizes
     batch = {"valid": valid, "scale": jnp.ones((images.shape[0], 4), jnp.float32)}
     return detect(model, variables, images, batch, settings=looker.settings)
+
+
+def choose_dtype(preprocessing: str) -> jnp.dtype:
+    """Of the images that a program takes; UserError as ``make_program``."""
+    if preprocessing not in PREPROCESSING:
+        raise UserError(f"preprocessing wants one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
+    return jnp.dtype(jnp.uint8 if preprocessing == "inside" else jnp.float32)
 
 
 def name_inputs(looker: Looker) -> tuple[str, ...]:
