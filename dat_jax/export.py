@@ -135,12 +135,10 @@ def format_loading(directory: str, manifest: dict) -> str:
     program = manifest["program"]
     if program is None:
         return f"model, variables = dat_jax.load({directory!r})" if "model.json" in manifest["files"] else ""
-    zeros = [
-        f"numpy.zeros({tuple(1 if isinstance(side, str) else side for side in array['shape'])}, numpy.{array['dtype']})"
-        for array in program["inputs"]
-    ]
-    names = [array["name"] for array in program["inputs"]]
-    given = "; ".join(f"{name} = {value}" for name, value in zip(names, zeros, strict=True))
+    image_batch, *others = program["inputs"]
+    count, height, width, _ = shape = tuple(1 if isinstance(side, str) else side for side in image_batch["shape"])
+    given = f"images = numpy.zeros({shape}, numpy.{image_batch['dtype']})"
+    given += f"; sizes = numpy.array([[{height}, {width}]] * {count}, numpy.int32)" if others else ""
     outputs = "logits" if len(program["outputs"]) == 1 else "detections"
     return "\n".join(
         [
@@ -148,7 +146,7 @@ def format_loading(directory: str, manifest: dict) -> str:
             f"data = pathlib.Path({str(pathlib.Path(directory) / program['file'])!r}).read_bytes()",
             "program = jax.jit(jax.export.deserialize(bytearray(data)).call)",
             f"{given}  # as manifest.json says",
-            f"{outputs} = program({', '.join(names)})",
+            f"{outputs} = program({', '.join(array['name'] for array in program['inputs'])})",
         ]
     )
 

@@ -155,6 +155,10 @@ def test_the_folder_is_what_the_tools_take(exported, trained, tmp_path, capsys):
     classifier = inference.load(exported)
     assert classifier.class_names == NAMES
     assert {name: classifier.options[name] for name in OPTIONS} == OPTIONS
+    space = {}
+    exec(export.format_loading(str(exported), json.loads((exported / "manifest.json").read_text())), space)
+    assert space["logits"].shape == (1, len(NAMES))
+    assert (exported / "model.safetensors").stat().st_mode == (exported / "model.json").stat().st_mode
     arrays = to_official(wanted_model, wanted["params"])
     written = load_file(exported / "model.safetensors")
     assert set(written) == set(arrays)
@@ -219,6 +223,9 @@ def test_a_detectors_program(tmp_path, images, capsys):
     assert run(trained, out, *options) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert [array["name"] for array in manifest["program"]["inputs"]] == ["images", "sizes"]
+    space = {}
+    exec(capsys.readouterr().out.partition("To load it:\n\n")[2], space)  # the lines that it prints
+    assert space["detections"]["boxes"].shape[0] == 2
     program = jax.export.deserialize(bytearray((out / "model.stablehlo").read_bytes()))
     valid = np.array([[64, 64], [48, 64]], np.int32)
     found = program.call(images[:2], valid)

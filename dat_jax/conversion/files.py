@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from dat_jax.errors import UserError
 
@@ -71,8 +71,8 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray])
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # safetensors takes the memory as it lies.
-        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, unfinished)
+        # safetensors takes the memory as it lies, and its own files are for their owner alone.
+        unfinished.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
         unfinished.rename(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
