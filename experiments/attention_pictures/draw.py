@@ -105,7 +105,9 @@ def draw_bias() -> Figure:
     figure, axes = make_figure(2)
     limits = dict(vmin=table.min(), vmax=table.max())
     axes[0].imshow(table, **limits)
-    axes[0].add_patch(Rectangle((side - 1 - x - 0.5, side - 1 - y - 0.5), side, side, fill=False, color="red", linewidth=2))
+    axes[0].add_patch(
+        Rectangle((side - 1 - x - 0.5, side - 1 - y - 0.5), side, side, fill=False, color="red", linewidth=2)
+    )
     axes[0].set_title("table, 27 x 27, and the window of a key")
     axes[1].imshow(np.asarray(sliced).reshape(side, side), **limits)
     axes[1].plot(x, y, "x", color="red")
