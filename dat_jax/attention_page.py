@@ -15,7 +15,7 @@ from dat_jax.plots import make_group_colours
 
 _TEMPLATE = "visualization.html"
 _MAX_BYTES = 3_000_000  # of all indices and weights; a third more as text
-_BYTES_A_KEY = 3
+_BYTES_A_KEY = 4
 
 
 def make_page(
@@ -61,8 +61,8 @@ def pack_block(block: BlockAttention, count: int) -> dict[str, Any]:
       count: keys a query and group.
 
     Returns:
-      {"indices": uint16 (G, Q, count), the most important first, "weights": uint8 likewise, code c for scale * (c / 255)^2, which
-      is exact to 0.4 % of the scale, "positions", "references" and "received" of D blocks, float32, and numbers}.
+      {"indices": uint16 (G, Q, count), the most important first, "weights": uint16 likewise, code c for scale * c / 65535,
+      "positions", "references" and "received" of D blocks, float32, and numbers}.
     """
     weights = block.group_weights
     count = min(count, weights.shape[-1])
@@ -77,7 +77,7 @@ def pack_block(block: BlockAttention, count: int) -> dict[str, Any]:
         "count": count,
         "scale": scale,
         "indices": _encode(order.astype("<u2")),
-        "weights": _encode(np.round(255 * np.sqrt(best / scale)).astype("u1")),
+        "weights": _encode(np.round(65535 * best / scale).astype("<u2")),
     }
     if block.kind == "N":
         return {**packed, "window": block.kernel_size}

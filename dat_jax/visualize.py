@@ -276,14 +276,15 @@ def define_own_flags(values: flags.FlagValues) -> None:
     help_text = "Classifiers: the most important keys of a query that are shown."
     flags.DEFINE_integer("keys", 16, help_text, flag_values=values)
     help_text = (
-        "Classifiers: whose keys are shown, such as stages_2/blocks_1; the last D block of every stage unless given."
+        "Classifiers: those whose keys of the query are shown, such as stages_2/blocks_1; the last D block of every "
+        "stage unless given. The page begins with the last one."
     )
     flags.DEFINE_list("blocks", None, help_text, flag_values=values)
 
 
 _FLAGS = {"What is written": ("output=DIR", "overwrite"), **IMAGE_FLAGS}
 _FLAGS["Segmentors"] += ("labels=FILE_OR_DIR", "zero_is_ignored")
-_FLAGS["Classifiers"] = ("html", "query=Y,X", "keys=N", "blocks=NAME,...")
+_FLAGS["Classifiers"] += ("html", "query=Y,X", "keys=N", "blocks=NAME,...")
 
 if __name__ == "__main__":
     run_tool(main, groups=_FLAGS, define_flags=define_own_flags)

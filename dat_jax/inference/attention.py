@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -183,9 +184,8 @@ def find_seen_point(
     border = round((resize - size) / 2)
     point = tuple((at + 0.5) * resize / side - border for at, side in zip(pixel, image_shape, strict=True))
     if not all(0 <= at < size for at in point):
-        first, last = ([at * side / resize for side in image_shape] for at in (border, border + size))
-        seen = (
-            f"Y from {np.ceil(first[0]):.0f} to {last[0] - 1:.0f}, X from {np.ceil(first[1]):.0f} to {last[1] - 1:.0f}"
-        )
+        # The first pixel whose centre is not before the border, and the last before the other one.
+        edges = [[math.ceil(edge * side / resize - 0.5) for edge in (border, border + size)] for side in image_shape]
+        seen = ", ".join(f"{axis} from {low} to {high - 1}" for axis, (low, high) in zip("YX", edges, strict=True))
         raise UserError(f"The query {asked} lies in the border that the network does not see: wanted {seen}.")
     return point

@@ -61,8 +61,9 @@ def test_an_unfinished_run_without_metrics():
 def test_commands_are_those_of_the_task():
     commands = summary.list_commands("detection", "a b", command_flags="--config=c.py").values()
     assert "python -m dat_jax.main --config=c.py --workdir='a b' --mode=eval" in commands
-    assert any("dat_jax.predict 'a b' IMAGE" in command for command in commands)
-    assert not any("predict" in c for c in summary.list_commands("classification", "d", command_flags="").values())
+    assert "python -m dat_jax.predict 'a b' IMAGE... --output=DIR" in commands
+    commands = summary.list_commands("classification", "d", command_flags="").values()
+    assert "python -m dat_jax.predict d IMAGE..." in commands  # a classifier draws nothing
 
 
 def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
