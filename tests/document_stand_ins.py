@@ -3,7 +3,10 @@
 Each is made when a command asks for it, at the place that the command says, below a folder of its own.
 """
 
+import contextlib
 import copy
+import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -13,18 +16,23 @@ import sys
 import warnings
 from unittest import mock
 
+import jax
 import numpy as np
 import yaml
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
 import dat_jax
 from dat_jax.config import validate
 from dat_jax.conversion import detector_to_official, segmentor_to_official, to_official
-from dat_jax.models.registry import VARIANTS
-from dat_jax.training import loop
-from dat_jax.training.pretrained import export_model
+from dat_jax.data import segmentation_sources
+from dat_jax.models.registry import VARIANTS, create_segmentor
+from dat_jax.training import continuation, loop, sharding
+from dat_jax.training.checkpoint import Checkpoints
+from dat_jax.training.pretrained import CLASS_NAMES, export_model
+from dat_jax.training.run import make_run
 from tests import tiny_config, tiny_detection, tiny_segmentation
 from tests.conversion.pth_writer import write_pth
 from tests.documents import ROOT
@@ -90,30 +98,72 @@ def parse_config(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, Con
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
-    """The same task, start and data place, of a model that compiles in seconds and for steps of seconds."""
+    """The same task, start and data place, of a model that compiles in seconds and for steps of seconds.
+
+    Nothing else is taken over, so that programs that were compiled once are found again.
+    """
     if config.task == "classification":
         tiny = tiny_config.get_config().unlock()
         tiny.epochs = 2 if config.epochs == 10 else 1  # 10 asks for more than the quickstart's own
-        tiny.ema_decay = config.ema_decay
         tiny.eval.sets = config.eval.sets
         if config.data.directory:
             tiny.data.name, tiny.data.directory = config.data.name, config.data.directory
     elif config.task == "segmentation":
         tiny = tiny_segmentation.get_config(config.head.name).unlock()
+        tiny.data.name = "squares_of_one_size"
         tiny.steps = tiny.eval.every_steps = 4
         tiny.eval.ratios, tiny.eval.flip = config.eval.ratios[:2], config.eval.flip
     else:
-        tiny = tiny_detection.get_config(config.head.name).unlock()
+        tiny = tiny_detection.get_config("retinanet").unlock()  # compiles in half the time of those with masks
         tiny.steps = tiny.eval.every_steps = 2
     tiny.log_every = 2
     tiny.init_from = config.init_from
     return tiny.lock()
 
 
+@contextlib.contextmanager
+def kept_programs(directory: pathlib.Path):
+    """Programs that take long to compile are kept in a folder: commands that look at the same model compile it once."""
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.05,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def make_small_mesh(*, data: int, fsdp: int, devices=None):
+    """Of one device: programs for eight take twice as long to compile."""
+    return _make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+
+
+_make_mesh = sharding.make_mesh
+
+
+def _load_square_images(split):
+    source = tiny_segmentation._load_squares(split)
+    chosen = [index for index in range(len(source)) if source.size(index) == (64, 64)]
+    images, labels = ([arrays[index] for index in chosen] for arrays in (source.images, source.labels))
+    return dataclasses.replace(source, images=images, labels=labels)
+
+
+# Evaluation compiles for every size.
+segmentation_sources._SOURCES["squares_of_one_size"] = _load_square_images
 # Variants as small as those of the tests, by the names that snippets have.
 SMALL_VARIANTS = {
     name: {**VARIANTS["dat_pp_nano"], **tiny_segmentation.BACKBONE} for name in ("dat_pp_tiny", "dat_pp_small")
 }
+# Heads likewise, for snippets that say no widths.
+create_small_segmentor = functools.partial(create_segmentor, channels=16, auxiliary_channels=8)
 
 
 class StandIns:
@@ -156,10 +206,10 @@ class StandIns:
             where.write_text(yaml.safe_dump({"MODEL": {"DAT": _NANO_YAML}}))
         elif path.endswith(".pth"):
             write_pth(where, self._published(path))
-        elif path.startswith("data/"):
+        elif path.startswith("data/") and not path.endswith("_v2"):
             for split in ("train", "val"):
                 self._write_classes(where / split)
-        else:  # ILSVRC archives and flowers: folders of classes do as well
+        else:  # ILSVRC archives, flowers and other validation sets: folders of classes do as well
             self._write_classes(where)
 
     def _write_classes(self, directory):
@@ -184,16 +234,39 @@ class StandIns:
         return to_official(model, random_variables(model, images)["params"])
 
     def train(self, arguments: list[str]) -> dict[str, float]:
-        """python -m dat_jax.main with a small configuration of the same kind."""
+        """python -m dat_jax.main with a small configuration of the same kind.
+
+        Classifiers are trained. Segmentors and detectors are found as a run that has done all of its steps and are evaluated:
+        to compile their steps takes most of a minute, and tests/training does.
+        """
         values, config = parse_config("main", arguments)
         if values.print_config:
             return {}
-        tiny = shrink(config)
+        tiny, workdir = shrink(config), pathlib.Path(values.workdir)
         if tiny.init_from:
             self.need(tiny.init_from)
         if tiny.data.directory and not os.path.isabs(tiny.data.directory):
             self.need(tiny.data.directory)
-        return (loop.evaluate if values.mode == "eval" else loop.train)(tiny, values.workdir, quiet=True)
+        with mock.patch.object(sharding, "make_mesh", make_small_mesh):
+            if tiny.task != "classification" and not workdir.exists():
+                self._write_checkpoint(workdir, tiny)
+            return (loop.evaluate if values.mode == "eval" else loop.train)(tiny, values.workdir, quiet=True)
+
+    def _write_checkpoint(self, workdir, config):
+        """Of the last step, with random weights."""
+        run = make_run(config)
+        make = tiny_segmentation.random_segmentor if config.task == "segmentation" else tiny_detection.random_detector
+        head = {"head": config.head.name} if config.task == "detection" else {}
+        _, variables = make(**head, num_classes=len(run.train_source.class_names))
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.abstract_state)
+        statistics = {name: values for name, values in variables.items() if name != "params"}
+        state = zeros.replace(step=np.int32(run.total_steps), params=variables["params"], model_state=statistics)
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text(run.config.to_json_best_effort())
+        (workdir / CLASS_NAMES).write_text("".join(f"{name}\n" for name in run.train_source.class_names))
+        with Checkpoints(workdir / "checkpoints", metric=run.metric) as checkpoints:
+            metadata = continuation.describe(run, run.total_steps)
+            checkpoints.save(jax.device_put(state), metadata=metadata, metrics={run.metric: 0.0})
 
     def clear(self, *paths: str) -> None:
         """Outputs of a command that another one wrote too; nothing is ever overwritten."""
