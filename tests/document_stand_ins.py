@@ -158,9 +158,11 @@ def _load_square_images(split):
 
 # Evaluation compiles for every size.
 segmentation_sources._SOURCES["squares_of_one_size"] = _load_square_images
-# Variants as small as those of the tests, by the names that snippets have.
+# Variants smaller than those of the tests, by the names that snippets have.
+_PLAIN = dict(lpu=(False,) * 4, conv_mlp=(False,) * 4, conv_patches=False)
 SMALL_VARIANTS = {
-    name: {**VARIANTS["dat_pp_nano"], **tiny_segmentation.BACKBONE} for name in ("dat_pp_tiny", "dat_pp_small")
+    name: {**VARIANTS["dat_pp_nano"], **tiny_segmentation.BACKBONE, **_PLAIN}
+    for name in ("dat_pp_tiny", "dat_pp_small")
 }
 # Heads likewise, for snippets that say no widths.
 create_small_segmentor = functools.partial(create_segmentor, channels=16, auxiliary_channels=8)
