@@ -69,7 +69,7 @@ _RUNS = {  # a work directory -> the configuration that it comes from
     "runs/quickstart_detection": "configs/quickstart_detection.py",
     "runs/upernet_dat_pp_s": "configs/upernet_dat_pp_s.py",
 }
-_PATHS = re.compile(r"^(/data/|data/|runs/|weights/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)")
+_PATHS = re.compile(r"^(/data/|data/|runs/|weights/|exported/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)")
 
 
 def parse_flags(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -194,6 +194,12 @@ class StandIns:
         where.parent.mkdir(parents=True, exist_ok=True)
         if path in _RUNS:
             self.train([f"--config={_RUNS[path]}", f"--workdir={path}"])
+        elif path.startswith("exported/"):
+            trained = f"runs/{where.name}"
+            self.need(trained)
+            tool = importlib.import_module("dat_jax.export")
+            values, positional = parse_flags("export", [trained, path])
+            tool.main(positional, values)
         elif path.startswith("weights/"):
             config = tiny_config.get_config()
             model = dat_jax.create_model(num_classes=2, **{k: v for k, v in config.model.items() if k != "dtype"})

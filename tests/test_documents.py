@@ -37,7 +37,7 @@ WALKTHROUGH = "docs/add_stage_type.md"
 # flags are read and its configuration is checked, or its target or extras are looked for. "page": by the test of its page.
 RULES = (
     (r"make \w+", "parse", "installs packages, then takes minutes"),
-    (r"pip install ", "parse", "installs packages"),
+    (r"pip install |python3? -m (pip|venv) ", "parse", "installs packages"),
     (r"python -m dat_jax\.compile_report ", "parse", "minutes of compilers; tests/test_compile_report.py runs it"),
     (
         r"python -m dat_jax\.main .*--config=configs/(upernet|mask_rcnn)",
@@ -56,10 +56,11 @@ RULES = (
         "the quickstart, run, differs in values",
     ),
     (r"python -m dat_jax\.main ", "run", ""),
-    (r"python -m dat_jax\.(predict|visualize|conversion|data\.prepare) ", "run", ""),
+    (r"python -m dat_jax\.(predict|visualize|export|conversion|data\.prepare) ", "run", ""),
     (r"python -m dat_jax( |$)", "run", ""),
     (r"python -m experiments\.attention_pictures\.draw", "run", ""),
     (r"python -m pytest tests/ops/test_pooling.py|python -c .*NM", "page", "of a package with the page's changes"),
+    (r"python -c .*digit\.png", "run", ""),
     (r"python -m pytest ", "parse", "these tests run anyway"),
 )
 # Languages of fenced blocks that are neither commands nor executed.
@@ -101,6 +102,8 @@ def test_commands_are_understood(command, tmp_path):
     elif words[0] == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert re.fullmatch(r"\.\[(\w+)\]", words[-1])[1] in extras
+    elif words[2] in ("venv", "pip"):
+        assert words[-1] == ".venv" or (ROOT / words[-1]).is_file()
     elif words[2] == "pytest":
         assert all((ROOT / path).exists() for path in words[3:])
     else:
@@ -117,6 +120,10 @@ def test_commands_that_are_wrong_are_noticed():
 @pytest.mark.parametrize("command", [command for command, rule in COMMANDS.items() if rule == "run"])
 def test_commands_run(command, stand_ins, capsys):
     words = shlex.split(command)
+    if words[1] == "-c":
+        exec(words[2], {})
+        assert (stand_ins.root / "digit.png").exists()
+        return
     module, arguments = words[2], words[3:]
     if module == "dat_jax":
         result = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -134,6 +141,12 @@ def test_commands_run(command, stand_ins, capsys):
 
         said = prepare(train=values.train, validation=values.validation, output=values.output, incomplete=True)
         assert "complete: 16 train images, 0 damaged" in said
+    elif module == "dat_jax.export":
+        values, positional = parse_flags("export", arguments)
+        stand_ins.clear(*positional[2:])
+        importlib.import_module(module).main(positional, values)
+        assert ("are as they were written" if values.check else "To load it") in capsys.readouterr().out
+        assert all((stand_ins.root / place / "model.stablehlo").is_file() for place in positional[2:])
     elif module == "dat_jax.conversion":
         convert(stand_ins, arguments)
     elif module.startswith("experiments."):
