@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 WORKDIR ?= runs/quickstart
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 train: $(VENV)/installed
 	$(VENV)/bin/python -m dat_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -14,6 +14,9 @@ test: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/installed-dev
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,4 +29,4 @@ $(VENV)/installed-dev: requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
