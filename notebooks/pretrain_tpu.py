@@ -1,3 +1,12 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # Pretraining on a Colab TPU
 #
@@ -52,8 +61,7 @@ else:
     OVERRIDES = {"epochs": 6}
 
 if os.environ.get("DAT_JAX_SMALL") == "1":  # the tests: a few steps of a smaller model
-    WORKDIR = os.environ.get("DAT_JAX_WORKDIR", WORKDIR)
-    OVERRIDES = {"steps": 4, "batch_size": 16, "eval.every_steps": 4, "log_every": 2, "model.stages": ("D",) * 4}
+    CONFIG, OVERRIDES, WORKDIR = "tiny", {"seed": 1}, os.environ.get("DAT_JAX_WORKDIR", "runs/tiny")
 
 # %% [markdown]
 # ## Devices
@@ -97,8 +105,7 @@ import importlib
 from dat_jax.training.run import count_model_flops, describe, make_run
 
 config = importlib.import_module(f"configs.{CONFIG}").get_config().unlock()
-config.update_from_flattened_dict({key: value for key, value in OVERRIDES.items() if not key.startswith("model.")})
-config.model.update({key.removeprefix("model."): value for key, value in OVERRIDES.items() if key.startswith("model.")})
+config.update_from_flattened_dict(OVERRIDES)
 config.lock()
 
 run = make_run(config)
@@ -124,10 +131,12 @@ print(f"training state {state_bytes / 2**30:.3f} GiB, {flops / 1e9:.3g} GFLOPs a
 # after that, and in a new session with the same `WORKDIR`, the same cell goes on where it stopped.
 
 # %%
+import shlex
+
 from dat_jax.training import loop
 
 file = f"configs/{CONFIG}.py"
-flags = " ".join([f"--config={file}", *(f"--config.{key}={value}" for key, value in OVERRIDES.items())])
+flags = shlex.join([f"--config={file}", *(f"--config.{key}={value}" for key, value in OVERRIDES.items())])
 result = loop.train(config, WORKDIR, command_flags=flags)
 
 # %%
@@ -171,4 +180,6 @@ print(f"top-1 {metrics['top1']:.1f} % of {metrics['examples']} images")
 print("on every host:\n")
 print(f"python -m dat_jax.main --distributed=on {flags} --workdir=/mnt/bucket/{pathlib.Path(WORKDIR).name}")
 print("\nor from your own machine, for all hosts of the slice NAME:\n")
-print(f"REPOSITORY={REPOSITORY or '...'} docs/launch/tpu_pod.sh NAME ZONE {file} /mnt/bucket/{pathlib.Path(WORKDIR).name}")
+print(
+    f"REPOSITORY={REPOSITORY or '...'} docs/launch/tpu_pod.sh NAME ZONE {file} /mnt/bucket/{pathlib.Path(WORKDIR).name}"
+)
