@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from dat_jax.errors import UserError
 
-# Key -> type, or a tuple of the allowed values, or a group; [float] is several numbers, [(...)] several of the allowed values. What each means is said in
-# configs/common.py.
+# Key -> type, or a tuple of the allowed values, or a group; [float] is several numbers, [(...)] several of the allowed
+# values. What each means is said in configs/common.py.
 _EVERY_TASK: dict[str, Any] = {
     "task": str,
     "seed": int,

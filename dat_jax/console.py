@@ -26,7 +26,7 @@ def print_table(console: Console, title: str, rows: dict[str, str]) -> None:
     if not console.is_terminal:
         widest = max(map(len, rows), default=0)
         lines = [f"  {name:{widest}}  {value}" for name, value in rows.items()]
-        console.print("\n".join([*([title] if title else []), *lines]), soft_wrap=True, markup=False)
+        console.print("\n".join([*([title] if title else []), *lines]), soft_wrap=True, markup=False, highlight=False)
         return
     table = Table(title=title or None, title_justify="left", show_header=False)
     table.add_column(overflow="fold")

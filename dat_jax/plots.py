@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -112,6 +113,14 @@ def _draw_points(axes, image, points, map_shape):
         y, x = ((pixels + 0.5) / np.array(map_shape) * np.array(image.shape[:2]) - 0.5).T
         axes.scatter(x, y, s=size, color=f"C{group}", alpha=0.9)
     axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+
+
+def make_group_colours(count: int) -> list[str]:
+    """ "#rrggbb" of groups of heads: matplotlib's ten, and more where these do not do."""
+    colours = colormaps["tab10" if count <= 10 else "tab20"].colors
+    if count > len(colours):
+        colours = colormaps["hsv"](np.arange(count) / count)
+    return [to_hex(colour) for colour in colours[:count]]
 
 
 def blend(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, *, opacity: float = 0.6) -> np.ndarray:

@@ -124,7 +124,7 @@ def test_a_step_fits_where_its_peak_is_at_most_the_memory_of_the_chip(monkeypatc
         seen.append(batch)
         return {"fits": batch <= 48, "memory": {"peak": 2**20 * batch}}
 
-    monkeypatch.setattr(compile_report, "report_step", report_step)
+    monkeypatch.setattr(step_report, "report_step", report_step)
     config = tiny_config.get_config(stages=("D",))
     sources = step_report.make_sources(config, classes=0, examples=0)
     report = step_report.find_batch(config, "train", topology="cpu", sources=sources, note=notes.append)
@@ -132,7 +132,7 @@ def test_a_step_fits_where_its_peak_is_at_most_the_memory_of_the_chip(monkeypatc
     assert seen == [8, 16, 32, 64, 48, 56]
     assert notes[0] == "train: a batch of 8 a chip fits, peak 8.00 MiB."
     assert notes[-1] == "train: a batch of 56 a chip does not fit."
-    monkeypatch.setattr(compile_report, "report_step", lambda *_, **__: {"fits": False, "memory": {}})
+    monkeypatch.setattr(step_report, "report_step", lambda *_, **__: {"fits": False, "memory": {}})
     with pytest.raises(UserError, match="Not even a batch of 8 a chip fits the eval step on cpu"):
         step_report.find_batch(config, "eval", topology="cpu", sources=sources, note=notes.append)
 
@@ -207,7 +207,7 @@ def test_the_report_of_a_tpu():
     # What is read from the text is near what the compiler counts, without knowing how it counts.
     assert 0.5 < train["cost"]["padded_bytes"] / train["cost"]["bytes_accessed"] < 2
     assert train["roofline"]["binds"] == "memory"
-    config.batch_size = 4 * 2**17
+    config.batch_size = 4 * 2**13
     config.data.image_size = config.data.eval_resize = 64
     sources = (step_report.StandIn(2**30, ("left", "right")),) * 2
     report = step_report.compile_report(config, **options, sources=sources)["steps"]["train"]

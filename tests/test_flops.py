@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import dat_pp_t
-from dat_jax.compile_report import StandIn
 from dat_jax.flops import count_product_flops
+from dat_jax.step_report import StandIn
 from dat_jax.training import run as run_lib
 
 

@@ -49,7 +49,9 @@ ALLOWED = {
     "dat_jax.command_line": {"dat_jax.__version__", "dat_jax.errors", "absl"},
     "dat_jax.console": {"rich"},
     "dat_jax.lazy": set(),
-    "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.command_line"},
+    "dat_jax.__main__": {
+        *("dat_jax.__version__", "dat_jax.command_line", "dat_jax.console", "dat_jax.models.catalogue"),
+    },
     "dat_jax.inference": {
         *("dat_jax.inference", "dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation"),
         *("dat_jax.models", "dat_jax.plots", "dat_jax.tasks", "dat_jax.training.pretrained", "PIL", "jax"),
@@ -58,7 +60,10 @@ ALLOWED = {
         *("dat_jax.command_line", "dat_jax.console", "dat_jax.data", "dat_jax.errors", "dat_jax.inference"),
         *("PIL", "absl", "rich"),
     },
+    "dat_jax.attention_page": {"dat_jax.inference.attention", "dat_jax.plots", "PIL"},
+    "dat_jax.attention_plots": {"dat_jax.inference.attention", "dat_jax.plots", "matplotlib"},
     "dat_jax.visualize": {
+        *("dat_jax.attention_page", "dat_jax.attention_plots"),
         *("dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
         *("dat_jax.plots", "dat_jax.predict", "absl"),
     },

@@ -1,5 +1,6 @@
 """python -m dat_jax.predict: label maps and detections of files, and mistakes that end with one sentence."""
 
+import csv
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from dat_jax.training.state import TrainState
 from tests import tiny_detection, tiny_segmentation
 from tests.inference.test_detection import export_detector
 from tests.photographs import photographs
-from tests.random_variables import random_variables
+from tests.tiny_classification import random_classifier
 from tests.tiny_segmentation import random_segmentor
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -98,8 +99,7 @@ def folder(tmp_path):
 def run(*arguments):
     """What main does, without a process: (status, words on stdout, on stderr) come from capsys."""
     values = flags.FlagValues()
-    predict.define_flags(values)
-    flags.DEFINE_string("json", None, "", flag_values=values)
+    predict.define_own_flags(values)
     try:
         predict.main(values(["predict", *map(str, arguments)]), values)
     except SystemExit as error:
@@ -127,12 +127,17 @@ def expected(trained, path, *, long_side=64, short_side=64, ratios=(1.0,), **opt
 
 
 def test_a_folder_becomes_label_maps(export, folder, tmp_path, capsys):
-    out = tmp_path / "new" / "out"
-    assert run(export, folder, f"--output={out}", f"--json={tmp_path / 'all.json'}", *SMALL) == 0
+    out, files = tmp_path / "new" / "out", [f"--{kind}={tmp_path / 'all'}.{kind}" for kind in ("json", "csv")]
+    assert run(export, folder, f"--output={out}", *files, *SMALL) == 0
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "grey.png"]
     said = capsys.readouterr()
     assert said.err == ""
     lines, rows = said.out.splitlines(), json.loads((tmp_path / "all.json").read_text())
+    header, *table = csv.reader(io.StringIO((tmp_path / "all.csv").read_text()))
+    assert header == ["image", "class", "share"]
+    assert [(image, name, float(share)) for image, name, share in table] == [
+        (row["image"], *item) for row in rows for item in row["classes"].items()
+    ]
     for line, row, name in zip(lines, rows, ("a.PNG", "b.jpg", "grey.webp"), strict=True):
         labels, palette = read_indices(out / f"{pathlib.Path(name).stem}.png")
         np.testing.assert_array_equal(labels, expected(export, folder / name))
@@ -221,8 +226,14 @@ def test_a_folder_becomes_drawn_images_and_results_of_coco(detector, folder, tmp
 
 
 def test_a_work_directory_of_a_detector_says_what_its_classes_are_called(detector_workdir, folder, tmp_path, capsys):
-    assert run(detector_workdir, folder / "a.PNG", f"--json={tmp_path / 'x.json'}", "--min_score=0") == 0
+    files = [f"--{kind}={tmp_path / 'x'}.{kind}" for kind in ("json", "csv")]
+    assert run(detector_workdir, folder / "a.PNG", *files, "--min_score=0") == 0
     entries = json.loads((tmp_path / "x.json").read_text())
+    header, *rows = csv.reader(io.StringIO((tmp_path / "x.csv").read_text()))
+    assert header == ["image", "class", "score", "x", "y", "width", "height"]
+    for row, entry in zip(rows, entries, strict=True):
+        assert row[:2] == [entry["image"], entry["category"]]
+        np.testing.assert_allclose([float(value) for value in row[2:]], [entry["score"], *entry["bbox"]], rtol=1e-5)
     names = [("cat", "dog", "cow")[entry["category_id"] - 1] for entry in entries]
     assert [entry["category"] for entry in entries] == names
     assert "segmentation" not in entries[0]
@@ -302,7 +313,18 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (["{export}", "{images}/below"], "There is no image in .*below"),
         (["{export}", "-"], "There is no image in stdin"),
         (["{images}", "{images}/b.jpg"], r"Wanted an export \(with model.json\)"),
-        (["{classifier}", "{images}/b.jpg"], "of a classifier: wanted those of a segmentor or a detector"),
+        (["{classifier}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a classifier"),
+        (["{classifier}", "{images}/b.jpg", "--output={tmp}/o"], "is a classifier, which draws nothing"),
+        (["{classifier}", "{images}/b.jpg", "--min_score=0.5"], "Unknown option 'min_score' of a classifier"),
+        (["{classifier}", "{images}/b.jpg", "--short_side=64"], "Unknown option 'short_side' of a classifier"),
+        (["{classifier}", "{images}/b.jpg", "--top=0"], "top wants a number of at least 1, got 0"),
+        (["{classifier}", "{images}/b.jpg", "--batch_size=0"], "batch_size wants a number of at least 1, got 0"),
+        (["{classifier}", "{images}/b.jpg", "--image_size=0"], "image_size wants at least 32 .* got 0"),
+        (["{classifier}", "{images}/b.jpg", "--image_size=64", "--resize=63"], "got 64 and 63"),
+        (["{classifier}", "{images}/b.jpg", "--csv={tmp}/x", "--json={tmp}/x"], "x would be written twice"),
+        (["{export}", "{images}/b.jpg", "--top=3"], "Unknown option 'top' of a segmentor"),
+        (["{export}", "{images}/b.jpg", "--csv={tmp}/there/b.png"], "b.png exists already"),
+        (["{detector}", "{images}/b.jpg", "--image_size=64"], "Unknown option 'image_size' of a detector"),
         (["{detector}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a detector"),
         (["{detector}", "{images}/b.jpg", "--min_score=2"], "min_score wants a number from 0 to 1, got 2"),
         (["{detector}", "{images}/b.jpg", "--max_detections=0"], "max_detections wants a number of at least 1"),
@@ -332,8 +354,7 @@ def test_mistakes_end_with_one_sentence_and_nothing_is_written(
     places = {"export": export, "detector": detector, "images": folder, "tmp": tmp_path}
     places["classifier"] = tmp_path / "classifier"
     if "{classifier}" in arguments:
-        classifier = dat_jax.create_model("dat_pp_nano", num_classes=4, **tiny_segmentation.BACKBONE)
-        variables = random_variables(classifier, np.zeros((1, 64, 64, 3), np.float32))
+        classifier, variables = random_classifier()
         export_model(places["classifier"], model=classifier, variables=variables)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n-\n"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""python -m dat_jax.visualize: pictures of what a segmentor sees, with annotated labels or without, or a detector."""
+"""python -m dat_jax.visualize: pictures of what segmentors, with annotated labels or without, detectors and classifiers see."""
 
 import os
 import pathlib
@@ -11,11 +11,14 @@ import pytest
 from absl import flags
 from PIL import Image
 
+import dat_jax
 from dat_jax import plots, visualize
 from dat_jax.errors import UserError
 from dat_jax.training.pretrained import export_model
 from tests.inference.test_detection import export_detector
 from tests.photographs import photographs
+from tests.random_variables import random_variables
+from tests.test_attention_page import TINY
 from tests.test_predict import SMALL
 from tests.tiny_segmentation import random_segmentor
 
@@ -33,6 +36,14 @@ def export(tmp_path_factory):
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     return export_detector(tmp_path_factory.mktemp("detector") / "export")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("classifier") / "export"
+    model = dat_jax.create_model("dat_pp_nano", **TINY)
+    export_model(directory, model=model, variables=random_variables(model, np.zeros((1, 64, 64, 3), np.float32)))
+    return directory
 
 
 @pytest.fixture
@@ -91,6 +102,32 @@ def test_a_detector_is_shown_with_the_points_that_its_backbone_samples(detector,
         assert (panel != image).any(axis=-1).mean() > 0.05
     blue = np.array([31, 119, 180])  # of the first group
     assert (abs(points - blue).max(axis=-1) < 30).sum() > 4 * (abs(image - blue).max(axis=-1) < 30).sum()
+
+
+def test_a_classifier_is_shown_with_what_a_query_attends_to(classifier, folder, tmp_path, capsys):
+    common = [classifier, folder / "a.jpg", "--html", "--keys=3"]
+    assert run(*common, f"--output={tmp_path / 'out'}") == 0
+    assert run(*common, f"--output={tmp_path / 'other'}", "--query=20,50", "--blocks=stages_0/blocks_0") == 0
+    assert run(*common, f"--output={tmp_path / 'other'}") == 1
+    assert re.fullmatch(r"error: .*a.png exists already; --overwrite replaces it\.\n", capsys.readouterr().err)
+    (tmp_path / "other" / "a.png").unlink()
+    assert run(*common, f"--output={tmp_path / 'other'}") == 1
+    assert re.fullmatch(r"error: .*a.html exists already; --overwrite replaces it\.\n", capsys.readouterr().err)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.html", "a.png"]
+    picture = read(tmp_path / "out" / "a.png")
+    assert picture.shape[1] == 1430  # five panels of 2.6 inches
+    colours = [np.array([31, 119, 180]), np.array([255, 127, 14])]  # of the first and the second group
+    first, second, third = np.array_split(picture[: picture.shape[0] // 3].astype(int), 5, axis=1)[:3]
+    counts = [[(abs(panel - c).max(axis=-1) < 40).sum() for c in colours] for panel in (first, second, third)]
+    assert counts[1][0] > counts[0][0] + 50  # stages_0/blocks_1 has one group, stages_1/blocks_0 two
+    assert counts[2][1] > counts[1][1] + 50
+    begins = [
+        re.search(r'"query":\[(.*?)\],"block":"(.*?)"', (tmp_path / d / "a.html").read_text()) for d in ("out", "other")
+    ]
+    assert begins[0].groups() == ("32.0,32.0", "stages_1/blocks_0")
+    y, x = map(float, begins[1][1].split(","))
+    assert (y, x) == pytest.approx((20.5 * 73 / 64 - 4, 50.5 * 73 / 64 - 4))
+    assert begins[1][2] == "stages_0/blocks_0"
 
 
 def test_where_many_points_are_sampled_they_are_small(tmp_path):
@@ -159,16 +196,31 @@ def test_what_cannot_be_drawn_is_named_and_the_others_are_done(export, folder, t
             "--labels wants a segmentor, and .*export is a detector",
         ),
         (["{detector}", "{images}", "--output={tmp}/out", "--ratios=1.0"], "Unknown option 'ratios' of a detector"),
+        (["{export}", "{images}", "--output={tmp}/out", "--html"], "--html wants a classifier, and .*export is a segm"),
+        (
+            ["{detector}", "{images}", "--output={tmp}/out", "--query=1,2"],
+            "--query wants a classifier, and .* detector",
+        ),
+        (["{classifier}", "{images}", "--output={tmp}/out", "--labels={tmp}/labels"], "--labels wants .* a classifier"),
+        (["{classifier}", "{images}", "--output={tmp}/out", "--query=12"], "--query wants Y,X in pixels .* got 12"),
+        (["{classifier}", "{images}", "--output={tmp}/out", "--query=a,nan"], "--query wants Y,X .* got a,nan"),
+        (
+            ["{classifier}", "{images}/a.jpg", "--output={tmp}/out", "--query=64,0"],
+            "a.jpg: The query 64,0 lies outside",
+        ),
+        (["{classifier}", "{images}/a.jpg", "--output={tmp}/out", "--keys=0"], "--keys wants a number of at least 1"),
+        (
+            ["{classifier}", "{images}", "--output={tmp}/out", "--blocks=stages_9/blocks_0"],
+            "--blocks has 'stages_9/blocks_0', .* wanted some of stages_0/blocks_0, stages_0/blocks_1, stages_1/blocks_0",
+        ),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_nothing_is_written(
-    arguments, message, export, detector, folder, tmp_path, capsys
+    arguments, message, export, detector, classifier, folder, tmp_path, capsys
 ):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert (
-        run(*(argument.format(export=export, detector=detector, images=folder, tmp=tmp_path) for argument in arguments))
-        == 1
-    )
+    places = dict(export=export, detector=detector, classifier=classifier, images=folder, tmp=tmp_path)
+    assert run(*(argument.format(**places) for argument in arguments)) == 1
     said = capsys.readouterr()
     assert said.out == ""
     assert len(said.err.splitlines()) == 1

@@ -1,11 +1,13 @@
 """Trained classifiers, segmentors and detectors as functions of images, for programs. A module a task.
 
-What ``load`` gives has ``class_names`` and, of an image uint8 (H, W, 3) RGB:
+What ``load`` gives has ``class_names``, the ``model``, its ``variables``, the ``options`` that it looks with and, of an image
+uint8 (H, W, 3) RGB:
 __call__(image): what is found.
 describe(found): {class name: words} of what is there, the most important first.
 save(path, image, found): a PNG; UserError where it cannot be written.
 to_entries(found, image=, number=, picture=): what a JSON file has of an image of this name and number, whose PNG is
 ``picture`` or None.
+to_rows(found, image=): what a table has of it, tuples of ``columns``.
 """
 
 import os

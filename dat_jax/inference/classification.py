@@ -3,8 +3,8 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ OPTIONS = {  # see ``choose_options``; where nothing says a size, it is the mode
     "image_size": ("data.image_size", None),
     "resize": ("data.eval_resize", None),
     "top": ("", 5),
+    "batch_size": ("", 8),
 }
 _RESIZE = 256 / 224  # published, of the image size below 384, where images are resized to it
 
@@ -35,7 +36,10 @@ class Classifier:
       predict: jitted, of ``make_classification_task``.
       model, variables: what it is made of.
       options: every option's value.
+      columns: of ``to_rows``.
     """
+
+    columns: ClassVar[tuple[str, ...]] = ("image", "rank", "class", "probability")
 
     class_names: tuple[str, ...]
     transform: Callable[[dict], dict]
@@ -48,11 +52,20 @@ class Classifier:
         """uint8 (H, W, 3) RGB -> probabilities float32 (K,)."""
         return self.classify([image])[0]
 
-    def classify(self, images: list[np.ndarray]) -> np.ndarray:
-        """N images of any sizes, uint8 (H, W, 3) RGB, at once -> probabilities float32 (N, K)."""
-        batch = np.stack([self.transform({"image": image})["image"] for image in images])
-        logits = self.predict(self.variables, {"image": batch})["logits"]
-        return np.asarray(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
+    def classify(self, images: Sequence[np.ndarray], *, pad_to: int = 1) -> np.ndarray:
+        """At once; it compiles once for each number of images.
+
+        Args:
+          images: N of any sizes, uint8 (H, W, 3) RGB.
+          pad_to: black images are computed beside fewer than these.
+
+        Returns:
+          Probabilities float32 (N, K).
+        """
+        batch = [self.transform({"image": image})["image"] for image in images]
+        batch += [np.zeros_like(batch[0])] * (pad_to - len(batch))
+        logits = self.predict(self.variables, {"image": np.stack(batch)})["logits"]
+        return np.asarray(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))[: len(images)]
 
     def rank(self, found: np.ndarray) -> dict[str, float]:
         """Class name -> probability of the ``top`` likeliest classes, the likeliest first; equal names get their number."""
@@ -70,12 +83,16 @@ class Classifier:
     def save(self, path: pathlib.Path, image: np.ndarray, found: np.ndarray) -> None:
         """UserError: a classifier finds nothing to draw."""
         del path, image, found
-        raise UserError("A classifier draws nothing: leave --output out; --json and --csv take what it finds.")
+        raise UserError("A classifier draws nothing: it has probabilities alone.")
 
     def to_entries(self, found: np.ndarray, *, image: str, number: int, picture: str | None) -> list[dict[str, Any]]:
         """[{"image", "classes": {name: probability}}], as ``rank``."""
         del number, picture
         return [{"image": image, "classes": self.rank(found)}]
+
+    def to_rows(self, found: np.ndarray, *, image: str) -> list[tuple]:
+        """Of ``columns``, as ``rank``; the likeliest class has rank 1."""
+        return [(image, rank, *item) for rank, item in enumerate(self.rank(found).items(), start=1)]
 
 
 def from_trained(
@@ -93,20 +110,22 @@ def from_trained(
       model: the classifier.
       variables: of it.
       classes: a file with names of its classes. Those of ImageNet are known where there are 1,000.
-      **options: image_size and resize (``make_eval_transform``; published 224 and 256, 384 and 384), and top, how many
-        classes are said (5).
+      **options: image_size and resize (``make_eval_transform``; published 224 and 256, 384 and 384), where the first alone
+        changes the other in proportion; top, how many classes are said (5); and batch_size, how many of several images are
+        computed at once (8).
     """
-    path = pathlib.Path(path)
-    options = choose_options(path, options, known=OPTIONS, kind="classifier")
-    size = options["image_size"] = options["image_size"] or int(np.max(model.image_size))
-    options["resize"] = options["resize"] or (size if size >= 384 else round(size * _RESIZE))
+    path, given = pathlib.Path(path), options
+    options = choose_options(path, given, known=OPTIONS, kind="classifier")
+    _choose_sizes(options, choose_options(path, {}, known=OPTIONS, kind="classifier"), given, model)
+    size = options["image_size"]
     if size < MIN_IMAGE_SIDE or options["resize"] < size:
         raise UserError(
             f"image_size wants at least {MIN_IMAGE_SIDE} and resize at least image_size, got {size} and "
             f"{options['resize']}."
         )
-    if options["top"] < 1:
-        raise UserError(f"top wants a number of at least 1, got {options['top']}.")
+    for name in ("top", "batch_size"):
+        if options[name] < 1:
+            raise UserError(f"{name} wants a number of at least 1, got {options[name]}.")
     return Classifier(
         class_names=find_names(path, classes, count=model.num_classes, published=imagenet_names.CLASS_NAMES),
         transform=make_eval_transform(resize=options["resize"], image_size=size),
@@ -115,3 +134,14 @@ def from_trained(
         variables=variables,
         options=options,
     )
+
+
+def _choose_sizes(options, saved, given, model):
+    """Fills in image_size and resize where neither was asked for or the first alone was."""
+    if options["image_size"] is None:
+        options["image_size"] = int(np.max(model.image_size))
+    size = options["image_size"]
+    if "image_size" in given and "resize" not in given and saved["image_size"] and saved["resize"]:
+        options["resize"] = round(size * saved["resize"] / saved["image_size"])
+    if options["resize"] is None:
+        options["resize"] = size if size >= 384 else round(size * _RESIZE)

@@ -5,7 +5,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -45,10 +45,14 @@ class ObjectDetector:
       transform: from an image to what the network sees.
       predict: jitted, of ``make_detection_task``.
       find_positions: jitted, of ``tasks.detection``, of variables and a batch.
-      variables: of the model.
+      model, variables: what it is made of.
+      options: every option's value.
       has_masks: whether there are masks beside boxes.
       min_score: from which on a detection is drawn and described.
+      columns: of ``to_rows``.
     """
+
+    columns: ClassVar[tuple[str, ...]] = ("image", "class", "score", "x", "y", "width", "height")
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
@@ -56,7 +60,9 @@ class ObjectDetector:
     transform: DetectionEvalTransform
     predict: Callable
     find_positions: Callable
+    model: Detector
     variables: Mapping[str, Any]
+    options: Mapping[str, Any]
     has_masks: bool
     min_score: float
 
@@ -88,6 +94,13 @@ class ObjectDetector:
         return [
             {"image": image, "category": names[entry["category_id"]], **entry}
             for entry in make_detections(*arrays, image_id=number, category_ids=self.category_ids)
+        ]
+
+    def to_rows(self, found: Mapping[str, np.ndarray], *, image: str) -> list[tuple]:
+        """Of ``columns``: a row a detection, as in ``to_entries``; x, y is the upper left corner, all in pixels."""
+        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+        return [
+            (image, self.class_names[label], score, x1, y1, x2 - x1, y2 - y1) for label, score, (x1, y1, x2, y2) in rows
         ]
 
     def choose_shown(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -147,7 +160,9 @@ def from_trained(
         transform=make_detection_eval_transform(scale=scale, multiple=options["multiple"]),
         predict=jax.jit(make_detection_task(model, settings=_make_settings(model, options)).predict),
         find_positions=jax.jit(functools.partial(find_positions, model)),
+        model=model,
         variables=variables,
+        options=options,
         has_masks=isinstance(model, RCNN),
         min_score=options["min_score"],
     )

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -40,14 +40,20 @@ class Segmenter:
       palette: their colours, uint8 (K, 3) RGB.
       transform: from an image to the views that the network sees.
       segment: of ``make_segmenter``.
-      variables: of the model.
+      model, variables: what it is made of.
+      options: every option's value.
+      columns: of ``to_rows``.
     """
+
+    columns: ClassVar[tuple[str, ...]] = ("image", "class", "share")
 
     class_names: tuple[str, ...]
     palette: np.ndarray
     transform: SegmentationEvalTransform
     segment: Callable
+    model: Segmentor
     variables: Mapping[str, Any]
+    options: Mapping[str, Any]
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (H, W, 3) RGB -> the likeliest classes uint8 (H, W), and their probabilities float32 (H, W).
@@ -79,6 +85,10 @@ class Segmenter:
         """[{"image", "classes": {name: share}, "labels": the PNG or None}]."""
         del number
         return [{"image": image, "classes": measure_shares(found[0], self.class_names), "labels": picture}]
+
+    def to_rows(self, found: tuple[np.ndarray, np.ndarray], *, image: str) -> list[tuple]:
+        """Of ``columns``: a row a class, as ``measure_shares``."""
+        return [(image, *item) for item in measure_shares(found[0], self.class_names).items()]
 
 
 def from_trained(
@@ -118,7 +128,9 @@ def from_trained(
             make_segmentation_task(model, auxiliary_weight=0.0).predict,
             **{name: options[name] for name in ("flip", "window", "stride")},
         ),
+        model=model,
         variables=variables,
+        options=options,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,9 +65,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def list_models() -> list[str]:
-    """Names that ``create_model`` knows."""
-    return list(VARIANTS)
+def list_models(filter: str = "*") -> list[str]:
+    """Names that ``create_model`` knows and that match a pattern, such as "*pp*": * any characters, ? one, [ab] one of them."""
+    return [name for name in VARIANTS if fnmatch.fnmatchcase(name, filter)]
 
 
 def create_model(name: str, **overrides) -> DAT:

@@ -56,6 +56,21 @@ def multi_head_attention(
     return jnp.moveaxis(out, -3, -2).reshape(query.shape)
 
 
+def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, bias: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias), to look at: ``multi_head_attention`` never holds all of it.
+
+    Args:
+      query, key, num_heads, bias: as there.
+
+    Returns:
+      (..., M, Nq, Nk), float32 or better; a query's sum to 1.
+    """
+    q, k = (jnp.moveaxis(split_heads(x, num_heads), -2, -3) for x in (query, key))
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("...qd,...kd->...qk", q / math.sqrt(q.shape[-1]), k, preferred_element_type=dtype)
+    return softmax(logits if bias is None else logits + bias)
+
+
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(D) + bias) v of heads.
 

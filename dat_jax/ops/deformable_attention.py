@@ -85,8 +85,7 @@ def deformable_attention(
 
     Source: DAT (CVPR 2022), equations 8 and 9.
     """
-    if table is not None and (bias is not None or points is None):
-        raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
+    _check_bias(points, table, bias)
     map_shape = query.shape[1:3]
     by_kernel = dispatch.choose("deformable_attention", _of_attention(implementation), map_shape=map_shape) == "pallas"
 
@@ -119,6 +118,38 @@ def deformable_attention(
     if bias is not None or tile_shape == map_shape:
         return attend(query, position_bias.Tile((0, 0), map_shape))
     return _map_tiles(attend, query, tile_shape)
+
+
+def deformable_attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    num_heads: int,
+    points: jax.Array | None = None,
+    table: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """What ``deformable_attention`` weighs its values with, to look at; of the whole map at once.
+
+    Args:
+      query, key, num_heads, points, table, bias: as there.
+
+    Returns:
+      (B, M, H * W, N), float32 or better; a query's sum to 1.
+
+    Raises:
+      ValueError: table and bias are both given, or a table without points.
+    """
+    _check_bias(points, table, bias)
+    if table is not None:
+        bias = position_bias.table_position_bias(table, points, map_shape=query.shape[1:3])
+    flat = query.reshape(query.shape[0], -1, query.shape[-1])
+    return attention.attention_weights(flat, key, num_heads=num_heads, bias=bias)
+
+
+def _check_bias(points, table, bias):
+    if table is not None and (bias is not None or points is None):
+        raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
 
 
 def _of_attention(implementation):

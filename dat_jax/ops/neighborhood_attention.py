@@ -61,22 +61,51 @@ def neighborhood_attention(
     )
 
 
+def neighborhood_attention_weights(
+    query: jax.Array, key: jax.Array, table: jax.Array, *, kernel_size: int, num_heads: int
+) -> jax.Array:
+    """What ``neighborhood_attention`` weighs the values of a window with, to look at.
+
+    Args:
+      query, key, table, kernel_size, num_heads: as there.
+
+    Returns:
+      (B, M, H, W, K, K), float32 or better; a query's sum to 1. The first key is that of ``tiles.window_starts``.
+    """
+    height, width = query.shape[1:3]
+    rows, columns = _window_lines((height, width), kernel_size)
+    bias = _window_bias(table, rows, columns, kernel_size)
+    keys = _gather_windows(key, rows, columns)
+    weights = attention.attention_weights(query[:, :, :, None], keys, num_heads=num_heads, bias=bias)
+    return jnp.moveaxis(weights[..., 0, :], 3, 1).reshape(-1, num_heads, height, width, kernel_size, kernel_size)
+
+
 def _gathered(query, key, value, table, kernel_size, num_heads):
-    (batch, height, width, channels), window = query.shape, kernel_size * kernel_size
-    rows = tiles.window_starts(height, kernel_size)[:, None] + np.arange(kernel_size)
-    columns = tiles.window_starts(width, kernel_size)[:, None] + np.arange(kernel_size)
-
-    def neighbors(x):  # (B, H, W, C) -> (B, H, W, K * K, C)
-        x = jnp.take(jnp.take(x, columns, axis=2), rows, axis=1)  # (B, H, K, W, K, C)
-        return x.swapaxes(2, 3).reshape(batch, height, width, window, channels)
-
-    row_index = rows - np.arange(height)[:, None] + kernel_size - 1
-    column_index = columns - np.arange(width)[:, None] + kernel_size - 1
-    bias = table[:, row_index[:, None, :, None], column_index[None, :, None, :]]  # (M, H, W, K, K)
-    bias = jnp.moveaxis(bias.reshape(num_heads, height, width, window), 0, 2)[None, :, :, :, None]
+    rows, columns = _window_lines(query.shape[1:3], kernel_size)
+    bias = _window_bias(table, rows, columns, kernel_size)
+    key, value = (_gather_windows(x, rows, columns) for x in (key, value))
     queries = query[:, :, :, None]  # one query attends to its own K * K keys
-    out = attention.multi_head_attention(queries, neighbors(key), neighbors(value), num_heads=num_heads, bias=bias)
-    return out.reshape(query.shape)
+    return attention.multi_head_attention(queries, key, value, num_heads=num_heads, bias=bias).reshape(query.shape)
+
+
+def _window_lines(map_shape, kernel_size):
+    """Rows and columns of the window of every row and column of queries: (H, K), (W, K)."""
+    return tuple(tiles.window_starts(size, kernel_size)[:, None] + np.arange(kernel_size) for size in map_shape)
+
+
+def _gather_windows(x, rows, columns):
+    """(B, H, W, C) -> (B, H, W, K * K, C)."""
+    (batch, height, width, channels), kernel_size = x.shape, rows.shape[1]
+    x = jnp.take(jnp.take(x, columns, axis=2), rows, axis=1)  # (B, H, K, W, K, C)
+    return x.swapaxes(2, 3).reshape(batch, height, width, kernel_size**2, channels)
+
+
+def _window_bias(table, rows, columns, kernel_size):
+    """(1, H, W, M, 1, K * K)."""
+    row_index, column_index = (lines - np.arange(len(lines))[:, None] + kernel_size - 1 for lines in (rows, columns))
+    bias = table[:, row_index[:, None, :, None], column_index[None, :, None, :]]  # (M, H, W, K, K)
+    bias = bias.reshape(len(table), len(rows), len(columns), kernel_size**2)
+    return jnp.moveaxis(bias, 0, 2)[None, :, :, :, None]
 
 
 def _by_kernel(query, key, value, table, kernel_size, num_heads):

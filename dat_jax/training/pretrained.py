@@ -14,7 +14,14 @@ import numpy as np
 from dat_jax.errors import UserError
 from dat_jax.evaluation import classification, detection, segmentation
 from dat_jax.models.dat import DAT
-from dat_jax.models.registry import Detector, create_detector, create_model, create_segmentor, name_detector
+from dat_jax.models.registry import (
+    VARIANTS,
+    Detector,
+    create_detector,
+    create_model,
+    create_segmentor,
+    name_detector,
+)
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.training.adaptation import adapt_backbone, adapt_dense, adapt_params, count_classes, kind_of
 from dat_jax.training.checkpoint import load_export, read_best_variables, save_export
@@ -65,6 +72,9 @@ def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[DAT | Segment
         wanted = {**wanted, "cls_head": head}
     params, _ = adapt_params(variables["params"], abstract_params=wanted, fixed_stages=stages)
     return model, {"params": jax.tree.map(jnp.asarray, params)}
+
+
+load = load_pretrained  # what programs call it
 
 
 def load_for_finetuning(
@@ -123,6 +133,11 @@ def load_trained(path: str | os.PathLike) -> tuple[DAT | Segmentor | Detector, d
         settings = {key: value for key, value in config["model"].items() if key != "dtype"}
         around = config.get("head")
         (settings if kind == "classifier" else around)["num_classes"] = count_classes(variables["params"])
+    elif str(path) in VARIANTS:
+        raise UserError(
+            f"{path} is the name of a model, and weights are not downloaded: python -m dat_jax.conversion WEIGHTS.pth "
+            f"OUT_DIR makes an export of published ones to load, and dat_jax.create_model({str(path)!r}) a model without any."
+        )
     else:
         raise UserError(
             f"Wanted an export (with model.json) or the work directory of a run (with checkpoints), got {path}; "

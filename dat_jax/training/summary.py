@@ -29,10 +29,9 @@ def list_commands(task: str, workdir: str, *, command_flags: str) -> dict[str, s
     directory = shlex.quote(str(workdir))
     run = f"python -m dat_jax.main {command_flags} --workdir={directory}"
     commands = {"To go on where it ended": run, "To evaluate it": f"{run} --mode=eval"}
-    if task != "classification":
-        commands["To look at images"] = f"python -m dat_jax.predict {directory} IMAGE... --output=DIR"
-        commands["To see what it sees"] = f"python -m dat_jax.visualize {directory} IMAGE... --output=DIR"
-    commands["For other programs"] = f"python -m dat_jax.export {directory} OUT"
+    drawn = "" if task == "classification" else " --output=DIR"
+    commands["To look at images"] = f"python -m dat_jax.predict {directory} IMAGE...{drawn}"
+    commands["To see what it sees"] = f"python -m dat_jax.visualize {directory} IMAGE... --output=DIR"
     commands["With published names"] = f"python -m dat_jax.conversion {directory} OUT.safetensors"
     return commands
 

@@ -29,15 +29,20 @@ PUBLISHED = {
 }
 
 
+def count(name: str, side: int) -> tuple[int, int]:
+    """Parameters, and multiply-adds of one image of side x side, of a model."""
+    model = dat_jax.create_model(name, implementation="plain")
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    flops = count_product_flops(jax.make_jaxpr(model.apply)(variables, images).jaxpr)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])), round(flops / 2)
+
+
 def main():
     """Prints the table."""
     table = Table("model", "image", "parameters", "multiply-adds, G", "published, G")
     for (name, side), published in PUBLISHED.items():
-        model = dat_jax.create_model(name, implementation="plain")
-        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
-        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-        counted = count_product_flops(jax.make_jaxpr(model.apply)(variables, images).jaxpr) / 2
+        parameters, counted = count(name, side)
         table.add_row(name, str(side), f"{parameters:,}", f"{counted / 1e9:.2f}", str(published or "-"))
     Console().print(table)
 

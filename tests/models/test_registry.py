@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 import dat_jax
+from dat_jax.__main__ import main
 from dat_jax.models.registry import name_detector
+from experiments.multiply_adds.count import count
+from tests import tiny_segmentation
+from tests.random_variables import random_variables
 
 _PARAMETERS = pathlib.Path(__file__).with_name("parameters.json")
 COUNTS = {
@@ -38,10 +42,62 @@ def test_names_and_shapes_of_parameters_are_the_written_down_ones(name):
     assert shapes == json.loads(_PARAMETERS.read_text())[name]
     if name in COUNTS:
         assert sum(map(math.prod, shapes.values())) == COUNTS[name]
+    (described,) = dat_jax.describe_models(name)
+    assert (described.name, described.parameters) == (name, sum(map(math.prod, shapes.values())))
 
 
 def test_every_published_variant_is_listed():
     assert set(dat_jax.list_models()) == {*COUNTS, "dat_pp_nano"}
+
+
+def test_models_are_listed_by_pattern():
+    assert dat_jax.list_models("*pp_b*") == ["dat_pp_base", "dat_pp_base_384"]
+    assert dat_jax.list_models(filter="dat_[ts]*") == ["dat_tiny", "dat_small"]
+    assert dat_jax.list_models("*PP*") == []
+
+
+@pytest.mark.parametrize("name", ["dat_pp_nano", "dat_tiny"])
+def test_multiply_adds_are_those_that_are_counted(name):
+    (described,) = dat_jax.describe_models(name)
+    assert count(name, described.image_size) == (described.parameters, described.multiply_adds)
+
+
+def test_what_is_published_is_described():
+    described = {model.name: (model.image_size, model.top1) for model in dat_jax.describe_models()}
+    assert described["dat_pp_base"] == (224, 84.9)
+    assert described["dat_pp_base_384"] == (384, 85.9)
+    assert described["dat_tiny"] == (224, 82.0)
+    assert described["dat_pp_nano"] == (48, None)
+
+
+def test_a_table_of_models_is_printed(capsys):
+    main(["--list_models=dat_pp_s*"])
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split() == [
+        "model",
+        "image",
+        "size",
+        "parameters",
+        "multiply-adds,",
+        "G",
+        "top-1,",
+        "%",
+        "(published)",
+    ]
+    assert line.split() == ["dat_pp_small", "224", "53,127,366", "9.38", "84.6"]
+    with pytest.raises(SystemExit):
+        main(["--list_models=pp_small"])
+    assert capsys.readouterr().err.startswith("error: There is no model 'pp_small'; did you mean dat_pp_small? Models:")
+
+
+def test_features_of_images():
+    model = dat_jax.create_model("dat_pp_nano", **tiny_segmentation.BACKBONE)
+    images = jnp.zeros((2, 64, 64, 3))
+    variables = random_variables(model, images)
+    maps = model.apply(variables, images, method="features")
+    assert [x.shape for x in maps] == [(2, 16, 16, 8), (2, 8, 8, 8), (2, 4, 4, 16), (2, 2, 2, 16)]
+    pooled = maps[-1].mean(axis=(1, 2))
+    assert pooled.shape == (2, 16)
 
 
 def test_overrides_replace_attributes():

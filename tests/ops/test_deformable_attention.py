@@ -205,6 +205,19 @@ def test_given_or_no_bias_equals_the_reference(x64, bias_batch):
     compare.assert_same({"deformable_attention": function}, wanted, *arguments)
 
 
+@pytest.mark.parametrize("kind", ["table", "bias", "none"])
+def test_weights_times_values_are_the_attention(x64, kind):
+    query, key, value, points, table = make_arguments((5, 4), (3, 6), heads=4, groups=2, keys=7, width=3)
+    (bias,) = compare.normal(2, (2, 4, 20, 7))
+    options = {"table": dict(points=points, table=table), "bias": dict(bias=bias), "none": {}}[kind]
+    weights = compare.run(functools.partial(da.deformable_attention_weights, num_heads=4, **options), query, key)
+    assert weights.shape == (2, 4, 20, 7)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    wanted = compare.run(functools.partial(da.deformable_attention, num_heads=4, **options), query, key, value)
+    out = np.einsum("bmqk,bkmd->bqmd", weights, value.reshape(2, 7, 4, 3)).reshape(wanted.shape)
+    np.testing.assert_allclose(out, wanted, rtol=1e-10, atol=1e-12)
+
+
 @compare.few_examples(12)
 @given(
     map_shape=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -226,6 +239,8 @@ def test_a_table_without_points_or_with_a_bias_is_refused(given_names):
     query, keys = jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 3))
     with pytest.raises(ValueError, match="wants a table with its points, or a bias, not both"):
         da.deformable_attention(query, keys, keys, num_heads=1, **options)
+    with pytest.raises(ValueError, match="wants a table with its points, or a bias, not both"):
+        da.deformable_attention_weights(query, keys, num_heads=1, **options)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "plain"])

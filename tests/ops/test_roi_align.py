@@ -19,7 +19,7 @@ HARD_BOXES = np.asarray(
         [-7.3, -5.1, 4.2, 3.3],  # partly outside
         [8.2, 6.1, 40.0, 33.0],
         [-300.7, -200.3, 411.9, 357.2],  # much larger than the map
-        [-50.0, 2.0, 70.0, 3.0],
+        [-50.2, 2.0, 70.1, 3.0],  # not of whole pixels: a sample at -1, after a division, counts or not by its rounding
         [30.0, 40.0, 60.0, 70.0],  # outside
         [-60.0, -70.0, -30.0, -40.0],
         [5.0, 2.0, 5.0, 7.0],  # no width

@@ -115,7 +115,10 @@ def test_a_signal_saves_the_next_step_and_the_run_goes_on_from_it(tmp_path, monk
     monkeypatch.setattr(loop, "train_batches", with_signal)
     assert loop.train(tiny_config.get_config(), str(tmp_path / "stopped")) == {}
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert "Ended by SIGTERM at step 13." in capsys.readouterr().out
+    stopped = tmp_path / "stopped"
+    said = f"Ended by SIGTERM at step 13. Saved is {stopped}/checkpoints/13; the same command goes on from there: "
+    assert f"{said}python -m dat_jax.main --config=FILE --workdir={stopped}\n" in capsys.readouterr().out
+    assert "Unfinished: ended by SIGTERM at step 13 of 20." in (stopped / "summary.md").read_text()
     assert int(restore(tmp_path / "stopped", 13).step) == 13
     monkeypatch.setattr(loop, "train_batches", original)
     assert loop.train(tiny_config.get_config(), str(tmp_path / "stopped")) == whole

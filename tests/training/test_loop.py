@@ -1,6 +1,7 @@
 """Whole runs in a work directory: files, resuming, going on, evaluation, and what stops a run."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -44,6 +45,10 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert series["train/images_per_second"][20] > 0
     assert series["train/host_memory_gib"][20] >= series["train/host_memory_gib"][5] > 0.05
     assert not (directory / "profile").exists()
+    summary = (directory / "summary.md").read_text()
+    assert "All 20 steps are done." in summary
+    assert f"| eval/top1 | {result['top1']:.4g} (" in summary
+    assert {f"![{name}]({name}.png)" in summary for name in ("curves", "predictions", "sampled_points")} == {True}
 
 
 def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path, capsys):
@@ -53,7 +58,9 @@ def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path,
     assert "All 2 epochs are done" in capsys.readouterr().out
     assert (directory / "metrics.jsonl").read_text() == before
     assert loop.evaluate(tiny_config.get_config(), str(directory)) == finished[1]
-    latest = loop.evaluate(with_values(**{"eval.checkpoint": "latest"}), str(directory))
+    capsys.readouterr()
+    latest = loop.evaluate(with_values(**{"eval.checkpoint": "latest"}), str(directory), quiet=True)
+    assert re.fullmatch(r"top1 .*loss .*step 20 in .*checkpoints\n", capsys.readouterr().out)
     assert latest["top1"] == read_metrics(directory / "metrics.jsonl")["eval/top1"][20]
 
 

@@ -224,6 +224,13 @@ def test_a_damaged_run_is_said(workdir, tmp_path):
         load_trained(tmp_path)
 
 
+def test_a_name_is_no_place_to_load_from():
+    with pytest.raises(
+        UserError, match=r"^dat_pp_tiny is the name .* weights are not downloaded: .*dat_jax\.conversion"
+    ):
+        dat_jax.load("dat_pp_tiny")
+
+
 def test_bicubic_resizing_is_pytorchs():
     """Recorded from torch.nn.functional.interpolate(mode="bicubic", align_corners=False) in float64."""
     table = np.array([[0, 1, 4], [2, -3, 5], [1, 0, -2]])

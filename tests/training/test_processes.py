@@ -1,6 +1,7 @@
 """Two processes of four virtual devices each, on one machine: the same run as one process of eight."""
 
 import functools
+import os
 import re
 import signal
 import time
@@ -12,6 +13,8 @@ from dat_jax.training import distributed
 from dat_jax.training.metrics import read_metrics
 from experiments.soak import processes as soak
 
+XLA_FLAGS = f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"  # as conftest.py has them
+
 
 def start(workdir, *, processes, values=None):
     return soak.start(
@@ -19,7 +22,7 @@ def start(workdir, *, processes, values=None):
         workdir,
         values={"log_every": 1, "checkpoint.every": 4, **(values or {})},
         processes=processes,
-        xla_flags="--xla_backend_optimization_level=0",
+        xla_flags=XLA_FLAGS,
     )
 
 
@@ -97,7 +100,7 @@ def test_two_processes_evaluate_images_of_many_sizes_once(tmp_path):
             tmp_path / str(count),
             values={"log_every": 1},
             processes=count,
-            xla_flags="--xla_backend_optimization_level=0",
+            xla_flags=XLA_FLAGS,
         )
         finish(running)
     one, two = (series(tmp_path / str(count)) for count in (1, 2))
@@ -115,7 +118,7 @@ def test_two_processes_detect_as_one(tmp_path):
             tmp_path / str(count),
             values={"log_every": 1, "steps": 4},
             processes=count,
-            xla_flags="--xla_backend_optimization_level=0",
+            xla_flags=XLA_FLAGS,
         )
         finish(running)
     one, two = (series(tmp_path / str(count)) for count in (1, 2))

@@ -12,7 +12,7 @@ import pytest
 
 from configs import common
 from dat_jax import hlo
-from dat_jax.compile_report import StandIn
+from dat_jax.step_report import StandIn
 from dat_jax.tasks import Task
 from dat_jax.training import run as run_lib
 from dat_jax.training import sharding

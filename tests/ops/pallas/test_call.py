@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dat_jax import hlo, targets
-from dat_jax.compile_report import count_product_flops
+from dat_jax.flops import count_product_flops
 from dat_jax.ops import deformable_attention as da
 from dat_jax.ops import dispatch, grid_sample, mlp
 from dat_jax.ops import neighborhood_attention as na

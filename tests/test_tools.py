@@ -1,0 +1,144 @@
+"""What every tool answers at once: --help, --version, mistakes in a name, Ctrl-C; and that public names are there."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+from absl import flags
+
+import dat_jax
+from dat_jax import __main__ as tools
+from dat_jax import command_line, conversion
+from dat_jax.console import make_console, print_table
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRESENT = [name for name in tools.TOOLS if importlib.util.find_spec(f"dat_jax.{name}")]
+
+
+def run(code, *arguments):
+    command = [sys.executable, *code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def run_reporting_jax(tool, *arguments):
+    """As ``python -m dat_jax.TOOL``; stderr ends with whether jax was imported."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr))\n"
+        "tool = sys.argv.pop(1)\n"
+        "runpy.run_module(tool, run_name='__main__', alter_sys=True)\n"
+    )
+    return run(["-c", code], f"dat_jax.{tool}", *arguments)
+
+
+@pytest.mark.parametrize("tool", PRESENT)
+def test_help_teaches_without_jax(tool):
+    result = run_reporting_jax(tool, "--help")
+    assert (result.returncode, result.stderr) == (0, "False\n")
+    assert result.stdout.count(f"python -m dat_jax.{tool} ") >= 3  # examples
+    assert "--helpfull" in result.stdout
+    assert "--logtostderr" not in result.stdout  # absl's own
+    assert max(map(len, result.stdout.splitlines())) <= 130
+
+
+@pytest.mark.parametrize(
+    "tool", ["main", "predict", "visualize", "conversion.__main__", "data.prepare", "compile_report"]
+)
+def test_help_has_every_flag_of_the_tool(tool):
+    module, values = importlib.import_module(f"dat_jax.{tool}"), flags.FlagValues()
+    define = next(
+        (getattr(module, name) for name in ("define_own_flags", "define_flags") if hasattr(module, name)), None
+    )
+    if define:
+        define(values)
+        own = set(values) - {"find-batch", "q"}
+    else:
+        own = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["dat_jax.main"]}
+    assert own == {form.partition("=")[0] for forms in module._FLAGS.values() for form in forms}
+
+
+def test_the_package_lists_its_tools_and_their_examples():
+    result = run(["-m", "dat_jax"])
+    assert result.returncode == 0
+    for name, tool in tools.TOOLS.items():
+        assert f"{name}: {tool.purpose}\n    python -m dat_jax.{name} {tool.example}" in result.stdout
+    for arguments in (["-m", "dat_jax"], ["-m", "dat_jax.predict"], ["-m", "dat_jax", "main"]):
+        assert run(arguments, "--version").stdout == f"dat_jax {dat_jax.__version__}\n"
+
+
+def test_a_tool_may_be_named_and_an_unknown_one_is_told_the_nearest():
+    assert run(["-m", "dat_jax", "predict"], "--help").stdout == run(["-m", "dat_jax.predict"], "--help").stdout
+    result = run(["-m", "dat_jax"], "visualise", "x")
+    assert result.returncode == 1
+    assert (
+        result.stderr == "error: There is no tool 'visualise'; did you mean visualize? `python -m dat_jax` lists all.\n"
+    )
+
+
+@pytest.mark.parametrize("form", ["--print_config", "--config.print"])
+def test_the_resolved_configuration_is_printed_without_jax(form):
+    arguments = ["--config=configs/quickstart.py", "--config.batch_size=7", "--config.logs=('wandb',)", form]
+    result = run_reporting_jax("main", *arguments)
+    assert (result.returncode, result.stderr) == (0, "False\n")
+    config = yaml.safe_load(result.stdout)
+    assert (config["batch_size"], config["logs"], config["model"]["name"]) == (7, ["wandb"], "dat_pp_nano")
+    wrong = run(["-m", "dat_jax.main"], "--config=configs/quickstart.py", "--config.logs=('csv',)", form)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("error: config.logs wants some of tensorboard, wandb, such as ('tensorboard',), got")
+
+
+def test_an_interrupt_ends_with_one_sentence(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.run_interruptible(interrupted, "Interrupted: all is whole.")
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "Interrupted: all is whole.\n")
+
+
+def test_an_interrupt_leaves_no_file_that_is_not_whole(tmp_path):
+    def write():
+        with command_line.replacing(tmp_path / "a.png") as unfinished:
+            unfinished.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", [dat_jax, conversion])
+def test_public_names_are_imported_when_asked_for(package):
+    assert set(package.__all__) == set(package._PLACES) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+    typed = next(node for node in ast.parse(inspect.getsource(package)).body if isinstance(node, ast.If))
+    said = {
+        alias.name: f"dat_jax.{alias.name}" if node.module == "dat_jax" else node.module
+        for node in typed.body
+        for alias in node.names
+    }
+    assert said == package._PLACES
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, dat_jax; assert 'jax' not in sys.modules; dat_jax.list_models(); dat_jax.conversion.to_official"
+    assert run(["-c", code]).returncode == 0
+
+
+def test_piped_lines_and_tables_are_whole_and_plain(capsys):
+    console, long = make_console(), "word " * 60 + "[red]/" + "x" * 300
+    console.print(long)
+    print_table(console, "Title", {"a": long, "long name": "1"})
+    assert capsys.readouterr().out.splitlines() == [long, "Title", f"  a          {long}", "  long name  1"]
+    make_console(quiet=True).print(long)
+    assert capsys.readouterr().out == ""
