@@ -16,40 +16,46 @@
 # %% [markdown]
 # ## Install
 #
-# The configurations are files of the repository, so it is cloned; nothing happens where this notebook lies in a clone already.
+# `REPOSITORY` is where dat_jax is: an address that `git clone` takes, or a folder with a copy of it that was uploaded. Nothing
+# is installed where this notebook lies in such a copy, whose requirements are there already. Colab's own jax and flax (0.7.2 and
+# 0.11.2, or newer) stay as they are.
 
 # %%
 import pathlib
 import subprocess
 import sys
 
-REPOSITORY = ""  # the address that `git clone` takes
+REPOSITORY = ""  # an address, or a folder such as "/content/dat_jax"
 
 here = pathlib.Path.cwd()
-folders = [here, *here.parents, here / "dat_jax_clone"]
-root = next((folder for folder in folders if (folder / "configs" / "common.py").is_file()), None)
+root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "common.py").is_file()), None)
 if root is None:
-    assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository."
-    root = here / "dat_jax_clone"
-    subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
+    assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository, or to a folder with a copy of it."
+    root = pathlib.Path(REPOSITORY)
+    if not root.is_dir():
+        root = here / "dat_jax"
+        if not root.is_dir():
+            subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-r", root / "requirements.txt"], check=True)
-sys.path.insert(0, str(root))
+sys.path.insert(0, str(root))  # configs/ are files of the repository
 
 # %% [markdown]
 # ## Settings
 #
-# `TRAINED` is a work directory, or converted weights (`python -m dat_jax.conversion`). Where there is nothing yet, the model of
-# `configs/quickstart.py` is trained on digits first: three minutes on two CPU cores.
+# `TRAINED` is the work directory of a run, such as that of one of the other notebooks, or converted weights
+# (`python -m dat_jax.conversion`). Where there is nothing yet, the model of `configs/quickstart.py` is trained on digits first:
+# three minutes on two CPU cores.
 
 # %%
 import os
 
 TRAINED = "runs/quickstart"
 IMAGE = ""  # a file; "": a digit that it was not trained on
+QUERY = None  # (y, x) in pixels of the image; None: its centre
 
 small = os.environ.get("DAT_JAX_SMALL") == "1"  # the tests: a few steps of a smaller model
 if small:
-    TRAINED = os.environ.get("DAT_JAX_WORKDIR", "runs/tiny")
+    TRAINED = os.environ["DAT_JAX_WORKDIR"]
 
 # %%
 from configs import quickstart, tiny
@@ -61,105 +67,98 @@ if not pathlib.Path(TRAINED).exists():
 # %% [markdown]
 # ## A model and an image
 #
-# `looker.transform` is what the model sees of an image: resized, and its centre.
+# `inference.load` gives a function of images, which resizes them as the model wants it; `dat_jax.load(TRAINED)` gives the bare
+# model and its variables.
 
 # %%
-import numpy as np
-from PIL import Image
-
 from dat_jax import inference
 from dat_jax.data.embedded import read_mnist5k
+from dat_jax.predict import read_image
 
 looker = inference.load(TRAINED)
-model, variables = looker.model, looker.variables
 digits, labels, _ = read_mnist5k("validation")
-image = np.asarray(Image.open(IMAGE).convert("RGB")) if IMAGE else digits[labels == 5][3]
-seen = looker.transform({"image": image})["image"]
-print(f"stages {model.stages}, image {seen.shape}, said: {looker.describe(looker(image))}")
+image = read_image(pathlib.Path(IMAGE)) if IMAGE else digits[labels == 5][3]
+print(f"stages {looker.model.stages}, an image of {image.shape} is {looker.describe(looker(image))}")
 
 # %% [markdown]
-# ## The points
+# ## What every block attends to
 #
-# Every D block sows the positions of its keys, (batch, groups, rows, columns, 2), as (y, x) with -1 and 1 at the centres of the
-# first and the last pixel of its map. A group of channels has points of its own.
+# Of a D block there are the positions of its keys, (groups, keys, 2), as (y, x) in pixels of the image as the network sees it: a
+# group of channels has points of its own. `references` is where they would be without offsets. The weights are those of
+# every head, query and key; a query is a pixel of the block's map.
 
 # %%
-import jax
+from dat_jax.inference.attention import find_seen_point, make_attention_reader
 
-from dat_jax.tasks.classification import normalize
-from dat_jax.tasks.positions import name_positions
-
-
-@jax.jit
-def find_points(images):
-    """uint8 (B, H, W, 3) -> block -> positions."""
-    _, state = model.apply(variables, normalize(images), train=False, mutable=["intermediates"])
-    return name_positions(state["intermediates"], model, images.shape[1:3])["positions"]
-
-
-points = jax.device_get(find_points(seen[None]))
-for name, positions in points.items():
-    print(name, positions.shape)
+attention = make_attention_reader(looker)(image)
+query = find_seen_point(looker, image.shape[:2], QUERY)
+deformable = {name: block for name, block in attention.blocks.items() if block.kind == "D"}
+for name, block in deformable.items():
+    print(f"{name}: map {block.map_shape}, positions {block.positions.shape}, weights {block.weights.shape}")
 
 # %%
 import IPython.display as ipython
 
-from dat_jax import plots
+from dat_jax.attention_plots import save_attention
 
-map_shapes = {name: model.map_shape(seen.shape[:2], stage=int(name[7])) for name in points}  # stages_2/blocks_1
-picture = pathlib.Path(TRAINED) / "points_of_one_image.png"
-plots.save_sampled_points(picture, seen[None], points, map_shapes=map_shapes)
+picture = pathlib.Path(TRAINED) / "attention.png"
+save_attention(picture, attention, query=query, blocks=list(deformable))
 ipython.display(ipython.Image(str(picture)))
 
 # %% [markdown]
-# On the left the image, then a panel a block, from fine maps to coarse ones; a colour is a group. In a trained model points
-# leave the regular grid: some gather along strokes and edges, some spread where nothing is, which tells as much. Those in a
-# line at the border were sent further and are clamped there. Blocks of one stage may look at quite different places, and
-# groups of one block too. The offsets of an untrained model are as random as its weights: only in a trained one they mean
-# something.
+# First the points of every block, from fine maps to coarse ones; a colour is a group, and a large point gets much attention. In a
+# trained model points leave the regular grid: some gather along strokes and edges, some spread where nothing is, which
+# tells as much. Those in a line at the border were sent further and are clamped there. Blocks of one stage may look at quite
+# different places, and groups of one block too. Then the keys that one query, the star, attends to most, which may lie far
+# outside the window of neighborhood attention (dashed). Last the offsets, from where a key would be to where it is.
 #
-# ## The offsets
+# The offsets of an untrained model are as random as its weights: only in a trained one they mean something.
 #
-# Offset = position less where the key would sit without one. The arrows of a block, in its first group:
+# ## The offsets and the query's keys in numbers
 
 # %%
-from matplotlib import pyplot as plt
+import numpy as np
 
-from dat_jax.ops.deformable_attention import reference_points
+side = np.array(attention.image.shape[:2])
+for name, block in deformable.items():
+    moved = np.linalg.norm((block.positions - block.references) / side, axis=-1)
+    print(f"{name}: moved by {moved.mean():.1%} of a side in the mean, {moved.max():.1%} at most")
 
-name = max(points, key=lambda name: points[name][0, 0].size)  # the most points
-positions = points[name][0, 0]
-grid = np.asarray(reference_points(positions.shape[:2]))
+block = deformable[max(deformable)]
+for group, key, weight in zip(*block.rank_keys(block.find_query(query), 5), strict=True):
+    y, x = block.positions[group, key]
+    print(f"  {block.name}: the query gives {weight:.1%} of group {group} to the key at y {y:.1f}, x {x:.1f}")
 
+# %% [markdown]
+# ## Other queries
+#
+# A click on the image chooses the query. The page is one file that needs no network; in a terminal
+# `python -m dat_jax.visualize runs/quickstart photo.jpg --output=shown --html` makes it, and the picture above.
 
-def to_image(where):
-    """Normalised (y, x) of the block's map -> pixels of the image."""
-    size, sides = np.array(map_shapes[name]), np.array(seen.shape[:2])
-    return ((where + 1) / 2 * (size - 1) + 0.5) / size * sides - 0.5
+# %%
+import html
 
+from dat_jax.attention_page import make_page
 
-start, move = to_image(grid), to_image(positions) - to_image(grid)
-figure, axes = plt.subplots(figsize=(5, 5))
-axes.imshow(seen, alpha=0.6)
-axes.quiver(
-    start[..., 1], start[..., 0], move[..., 1], move[..., 0], color="C1", angles="xy", scale_units="xy", scale=1
-)
-axes.set_title(name)
-plt.show()
-for block, where in points.items():
-    lengths = np.linalg.norm(where[0] - reference_points(where.shape[2:4]), axis=-1) / 2
-    at_border = (np.abs(where[0]) >= 1).any(axis=-1).mean()
-    print(f"{block}: moved by {lengths.mean():.1%} of a side in the mean, {at_border:.0%} of the points at the border")
+page = make_page(attention, title="image", query=query, block=block.name)
+ipython.display(ipython.HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="700"></iframe>'))
 
 # %% [markdown]
 # ## Features for something else
 #
-# `method="features"` gives the four maps of an image, strides 4, 8, 16 and 32. Here the last one, averaged over its pixels, is a
-# vector an image, and a linear layer on it learns to tell even digits from odd ones, while the backbone stays as it is.
+# `method="features"` gives the maps of an image, of the published models four at strides 4, 8, 16 and 32. Here the last one,
+# averaged over its pixels, is a vector an image, and a linear layer on it learns to tell even digits from odd ones, while the
+# backbone stays as it is.
 
 # %%
+import jax
 import jax.numpy as jnp
 import optax
+
+import dat_jax
+from dat_jax.tasks.classification import normalize
+
+model, variables = dat_jax.load(TRAINED)
 
 
 @jax.jit
@@ -178,14 +177,14 @@ targets = labels % 2
 optimizer = optax.adam(1e-2)
 
 
+def loss(head):
+    """Of logistic regression on all training vectors."""
+    logits = vectors[train] @ head["w"] + head["b"]
+    return optax.sigmoid_binary_cross_entropy(logits, targets[train]).mean()
+
+
 @jax.jit
 def step(head, state):
-    """One step of logistic regression on all training vectors."""
-
-    def loss(head):
-        logits = vectors[train] @ head["w"] + head["b"]
-        return optax.sigmoid_binary_cross_entropy(logits, targets[train]).mean()
-
     updates, state = optimizer.update(jax.grad(loss)(head), state)
     return optax.apply_updates(head, updates), state
 

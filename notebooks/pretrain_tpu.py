@@ -1,6 +1,8 @@
 # ---
 # jupyter:
 #   accelerator: TPU
+#   colab:
+#     gpuType: V5E1
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -13,40 +15,45 @@
 # From the images to a trained classifier, and how the same run goes to a pod. As it stands, every cell runs in order: without a
 # data set of yours it trains a small DAT++ on digits that come with a package.
 #
-# In Colab choose *Runtime, Change runtime type, TPU* first.
+# In Colab choose *Runtime, Change runtime type, v5e-1 TPU* first. None of this has run on a TPU yet.
 
 # %% [markdown]
 # ## Install
 #
-# The configurations are files of the repository, so it is cloned; nothing happens where this notebook lies in a clone already.
-# Colab's own jax, flax and libtpu are new enough (jax 0.7.2, flax 0.11.2) and stay as they are.
+# `REPOSITORY` is where dat_jax is: an address that `git clone` takes, or a folder with a copy of it that was uploaded. Nothing
+# is installed where this notebook lies in such a copy, whose requirements are there already. Colab's own jax and flax (0.7.2 and
+# 0.11.2, or newer) stay as they are.
 
 # %%
 import pathlib
 import subprocess
 import sys
 
-REPOSITORY = ""  # the address that `git clone` takes
+REPOSITORY = ""  # an address, or a folder such as "/content/dat_jax"
 
 here = pathlib.Path.cwd()
-folders = [here, *here.parents, here / "dat_jax_clone"]
-root = next((folder for folder in folders if (folder / "configs" / "common.py").is_file()), None)
+root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "common.py").is_file()), None)
 if root is None:
-    assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository."
-    root = here / "dat_jax_clone"
-    subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
+    assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository, or to a folder with a copy of it."
+    root = pathlib.Path(REPOSITORY)
+    if not root.is_dir():
+        root = here / "dat_jax"
+        if not root.is_dir():
+            subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-r", root / "requirements.txt"], check=True)
-sys.path.insert(0, str(root))
+sys.path.insert(0, str(root))  # configs/ are files of the repository
 
 # %% [markdown]
 # ## Settings
 #
 # `DATA` is a folder in one of two layouts: what `python -m dat_jax.data.prepare` or TFDS writes (array_record), or
 # `train/<class>/` and `val/<class>/` of image files. `CONFIG` is a file of `configs/`; `OVERRIDES` are keys of it, those that
-# `--config.KEY=VALUE` sets on a command line. `configs/common.py` says what each key means.
+# `--config.KEY=VALUE` sets on a command line. `configs/common.py` says what each key means, `dat_jax.list_models("dat_pp*")`
+# which models there are.
 
 # %%
 import os
+import shutil
 
 DATA = ""  # such as "/content/drive/MyDrive/imagenet"; "": the embedded digits
 WORKDIR = "runs/pretrain"  # on the mounted drive it outlives the session: "/content/drive/MyDrive/runs/dat_pp_t"
@@ -61,7 +68,7 @@ else:
     OVERRIDES = {"epochs": 6}
 
 if os.environ.get("DAT_JAX_SMALL") == "1":  # the tests: a few steps of a smaller model
-    CONFIG, OVERRIDES, WORKDIR = "tiny", {"seed": 1}, os.environ.get("DAT_JAX_WORKDIR", "runs/tiny")
+    CONFIG, OVERRIDES, WORKDIR = "tiny", {"seed": 1}, os.environ["DAT_JAX_WORKDIR"]
 
 # %% [markdown]
 # ## Devices
@@ -78,26 +85,35 @@ print(f"jax {jax.__version__}: {jax.device_count()} x {jax.devices()[0].device_k
 #
 # Drive and a bucket are slow for many small files and good for few large ones: write ImageNet once as array_record, from its two
 # archives (`python -m dat_jax.data.prepare --train=ILSVRC2012_img_train.tar --validation=ILSVRC2012_img_val.tar --output=DIR`),
-# and copy it to the machine's disk if it fits there.
+# and copy it to the machine's disk if it fits there. The work directory may lie on either.
 
 # %%
-if "google.colab" in sys.modules:
-    if MOUNT_DRIVE:
-        from google.colab import drive
+if MOUNT_DRIVE:
+    from google.colab import drive
 
-        drive.mount("/content/drive")
-    if BUCKET:
-        from google.colab import auth
+    drive.mount("/content/drive")
 
-        auth.authenticate_user()
-        os.makedirs("/content/bucket", exist_ok=True)
-        subprocess.run(["gcsfuse", "--implicit-dirs", BUCKET, "/content/bucket"], check=True)
+INSTALL_GCSFUSE = """
+set -e
+key=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
+curl --silent --show-error --fail --output $key $packages/doc/apt-key.gpg
+echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -cs) main" > /etc/apt/sources.list.d/gcsfuse.list
+apt-get -qq update
+apt-get -qq install gcsfuse
+"""
+if BUCKET:
+    from google.colab import auth
+
+    auth.authenticate_user()
+    if shutil.which("gcsfuse") is None:
+        subprocess.run(INSTALL_GCSFUSE, shell=True, check=True)
+    os.makedirs("/content/bucket", exist_ok=True)
+    subprocess.run(["gcsfuse", "--implicit-dirs", BUCKET, "/content/bucket"], check=True)
 
 # %% [markdown]
 # ## The configuration
 #
-# A configuration is a Python object with every value in sight. What it comes to is known before anything is trained: shapes are
-# computed without numbers.
+# A configuration is a Python object with every value in sight. What it comes to is known before anything is trained.
 
 # %%
 import importlib
@@ -135,8 +151,7 @@ import shlex
 
 from dat_jax.training import loop
 
-file = f"configs/{CONFIG}.py"
-flags = shlex.join([f"--config={file}", *(f"--config.{key}={value}" for key, value in OVERRIDES.items())])
+flags = shlex.join([f"--config=configs/{CONFIG}.py", *(f"--config.{key}={value}" for key, value in OVERRIDES.items())])
 result = loop.train(config, WORKDIR, command_flags=flags)
 
 # %%
@@ -169,17 +184,29 @@ metrics = loop.evaluate(config, WORKDIR)
 print(f"top-1 {metrics['top1']:.1f} % of {metrics['examples']} images")
 
 # %% [markdown]
-# ## The same on a pod
+# In a terminal these are:
 #
-# Nothing changes but where it runs: every host of a pod slice runs the same command, `--distributed=on` lets jax find the
-# others, and the batch is that of all devices together. `WORKDIR` and `DATA` have to be places that all hosts see, such as a
-# bucket mounted on each. `docs/launch/tpu_pod.sh` sets the hosts up and runs it; `docs/many_hosts.md` has GKE and SLURM.
+# ```
+# python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/pretrain --config.epochs=6
+# python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/pretrain --config.epochs=7
+# python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/pretrain --mode=eval
+# ```
+#
+# ## The whole recipe on a pod
+#
+# Every host of a pod slice runs the same command; `--distributed=on` lets jax find the others. The batch is that of all devices
+# together, 1,024 in the recipe. The data and the work directory lie where all hosts see them, such as a bucket mounted on each:
+#
+# ```
+# python -m dat_jax.main --distributed=on --config=configs/dat_pp_t.py --workdir=/mnt/bucket/runs/dat_pp_t \
+#     --config.data.directory=/mnt/bucket/imagenet
+# ```
+#
+# `docs/launch/tpu_pod.sh` installs on all hosts and runs it there, from your own machine; `docs/many_hosts.md` also has GKE and
+# SLURM. Interrupted, the same command goes on, also on a slice of another size. Whether a step fits is known without a pod:
+#
+# ```
+# python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=v5e:16x16 --steps=train --config.batch_size=4096
+# ```
+#
 # None of this has run on a pod yet.
-
-# %%
-print("on every host:\n")
-print(f"python -m dat_jax.main --distributed=on {flags} --workdir=/mnt/bucket/{pathlib.Path(WORKDIR).name}")
-print("\nor from your own machine, for all hosts of the slice NAME:\n")
-print(
-    f"REPOSITORY={REPOSITORY or '...'} docs/launch/tpu_pod.sh NAME ZONE {file} /mnt/bucket/{pathlib.Path(WORKDIR).name}"
-)
