@@ -166,7 +166,8 @@ config = config.lock()
 
 # %% [markdown]
 # With weights the recipe mirrors images, crops them and changes colours. Where left and right, or colours, tell the classes
-# apart, take that out before training: `config.augmentation.flip_probability = 0.0`, `config.augmentation.rand_augment_count = 0`.
+# apart, take that out before training: `config.augmentation.flip_probability = 0.0`,
+# `config.augmentation.rand_augment_count = 0`.
 #
 # ## Train
 #

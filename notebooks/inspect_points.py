@@ -141,7 +141,8 @@ import html
 from dat_jax.attention_page import make_page
 
 page = make_page(attention, title="image", query=query, block=block.name)
-ipython.display(ipython.HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="700"></iframe>'))
+frame = f'<iframe srcdoc="{html.escape(page)}" width="100%" height="700"></iframe>'
+ipython.display(ipython.HTML(f"<div>{frame}</div>"))
 
 # %% [markdown]
 # ## Features for something else
