@@ -1,5 +1,7 @@
 """How the programs print: whole lines where nobody looks at a terminal, tables on one, NO_COLOR respected (by rich)."""
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +15,8 @@ def make_console(*, quiet: bool = False) -> Console:
     In a notebook it writes plain lines, all of them one output of the cell, instead of an HTML element a line.
     """
     options = dict(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
+    if type(sys.stdout).__module__.startswith("ipykernel"):  # which calls itself a terminal
+        options["force_terminal"] = False
     console = Console(**options)
     return console if console.is_terminal else Console(**options, width=_WIDE)
 

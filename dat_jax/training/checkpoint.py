@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -223,10 +224,12 @@ class Checkpoints:
             preservation_policy=None if self._read_only else keep,
             cleanup_tmp_directories=not self._read_only,
             read_only=self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
             create=not self._read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self._directory.absolute(), item_handlers=handlers, options=options)
+        with _quiet_logger() if self._read_only else contextlib.nullcontext():
+            return ocp.CheckpointManager(self._directory.absolute(), item_handlers=handlers, options=options)
 
     def _reopen(self) -> bool:
         """Anew, without what is left of a save that failed."""
@@ -288,6 +291,18 @@ class Checkpoints:
                 f"The checkpoint {self._directory / str(step)} is of another model or optimizer: "
                 f"{'; '.join(differing[:3])}{more}. Take another workdir, or the configuration it was trained with."
             )
+
+
+@contextlib.contextmanager
+def _quiet_logger():
+    """Orbax warns of what was asked for: that nothing but reading is possible, that one process has written."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _complete_steps(directory: pathlib.Path) -> list[int]:
@@ -417,7 +432,7 @@ def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], desc
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir(parents=True)
-        with _exporter() as writer:
+        with _quiet_logger(), _exporter() as writer:
             tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
             writer.save((unfinished / "params").absolute(), args=ocp.args.PyTreeSave(tree))
         (unfinished / "model.json").write_text(json.dumps(manifest, indent=1) + "\n")
