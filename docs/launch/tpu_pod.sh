@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a TPU pod slice: docs/launch/tpu_pod.sh NAME ZONE CONFIG WORKDIR
+# Trains on all hosts of a TPU pod slice: docs/launch/tpu_pod.sh NAME ZONE CONFIG WORKDIR [--config.KEY=VALUE ...]
 # NAME: of the TPU VM. WORKDIR: on a disk that all hosts see, such as a mounted bucket (gcsfuse) or Filestore.
 set -euo pipefail
 name=$1 zone=$2 config=$3 workdir=$4
+shift 4
 
 on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
 on_all_hosts "test -d dat_jax || git clone --depth=1 ${REPOSITORY:?the address of this repository} dat_jax"
 on_all_hosts "cd dat_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
 # Every host runs the same command; on a TPU jax finds the other hosts by itself, which --distributed=on asks for.
-on_all_hosts "cd dat_jax && .venv/bin/python -m dat_jax.main --distributed=on --config=$config --workdir=$workdir"
+on_all_hosts "cd dat_jax && .venv/bin/python -m dat_jax.main --distributed=on --config=$config --workdir=$workdir $*"
