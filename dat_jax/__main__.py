@@ -52,7 +52,9 @@ def print_models(pattern: str) -> None:
     columns = ("model", "image size", "parameters", "multiply-adds, G", "top-1, % (published)")
     rows = [
         (
-            *(model.name, str(model.image_size), f"{model.parameters:,}", f"{model.multiply_adds / 1e9:.2f}"),
+            *(model.name, str(model.image_size)),
+            "-" if model.parameters is None else f"{model.parameters:,}",
+            "-" if model.multiply_adds is None else f"{model.multiply_adds / 1e9:.2f}",
             "-" if model.top1 is None else f"{model.top1:.1f}",
         )
         for model in found
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> None:
     elif arguments[0] == "--version":
         print(f"dat_jax {__version__}")
     elif arguments[0].partition("=")[0] == "--list_models":
-        print_models(arguments[0].partition("=")[2] or "*")
+        print_models(arguments[0].partition("=")[2] or (arguments[1:] or ["*"])[0])
     elif arguments[0] not in TOOLS:
         near = find_nearest(arguments[0], TOOLS)
         fail(f"There is no tool {arguments[0]!r}; did you mean {near}? `python -m dat_jax` lists all.")

@@ -15,9 +15,10 @@ TRAINED is an export, or the work directory of a run. OUT_DIR is a new folder, w
   model.stablehlo    one program for all platforms, weights inside: jax alone loads it, with flatbuffers, not this package
   model.safetensors  weights with their published names
 
-ONNX is an extra, pip install "dat-jax[onnx]": --formats=onnx writes model.onnx of a classifier or a segmentor.
+ONNX is an extra, pip install -e ".[onnx]": --formats=onnx writes model.onnx of a classifier or a segmentor.
 """
 
+import os
 import pathlib
 import sys
 
@@ -88,22 +89,17 @@ def export(trained: str, out: str, values: flags.FlagValues) -> dict:
     from dat_jax import inference
     from dat_jax.exporting import write_exported
 
-    if pathlib.Path(out).exists():  # said before anything is loaded
+    if os.path.exists(out):  # said before anything is loaded
         raise UserError(f"{out} exists already and nothing is overwritten; name another folder.")
     shape, batch = parse_image_size(values.image_size), parse_batch(values.batch)
     looker = inference.load(trained, classes=values.classes, resize=values.resize)
-    if isinstance(looker, inference.Classifier) and shape:
-        if shape[0] != shape[1]:
-            raise UserError(
-                f"A classifier looks at squares: --image_size wants SIDE, got {','.join(values.image_size)}."
-            )
+    if isinstance(looker, inference.Classifier) and shape and shape[0] == shape[1]:
         looker = inference.load(trained, classes=values.classes, resize=values.resize, image_size=shape[0])
     if isinstance(looker, inference.ObjectDetector) and values.batch is None:
         batch = 1
     return write_exported(
         out,
         looker,
-        trained=trained,
         formats=values.formats,
         image_shape=shape,
         platforms=values.platforms,
@@ -134,7 +130,11 @@ def format_loading(directory: str, manifest: dict) -> str:
     """The lines of a program that loads model.stablehlo, or the way to load the weights where there is none."""
     program = manifest["program"]
     if program is None:
-        return f"model, variables = dat_jax.load({directory!r})" if "model.json" in manifest["files"] else ""
+        return (
+            f"import dat_jax\n\nmodel, variables = dat_jax.load({directory!r})"
+            if "model.json" in manifest["files"]
+            else ""
+        )
     image_batch, *others = program["inputs"]
     count, height, width, _ = shape = tuple(1 if isinstance(side, str) else side for side in image_batch["shape"])
     given = f"images = numpy.zeros({shape}, numpy.{image_batch['dtype']})"

@@ -82,6 +82,7 @@ if any("/drive/" in place for place in (IMAGES, WEIGHTS, SAVE_TO)):
 # %%
 import random
 import shutil
+import zlib
 
 from PIL import Image
 
@@ -111,18 +112,20 @@ def split_classes(source, folder):
                 shutil.copy(file, folder / name / place.name)
 
 
-data = pathlib.Path(WORKDIR) / "images"
+data = pathlib.Path(WORKDIR) / (f"images_{zlib.crc32(IMAGES.encode())}" if IMAGES else "images")  # a folder for each
 if not IMAGES:
     write_digits(data)
 elif (pathlib.Path(IMAGES) / "train").is_dir():
     data = pathlib.Path(IMAGES)
 elif not data.is_dir():
-    unfinished = data.with_name("images_unfinished")
+    unfinished = data.with_name(f"{data.name}_unfinished")
     split_classes(pathlib.Path(IMAGES), unfinished)
     unfinished.rename(data)
 
 for split in ("train", "val"):
-    print(split, {place.name: len(list(place.iterdir())) for place in sorted((data / split).iterdir())})
+    print(
+        split, {place.name: len(list(place.iterdir())) for place in sorted((data / split).iterdir()) if place.is_dir()}
+    )
 
 # %% [markdown]
 # ## The weights
@@ -131,8 +134,8 @@ for split in ("train", "val"):
 
 # %%
 weights = WEIGHTS
-if WEIGHTS.endswith((".pth", ".safetensors")):
-    file, weights = os.path.abspath(WEIGHTS), os.path.abspath(f"{WORKDIR}/weights")
+if WEIGHTS.endswith((".pth", ".pt", ".safetensors")):
+    file, weights = os.path.abspath(WEIGHTS), os.path.abspath(f"{WORKDIR}/weights_{zlib.crc32(WEIGHTS.encode())}")
     if not os.path.isdir(weights):
         subprocess.run([sys.executable, "-m", "dat_jax.conversion", file, weights], check=True, cwd=root)
 

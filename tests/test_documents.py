@@ -244,7 +244,7 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def test_inline_code_names_what_there_is():
-    """Keys of configurations, files, modules and their flags."""
+    """Keys of configurations, files and modules."""
     wrong = []
     for path in DOCUMENTS:
         for code in documents.inline_code(path.read_text()):
@@ -361,7 +361,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert [found for found in outside.findall(page) if "canonical" not in found] == []
 
 
-def test_the_pictures_are_those_that_the_script_draws(tmp_path):
+def test_the_script_draws_every_picture(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         importlib.import_module("experiments.attention_pictures.draw").main([f"--output={tmp_path}"])
     assert said.getvalue() == ""

@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
+import cv2
 import jax
 import jax.export
 import numpy as np
+import orbax.checkpoint
 import pytest
 from absl import flags
 from PIL import Image
@@ -141,7 +144,8 @@ def test_the_caller_may_normalise(trained, tmp_path, images, logits):
     program = jax.export.deserialize(bytearray((out / "model.stablehlo").read_bytes()))
     np.testing.assert_allclose(program.call(normalize(images[:3])), logits[:3], rtol=1e-5, atol=1e-5)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["program"]["inputs"] == [{"name": "images", "shape": [3, 64, 64, 3], "dtype": "float32"}]
+    (described,) = manifest["program"]["inputs"]
+    assert (described["name"], described["shape"], described["dtype"]) == ("images", [3, 64, 64, 3], "float32")
     assert not manifest["preprocessing"]["normalized_in_the_program"]
     mean, std = manifest["preprocessing"]["mean"], manifest["preprocessing"]["std"]
     np.testing.assert_allclose((images / 255 - mean) / std, normalize(images), atol=1e-5)
@@ -204,6 +208,21 @@ def test_a_changed_file_is_noticed(exported, trained, tmp_path, capsys):
     assert "is no folder of dat_jax.export" in capsys.readouterr().err
 
 
+def test_an_interrupted_export_leaves_nothing(trained, tmp_path, monkeypatch):
+    """Ctrl-C while Orbax writes: its threads are waited for."""
+    save = orbax.checkpoint.Checkpointer.save
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(orbax.checkpoint.Checkpointer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(trained, tmp_path / "a/b", "--formats=orbax")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_segmentors_program(tmp_path, images):
     model, variables = random_segmentor()
     export_model(tmp_path / "trained", model=model, variables=variables)
@@ -230,6 +249,19 @@ def test_a_detectors_program(tmp_path, images, capsys):
     valid = np.array([[64, 64], [48, 64]], np.int32)
     found = program.call(images[:2], valid)
     looker = inference.load(trained)
+    # What the manifest says of an image leads to what ``predict`` finds in it.
+    how, image = manifest["preprocessing"], photographs(width=100, height=75)[0]
+    scale = min(how["long_side"] / 100, how["short_side"] / 75)
+    height, width = (int(side * scale + 0.5) for side in image.shape[:2])
+    padded = np.zeros((2, *how["pad_to"], 3), np.uint8)
+    padded[0, :height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    seen = program.call(padded, np.array([[height, width]] * 2, np.int32))
+    wanted = inference.load(trained, long_side=64, short_side=64)(image)
+    count = int(seen["valid"][0].sum())
+    assert count == len(wanted["boxes"]) > 0
+    boxes = np.asarray(seen["boxes"])[0, :count] / (np.array([width, height, width, height]) / [100, 75, 100, 75])
+    np.testing.assert_allclose(boxes, wanted["boxes"], rtol=1e-3, atol=1e-2)
+
     batch = {"image": images[:2], "valid": valid, "scale": np.ones((2, 4), np.float32)}
     wanted = looker.predict(looker.variables, batch)
     assert set(found) == set(wanted) == {array["name"] for array in manifest["program"]["outputs"]}
@@ -244,7 +276,7 @@ def test_a_detectors_program(tmp_path, images, capsys):
 
 def test_onnx_gives_the_same_logits(trained, tmp_path, images, logits):
     """With the extra that is none of the development requirements, since it wants an older Orbax."""
-    pytest.importorskip("jax2onnx", reason='pip install "dat-jax[onnx]"')
+    pytest.importorskip("jax2onnx", reason='pip install -e ".[onnx]"')
     onnxruntime = pytest.importorskip("onnxruntime")
     with jax.numpy_rank_promotion("allow"):  # the converter's own
         assert run(trained, tmp_path / "of_classifier", "--formats=onnx") == 0
@@ -267,7 +299,7 @@ def test_onnx_gives_the_same_logits(trained, tmp_path, images, logits):
 def test_onnx_without_its_library_and_of_a_detector_is_refused(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     assert run(trained, tmp_path / "out", "--formats=onnx") == 1
-    assert 'not installed: pip install "dat-jax[onnx]"' in capsys.readouterr().err
+    assert 'not installed: pip install -e ".[onnx]"' in capsys.readouterr().err
     export_detector(tmp_path / "detector")
     assert run(tmp_path / "detector", tmp_path / "out", "--formats=onnx", "--image_size=64") == 1
     assert "ONNX is written of classifiers and segmentors" in capsys.readouterr().err
@@ -288,12 +320,19 @@ def test_onnx_without_its_library_and_of_a_detector_is_refused(trained, tmp_path
         (["{trained}", "{out}", "--batch=0"], "batch wants symbolic or a number of at least 1, got 0"),
         (["{trained}", "{out}", "--batch=few"], "--batch wants symbolic or a number of at least 1, got few"),
         (["{trained}", "{out}", "--image_size=64,96"], "A classifier looks at squares"),
+        (["{trained}", "{out}/in/it", "--formats=onnx"], "ONNX"),
+        (["{trained}", "{out}", "--formats=orbax", "--platforms=gpu"], "platforms wants some of"),
+        (["{trained}", "{out}" + "x" * 300], "cannot be written: File name too long"),
+        (["x" * 300, "{out}"], "Wanted an export"),
         (["{trained}", "{out}", "--image_size=big"], "--image_size wants SIDE or HEIGHT,WIDTH"),
-        (["{trained}", "{out}", "--image_size=16"], "16"),
+        (["{trained}", "{out}", "--image_size=16"], "image_size wants at least 32 and resize at least image_size, got 16 and 18"),
         (["{trained}", "/dev/null/out", "--formats=safetensors"], "/dev/null/out cannot be written"),
     ],
 )
-def test_mistakes_end_with_a_sentence_and_nothing_is_written(arguments, sentence, trained, tmp_path, capsys):
+def test_mistakes_end_with_a_sentence_and_nothing_is_written(
+    arguments, sentence, trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
     out = tmp_path / "out"
     assert run(*[argument.format(trained=trained, out=out) for argument in arguments]) == 1
     error = capsys.readouterr().err

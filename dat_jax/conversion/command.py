@@ -116,16 +116,33 @@ def export_weights(trained: str, out: str) -> dict[str, str]:
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
     model, variables = load_trained(trained)
-    if not isinstance(model, DAT):
-        dense = _SEGMENTORS if isinstance(model, Segmentor) else _DETECTORS
-        state_dict, wanted = dense.to_official(model, variables), variables
-        read = functools.partial(dense.to_variables, model)
-    else:
-        state_dict, wanted = to_official(model, variables["params"]), variables["params"]
-        read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
+    return write_weights(out, model=model, variables=variables, name=trained)
+
+
+def write_weights(
+    out: str, *, model: DAT | Segmentor | Detector, variables: Mapping[str, Any], name: str
+) -> dict[str, str]:
+    """A trained model -> a .safetensors file with published names, float32. ``name`` is what the rows call it.
+
+    Returns:
+      Rows of a table: what was written.
+
+    Raises:
+      UserError: ``out`` exists, or a module has no published name.
+    """
+    try:
+        if not isinstance(model, DAT):
+            dense = _SEGMENTORS if isinstance(model, Segmentor) else _DETECTORS
+            state_dict, wanted = dense.to_official(model, variables), variables
+            read = functools.partial(dense.to_variables, model)
+        else:
+            state_dict, wanted = to_official(model, variables["params"]), variables["params"]
+            read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
+    except KeyError as error:
+        raise UserError(f"{name} has weights without a published name: {error.args[0]}") from error
     write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)})
     # Read as anyone's weights are read.
-    return _rows(trained, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
+    return _rows(name, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
 
 
 def _refuse_existing(out):

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from dat_jax import __version__
-from dat_jax.conversion.command import export_weights
+from dat_jax.conversion.command import write_weights
 from dat_jax.errors import UserError, name_some
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
-from dat_jax.exporting.programs import choose_image_shape, describe_arrays, make_program
+from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
 from dat_jax.inference import Classifier, Looker, Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.training.pretrained import describe_model, export_model
@@ -30,7 +31,6 @@ def write_exported(
     directory: str | os.PathLike,
     looker: Looker,
     *,
-    trained: str | os.PathLike,
     formats: Sequence[str] = FORMATS[:3],
     image_shape: tuple[int, int] | None = None,
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
@@ -42,7 +42,6 @@ def write_exported(
     Args:
       directory: must not exist.
       looker: of ``inference.load``.
-      trained: where it was loaded from.
       formats: of ``FORMATS``: "orbax", model.json and params/, which ``load`` reads, with the names of the classes and the
         options; "stablehlo", model.stablehlo, see ``make_program``; "safetensors", model.safetensors, published names;
         "onnx", model.onnx, see ``write_onnx``.
@@ -58,23 +57,26 @@ def write_exported(
     directory = pathlib.Path(directory)
     if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats wants some of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
-    if directory.exists():
+    if os.path.exists(directory):
         raise UserError(f"{directory} exists already and nothing is overwritten; name another folder.")
-    shape = image_shape or choose_image_shape(looker)
-    program = None
-    if "stablehlo" in formats:
-        program = make_program(looker, image_shape=shape, platforms=platforms, preprocessing=preprocessing, batch=batch)
+    shape, program, onnx = image_shape or choose_image_shape(looker), None, None
+    settings = dict(image_shape=shape, preprocessing=preprocessing, batch=batch)
+    check_program(looker, platforms=platforms, **settings)
     with _appearing(directory) as unfinished:
+        if "stablehlo" in formats:
+            program = make_program(looker, platforms=platforms, **settings)
+            (unfinished / PROGRAM).write_bytes(program.serialize())
         if "orbax" in formats:
             options = dict(classes=looker.class_names, options=looker.options)
-            export_model(unfinished, model=looker.model, variables=looker.variables, **options)
-        unfinished.mkdir(parents=True, exist_ok=True)
+            export_model(unfinished / "model", model=looker.model, variables=looker.variables, **options)
+            for path in list((unfinished / "model").iterdir()):
+                path.rename(unfinished / path.name)
+            (unfinished / "model").rmdir()
         if "safetensors" in formats:
-            export_weights(str(trained), str(unfinished / WEIGHTS))
+            variables = jax.tree.map(np.asarray, looker.variables)
+            write_weights(str(unfinished / WEIGHTS), model=looker.model, variables=variables, name=directory.name)
         if "onnx" in formats:
-            write_onnx(unfinished / ONNX, looker, image_shape=shape, preprocessing=preprocessing, batch=batch)
-        if program is not None:
-            (unfinished / PROGRAM).write_bytes(program.serialize())
+            onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, looker, **settings)}
         manifest = {
             "dat_jax": __version__,
             "jax": jax.__version__,
@@ -83,6 +85,7 @@ def write_exported(
             "classes": list(looker.class_names),
             "preprocessing": describe_preprocessing(looker, image_shape=shape, inside=preprocessing == "inside"),
             "program": None if program is None else _describe_program(program, looker),
+            "onnx": onnx,
             "files": {name: _digest(unfinished / name) for name in _list_files(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -118,15 +121,20 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The name of a folder to make, that becomes ``directory`` at the end; nothing is left of it after a failure."""
+    """A folder that becomes ``directory`` at the end; nothing is left of it, nor of parents made for it, after a failure."""
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
+    made = [parent for parent in directory.parents if not os.path.exists(parent)]
     try:
+        unfinished.mkdir(parents=True)
         yield unfinished
         unfinished.rename(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # not empty: all went well
+                parent.rmdir()
 
 
 def _list_files(directory):

@@ -32,17 +32,28 @@ def describe_preprocessing(looker: Looker, *, image_shape: tuple[int, int], insi
         numbers |= {"resize": [height, width], "interpolation": "bilinear, not antialiased (OpenCV)"}
         steps.append(f"resize to {height} x {width} pixels (height, width), bilinear without antialiasing (OpenCV's)")
     else:
+        long_side = min(looker.options["long_side"], max(image_shape))
+        short_side = min(looker.options["short_side"], min(image_shape))
         numbers |= {
-            "resize_to_fit": [height, width],
+            "long_side": long_side,
+            "short_side": short_side,
             "interpolation": "bilinear, not antialiased (OpenCV)",
+            "pad_to": [height, width],
             "padding": 0,
         }
         steps.append(
-            f"resize to fit into {height} x {width} pixels (height, width), ratio kept, bilinear without antialiasing (OpenCV's)"
+            f"resize, ratio kept, by the largest factor with which the longer side is at most {long_side} pixels and the shorter "
+            f"one at most {short_side}, sides rounded half up, bilinear without antialiasing (OpenCV's)"
         )
         steps.append(
-            "pad with 0 at the bottom and at the right; sizes are the height and width of the part that is image"
+            f"pad with 0 at the bottom and at the right to {height} x {width} pixels (height, width); sizes are the height and "
+            "width of the part that is image"
         )
+        if height != width:
+            lying, other = ("wide", "high") if width > height else ("high", "wide")
+            steps.append(
+                f"this is for images that are {lying}: {other} ones want a program with height and width exchanged"
+            )
     normalizing = "divide by 255, subtract the mean and divide by the deviation (std) of each channel"
     steps.append(f"the program does this itself: {normalizing}" if inside else normalizing)
     return {

@@ -17,6 +17,7 @@ from dat_jax.tasks.detection import detect
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # of jax.export -> of ``ops.dispatch``
 PREPROCESSING = ("inside", "outside")
 SYMBOLIC = "symbolic"
+_MAX_SIDE = 2**14
 BATCH = "b"  # what a symbolic batch size is called
 
 
@@ -48,16 +49,8 @@ def make_program(
     Raises:
       UserError: unknown platforms or preprocessing, impossible sizes, or no batch size for a detector.
     """
-    unknown = sorted(set(platforms) - set(PLATFORMS))
-    if unknown or not platforms or len(set(platforms)) < len(platforms):
-        raise UserError(f"platforms wants some of {', '.join(PLATFORMS)}, got {','.join(platforms) or 'none'}.")
+    check_program(looker, image_shape=image_shape, platforms=platforms, preprocessing=preprocessing, batch=batch)
     dtype = choose_dtype(preprocessing)
-    if min(image_shape) < MIN_IMAGE_SIDE:
-        raise UserError("image_size wants sides of at least {}, got {} x {}.".format(MIN_IMAGE_SIDE, *image_shape))
-    if batch is None and isinstance(looker, ObjectDetector):
-        raise UserError("A detector chooses boxes of each image with loops of fixed sizes: batch wants a number.")
-    if batch is not None and batch < 1:
-        raise UserError(f"batch wants {SYMBOLIC} or a number of at least 1, got {batch}.")
     size = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
     inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), dtype)]
     if isinstance(looker, ObjectDetector):
@@ -71,6 +64,30 @@ def make_program(
         return jax.lax.platform_dependent(looker.variables, images, *sizes, **branches)
 
     return jax.export.export(jax.jit(program), platforms=tuple(platforms))(*inputs)
+
+
+def check_program(
+    looker: Looker,
+    *,
+    image_shape: tuple[int, int],
+    platforms: Sequence[str],
+    preprocessing: str,
+    batch: int | None,
+) -> None:
+    """UserError where ``make_program`` would raise one."""
+    if set(platforms) - set(PLATFORMS) or not platforms or len(set(platforms)) < len(platforms):
+        raise UserError(f"platforms wants some of {', '.join(PLATFORMS)}, got {','.join(platforms) or 'none'}.")
+    choose_dtype(preprocessing)
+    if min(image_shape) < MIN_IMAGE_SIDE:
+        raise UserError("image_size wants sides of at least {}, got {} x {}.".format(MIN_IMAGE_SIDE, *image_shape))
+    if isinstance(looker, Classifier) and image_shape[0] != image_shape[1]:
+        raise UserError("A classifier looks at squares: image_size wants SIDE, got {} x {}.".format(*image_shape))
+    if max(image_shape) > _MAX_SIDE:
+        raise UserError("image_size wants sides of at most {}, got {} x {}.".format(_MAX_SIDE, *image_shape))
+    if batch is None and isinstance(looker, ObjectDetector):
+        raise UserError("A detector chooses boxes of each image with loops of fixed sizes: batch wants a number.")
+    if batch is not None and batch < 1:
+        raise UserError(f"batch wants {SYMBOLIC} or a number of at least 1, got {batch}.")
 
 
 def make_branch(looker: Looker, platform: str, *, preprocessing: str = "inside") -> Callable:
@@ -107,19 +124,32 @@ def name_inputs(looker: Looker) -> tuple[str, ...]:
     return ("images", "sizes") if isinstance(looker, ObjectDetector) else ("images",)
 
 
+_MEANINGS = {
+    "images": "RGB, as preprocessing says",
+    "sizes": "height and width of the part of each image that is not padding, pixels",
+    "logits": "of the classes in their order",
+    "boxes": "x1, y1, x2, y2 in pixels of these images",
+    "scores": "descending",
+    "labels": "numbers of classes, from 0",
+    "valid": "which are detections; what is not is 0",
+    "masks": "probabilities within each box",
+}
+
+
 def describe_arrays(exported: jax.export.Exported, looker: Looker) -> dict[str, list[dict[str, Any]]]:
-    """{"inputs": of each {"name", "shape", "dtype"} in order, "outputs": likewise}; a symbolic size is its name."""
+    """{"inputs": of each {"name", "shape", "dtype", "meaning"} in order, "outputs": likewise}; a symbolic size is its name."""
     outputs = exported.out_tree.unflatten(exported.out_avals)
     outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
     return {
-        "inputs": [_describe(*item) for item in zip(name_inputs(looker), exported.in_avals, strict=True)],
-        "outputs": [_describe(name, array) for name, array in outputs.items()],
+        "inputs": [describe_array(*item) for item in zip(name_inputs(looker), exported.in_avals, strict=True)],
+        "outputs": [describe_array(name, array) for name, array in outputs.items()],
     }
 
 
-def _describe(name, array):
+def describe_array(name: str, array: Any) -> dict[str, Any]:
+    """Of an array or what stands for one, as JSON can hold it."""
     shape = [side if isinstance(side, int) else str(side) for side in array.shape]
-    return {"name": name, "shape": shape, "dtype": array.dtype.name}
+    return {"name": name, "shape": shape, "dtype": array.dtype.name, "meaning": _MEANINGS[name]}
 
 
 def choose_image_shape(looker: Looker) -> tuple[int, int]:

@@ -14,15 +14,15 @@ class ModelDescription:
     Attributes:
       name: of ``create_model``.
       image_size: side of the images that it is made for, pixels.
-      parameters: how many numbers.
+      parameters: how many numbers; None where the variant is not counted here, likewise the next.
       multiply_adds: of one such image, as ``experiments/multiply_adds`` counts them.
       top1: published accuracy on ImageNet-1k at that size, percent; None where none is known.
     """
 
     name: str
     image_size: int
-    parameters: int
-    multiply_adds: int
+    parameters: int | None
+    multiply_adds: int | None
     top1: float | None
 
 
@@ -47,6 +47,6 @@ def describe_models(filter: str = "*") -> list[ModelDescription]:
 
 
 def _describe(name):
-    parameters, multiply_adds, top1 = _KNOWN[name]
+    parameters, multiply_adds, top1 = _KNOWN.get(name, (None, None, None))
     size = _IMAGE_SIZES.get(name) or int(np.max(create_model(name).image_size))
     return ModelDescription(name, size, parameters, multiply_adds, top1)

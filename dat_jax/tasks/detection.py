@@ -68,7 +68,16 @@ def detect(
     *,
     settings: RetinaNetSettings | RCNNSettings,
 ) -> dict[str, jax.Array]:
-    """The detections described above, of normalised images float32 (B, H, W, 3) and "valid" and "scale" of a batch."""
+    """Detections of images.
+
+    Args:
+      images: (B, H, W, 3) float32, normalised.
+      batch: "valid", int32 (B, 2), and "scale", float32 (B, 4), as the module says.
+      settings: how many, and from which score on.
+
+    Returns:
+      "boxes", "scores", "labels", "valid" and, of a model with masks, "masks", as the module says.
+    """
 
     def compute(module, images):
         if isinstance(module, RetinaNet):

@@ -12,6 +12,8 @@ import os
 import pathlib
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -403,6 +405,22 @@ def read_best_variables(directory: str | os.PathLike, *, metric: str) -> tuple[d
     return {"params": arrays[group], **arrays.get("model_state", {})}, step
 
 
+@contextlib.contextmanager
+def _interrupted_afterwards():
+    """Ctrl-C within is Ctrl-C at the end: threads of Orbax would go on writing into a folder that is being removed."""
+    if threading.current_thread() is not threading.main_thread():  # which gets no signals
+        yield
+        return
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if asked:
+        signal.raise_signal(signal.SIGINT)
+
+
 def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], description: Mapping[str, Any]) -> str:
     """Writes weights and what describes them into a new folder, which appears when it is whole.
 
@@ -432,7 +450,7 @@ def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], desc
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir(parents=True)
-        with _quiet_logger(), _exporter() as writer:
+        with _quiet_logger(), _exporter() as writer, _interrupted_afterwards():
             tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
             writer.save((unfinished / "params").absolute(), args=ocp.args.PyTreeSave(tree))
         (unfinished / "model.json").write_text(json.dumps(manifest, indent=1) + "\n")

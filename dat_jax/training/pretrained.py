@@ -121,12 +121,12 @@ def load_for_finetuning(
 def load_trained(path: str | os.PathLike) -> tuple[DAT | Segmentor | Detector, dict[str, Any]]:
     """The model and the variables, as numpy arrays, of an export or a work directory; see ``load_pretrained``."""
     path = pathlib.Path(path)
-    if (path / "model.json").is_file():
+    if os.path.isfile(path / "model.json"):
         variables, description = load_export(path)
         kind = next((kind for kind in _AROUND_A_BACKBONE if kind in description), "classifier")
         settings, around = description.get("model"), description.get(kind)
         variables = {"params": variables} if kind == "classifier" else variables
-    elif (path / "checkpoints").is_dir():
+    elif os.path.isdir(path / "checkpoints"):
         config = _read_config(path / "config.json")
         kind, metric = _TASKS[config["task"]]
         variables, _ = read_best_variables(path / "checkpoints", metric=metric)

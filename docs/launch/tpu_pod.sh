@@ -4,10 +4,12 @@
 set -euo pipefail
 name=$1 zone=$2 config=$3 workdir=$4
 shift 4
+flags=""
+if (($#)); then flags=$(printf " %q" "$@"); fi
 
 on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
 on_all_hosts "test -d dat_jax || git clone --depth=1 ${REPOSITORY:?the address of this repository} dat_jax"
 on_all_hosts "cd dat_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
 # Every host runs the same command; on a TPU jax finds the other hosts by itself, which --distributed=on asks for.
-on_all_hosts "cd dat_jax && .venv/bin/python -m dat_jax.main --distributed=on --config=$config --workdir=$workdir $*"
+on_all_hosts "cd dat_jax && .venv/bin/python -m dat_jax.main --distributed=on --config=$(printf %q "$config") --workdir=$(printf %q "$workdir")$flags"
