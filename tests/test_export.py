@@ -325,7 +325,10 @@ def test_onnx_without_its_library_and_of_a_detector_is_refused(trained, tmp_path
         (["{trained}", "{out}" + "x" * 300], "cannot be written: File name too long"),
         (["x" * 300, "{out}"], "Wanted an export"),
         (["{trained}", "{out}", "--image_size=big"], "--image_size wants SIDE or HEIGHT,WIDTH"),
-        (["{trained}", "{out}", "--image_size=16"], "image_size wants at least 32 and resize at least image_size, got 16 and 18"),
+        (
+            ["{trained}", "{out}", "--image_size=16"],
+            "image_size wants at least 32 and resize at least image_size, got 16 and 18",
+        ),
         (["{trained}", "/dev/null/out", "--formats=safetensors"], "/dev/null/out cannot be written"),
     ],
 )
