@@ -62,6 +62,14 @@ def run(*arguments):
     return 0
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as programs have it; workers of pytest ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained") / "export"
@@ -208,7 +216,7 @@ def test_a_changed_file_is_noticed(exported, trained, tmp_path, capsys):
     assert "is no folder of dat_jax.export" in capsys.readouterr().err
 
 
-def test_an_interrupted_export_leaves_nothing(trained, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_nothing(trained, tmp_path, monkeypatch, interruptible):
     """Ctrl-C while Orbax writes: its threads are waited for."""
     save = orbax.checkpoint.Checkpointer.save
 

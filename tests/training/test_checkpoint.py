@@ -159,7 +159,7 @@ def test_every_damage_is_detected_and_the_one_before_is_used(tmp_path):
     files = sorted(path.relative_to(original) for path in (original / "2").rglob("*") if path.is_file())
     cases = [(str(file), *damage) for file, damage in itertools.product(files, DAMAGE.items())]
     cases += [(name, "removed", lambda path: shutil.rmtree(path)) for name in ("2/state", "2/meta", "2/metrics")]
-    assert len(cases) >= 40  # Orbax 0.11.36 writes two files fewer than 0.12
+    assert len(cases) >= 50
     assert any("manifest.ocdbt" in name for name, *_ in cases)
     for number, (name, what, damage) in enumerate(cases):
         directory = shutil.copytree(original, tmp_path / str(number))
