@@ -18,12 +18,12 @@ TRAINED is an export, or the work directory of a run. OUT_DIR is a new folder, w
 ONNX is an extra, pip install -e ".[onnx]": --formats=onnx writes model.onnx of a classifier or a segmentor.
 """
 
-import os
 import pathlib
 import sys
 
 from absl import flags
 
+from dat_jax.appearing import refuse_existing
 from dat_jax.command_line import fail, run_tool
 from dat_jax.console import format_size, make_console, print_table
 from dat_jax.errors import UserError
@@ -89,8 +89,7 @@ def export(trained: str, out: str, values: flags.FlagValues) -> dict:
     from dat_jax import inference
     from dat_jax.exporting import write_exported
 
-    if os.path.exists(out):  # said before anything is loaded
-        raise UserError(f"{out} exists already and nothing is overwritten; name another folder.")
+    refuse_existing(out)  # said before anything is loaded
     shape, batch = parse_image_size(values.image_size), parse_batch(values.batch)
     looker = inference.load(trained, classes=values.classes, resize=values.resize)
     if isinstance(looker, inference.Classifier) and shape and shape[0] == shape[1]:

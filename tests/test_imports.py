@@ -24,10 +24,17 @@ ALLOWED = {
     "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.plots", "jax", "pycocotools"},
     "dat_jax.conversion": {
         *("dat_jax.conversion", "dat_jax.models", "dat_jax.command_line", "dat_jax.console", "dat_jax.errors"),
-        *("dat_jax.lazy", "dat_jax.training.checkpoint", "dat_jax.training.pretrained"),
+        *(
+            "dat_jax.appearing",
+            "dat_jax.lazy",
+            "dat_jax.training.checkpoint",
+            "dat_jax.training.exports",
+            "dat_jax.training.pretrained",
+        ),
         *("absl", "flax", "jax", "ml_dtypes", "rich", "safetensors", "yaml"),
     },
     "dat_jax.training": {
+        "dat_jax.appearing",
         *("dat_jax.training", "dat_jax.tasks", "dat_jax.data", "dat_jax.evaluation", "dat_jax.models"),
         *("dat_jax.config", "dat_jax.console", "dat_jax.errors", "dat_jax.flops", "dat_jax.ops.dispatch"),
         *("dat_jax.plots", "dat_jax.targets"),
@@ -61,6 +68,7 @@ ALLOWED = {
         *("PIL", "absl", "rich"),
     },
     "dat_jax.exporting": {
+        "dat_jax.appearing",
         *(
             "dat_jax.__version__",
             "dat_jax.conversion.command",
@@ -79,6 +87,7 @@ ALLOWED = {
         ),
     },
     "dat_jax.export": {
+        "dat_jax.appearing",
         *(
             "dat_jax.command_line",
             "dat_jax.console",
@@ -96,6 +105,7 @@ ALLOWED = {
         *("dat_jax.plots", "dat_jax.predict", "absl"),
     },
     "dat_jax.errors": set(),
+    "dat_jax.appearing": {"dat_jax.errors"},
     "dat_jax.config": {"dat_jax.errors", "ml_collections"},
 }
 STANDARD = {*sys.stdlib_module_names, "numpy"}

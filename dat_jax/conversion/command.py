@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import yaml
 
+from dat_jax.appearing import refuse_existing
 from dat_jax.conversion import detectors, segmentors
 from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
@@ -18,7 +19,8 @@ from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.training.checkpoint import checksum, load_export
+from dat_jax.training.checkpoint import checksum
+from dat_jax.training.exports import load_export
 from dat_jax.training.pretrained import describe_model, export_model, load_trained
 
 
@@ -72,7 +74,7 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
     Raises:
       UserError: damage, weights of another model, or ``out`` exists. Nothing is written then.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     if pathlib.Path(out).suffix in SUFFIXES:
         raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
     state_dict = read_weights(weights)
@@ -112,7 +114,7 @@ def export_weights(trained: str, out: str) -> dict[str, str]:
     Raises:
       UserError: damage, or ``out`` exists. Nothing is written then.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
     model, variables = load_trained(trained)
@@ -143,11 +145,6 @@ def write_weights(
     write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)})
     # Read as anyone's weights are read.
     return _rows(name, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
-
-
-def _refuse_existing(out):
-    if pathlib.Path(out).exists():
-        raise UserError(f"{out} exists already and nothing is overwritten; name another place.")
 
 
 def _model_from_yaml(path: str) -> DAT:

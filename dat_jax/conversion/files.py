@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from dat_jax.appearing import appearing
 from dat_jax.errors import UserError
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -65,20 +65,9 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray])
     Raises:
       UserError: the file exists already, or cannot be written.
     """
-    path = pathlib.Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already and nothing is overwritten; name another file.")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # safetensors takes the memory as it lies, and its own files are for their owner alone.
+    # safetensors takes the memory as it lies, and its own files are for their owner alone.
+    with appearing(path) as unfinished:
         unfinished.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
-        unfinished.rename(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
 
 
 _DTYPES = {

@@ -1,18 +1,17 @@
 """The folder of an exported model: files, a manifest with their digests, and what says whether they are whole."""
 
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from dat_jax import __version__
+from dat_jax.appearing import appearing, refuse_existing
 from dat_jax.conversion.command import write_weights
 from dat_jax.errors import UserError, name_some
 from dat_jax.exporting.onnx import write_onnx
@@ -20,7 +19,7 @@ from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
 from dat_jax.inference import Classifier, Looker, Segmenter
 from dat_jax.models.dat import DAT
-from dat_jax.training.pretrained import describe_model, export_model
+from dat_jax.training.pretrained import describe_model, write_model
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")  # the last one is an extra
 MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.safetensors", "model.onnx"
@@ -57,21 +56,18 @@ def write_exported(
     directory = pathlib.Path(directory)
     if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats wants some of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
-    if os.path.exists(directory):
-        raise UserError(f"{directory} exists already and nothing is overwritten; name another folder.")
+    refuse_existing(directory)
     shape, program, onnx = image_shape or choose_image_shape(looker), None, None
     settings = dict(image_shape=shape, preprocessing=preprocessing, batch=batch)
     check_program(looker, platforms=platforms, **settings)
-    with _appearing(directory) as unfinished:
+    with appearing(directory) as unfinished:
+        unfinished.mkdir()
         if "stablehlo" in formats:
             program = make_program(looker, platforms=platforms, **settings)
             (unfinished / PROGRAM).write_bytes(program.serialize())
         if "orbax" in formats:
             options = dict(classes=looker.class_names, options=looker.options)
-            export_model(unfinished / "model", model=looker.model, variables=looker.variables, **options)
-            for path in list((unfinished / "model").iterdir()):
-                path.rename(unfinished / path.name)
-            (unfinished / "model").rmdir()
+            write_model(unfinished, model=looker.model, variables=looker.variables, **options)
         if "safetensors" in formats:
             variables = jax.tree.map(np.asarray, looker.variables)
             write_weights(str(unfinished / WEIGHTS), model=looker.model, variables=variables, name=directory.name)
@@ -117,24 +113,6 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
     if damaged:
         raise UserError(f"{directory} is damaged: {name_some(damaged)}.")
     return manifest
-
-
-@contextlib.contextmanager
-def _appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that becomes ``directory`` at the end; nothing is left of it, nor of parents made for it, after a failure."""
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
-    made = [parent for parent in directory.parents if not os.path.exists(parent)]
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        unfinished.rename(directory)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # not empty: all went well
-                parent.rmdir()
 
 
 def _list_files(directory):

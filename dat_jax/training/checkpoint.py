@@ -1,4 +1,4 @@
-"""Checkpoints of a run: state, data position and a digest of every array. Exports: weights alone, and what they are of.
+"""Checkpoints of a run: state, data position and a digest of every array. Arrays by name, for exports.
 
 The only file that imports orbax.
 """
@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import pathlib
-import re
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -113,7 +111,7 @@ class Checkpoints:
         try:
             begun = self._manager.save(step, args=args, metrics=metrics)
         except _UNREADABLE as error:
-            self._say_not_saved(step, _reason(error))
+            self._say_not_saved(step, first_reason(error))
             self._reopen()
             return False
         if not begun:
@@ -137,7 +135,7 @@ class Checkpoints:
         except _UNREADABLE as error:
             if listing is not None:
                 listing.give_up()
-            self._say_not_saved(step, _reason(error))
+            self._say_not_saved(step, first_reason(error))
             self._reopen()
         distributed.wait(f"step {step} saved")
 
@@ -183,7 +181,7 @@ class Checkpoints:
         except UserError:
             raise
         except _UNREADABLE as error:
-            raise DamagedError(f"The checkpoint {where} cannot be read: {_reason(error)}.") from error
+            raise DamagedError(f"The checkpoint {where} cannot be read: {first_reason(error)}.") from error
         damaged = [name for name, digest in meta["digests"].items() if digests.get(name) != digest]
         if damaged:
             raise DamagedError(f"The checkpoint {where} is damaged: {name_some(damaged)} differ from what was saved.")
@@ -395,14 +393,23 @@ def read_best_variables(directory: str | os.PathLike, *, metric: str) -> tuple[d
         group = "ema_params" if any(name.startswith("ema_params/") for name in saved) else "params"
         wanted = (f"{group}/", "model_state/")
         saved = {name: digest for name, digest in saved.items() if name.startswith(wanted)}
-        arrays = _read_arrays(where / "state", names=saved, partial=True)
+        arrays = read_arrays(where / "state", names=saved, partial=True)
     except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"The checkpoint {where} cannot be read: {_reason(error)}.") from error
+        raise UserError(f"The checkpoint {where} cannot be read: {first_reason(error)}.") from error
     digests = _named(jax.jit(compute_digests)(arrays))
     damaged = [name for name, digest in saved.items() if digests.get(name) != digest]
     if damaged:
         raise UserError(f"The checkpoint {where} is damaged: {', '.join(damaged)} differ from what was saved.")
     return {"params": arrays[group], **arrays.get("model_state", {})}, step
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes in the order of the names, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
+        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -421,87 +428,18 @@ def _interrupted_afterwards():
         signal.raise_signal(signal.SIGINT)
 
 
-def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], description: Mapping[str, Any]) -> str:
-    """Writes weights and what describes them into a new folder, which appears when it is whole.
-
-    It holds params/, the arrays, and model.json: the description, and under "arrays" shape, dtype and checksum of every
-    array by name, and under "checksum" that of all.
-
-    Args:
-      directory: must not exist.
-      params: nested dictionaries of arrays; they may be on devices.
-      description: what JSON can hold.
-
-    Returns:
-      ``checksum`` of the parameters.
+def write_arrays(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by name into a new folder.
 
     Raises:
-      UserError: the folder exists already, or cannot be written.
+      OSError: it cannot be written.
     """
-    directory = pathlib.Path(directory)
-    if directory.exists():
-        raise UserError(f"{directory} exists already and nothing is overwritten; name another folder.")
-    arrays = {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(params, sep="/").items()}
-    records = {
-        name: {"shape": array.shape, "dtype": array.dtype.name, "checksum": checksum({name: array})}
-        for name, array in sorted(arrays.items())
-    }
-    manifest = {**description, "checksum": checksum(arrays), "arrays": records}
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
+    tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
     try:
-        unfinished.mkdir(parents=True)
         with _quiet_logger(), _exporter() as writer, _interrupted_afterwards():
-            tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
-            writer.save((unfinished / "params").absolute(), args=ocp.args.PyTreeSave(tree))
-        (unfinished / "model.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        unfinished.rename(directory)
-    except (OSError, ValueError) as error:  # a full disk is a ValueError of tensorstore
-        raise UserError(f"{directory} cannot be written: {_reason(error)}.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return manifest["checksum"]
-
-
-def load_export(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what ``save_export`` wrote.
-
-    Returns:
-      Parameters as nested dictionaries of numpy arrays, and the description, with "checksum" of all parameters.
-
-    Raises:
-      UserError: it is no export, or damaged; the arrays are named.
-    """
-    directory = pathlib.Path(directory)
-    records = {}
-    try:
-        manifest = json.loads((directory / "model.json").read_text())
-        records, wanted = manifest.pop("arrays"), manifest["checksum"]
-        saved = {name: record["checksum"] for name, record in records.items()}
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory} is no export, or its model.json is damaged: {_reason(error)}.") from error
-    try:
-        params = _read_arrays(directory / "params", names=saved)
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        # The message has the path of the array that could not be read: a folder by its name, with dots.
-        named = [name for name in saved if re.search(rf"/params/{re.escape(name.replace('/', '.'))}[/.]", str(error))]
-        what = f"{', '.join(named)} cannot be read" if named else _reason(error)
-        raise UserError(f"The export {directory} is damaged: {what}.") from error
-    arrays = flax.traverse_util.flatten_dict(params, sep="/")
-    damaged = [name for name in saved if name not in arrays or checksum({name: arrays[name]}) != saved[name]]
-    if damaged:
-        raise UserError(f"The export {directory} is damaged: {', '.join(damaged)} differ from what was saved.")
-    if checksum(arrays) != wanted:
-        raise UserError(f"The export {directory} is damaged: its arrays together are not those that were saved.")
-    return params, manifest
-
-
-def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, shapes, dtypes and bytes in the order of the names, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
-        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
-    return digest.hexdigest()
+            writer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
+    except ValueError as error:  # what a full disk is to tensorstore
+        raise OSError(first_reason(error)) from error
 
 
 def _exporter():
@@ -509,7 +447,7 @@ def _exporter():
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
 
 
-def _read_arrays(directory: pathlib.Path, *, names, partial: bool = False) -> dict[str, Any]:
+def read_arrays(directory: pathlib.Path, *, names, partial: bool = False) -> dict[str, Any]:
     """Arrays by name on the host, as nested dictionaries. ``partial`` leaves others that are there alone."""
     tree = flax.traverse_util.unflatten_dict({name: np.empty(0) for name in names}, sep="/")
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -519,6 +457,7 @@ def _read_arrays(directory: pathlib.Path, *, names, partial: bool = False) -> di
         )
 
 
-def _reason(error: Exception) -> str:
+def first_reason(error: Exception) -> str:
+    """What an error of Orbax says, without the specifications that follow."""
     text = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
     return text.split(" [tensorstore_spec")[0].rstrip(".")

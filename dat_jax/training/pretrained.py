@@ -24,7 +24,8 @@ from dat_jax.models.registry import (
 )
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.training.adaptation import adapt_backbone, adapt_dense, adapt_params, count_classes, kind_of
-from dat_jax.training.checkpoint import load_export, read_best_variables, save_export
+from dat_jax.training.checkpoint import read_best_variables
+from dat_jax.training.exports import load_export, save_export, write_export
 
 # Attributes that are of flax, or change how the function is computed but not which.
 _NOT_DESCRIBED = {"parent", "name", "dtype", "implementation", "remat", "scan_blocks", "dat"}
@@ -175,13 +176,30 @@ def export_model(
     Returns:
       Its checksum.
     """
+    return save_export(directory, **_describe_export(model, variables, classes, options))
+
+
+def write_model(
+    directory: pathlib.Path,
+    *,
+    model: DAT | Segmentor | Detector,
+    variables: Mapping[str, Any],
+    classes: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """What ``export_model`` does, into a folder that is there; OSError where it cannot be written."""
+    return write_export(directory, **_describe_export(model, variables, classes, options))
+
+
+def _describe_export(model, variables, classes, options) -> dict[str, Any]:
+    """What ``save_export`` wants beside the place."""
     description, arrays = {"model": describe_model(_dat(model))}, variables["params"]
     given = {"classes": classes and list(classes), "options": options and dict(options)}
     description |= {key: value for key, value in given.items() if value}
     if not isinstance(model, DAT):
         description[kind_of(arrays)] = describe_model(model)
         arrays = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
-    return save_export(directory, params=arrays, description=description)
+    return {"params": arrays, "description": description}
 
 
 def describe_model(model: DAT | Segmentor | Detector) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def test_a_model_whose_blocks_are_scanned_and_recomputed_has_the_same(looked):
     _, variables, _, found = looked
     model = make_model(scan_blocks=True, remat="blocks")
     again = jax.jit(lambda v, x: compute_attention(model, v, x))(variables, IMAGES)
+    assert found
+    assert set(again) == set(found)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), found)
 
 

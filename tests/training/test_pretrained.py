@@ -16,7 +16,8 @@ import pytest
 import dat_jax
 from dat_jax.errors import UserError
 from dat_jax.training.adaptation import adapt_params, resize_bicubic
-from dat_jax.training.checkpoint import Checkpoints, checksum, load_export, save_export
+from dat_jax.training.checkpoint import Checkpoints, checksum
+from dat_jax.training.exports import load_export, save_export
 from dat_jax.training.pretrained import describe_model, export_model, load_for_finetuning, load_trained
 from dat_jax.training.state import TrainState
 from tests.random_variables import random_variables
