@@ -160,6 +160,7 @@ def main(_):
     import jax  # late, as it takes long
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    jax.config.update("jax_enable_compilation_cache", False)  # the time of compilation is told, not of finding
     console = make_console()
     try:
         report = _make_report(values, console)

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -29,11 +30,9 @@ from dat_jax.config import validate
 from dat_jax.conversion import detector_to_official, segmentor_to_official, to_official
 from dat_jax.data import segmentation_sources
 from dat_jax.models.registry import VARIANTS, create_segmentor
-from dat_jax.training import continuation, loop, sharding
-from dat_jax.training.checkpoint import Checkpoints
-from dat_jax.training.pretrained import CLASS_NAMES, export_model
-from dat_jax.training.run import make_run
-from tests import tiny_config, tiny_detection, tiny_segmentation
+from dat_jax.training import loop, sharding
+from dat_jax.training.pretrained import export_model
+from tests import coco_files, tiny_config, tiny_detection, tiny_segmentation
 from tests.conversion.pth_writer import write_pth
 from tests.documents import ROOT
 from tests.photographs import photographs
@@ -69,6 +68,7 @@ _RUNS = {  # a work directory -> the configuration that it comes from
     "runs/quickstart_detection": "configs/quickstart_detection.py",
     "runs/upernet_dat_pp_s": "configs/upernet_dat_pp_s.py",
 }
+_OF_MAPS = "_of_maps"  # weights of the backbone that small segmentors and detectors have
 _PATHS = re.compile(r"^(/data/|data/|runs/|weights/|exported/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)")
 
 
@@ -106,27 +106,29 @@ def shrink(config: ConfigDict) -> ConfigDict:
         tiny = tiny_config.get_config().unlock()
         tiny.epochs = 2 if config.epochs == 10 else 1  # 10 asks for more than the quickstart's own
         tiny.eval.sets = config.eval.sets
-        if config.data.directory:
-            tiny.data.name, tiny.data.directory = config.data.name, config.data.directory
     elif config.task == "segmentation":
         tiny = tiny_segmentation.get_config(config.head.name).unlock()
         tiny.data.name = "squares_of_one_size"
         tiny.steps = tiny.eval.every_steps = 4
         tiny.eval.ratios, tiny.eval.flip = config.eval.ratios[:2], config.eval.flip
     else:
-        tiny = tiny_detection.get_config("retinanet").unlock()  # compiles in half the time of those with masks
+        tiny = tiny_detection.get_config(config.head.name).unlock()
         tiny.steps = tiny.eval.every_steps = 2
+    if config.data.directory:
+        tiny.data.name, tiny.data.directory = config.data.name, config.data.directory
+        if config.task == "segmentation":
+            tiny.data.zero_is_ignored = config.data.zero_is_ignored
     tiny.log_every = 2
-    tiny.init_from = config.init_from
+    tiny.init_from = config.init_from and config.init_from + _OF_MAPS * (config.task != "classification")
     return tiny.lock()
 
 
 @contextlib.contextmanager
-def kept_programs(directory: pathlib.Path):
-    """Programs that take long to compile are kept in a folder: commands that look at the same model compile it once."""
+def kept_programs(directory: pathlib.Path | None):
+    """Programs that take long to compile are kept in a folder, so that a model is compiled once; or none is."""
     settings = {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(directory),
+        "jax_enable_compilation_cache": directory is not None,
+        "jax_compilation_cache_dir": directory and str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0.05,
     }
     before = {name: getattr(jax.config, name) for name in settings}
@@ -201,9 +203,10 @@ class StandIns:
             values, positional = parse_flags("export", [trained, path])
             tool.main(positional, values)
         elif path.startswith("weights/"):
-            config = tiny_config.get_config()
-            model = dat_jax.create_model(num_classes=2, **{k: v for k, v in config.model.items() if k != "dtype"})
-            export_model(where, model=model, variables=random_variables(model, np.zeros((1, 32, 32, 3), np.float32)))
+            of_maps = dict(name="dat_pp_nano", **tiny_segmentation.BACKBONE)
+            settings = of_maps if path.endswith(_OF_MAPS) else tiny_config.get_config().model.to_dict()
+            model = dat_jax.create_model(num_classes=2, **{k: v for k, v in settings.items() if k != "dtype"})
+            export_model(where, model=model, variables=random_variables(model, np.zeros((1, 64, 64, 3), np.float32)))
         elif path in ("photo.jpg", "digit.png"):
             Image.fromarray(photographs(width=64, height=64)[0]).save(where)
         elif path == "photos":
@@ -214,6 +217,10 @@ class StandIns:
             where.write_text(yaml.safe_dump({"MODEL": {"DAT": _NANO_YAML}}))
         elif path.endswith(".pth"):
             write_pth(where, self._published(path))
+        elif path.endswith("/ADEChallengeData2016"):
+            self._write_ade20k(where)
+        elif path.endswith("/coco"):
+            self._write_coco(where)
         elif path.startswith("data/") and not path.endswith("_v2"):
             for split in ("train", "val"):
                 self._write_classes(where / split)
@@ -227,6 +234,39 @@ class StandIns:
             for index in range(8):
                 image = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(image).save(directory / name / f"{directory.name}_{name}_{index}.jpg")
+
+    def _write_ade20k(self, directory):
+        """The layout of ADE20K's release: every second image is half of class 1, half of class 2, in part of none."""
+        names = "".join(f"{number}\t0\t0\t0\tthing {number}\n" for number in range(1, 151))
+        rng = np.random.default_rng(0)
+        for split, count in (("training", 8), ("validation", 2)):
+            for folder in ("images", "annotations"):
+                (directory / folder / split).mkdir(parents=True)
+            for index in range(count):
+                label = np.full((64, 64), 1 + index % 2, np.uint8)
+                label[:32], label[:, :4] = 3, 0
+                image = rng.integers(0, 100, (64, 64, 3), dtype=np.uint8) + 40 * label[..., None]
+                Image.fromarray(image).save(directory / "images" / split / f"ADE_{split}_{index:08}.jpg")
+                Image.fromarray(label).save(directory / "annotations" / split / f"ADE_{split}_{index:08}.png")
+        (directory / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + names)
+
+    def _write_coco(self, directory):
+        """The layout of COCO's release: a bright square in every image, of two categories."""
+        rng = np.random.default_rng(0)
+        for split, count in (("train2017", 8), ("val2017", 2)):
+            images, annotations = {}, []
+            for number in range(1, count + 1):
+                mask = np.zeros((64, 64), bool)
+                top, left = rng.integers(0, 32, 2)
+                mask[top : top + 32, left : left + 32] = True
+                images[number] = rng.integers(0, 100, (64, 64, 3), dtype=np.uint8) + 120 * mask[..., None].astype(
+                    np.uint8
+                )
+                annotations.append(coco_files.annotation(number, number, 1 + number % 2, mask))
+            categories = [{"id": number, "name": f"square {number}"} for number in (1, 2)]
+            described = dict(images=images, annotations=annotations, categories=categories)
+            directory.mkdir(exist_ok=True)
+            coco_files.write(directory, split=split, file=f"instances_{split}.json", **described)
 
     def _published(self, path):
         images, options = np.zeros((1, 64, 64, 3), np.float32), dict(num_classes=3)
@@ -242,39 +282,33 @@ class StandIns:
         return to_official(model, random_variables(model, images)["params"])
 
     def train(self, arguments: list[str]) -> dict[str, float]:
-        """python -m dat_jax.main with a small configuration of the same kind.
-
-        Classifiers are trained. Segmentors and detectors are found as a run that has done all of its steps and are evaluated:
-        to compile their steps takes most of a minute, and tests/training does.
-        """
+        """python -m dat_jax.main with a small configuration of the same kind, on data of the same layout."""
         values, config = parse_config("main", arguments)
         if values.print_config:
             return {}
-        tiny, workdir = shrink(config), pathlib.Path(values.workdir)
+        tiny = shrink(config)
         if tiny.init_from:
             self.need(tiny.init_from)
         if tiny.data.directory and not os.path.isabs(tiny.data.directory):
             self.need(tiny.data.directory)
         with mock.patch.object(sharding, "make_mesh", make_small_mesh):
-            if tiny.task != "classification" and not workdir.exists():
-                self._write_checkpoint(workdir, tiny)
             return (loop.evaluate if values.mode == "eval" else loop.train)(tiny, values.workdir, quiet=True)
 
-    def _write_checkpoint(self, workdir, config):
-        """Of the last step, with random weights."""
-        run = make_run(config)
-        make = tiny_segmentation.random_segmentor if config.task == "segmentation" else tiny_detection.random_detector
-        head = {"head": config.head.name} if config.task == "detection" else {}
-        _, variables = make(**head, num_classes=len(run.train_source.class_names))
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.abstract_state)
-        statistics = {name: values for name, values in variables.items() if name != "params"}
-        state = zeros.replace(step=np.int32(run.total_steps), params=variables["params"], model_state=statistics)
-        workdir.mkdir(parents=True)
-        (workdir / "config.json").write_text(run.config.to_json_best_effort())
-        (workdir / CLASS_NAMES).write_text("".join(f"{name}\n" for name in run.train_source.class_names))
-        with Checkpoints(workdir / "checkpoints", metric=run.metric) as checkpoints:
-            metadata = continuation.describe(run, run.total_steps)
-            checkpoints.save(jax.device_put(state), metadata=metadata, metrics={run.metric: 0.0})
+    def report(self, arguments: list[str]) -> None:
+        """python -m dat_jax.compile_report likewise, with batches of at most 16; for this CPU where the compiler is missing."""
+        from dat_jax import compile_report, step_report
+
+        values, config = parse_config("compile_report", arguments)
+        values["config"].value = shrink(config)
+        compiler = "jax_cuda12_plugin" if values.topology == "h100" else "libtpu"
+        if importlib.util.find_spec(compiler) is None:
+            values.topology = "cpu"
+        with (
+            kept_programs(None),
+            mock.patch.object(flags, "FLAGS", values),
+            mock.patch.object(step_report, "_LARGEST_BATCH", 16),
+        ):
+            compile_report.main([])
 
     def clear(self, *paths: str) -> None:
         """Outputs of a command that another one wrote too; nothing is ever overwritten."""

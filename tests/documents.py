@@ -4,10 +4,13 @@ import dataclasses
 import pathlib
 import re
 import shlex
+import shutil
 
 ROOT = pathlib.Path(__file__).parents[1]
+WALKTHROUGH = "docs/add_stage_type.md"
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 _FENCE = re.compile(r"^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_CALLED = re.compile(r"(\.venv/bin/)?(python3? -m|pip install|make|pre-commit) \S")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,11 @@ def split_command(line: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of every block without a language, once, as ``shlex.join`` writes it."""
+    """Every line of every block without a language, and what the prose says in backticks to call, once each, as
+    ``shlex.join`` writes it. What has a placeholder, a word of capitals or dots, is no command."""
     lines = [line for block in all_blocks() if block.language == "" for line in block.text.splitlines()]
+    called = [code for path in DOCUMENTS for code in inline_code(path.read_text()) if _CALLED.match(code)]
+    lines += [code for code in called if not re.search(r"(^|[ =])[A-Z]{3,}\b| \.\.\.", code)]
     return list(dict.fromkeys(shlex.join(words) for words in map(split_command, lines) if words))
 
 
@@ -74,3 +80,12 @@ def table_rows(text: str, heading: str) -> list[list[str]]:
     section = text.split(f"\n{heading}\n", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def copy_project(place: pathlib.Path) -> None:
+    """What is needed to use it, to a folder that is there: without recorded arrays and what runs have left."""
+    for name in ("dat_jax", "configs", "docs", "experiments", "notebooks", "tests"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    for name in ("Makefile", "README.md", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, place)
+    shutil.copy(ROOT / ".pre-commit-config.yaml", place)
