@@ -16,7 +16,7 @@ from dat_jax.__main__ import TOOLS
 from dat_jax.config import make_schema
 from dat_jax.conversion import official
 from tests import documents
-from tests.document_stand_ins import parse_config
+from tests.document_stand_ins import parse_config, parse_flags
 from tests.documents import DOCUMENTS, ROOT
 
 
@@ -60,6 +60,21 @@ def test_inline_code_names_what_there_is():
         line for line in wrong if "migration.md: config." not in line
     ]  # of big_vision's names, in the left column
     assert others == []
+
+
+def test_flags_in_the_prose_are_of_some_tool():
+    """Of commands in blocks test_commands.py parses all. Two pages name the flags of other projects beside ours."""
+    known = {"help", "version", "list_models", "profile"}  # of all tools, of the list of tools, of a benchmark
+    for tool in (*TOOLS, "conversion.__main__"):
+        if tool != "conversion":
+            with contextlib.chdir(ROOT):
+                known |= set(parse_flags(tool, ["--config=configs/tiny.py"] if tool == "main" else [])[0])
+    wrong = set()
+    for path in DOCUMENTS:
+        if path.stem not in ("migration", "features"):
+            for code in documents.inline_code(path.read_text()):
+                wrong |= {flag for flag in re.findall(r"(?:^|\s)--(?!config\.)([\w-]+)", code) if flag not in known}
+    assert wrong == set()
 
 
 def known_keys():
