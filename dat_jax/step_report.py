@@ -21,6 +21,7 @@ from dat_jax.ops.dispatch import compiling_for, compute_dtype
 from dat_jax.targets import TARGET_CONFIG, Chip, find_devices, first_line
 from dat_jax.training import run as run_lib
 from dat_jax.training import sharding
+from dat_jax.training.compiler_options import known_options
 from dat_jax.training.setups import SETUPS
 
 STEPS = ("train", "eval")
@@ -121,7 +122,7 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
         "lower_seconds": lowered_at - start,
     }
     try:
-        compiled = lowered.compile(_COMPILER_OPTIONS.get(chip.platform))
+        compiled = lowered.compile(known_options(_COMPILER_OPTIONS.get(chip.platform, {})))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"The compiler refuses the {step} step: {first_line(error)}") from error

@@ -3,25 +3,20 @@
 import gc
 import os
 
+from tests.xla_flags import fast_compilation_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is written to the home directory, by programs neither
-# Tests compile far more than they compute: without LLVM's optimisations they take half the time, and of that again less
-# than half where fused loops are emitted the older way, which asks for less code, and in one piece.
 os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_cpu_use_fusion_emitters=false",
-    )
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *fast_compilation_flags())
 )
 
 import jax
 import pytest
 
-jax.devices()  # the flags are read now; libtpu, which some tests load, reads them too and ends at one it does not know
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(" --xla_cpu_use_fusion_emitters=false", "")
+jax.devices()  # XLA reads the flags now
+# libtpu, which some tests load, reads them too, and ends the process at this one.
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(50_000, 50, 100)  # a quarter of the time of tracing is otherwise spent on looking for garbage
 

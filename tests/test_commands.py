@@ -28,6 +28,7 @@ from tests.document_stand_ins import (
 )
 from tests.documents import ROOT, WALKTHROUGH
 from tests.test_new_user import INSTALLS
+from tests.xla_flags import fast_compilation_flags
 
 # How the first of these that a command matches is executed; each is the name of a test below, but for "new user".
 RULES = (
@@ -157,7 +158,7 @@ def test_experiments_run(command, tmp_path, monkeypatch, capsys):
         if folder == "soak":
             monkeypatch.setattr(module, "CONFIG", "configs/tiny.py")
             monkeypatch.setattr(module, "ONE_EPOCH", {"steps": 200, "log_every": 1, "checkpoint.every": 10})
-            quickly = functools.partial(module.processes.start, xla_flags=os.environ["XLA_FLAGS"])
+            quickly = functools.partial(module.processes.start, xla_flags=" ".join(fast_compilation_flags()))
             monkeypatch.setattr(module.processes, "start", quickly)
         module.main([*shlex.split(command)[3:], *SMALL_EXPERIMENTS.get(folder, "").split(), f"--output={tmp_path}"])
         written = sorted(path.name for path in tmp_path.iterdir())

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from notebooks.__main__ import SOURCES, make_notebook
+from tests.xla_flags import fast_compilation_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -18,12 +19,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 def run(name, workdir):
     """What a notebook prints, and the data of what it shows: a list of {type: value}."""
     notebook = jupytext.read(ROOT / "notebooks" / f"{name}.py")
-    flags = (flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     environment = {
         **os.environ,
         "DAT_JAX_SMALL": "1",
         "DAT_JAX_WORKDIR": str(workdir),
-        "XLA_FLAGS": " ".join([*flags, "--xla_cpu_use_fusion_emitters=false"]),
+        "XLA_FLAGS": " ".join(fast_compilation_flags()),
     }
     where = {"metadata": {"path": str(ROOT / "notebooks")}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute(env=environment)

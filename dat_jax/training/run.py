@@ -20,6 +20,7 @@ from dat_jax.flops import count_product_flops
 from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.tasks import Task
 from dat_jax.training import sharding
+from dat_jax.training.compiler_options import known_options
 from dat_jax.training.optimizer import make_optimizer
 from dat_jax.training.pretrained import load_for_finetuning
 from dat_jax.training.schedule import warmup_cosine, warmup_poly, warmup_step
@@ -155,7 +156,8 @@ def initialize(run: Run) -> TrainState:
     key = jax.random.fold_in(jax.random.key(run.config.seed), _INIT_STREAM)
     init = _init_function(run.config, run.task, run.optimizer)
     # It runs once, and is mostly random numbers: on CPU half of its compile time goes into making it fast.
-    options = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    on_cpu = jax.default_backend() == "cpu"
+    options = known_options({"xla_backend_optimization_level": 0}) if on_cpu else None
     return jax.jit(init, out_shardings=run.state_sharding, compiler_options=options)(key)
 
 
@@ -197,14 +199,14 @@ def make_jitted_step(run: Run) -> Callable[[TrainState, dict], tuple[TrainState,
     )
     on_cpu, recent = target_platform() == "cpu", jax.__version_info__ >= (0, 9, 1)
     # XLA's CPU backend starts ops as early as it can unless told to mind what stays in memory meanwhile.
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu and recent else None
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
     return jax.jit(
         sharding.with_split_kernels(step, run.mesh),  # of the step, as the backward pass is traced after the loss
         in_shardings=(run.state_sharding, sharding.batch_sharding(run.mesh)),
         out_shardings=(run.state_sharding, sharding.replicated(run.mesh)),
         # On one CPU device jax 0.7.2 computes other losses from the second step on where the state is donated.
         donate_argnums=() if on_cpu and not recent else 0,
-        compiler_options=options,
+        compiler_options=known_options(options),
     )
 
 

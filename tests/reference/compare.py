@@ -1,22 +1,16 @@
 """Random inputs, and comparison of functions by value and gradient."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, settings
 
+from dat_jax.training.compiler_options import known_options
 
-@functools.cache
+
 def compiler_options():
     """Options that compile three to five times faster: the programs are tiny, compiling is most of the time."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
-    except jax.errors.JaxRuntimeError:  # a version of JAX without the second option
-        del options["xla_cpu_use_fusion_emitters"]
-    return options
+    return known_options({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
 
 
 def few_examples(count):

@@ -1,7 +1,6 @@
 """Two processes of four virtual devices each, on one machine: the same run as one process of eight."""
 
 import functools
-import os
 import re
 import signal
 import time
@@ -12,8 +11,9 @@ from dat_jax.errors import UserError
 from dat_jax.training import distributed
 from dat_jax.training.metrics import read_metrics
 from experiments.soak import processes as soak
+from tests.xla_flags import fast_compilation_flags
 
-XLA_FLAGS = f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"  # as conftest.py has them
+XLA_FLAGS = " ".join(fast_compilation_flags())
 
 
 def start(workdir, *, processes, values=None):
