@@ -2,7 +2,7 @@
 
 python -m dat_jax.main --config=configs/dat_b.py --workdir=runs/dat_b --config.data.directory=/data/imagenet
 
-Hardware: any number of devices that divides the batch; published with 64 images a device. Where memory is short, set
+Hardware: any number of devices that divides the batch; published with 128 images per device. If memory is short, set
 --config.accumulate_steps. Published: 84.0 % top-1. Not trained with this code yet.
 """
 
@@ -14,7 +14,15 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.model = ConfigDict(
-        dict(name="dat_base", dtype="auto", drop_path_rate=0.5, remat="blocks", scan_blocks=True, implementation="auto")
+        dict(
+            name="dat_base",
+            deformable_form="cvpr2022",  # as released; "dat_pp" is the form of the code published with DAT++
+            dtype="auto",
+            drop_path_rate=0.5,
+            remat="blocks",
+            scan_blocks=True,
+            implementation="auto",
+        )
     )
     config.data.name = "imagenet"
     config.data.directory = "data/imagenet"
@@ -23,6 +31,7 @@ def get_config() -> ConfigDict:
     config.data.workers = 8
     config.epochs = 300
     config.batch_size = 1024
-    config.schedule.base_lr = 5e-4
-    config.schedule.warmup_epochs = 20.0
+    config.optimizer.clip_norm = 1.0
+    config.schedule.base_lr = 4e-4
+    config.schedule.warmup_epochs = 50.0
     return config.lock()

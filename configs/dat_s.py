@@ -15,7 +15,13 @@ def get_config() -> ConfigDict:
     config = common.get_config()
     config.model = ConfigDict(
         dict(
-            name="dat_small", dtype="auto", drop_path_rate=0.3, remat="blocks", scan_blocks=True, implementation="auto"
+            name="dat_small",
+            deformable_form="cvpr2022",  # as released; "dat_pp" is the form of the code published with DAT++
+            dtype="auto",
+            drop_path_rate=0.3,
+            remat="blocks",
+            scan_blocks=True,
+            implementation="auto",
         )
     )
     config.data.name = "imagenet"

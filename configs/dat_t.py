@@ -14,7 +14,15 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.model = ConfigDict(
-        dict(name="dat_tiny", dtype="auto", drop_path_rate=0.2, remat="blocks", scan_blocks=True, implementation="auto")
+        dict(
+            name="dat_tiny",
+            deformable_form="cvpr2022",  # as released; "dat_pp" is the form of the code published with DAT++
+            dtype="auto",
+            drop_path_rate=0.2,
+            remat="blocks",
+            scan_blocks=True,
+            implementation="auto",
+        )
     )
     config.data.name = "imagenet"
     config.data.directory = "data/imagenet"

@@ -28,19 +28,29 @@ class Golden:
         if "images" in self.arrays:
             self.images = channels_last(self.arrays["images"].astype(dtype))
 
+    def map_error(self, key: str, got) -> float:
+        """``relative_error`` of a map (B, H, W, C), on every fourth row and column if only these are recorded."""
+        if f"{key}_4" in self.arrays:
+            return relative_error(got[:, ::4, ::4], channels_last(self.arrays[f"{key}_4"]))
+        return relative_error(got, channels_last(self.arrays[key]))
+
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays whose key starts with the prefix, without it."""
         return {key.removeprefix(prefix): value for key, value in self.arrays.items() if key.startswith(prefix)}
 
 
-def read(name: str) -> dict[str, np.ndarray]:
-    """The arrays of a file by key; those of float16 are kept together, high bytes and low bytes apart, as that packs better."""
-    with np.load(DIRECTORY / f"{name}.npz") as file:
+def read(name: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by key. Files that ``tests.golden.pack`` wrote are unpacked."""
+    with np.load(DIRECTORY / f"{name}.npz" if isinstance(name, str) else name) as file:
         arrays = {key: file[key] for key in file.files}
-    shapes = json.loads(str(arrays.pop("float16.index")))
-    high, low = (arrays.pop(f"float16.{half}").astype(np.uint16) for half in ("high", "low"))
-    parts = np.split((high << 8 | low).view(np.float16), np.cumsum([math.prod(shape) for shape in shapes.values()]))
-    return arrays | {key: part.reshape(shapes[key]) for key, part in zip(shapes, parts, strict=False)}
+    for dtype in ("float16", "float32"):
+        if f"{dtype}.index" in arrays:
+            shapes = json.loads(str(arrays.pop(f"{dtype}.index")))
+            planes = [arrays.pop(f"{dtype}.byte{index}") for index in range(np.dtype(dtype).itemsize)]
+            numbers = np.stack(planes, axis=-1).reshape(-1).view(dtype)
+            parts = np.split(numbers, np.cumsum([math.prod(shape) for shape in shapes.values()]))
+            arrays |= {key: part.reshape(shapes[key]) for key, part in zip(shapes, parts, strict=False)}
+    return arrays
 
 
 def read_keys(name: str) -> tuple[int, dict[str, tuple[int, ...]]]:

@@ -48,12 +48,17 @@ _DEFAULTS = dict(
     use_lpus=[False, False, False, False],
     log_cpb=[False, False, False, False],
 )
+# Keys that came with DAT++. The configurations of DAT v1 as it was released have none of them.
+_LATER_KEYS = {"ksizes", "nat_ksizes", "use_lpus", "log_cpb"}
 # Of training, of the unpublished learned-query block, or without effect on the function.
 _IGNORED_KEYS = {"heads_q", "lower_lr_kvs", "ns_per_pts", "ksize_qnas", "nqs", "qna_activation"}
 
 
 def model_from_official(config: Mapping[str, Any], **overrides) -> DAT:
     """The model of a published configuration.
+
+    A configuration without any of the keys "ksizes", "nat_ksizes", "use_lpus" and "log_cpb", which came later, is one of
+    DAT v1 as it was released: its model has ``deformable_form="cvpr2022"``. Any other has "dat_pp".
 
     Args:
       config: the MODEL.DAT mapping of a published YAML file.
@@ -74,6 +79,12 @@ def model_from_official(config: Mapping[str, Any], **overrides) -> DAT:
     if [len(kinds) for kinds in stages] != list(c["depths"]):
         raise ValueError(f"depths {list(c['depths'])} do not count the blocks of stage_spec {list(stages)}.")
     bias = [_position_bias(c, i) for i in range(len(stages))]
+    form = "dat_pp" if config.keys() & _LATER_KEYS else "cvpr2022"
+    if form == "cvpr2022" and c["use_conv_patches"]:
+        raise ValueError(
+            "use_conv_patches True in a configuration of DAT v1 as it was released (one without "
+            f"{', '.join(sorted(_LATER_KEYS))}) is a stem that no released model has and that is not supported."
+        )
     settings = dict(
         num_classes=c["num_classes"],
         image_size=c["img_size"],
@@ -88,6 +99,7 @@ def model_from_official(config: Mapping[str, Any], **overrides) -> DAT:
         offset_range_factors=tuple(c["offset_range_factor"]),
         position_bias=tuple(bias),
         use_offsets=tuple(not off for off in c["no_offs"]),
+        deformable_form=form,
         window_sizes=tuple(c["window_sizes"]),
         neighborhood_sizes=tuple(c["nat_ksizes"]),
         reduction_ratios=tuple(c["sr_ratios"]),

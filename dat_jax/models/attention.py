@@ -41,6 +41,7 @@ class DeformableAttention(nn.Module):
         each head, query and key), "log_cpb" (a small network on log-spaced displacements) or "none".
       use_offsets: False samples nothing: keys are x average-pooled, without any position bias.
       table_shape: (H0, W0), the map that tables are made for.
+      form: "dat_pp" or "cvpr2022", see ``DAT.deformable_form``.
 
     Source: DAT (CVPR 2022), section 3.2; DAT++ (2309.01430), section 3.3; kinds as in the published code.
     """
@@ -53,6 +54,7 @@ class DeformableAttention(nn.Module):
     position_bias: str
     use_offsets: bool
     table_shape: tuple[int, int]
+    form: str = "dat_pp"
     dtype: Any = jnp.float32
     implementation: str = "auto"  # "auto", "plain" or "pallas", of every op inside
 
@@ -67,23 +69,24 @@ class DeformableAttention(nn.Module):
 
         query = Linear(channels, name="proj_q", dtype=self.dtype)(x)
         if self.use_offsets:
-            positions = self._predict_positions(query)
+            positions = self._to_positions(self._predict_offsets(query))
             points = gs.to_pixels(positions, (height, width)).reshape(batch, groups, -1, 2)
             sampled = gs.grid_sample(x, points, implementation=self.implementation)
         else:
             key_shape = self._key_shape((height, width))
             shape = (batch, groups, *key_shape, 2)
-            positions = deformable_ops.key_positions(jnp.zeros(shape), range_factor=self.offset_range_factor)
-            points = None
+            positions = self._to_positions(jnp.zeros(shape))
             sampled = average_pool(x, stride=self.key_stride, pooled_shape=key_shape).reshape(batch, -1, channels)
         self.sow("intermediates", "positions", positions)
 
         key = Linear(channels, name="proj_k", dtype=self.dtype)(sampled)
         value = Linear(channels, name="proj_v", dtype=self.dtype)(sampled)
-        table = bias = None
+        lookup = {}
+        bias = None
         if self.use_offsets and kind == "table":
             side_y, side_x = (2 * size - 1 for size in self.table_shape)
             table = self.param("rpe_table", table_init(0.01), (self.num_heads, side_y, side_x))
+            lookup = dict(table=table, **table_lookup(positions, (height, width), self.table_shape, self.form))
         elif self.use_offsets and kind == "fixed":
             bias = self._fixed_bias((height, width))
         elif self.use_offsets and kind == "log_cpb":
@@ -93,8 +96,7 @@ class DeformableAttention(nn.Module):
             key,
             value,
             num_heads=self.num_heads,
-            points=points,
-            table=table,
+            **lookup,
             bias=bias,
             points_inside=self.offset_range_factor < 0,  # then they are clamped
             implementation=self.implementation,
@@ -106,7 +108,10 @@ class DeformableAttention(nn.Module):
     def _key_shape(self, map_shape):
         return deformable_ops.key_grid_shape(map_shape, kernel_size=self.offset_kernel, stride=self.key_stride)
 
-    def _predict_positions(self, query):
+    def _to_positions(self, offsets):
+        return deformable_ops.key_positions(offsets, range_factor=self.offset_range_factor, form=self.form)
+
+    def _predict_offsets(self, query):
         """(B, H, W, C) -> (B, G, Hk, Wk, 2). All in float32 or better: a position has to resolve parts of a pixel."""
         channels = query.shape[-1]
         dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -116,8 +121,7 @@ class DeformableAttention(nn.Module):
         x = DepthwiseConv(k, s, padding, **options, name="conv_offset_0")(query)  # channels stay packed until here
         x = jnp.moveaxis(x.reshape(*x.shape[:3], groups, channels // groups), 3, 1)  # (B, G, Hk, Wk, C / G)
         x = activation.gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
-        offsets = Linear(2, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
-        return deformable_ops.key_positions(offsets, range_factor=self.offset_range_factor)
+        return Linear(2, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
 
     def _fixed_bias(self, map_shape):
         """(1, M, H * W, N): the learned bias, resized linearly over queries and keys on a map of another size."""
@@ -137,6 +141,21 @@ class DeformableAttention(nn.Module):
         x = nn.relu(Linear(32, name="rpe_table_0", dtype=dtype)(x))
         x = Linear(heads, name="rpe_table_2", dtype=dtype, use_bias=False)(x)  # (B, G, H * W, N, M / G)
         return jnp.moveaxis(x, -1, 2).reshape(x.shape[0], self.num_heads, *x.shape[2:4])
+
+
+def table_lookup(
+    positions: jax.Array, map_shape: tuple[int, int], table_shape: tuple[int, int], form: str
+) -> dict[str, Any]:
+    """Arguments "points" and "query_grid" of the ops that look a position bias up in a table.
+
+    Args:
+      positions: (B, G, Hk, Wk, 2), (y, x) in normalized coordinates.
+      map_shape: (H, W) of the map.
+      table_shape: (H0, W0) of the map that the table was made for.
+      form: see ``DAT.deformable_form``.
+    """
+    sampled, grid = (map_shape, "corners") if form == "dat_pp" else (table_shape, "centers")
+    return dict(points=gs.to_pixels(positions, sampled).reshape(*positions.shape[:2], -1, 2), query_grid=grid)
 
 
 def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) -> jax.Array:

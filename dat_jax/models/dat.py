@@ -10,6 +10,7 @@ import numpy as np
 from dat_jax.models import attention
 from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
 from dat_jax.ops import activation
+from dat_jax.ops import deformable_attention as deformable_ops
 
 STAGE_TYPES = {
     "N": "neighborhood attention",
@@ -207,6 +208,15 @@ class DAT(nn.Module):
       num_heads: attention heads.
       num_groups, key_strides, offset_kernels, offset_range_factors, position_bias, use_offsets: of D blocks, see
         ``attention.DeformableAttention``.
+      deformable_form: which of the two published forms D blocks have. Both have the same parameters, so only the numbers
+        show which form weights were trained with. With n keys on a side of H pixels, offset o of key i and range factor f:
+
+        * "dat_pp", the form published with DAT++: reference point r = (i + 0.5) / (n - 1) * 2 - 1, position
+          clip(r + o, -1, 1) if f < 0, else r + tanh(o) * f / (n - 1). Query i looks its position bias up at
+          2 i / (H - 1) - 1.
+        * "cvpr2022", DAT v1 as it was released: r = (i + 0.5) / n * 2 - 1, position tanh(r + o) if f < 0, else
+          r + tanh(o) * f / n (r + o if f = 0). Query i looks its position bias up at (i + 0.5) / H * 2 - 1. There is no
+          position bias "log_cpb".
       window_sizes: of L, S and X blocks. neighborhood_sizes: of N blocks. reduction_ratios: of P blocks.
       lpu, conv_mlp: whether a stage's blocks have a local perception unit, a convolution in the MLP.
       conv_patches: overlapping convolutions in stem and down-projections (DAT++), or plain patches.
@@ -238,6 +248,7 @@ class DAT(nn.Module):
     offset_range_factors: tuple[float, ...] = (-1, -1, -1, -1)
     position_bias: tuple[str, ...] = ("table", "table", "table", "table")
     use_offsets: tuple[bool, ...] = (True, True, True, True)
+    deformable_form: str = "dat_pp"
     window_sizes: tuple[int, ...] = (7, 7, 7, 7)
     neighborhood_sizes: tuple[int, ...] = (7, 7, 7, 7)
     reduction_ratios: tuple[int, ...] = (8, 4, 2, 1)
@@ -319,7 +330,6 @@ class DAT(nn.Module):
                 return attention.SpatialReductionAttention(heads, self.reduction_ratios[i], dtype=self.dtype, name=name)
             if kind == "E":
                 return attention.SlideAttention(heads, dtype=self.dtype, name=name)
-            configured = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
             return attention.DeformableAttention(
                 num_heads=heads,
                 num_groups=self.num_groups[i],
@@ -328,7 +338,8 @@ class DAT(nn.Module):
                 offset_range_factor=self.offset_range_factors[i],
                 position_bias=self.position_bias[i],
                 use_offsets=self.use_offsets[i],
-                table_shape=self.map_shape(configured, stage=i),
+                table_shape=self.table_shape(stage=i),
+                form=self.deformable_form,
                 **options,
                 name=name,
             )
@@ -341,11 +352,19 @@ class DAT(nn.Module):
         stride = 4 * 2**stage
         return tuple(-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
 
+    def table_shape(self, *, stage: int) -> tuple[int, int]:
+        """(H, W) of the map that a stage's position tables are made for."""
+        configured = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+        return self.map_shape(configured, stage=stage)
+
     def _check(self):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate wants a number from 0 to below 1, got {self.drop_path_rate}.")
         if self.remat not in _REMAT_POLICIES:
             raise ValueError(f"Unknown remat {self.remat!r}; choose one of {', '.join(_REMAT_POLICIES)}.")
+        if self.deformable_form not in deformable_ops.FORMS:
+            choices = ", ".join(deformable_ops.FORMS)
+            raise ValueError(f"Unknown deformable_form {self.deformable_form!r}; choose one of {choices}.")
         for name in _ENTRY_A_STAGE:
             if len(getattr(self, name)) != len(self.stages):
                 raise ValueError(
@@ -356,6 +375,8 @@ class DAT(nn.Module):
             if unknown:
                 choices = ", ".join(f"{key} ({name})" for key, name in STAGE_TYPES.items())
                 raise ValueError(f"Unknown block type {sorted(unknown)[0]!r} in stages; choose from {choices}.")
+            if "D" in kinds and self.position_bias[i] == "log_cpb" and self.deformable_form == "cvpr2022":
+                raise ValueError(f'Stage {i}: deformable_form "cvpr2022" has no position bias "log_cpb".')
             if "X" in kinds and self.window_sizes[i] % 2 == 0:  # the residual sum needs a map of the same size
                 raise ValueError(f"Stage {i}: X blocks want an odd window, got {self.window_sizes[i]}.")
             if set(kinds) & set("NDLSPE") and self.dims[i] % self.num_heads[i]:

@@ -20,7 +20,7 @@ def _dat_pp(dims, num_heads, num_groups, drop_path_rate) -> dict[str, Any]:
 
 
 def _dat(dims, num_heads, num_groups, third_stage, drop_path_rate) -> dict[str, Any]:
-    """DAT v1 (CVPR 2022), table 1: windows first, deformable attention in the last two stages."""
+    """DAT v1 (CVPR 2022), table 1: windows first, deformable attention in the last two stages, in its released form."""
     return dict(
         dim_stem=dims[0],
         dims=dims,
@@ -29,6 +29,7 @@ def _dat(dims, num_heads, num_groups, third_stage, drop_path_rate) -> dict[str, 
         num_groups=num_groups,
         key_strides=(1, 1, 1, 1),
         offset_range_factors=(2, 2, 2, 2),
+        deformable_form="cvpr2022",
         lpu=(False,) * 4,
         conv_mlp=(False,) * 4,
         conv_patches=False,
@@ -37,6 +38,7 @@ def _dat(dims, num_heads, num_groups, third_stage, drop_path_rate) -> dict[str, 
 
 
 _TINY = _dat_pp((64, 128, 256, 512), (2, 4, 8, 16), (1, 2, 4, 8), 0.2)
+_BASE_V1 = _dat((128, 256, 512, 1024), (4, 8, 16, 32), (1, 1, 4, 8), "LD" * 9, 0.5)
 _BASE = _dat_pp((128, 256, 512, 1024), (4, 8, 16, 32), (2, 4, 8, 16), 0.7)
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,7 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dat_p_tiny": {**_TINY, "lpu": (False,) * 4, "conv_mlp": (False,) * 4, "conv_patches": False},
     "dat_tiny": _dat((96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 6), "LD" * 3, 0.2),
     "dat_small": _dat((96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 6), "LD" * 9, 0.3),
-    "dat_base": _dat((128, 256, 512, 1024), (4, 8, 16, 32), (1, 1, 4, 8), "LD" * 9, 0.5),
+    "dat_base": _BASE_V1,
+    "dat_base_384": {**_BASE_V1, "image_size": 384, "window_sizes": (12,) * 4},  # tables made for 384
     # Not published: small enough to train on a CPU in minutes, on images of 48 x 48.
     "dat_pp_nano": dict(
         image_size=48,

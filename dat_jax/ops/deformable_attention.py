@@ -16,35 +16,66 @@ def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int)
     return tuple((size + 2 * padding - kernel_size) // stride + 1 for size in map_shape)
 
 
-def reference_points(key_shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Where the keys sit before any offset: (Hk, Wk, 2), (y, x) in normalised coordinates.
+FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_points`` and ``key_positions``
 
-    Key i of n is at (i + 0.5) / (n - 1) * 2 - 1, as published: not symmetric, the last one lies beyond 1. A side of one
-    key, where the published formula divides by zero, has it at the centre, 0.
+
+def reference_points(key_shape: tuple[int, int], dtype=jnp.float32, *, form: str = "dat_pp") -> jax.Array:
+    """Positions of the keys before any offset: (Hk, Wk, 2), (y, x) in normalized coordinates.
+
+    Key i of n is at
+
+    * "dat_pp": (i + 0.5) / (n - 1) * 2 - 1. The grid is not symmetric, and its last key lies beyond 1. If there is only
+      one key, where the published formula divides by zero, the key is at the center, 0.
+    * "cvpr2022": (i + 0.5) / n * 2 - 1. The grid is symmetric and inside the map.
     """
-    lines = [(jnp.arange(n, dtype=dtype) + 0.5) / (n - 1) * 2 - 1 if n > 1 else jnp.zeros(1, dtype) for n in key_shape]
-    return jnp.stack(jnp.meshgrid(*lines, indexing="ij"), axis=-1)
+
+    def line(count):
+        if form == "dat_pp" and count == 1:
+            return jnp.zeros(1, dtype)
+        return (jnp.arange(count, dtype=dtype) + 0.5) / _key_steps(count, form) * 2 - 1
+
+    return jnp.stack(jnp.meshgrid(*map(line, key_shape), indexing="ij"), axis=-1)
 
 
-def key_positions(offsets: jax.Array, *, range_factor: float) -> jax.Array:
+def _key_steps(count: int, form: str) -> int:
+    """The number that a side of ``count`` keys is divided by: steps between keys ("dat_pp") or keys ("cvpr2022")."""
+    if form not in FORMS:
+        raise ValueError(f"Unknown form of deformable attention {form!r}; choose one of {', '.join(FORMS)}.")
+    return max(count - 1, 1) if form == "dat_pp" else count
+
+
+def key_positions(offsets: jax.Array, *, range_factor: float, form: str = "dat_pp") -> jax.Array:
     """Positions of the keys from the raw output of the offset network.
+
+    With the offset range factor f, the number of keys n on a side (Hk for y, Wk for x) and the reference point r of
+    ``reference_points``, a position is
+
+    | form | f < 0 | f = 0 | f > 0 |
+    |---|---|---|---|
+    | "dat_pp" | clip(r + offset, -1, 1) | r | r + tanh(offset) * f / (n - 1) |
+    | "cvpr2022" | tanh(r + offset) | r + offset | r + tanh(offset) * f / n |
 
     Args:
       offsets: (B, G, Hk, Wk, 2), (dy, dx). float32 or better.
-      range_factor: f. Where f >= 0 the offset is tanh(offset) * f / (Hk - 1 | Wk - 1) and the position is free; where
-        f < 0 the raw offset is added and the position is clamped to [-1, 1].
+      range_factor: f.
+      form: "dat_pp", the form published with DAT++, or "cvpr2022", the form of DAT v1 as it was released.
 
     Returns:
-      (B, G, Hk, Wk, 2), (y, x) in normalised coordinates.
+      (B, G, Hk, Wk, 2), (y, x) in normalized coordinates. Positions lie beyond [-1, 1] where they are not limited to it.
 
-    Source: DAT (CVPR 2022), equation 6; DAT++ (2309.01430), section 3.2.
+    Raises:
+      ValueError: unknown form.
+
+    Source: DAT (CVPR 2022), equation 6; DAT++ (2309.01430), section 3.2; the published code of each.
     """
     key_shape = offsets.shape[2:4]
-    reference = reference_points(key_shape, offsets.dtype)[None, None]
+    reference = reference_points(key_shape, offsets.dtype, form=form)[None, None]
     if range_factor < 0:
-        return jnp.clip(reference + offsets, -1.0, 1.0)
+        return jnp.clip(reference + offsets, -1.0, 1.0) if form == "dat_pp" else jnp.tanh(reference + offsets)
+    if range_factor == 0 and form == "cvpr2022":
+        return reference + offsets
     # The published code rounds 1 / (n - 1) to float32; doing the same keeps float64 comparisons exact.
-    step = jnp.asarray([1 / max(n - 1, 1) for n in key_shape], jnp.float32).astype(offsets.dtype)
+    step = jnp.asarray([1 / _key_steps(n, form) for n in key_shape], jnp.float32).astype(offsets.dtype)
     return reference + jnp.tanh(offsets) * (step * range_factor).reshape(1, 1, 1, 1, 2)
 
 
@@ -58,6 +89,7 @@ def deformable_attention(
     table: jax.Array | None = None,
     bias: jax.Array | None = None,
     points_inside: bool = False,
+    query_grid: str = "corners",
     implementation: str = "auto",
     tile_shape: tuple[int, int] | None = None,
 ) -> jax.Array:
@@ -70,10 +102,12 @@ def deformable_attention(
       query: (B, H, W, C).
       key, value: (B, N, C), projections of the features sampled at ``points``.
       num_heads: M; heads of a group are consecutive.
-      points: (B, G, N, 2), key positions (y, x) in pixels of the map; needed with ``table``.
+      points: (B, G, N, 2), key positions (y, x), needed with ``table``; in pixels of the map, or with ``query_grid`` "centers"
+        in pixels of the map that the table was made for.
       table: (M, 2 * H0 - 1, 2 * W0 - 1) position bias table, see ``position_bias.table_position_bias``.
       bias: (B | 1, M, H * W, N), a bias of another kind.
       points_inside: no point lies outside the map, which "pallas" makes use of.
+      query_grid: "corners" or "centers", see ``position_bias.table_position_bias``.
       implementation: of the table's lookup; or "pallas", a kernel for TPUs that does all of it. See ``dispatch``.
       tile_shape: (height, width) of the tiles of queries, the map's own for one. Unless given ``dispatch`` chooses.
 
@@ -87,16 +121,17 @@ def deformable_attention(
     """
     _check_bias(points, table, bias)
     map_shape = query.shape[1:3]
+    lookup = dict(map_shape=map_shape, query_grid=query_grid)
     by_kernel = dispatch.choose("deformable_attention", _of_attention(implementation), map_shape=map_shape) == "pallas"
 
     def attend_by_kernel(queries, tile):
         options = dict(num_heads=num_heads)
-        fits = table is not None and table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
+        fits = table is not None and position_bias.table_fits(table, **lookup)
         if fits and points_inside and tile.shape == map_shape and kernels.table_fits(table.shape):
             return kernels.deformable_attention(queries, key, value, points=points, table=table, **options)
         tile_bias = None
         if table is not None:
-            tile_bias = position_bias.table_position_bias_by_key(table, points, map_shape=map_shape, tile=tile)
+            tile_bias = position_bias.table_position_bias_by_key(table, points, **lookup, tile=tile)
         elif bias is not None:
             tile_bias = jnp.broadcast_to(bias, (queries.shape[0], *bias.shape[1:])).swapaxes(2, 3)
         return kernels.deformable_attention(queries, key, value, bias=tile_bias, **options)
@@ -107,7 +142,7 @@ def deformable_attention(
         tile_bias = bias
         if table is not None:
             tile_bias = position_bias.table_position_bias(
-                table, points, map_shape=map_shape, tile=tile, implementation=implementation
+                table, points, **lookup, tile=tile, implementation=implementation
             )
         flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
         out = attention.multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
@@ -128,11 +163,12 @@ def deformable_attention_weights(
     points: jax.Array | None = None,
     table: jax.Array | None = None,
     bias: jax.Array | None = None,
+    query_grid: str = "corners",
 ) -> jax.Array:
-    """What ``deformable_attention`` weighs its values with, to look at; of the whole map at once.
+    """Attention weights, for visualization. The whole map is computed at once.
 
     Args:
-      query, key, num_heads, points, table, bias: as there.
+      query, key, num_heads, points, table, bias, query_grid: as of ``deformable_attention``.
 
     Returns:
       (B, M, H * W, N), float32 or better; a query's sum to 1.
@@ -142,7 +178,7 @@ def deformable_attention_weights(
     """
     _check_bias(points, table, bias)
     if table is not None:
-        bias = position_bias.table_position_bias(table, points, map_shape=query.shape[1:3])
+        bias = position_bias.table_position_bias(table, points, map_shape=query.shape[1:3], query_grid=query_grid)
     flat = query.reshape(query.shape[0], -1, query.shape[-1])
     return attention.attention_weights(flat, key, num_heads=num_heads, bias=bias)
 

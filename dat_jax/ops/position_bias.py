@@ -19,6 +19,8 @@ from jax import lax
 from dat_jax.ops import dispatch, recompute, reduction
 from dat_jax.ops import grid_sample as gs
 
+QUERY_GRIDS = ("corners", "centers")
+
 
 class Tile(NamedTuple):
     """A part of a map: (row, column) of its first pixel, which may be traced, and (height, width)."""
@@ -33,18 +35,25 @@ def table_position_bias(
     *,
     map_shape: tuple[int, int],
     tile: Tile | None = None,
+    query_grid: str = "corners",
     implementation: str = "auto",
 ) -> jax.Array:
     """Bias of every (query, key) pair, from a table over relative displacements.
 
-    In normalised coordinates the table is sampled at 0.5 * (query - key), which in its pixels is
-    row = (i - y) * (H0 - 1) / (H - 1) + (H0 - 1) for the query at row i and the key at row y; columns likewise.
+    In normalized coordinates the table is sampled at 0.5 * (query - key). For the query at row i and the key at row y this
+    is the following row of the table, and columns follow the same formula:
+
+    * "corners", the query at 2 i / (H - 1) - 1 and y in pixels of the map: (i - y) * (H0 - 1) / (H - 1) + (H0 - 1).
+    * "centers", the query at (i + 0.5) / H * 2 - 1 and y in pixels of the H0 x W0 map that the table was made for:
+      (i + 0.5) * (H0 - 1) / H - y + (H0 - 1). Queries are less than a row apart, so the fraction of a key differs from
+      query to query and "slice" does not apply. It is replaced by "matmul".
 
     Args:
       table: (M, 2 * H0 - 1, 2 * W0 - 1), a map of H0 x W0 being the one the table was made for.
-      points: (B, G, N, 2), key positions (y, x) in pixels of the map; heads h belongs to group h // (M / G).
+      points: (B, G, N, 2), key positions (y, x) in pixels; head h belongs to group h // (M / G).
       map_shape: (H, W), the queries being its pixels.
       tile: the part of the map whose queries are wanted; all of it unless given.
+      query_grid: "corners", as published with DAT++, or "centers", as in DAT v1 as it was released.
       implementation: one of those above. See ``dispatch``.
 
     Returns:
@@ -64,11 +73,15 @@ def table_position_bias(
             f"table_position_bias wants a table (M, 2H - 1, 2W - 1) with M a multiple of {points.shape[1]} groups, "
             f"got {table.shape}."
         )
+    if query_grid not in QUERY_GRIDS:
+        raise ValueError(f"Unknown query grid {query_grid!r}; choose one of {', '.join(QUERY_GRIDS)}.")
     tile = Tile((0, 0), map_shape) if tile is None else tile
     dtype = jnp.promote_types(points.dtype, jnp.float32)
     points, table = points.astype(dtype), table.astype(dtype)
-    fits = table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
+    fits = table_fits(table, map_shape=map_shape, query_grid=query_grid)
     implementation = dispatch.choose("position_bias", implementation, map_shape=map_shape, table_fits=fits)
+    if implementation == "slice" and query_grid == "centers":
+        implementation = "matmul"
     if implementation == "slice":
         if not fits:
             raise ValueError(
@@ -76,24 +89,29 @@ def table_position_bias(
                 f'for the map {map_shape}; "matmul" and "gather" take any size.'
             )
         return _bias_slice(table, points, jnp.asarray(tile.first, jnp.int32), map_shape, tile.shape)
+    rows, columns = (_table_coordinates(points, table, map_shape, tile, query_grid, axis) for axis in (0, 1))
     if implementation == "matmul":
-        return _bias_matmul(table, points, map_shape, tile)
-    return _bias_pairwise(table, points, map_shape, tile, implementation)
+        return _bias_matmul(table, rows, columns)
+    return _bias_pairwise(table, rows, columns, implementation)
 
 
-def _table_coordinates(points: jax.Array, table: jax.Array, map_shape, tile: Tile, axis: int) -> jax.Array:
+def table_fits(table: jax.Array, *, map_shape: tuple[int, int], query_grid: str) -> bool:
+    """Whether one step between queries of the map is one row or column of the table, as "slice" requires."""
+    return query_grid == "corners" and table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
+
+
+def _table_coordinates(points, table, map_shape, tile: Tile, query_grid: str, axis: int) -> jax.Array:
     """Row (axis 0) or column (axis 1) of the table for every line of queries and every key: (B, G, N, size)."""
     size, center = map_shape[axis], (table.shape[1 + axis] - 1) // 2
-    scale = center / (size - 1) if size > 1 else 1.0  # a map of one pixel has one displacement: none
     queries = tile.first[axis] + jnp.arange(tile.shape[axis], dtype=points.dtype).reshape(1, 1, 1, -1)
+    if query_grid == "centers":
+        return (queries + 0.5) * (center / size) - points[..., axis, None] + center
+    scale = center / (size - 1) if size > 1 else 1.0  # a map of one pixel has one displacement: none
     return (queries - points[..., axis, None]) * scale + center
 
 
-def _bias_pairwise(table, points, map_shape, tile, implementation):
-    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
-    heads = table.shape[0]
-    rows = _table_coordinates(points, table, map_shape, tile, 0)
-    columns = _table_coordinates(points, table, map_shape, tile, 1)
+def _bias_pairwise(table, rows, columns, implementation):
+    (batch, groups, keys, height), width, heads = rows.shape, columns.shape[-1], table.shape[0]
     pairs = jnp.stack(
         jnp.broadcast_arrays(rows[..., :, None], columns[..., None, :]), axis=-1
     )  # (B, G, N, H, W, 2): a point of the table for every pair
@@ -103,11 +121,9 @@ def _bias_pairwise(table, points, map_shape, tile, implementation):
     return jnp.moveaxis(bias, -1, 1).reshape(batch, heads, height * width, keys)
 
 
-def _bias_matmul(table, points, map_shape, tile):
-    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
-    heads = table.shape[0]
-    rows = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 0), table.shape[1])
-    columns = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 1), table.shape[2])
+def _bias_matmul(table, rows, columns):
+    (batch, groups, keys, height), width, heads = rows.shape, columns.shape[-1], table.shape[0]
+    rows, columns = gs.linear_weights(rows, table.shape[1]), gs.linear_weights(columns, table.shape[2])
     grouped = table.reshape(groups, heads // groups, *table.shape[1:])
     lines = jnp.einsum("bgnit,gmtu->bgmniu", rows, grouped, precision=lax.Precision.HIGHEST)
     bias = jnp.einsum("bgmniu,bgnju->bgmijn", lines, columns, precision=lax.Precision.HIGHEST)
@@ -214,14 +230,16 @@ _bias_slice.defvjp(_bias_slice_forward, _bias_slice_backward)
 
 
 def table_position_bias_by_key(
-    table: jax.Array, points: jax.Array, *, map_shape: tuple[int, int], tile: Tile
+    table: jax.Array, points: jax.Array, *, map_shape: tuple[int, int], tile: Tile, query_grid: str = "corners"
 ) -> jax.Array:
     """``table_position_bias`` with "matmul", laid out for the kernels of TPUs: (B, M, N, H * W), queries last."""
     dtype = jnp.promote_types(points.dtype, jnp.float32)
     points, table = points.astype(dtype), table.astype(dtype)
     (batch, groups, keys, _), (height, width) = points.shape, tile.shape
-    rows = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 0), table.shape[1])
-    columns = gs.linear_weights(_table_coordinates(points, table, map_shape, tile, 1), table.shape[2])
+    rows, columns = (
+        gs.linear_weights(_table_coordinates(points, table, map_shape, tile, query_grid, axis), table.shape[1 + axis])
+        for axis in (0, 1)
+    )
     grouped = table.reshape(groups, -1, *table.shape[1:])
     lines = jnp.einsum("bgnit,gmtu->bgmniu", rows, grouped, precision=lax.Precision.HIGHEST)
     bias = jnp.einsum("bgmniu,bgnju->bgmnij", lines, columns, precision=lax.Precision.HIGHEST)

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dat_jax.models.attention import DeformableAttention
+from dat_jax.models.attention import DeformableAttention, table_lookup
 from dat_jax.models.dat import DAT
 from dat_jax.ops import deformable_attention as deformable_ops
-from dat_jax.ops import grid_sample as gs
 from dat_jax.ops import neighborhood_attention as neighborhood_ops
 
 _PROJECTIONS = ("proj_q", "proj_k", "qkv")
@@ -66,16 +65,21 @@ def _of_deformable(model, stage, captured, params):
     query = captured["proj_q"]
     bias = next((captured[name] for name in _BIASES if name in captured), None)
     has_table = model.position_bias[stage] == "table" and model.use_offsets[stage]
-    points = gs.to_pixels(positions, query.shape[1:3]).reshape(*positions.shape[:2], -1, 2)
+    lookup = {}
+    if has_table:
+        table_shape = model.table_shape(stage=stage)
+        lookup = dict(
+            table=params["rpe_table"],
+            **table_lookup(positions, query.shape[1:3], table_shape, model.deformable_form),
+        )
     weights = deformable_ops.deformable_attention_weights(
         query,
         captured["proj_k"],
         num_heads=model.num_heads[stage],
-        points=points,
-        table=params["rpe_table"] if has_table else None,
+        **lookup,
         bias=bias,
     )
-    references = deformable_ops.reference_points(positions.shape[2:4])
+    references = deformable_ops.reference_points(positions.shape[2:4], form=model.deformable_form)
     return {"positions": positions, "references": references, "weights": weights}
 
 

@@ -85,6 +85,7 @@ def check_model(metadata: Mapping[str, Any], run: Run) -> None:
 def _differences(metadata, run):
     """{key of the configuration: (value then, value now)}; None for a key that is not there."""
     then, now = (_flatten(json.loads(json.dumps(config))) for config in (metadata["config"], run.config.to_dict()))
+    then.setdefault("model.deformable_form", "dat_pp")  # the only form before this key existed
     names = sorted(then.keys() | now.keys())
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 

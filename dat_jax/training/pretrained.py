@@ -46,7 +46,8 @@ def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[DAT | Segment
         checkpoint is taken, with the averaged weights where there are any.
       **overrides: attributes of ``DAT`` (of a segmentor's or detector's backbone), such as num_classes, image_size or dtype
         (float32 unless given). Where they change shapes, weights are adapted as ``adapt_params`` says; a classifier's head of
-        other classes is initialised from a fixed key.
+        other classes is initialized from a fixed key. ``deformable_form`` is required for a DAT v1 that was saved before
+        this attribute existed.
 
     Returns:
       The model, and variables {"params": ...}, of a model with BatchNorm with "batch_stats", on the default device.
@@ -54,7 +55,7 @@ def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[DAT | Segment
     Raises:
       UserError: nothing to load there, damage, unknown attributes, or ones that the weights do not fit.
     """
-    saved_model, variables = load_trained(path)
+    saved_model, variables = load_trained(path, deformable_form=overrides.get("deformable_form"))
     saved_dat = _dat(saved_model)
     dat = _create_model(path, {**describe_model(saved_dat), **overrides})
     model = dat if saved_model is saved_dat else saved_model.clone(dat=dat, dtype=dat.dtype)
@@ -79,7 +80,11 @@ load = load_pretrained  # what programs call it
 
 
 def load_for_finetuning(
-    path: str | os.PathLike, *, fresh_variables: Mapping[str, Any], head_rows: np.ndarray | None = None
+    path: str | os.PathLike,
+    *,
+    fresh_variables: Mapping[str, Any],
+    deformable_form: str,
+    head_rows: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Trained weights to start another training from.
 
@@ -88,7 +93,8 @@ def load_for_finetuning(
 
     Args:
       path: an export, or a run's work directory, as in ``load_pretrained``.
-      fresh_variables: of the model to train, initialised; on the host or on devices that this process sees.
+      fresh_variables: of the model to train, initialized; on the host or on devices that this process sees.
+      deformable_form: of the model to train, see ``DAT``. Weights of the other form are refused.
       head_rows: see ``adapt_params``.
 
     Returns:
@@ -99,7 +105,13 @@ def load_for_finetuning(
       UserError: nothing to load there, damage, or weights of another model, each named.
     """
     model, variables = load_trained(path)
-    stages = _fixed_stages(_dat(model))
+    dat = _dat(model)
+    if "D" in "".join(dat.stages) and dat.deformable_form != deformable_form:
+        raise UserError(
+            f"{path} has the weights of a model with deformable_form {dat.deformable_form!r}, got a model with "
+            f"{deformable_form!r}: set --config.model.deformable_form={dat.deformable_form}."
+        )
+    stages = _fixed_stages(dat)
     given, wanted = (kind_of(tree["params"]) for tree in (variables, fresh_variables))
     if given not in ("classifier", wanted):
         others = "" if wanted == "classifier" else f", or of another {wanted}"
@@ -119,8 +131,13 @@ def load_for_finetuning(
     return jax.tree.map(np.asarray, variables), notes
 
 
-def load_trained(path: str | os.PathLike) -> tuple[DAT | Segmentor | Detector, dict[str, Any]]:
-    """The model and the variables, as numpy arrays, of an export or a work directory; see ``load_pretrained``."""
+def load_trained(
+    path: str | os.PathLike, *, deformable_form: str | None = None
+) -> tuple[DAT | Segmentor | Detector, dict[str, Any]]:
+    """The model and the variables, as numpy arrays, of an export or a work directory; see ``load_pretrained``.
+
+    ``deformable_form`` is that of a model that was saved before this attribute existed.
+    """
     path = pathlib.Path(path)
     if os.path.isfile(path / "model.json"):
         variables, description = load_export(path)
@@ -146,7 +163,7 @@ def load_trained(path: str | os.PathLike) -> tuple[DAT | Segmentor | Detector, d
         )
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not say which model its weights are of.")
-    dat = _create_model(path, settings)
+    dat = _create_model(path, _complete_form(path, settings, deformable_form))
     if kind == "classifier":
         return dat, variables
     try:
@@ -256,6 +273,26 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not say which model the weights beside it are of.") from error
     raise UserError(f"{path} does not say which model the weights beside it are of.")
+
+
+def _complete_form(path, settings: Mapping[str, Any], form: str | None) -> dict[str, Any]:
+    """The settings with "deformable_form", which files have only since both published forms are supported.
+
+    Before, only "dat_pp" was computed. Weights of DAT v1 may nevertheless be the released ones, which are for the other
+    form, and nothing in the file shows which. A DAT++ exists in one form only.
+    """
+    if "deformable_form" in settings:
+        return dict(settings)
+    dat = _create_model(path, settings)
+    kinds = set("".join(dat.stages))
+    fits_both = "D" in kinds and not kinds & set("NEX") and not any(dat.lpu)
+    if fits_both and form is None:
+        raise UserError(
+            f"{path} was saved before dat_jax distinguished the two published forms of deformable attention, and its weights "
+            "fit both. Convert the original file again, or load it with dat_jax.load(..., deformable_form=FORM), where FORM "
+            'is "cvpr2022" for weights that the authors released for DAT v1 and "dat_pp" for a model that dat_jax trained.'
+        )
+    return {**settings, "deformable_form": form or "dat_pp"}
 
 
 def _create_model(path, settings: Mapping[str, Any]) -> DAT:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dat_jax.config import validate
 from dat_jax.errors import UserError
 from dat_jax.flops import count_product_flops
+from dat_jax.models.registry import create_model
 from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.tasks import Task
 from dat_jax.training import sharding
@@ -83,6 +84,7 @@ def make_run(
       UserError: says what does not fit.
     """
     validate(config)
+    config = _with_deformable_form(config)
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     setup = SETUPS[config.task]
     train_source, eval_source = sources or setup.load_sources(config)
@@ -125,6 +127,23 @@ def make_run(
         metric=setup.evaluation.METRIC,
         evaluate=setup.make_evaluate(config, task.predict, eval_source),
     )
+
+
+def _with_deformable_form(config: ConfigDict) -> ConfigDict:
+    """The configuration with ``model.deformable_form``, by default that of the named model.
+
+    It is recorded with the run because the parameters do not show which form they were trained with.
+    """
+    if "deformable_form" in config.model:
+        return config
+    try:
+        form = create_model(config.model.name).deformable_form
+    except ValueError as error:
+        raise UserError(f"config.model cannot be built: {error}") from error
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.deformable_form = form
+    return config
 
 
 def count_model_flops(run: Run) -> float:
@@ -177,7 +196,12 @@ def start_state(run: Run, *, note: Callable[[str], None]) -> TrainState:
     if not config.init_from:
         return state
     fresh = {"params": state.params, **state.model_state}
-    variables, notes = load_for_finetuning(config.init_from, fresh_variables=fresh, head_rows=head_rows)
+    variables, notes = load_for_finetuning(
+        config.init_from,
+        fresh_variables=fresh,
+        deformable_form=config.model.deformable_form,
+        head_rows=head_rows,
+    )
     for sentence in [f"Starting from the weights of {config.init_from}.", *notes]:
         note(sentence)
     params = jax.device_put(variables.pop("params"), run.state_sharding.params)

@@ -24,6 +24,7 @@ PUBLISHED = {
     ("dat_tiny", 224): 4.6,
     ("dat_small", 224): 9.0,
     ("dat_base", 224): 15.8,
+    ("dat_base_384", 384): 49.8,
     ("dat_p_tiny", 224): None,
     ("dat_pp_nano", 48): None,
 }

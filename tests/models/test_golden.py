@@ -14,6 +14,9 @@ TOLERANCES = {
     "float64": {"logits": 1e-9, "stages": 1e-7, "positions": 1e-9, "norms": 1e-9, "gradients": 1e-7},
     "float32": {"logits": 1e-5, "stages": 1e-5, "positions": 1e-5, "norms": 1e-4, "gradients": 1e-4},
 }
+# In this block one key lies 2e-7 rows from a line of the position table, closer than float32 resolves there. Bilinear
+# sampling has a kink on the line, so the gradient of the key's position may be that of either side: 2e-3 of the whole.
+KINK = ("v1_cvpr2022_mini", "float32", "stages.2.attns.1.conv_offset.")
 
 
 def check_golden(name: str, dtype: str, *, implementation: str = "auto") -> None:
@@ -35,8 +38,9 @@ def check_golden(name: str, dtype: str, *, implementation: str = "auto") -> None
     assert logits.dtype == dtype
     assert relative_error(logits, golden.arrays["logits"]) < tolerance["logits"]
     assert relative_error(loss, golden.arrays["loss"]) < tolerance["logits"]
+    assert len(stages) == 4
     for index, stage in enumerate(stages):
-        assert relative_error(jnp.moveaxis(stage, -1, 1), golden.arrays[f"stage{index}"]) < tolerance["stages"]
+        assert golden.map_error(f"stage{index}", stage) < tolerance["stages"]
 
     recorded_positions = golden.group("pos.")
     for key, wanted in recorded_positions.items():
@@ -46,34 +50,41 @@ def check_golden(name: str, dtype: str, *, implementation: str = "auto") -> None
 
     ours, norms = conversion.to_official(model, gradients), golden.group("gradnorm.")
     assert set(ours) == set(norms)
+
+    def limit(kind, key):
+        at_kink = (name, dtype) == KINK[:2] and key.startswith(KINK[2])
+        return 5e-3 if at_kink else tolerance[kind]
+
     for key, wanted in norms.items():
         norm = np.linalg.norm(ours[key])
         if key.endswith("proj_k.bias") and "rpe_table" in " ".join(ours):  # zero in exact arithmetic
             assert norm < 1e-6, key
         else:
-            assert relative_error(norm, wanted) < tolerance["norms"], key
+            assert relative_error(norm, wanted) < limit("norms", key), key
     for key, wanted in golden.group("grad.").items():
-        assert relative_error(ours[key], wanted) < tolerance["gradients"], key
+        assert relative_error(ours[key], wanted) < limit("gradients", key), key
 
 
-@pytest.mark.parametrize("name", ["pp_mini", "v1_mini"])
+@pytest.mark.parametrize("name", ["pp_mini", "v1_mini", "v1_cvpr2022_mini"])
 def test_float32(name):
     check_golden(name, "float32")
 
 
-@pytest.mark.parametrize("name", ["pp_mini", "v1_mini"])
+@pytest.mark.parametrize("name", ["pp_mini", "v1_mini", "v1_cvpr2022_mini"])
 def test_float64(name, x64):
     check_golden(name, "float64")
 
 
-def test_matmul_forms_of_an_accelerator_in_float64(x64, monkeypatch):
-    """What "auto" chooses off the CPU."""
+@pytest.mark.parametrize("name", ["pp_mini", "v1_cvpr2022_mini"])
+def test_matmul_forms_of_an_accelerator_in_float64(name, x64, monkeypatch):
+    """The implementations that "auto" chooses on other platforms than the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    check_golden("pp_mini", "float64")
+    check_golden(name, "float64")
 
 
-def test_plain_implementations():
-    golden = Golden("pp_mini", np.float32)
+@pytest.mark.parametrize("name", ["pp_mini", "v1_cvpr2022_mini"])
+def test_plain_implementations(name):
+    golden = Golden(name, np.float32)
     model, variables = conversion.from_official(golden.config, golden.state_dict, implementation="plain")
     logits = jax.jit(model.apply)(variables, golden.images)
     assert relative_error(logits, golden.arrays["logits"]) < 1e-5

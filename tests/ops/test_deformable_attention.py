@@ -87,8 +87,40 @@ def test_positions_equal_the_definition(x64, key_shape, range_factor):
     )
 
 
-def test_positions_of_float32_offsets_are_float32():
-    assert da.key_positions(jnp.zeros((1, 1, 2, 2, 2)), range_factor=2).dtype == jnp.float32
+@pytest.mark.parametrize("key_shape", [(1, 1), (1, 4), (3, 2)])
+@pytest.mark.parametrize("range_factor", [-1.0, 0.0, 2.0])
+def test_positions_of_the_released_form_equal_the_definition(x64, key_shape, range_factor):
+    np.testing.assert_allclose(
+        da.reference_points(key_shape, jnp.float64, form="cvpr2022"),
+        sampling.reference_points(key_shape, released=True),
+        atol=1e-15,
+    )
+    (offsets,) = compare.normal(0, (2, 3, *key_shape, 2))
+    compare.assert_same(
+        {"key_positions": functools.partial(da.key_positions, range_factor=range_factor, form="cvpr2022")},
+        functools.partial(sampling.released_key_positions, range_factor=range_factor),
+        offsets,
+    )
+
+
+def test_positions_of_the_released_form_by_hand():
+    points = da.reference_points((4, 1), form="cvpr2022")
+    np.testing.assert_allclose(points[:, 0], [[-0.75, 0], [-0.25, 0], [0.25, 0], [0.75, 0]])
+    offsets = np.asarray([[0.0, 0.0], [99.0, -99.0]]).reshape(1, 1, 2, 1, 2)
+    bounded = compare.run(functools.partial(da.key_positions, range_factor=2, form="cvpr2022"), offsets)
+    np.testing.assert_allclose(bounded[0, 0, :, 0], [[-0.5, 0], [1.5, -2]])
+    squashed = compare.run(functools.partial(da.key_positions, range_factor=-1, form="cvpr2022"), offsets)
+    np.testing.assert_allclose(squashed[0, 0, :, 0], [[np.tanh(-0.5), 0], [1, -1]], rtol=1e-6)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="'cvpr2023'; choose one of dat_pp, cvpr2022"):
+        da.key_positions(jnp.zeros((1, 1, 2, 2, 2)), range_factor=2, form="cvpr2023")
+
+
+@pytest.mark.parametrize("form", da.FORMS)
+def test_positions_of_float32_offsets_are_float32(form):
+    assert da.key_positions(jnp.zeros((1, 1, 2, 2, 2)), range_factor=2, form=form).dtype == jnp.float32
 
 
 def make_arguments(map_shape, table_map, *, heads, groups, keys, width, batch=2):

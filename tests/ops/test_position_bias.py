@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dat_jax.ops import dispatch, position_bias
+from dat_jax.ops import grid_sample as gs
 from tests.reference import compare, sampling
 
 IMPLEMENTATIONS = ("auto", "plain", *dispatch.IMPLEMENTATIONS["position_bias"])
@@ -187,3 +188,37 @@ def test_bias_of_a_bfloat16_table_is_float32(implementation):
     got = compare.run(lookup, table.astype(jnp.bfloat16), points)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, compare.run(lookup, table, points), atol=0.02)
+
+
+@pytest.mark.parametrize("map_shape", [(4, 4), (3, 5), (1, 1), (1, 4), (7, 2)])
+@pytest.mark.parametrize("table_map", [(4, 4), (2, 3), (1, 5)])
+def test_centers_equal_the_definition_in_every_implementation(x64, map_shape, table_map):
+    """Queries at half pixels, as in the released DAT v1: on the table's own map size and on others."""
+    (positions,) = compare.normal(2, (2, 2, 3, 2))
+
+    def lookup(table, positions, implementation):
+        points = gs.to_pixels(positions, table_map)
+        options = dict(map_shape=map_shape, query_grid="centers", implementation=implementation)
+        return position_bias.table_position_bias(table, points, **options)
+
+    compare.assert_same(
+        {name: functools.partial(lookup, implementation=name) for name in IMPLEMENTATIONS},
+        functools.partial(sampling.position_bias, map_shape=map_shape, released=True),
+        make_table(3, 4, table_map),
+        positions,
+    )
+
+
+def test_centers_of_a_map_of_two_by_hand():
+    table = np.arange(1.0, 10.0).reshape(1, 3, 3)
+    lookup = functools.partial(position_bias.table_position_bias, map_shape=(2, 2), query_grid="centers")
+    # Queries are at 0.25 and 0.75 of a table row, the key is at 0.5: a quarter of a row before and after the middle.
+    bias = compare.run(lookup, table, np.full((1, 1, 1, 2), 0.5)).reshape(2, 2)
+    np.testing.assert_allclose(bias, [[4.0, 4.5], [5.5, 6.0]])
+
+
+def test_an_unknown_query_grid_is_refused():
+    with pytest.raises(ValueError, match="'edges'; choose one of corners, centers"):
+        position_bias.table_position_bias(
+            jnp.zeros((1, 3, 3)), jnp.zeros((1, 1, 1, 2)), map_shape=(2, 2), query_grid="edges"
+        )

@@ -25,22 +25,24 @@ def to_normalized(points, map_shape):
     return jnp.stack(sides, axis=-1)
 
 
-def query_positions(map_shape):
-    """(H * W, 2): the pixels of a map in normalised coordinates."""
+def query_positions(map_shape, released=False):
+    """(H * W, 2): the pixels of a map in normalized coordinates; with half pixels as in the released DAT v1."""
     pixels = [(float(i), float(j)) for i in range(map_shape[0]) for j in range(map_shape[1])]
+    if released:
+        return (jnp.asarray(pixels) + 0.5) / jnp.asarray(map_shape, float)[None] * 2 - 1
     return to_normalized(jnp.asarray(pixels), map_shape)
 
 
-def displacements(positions, map_shape):
-    """(B, G, N, 2) -> (B, G, H * W, N, 2): query minus key, normalised."""
-    return query_positions(map_shape)[None, None, :, None] - positions[:, :, None]
+def displacements(positions, map_shape, released=False):
+    """(B, G, N, 2) -> (B, G, H * W, N, 2): query minus key, normalized."""
+    return query_positions(map_shape, released)[None, None, :, None] - positions[:, :, None]
 
 
-def position_bias(table, positions, map_shape):
-    """(M, ., .), normalised (B, G, N, 2) -> (B, M, H * W, N): the table sampled at half of every displacement."""
+def position_bias(table, positions, map_shape, released=False):
+    """(M, ., .), normalized (B, G, N, 2) -> (B, M, H * W, N): the table sampled at half of every displacement."""
     heads, rows, columns = table.shape
     groups = positions.shape[1]
-    half = 0.5 * displacements(positions, map_shape)
+    half = 0.5 * displacements(positions, map_shape, released)
     weights_y = hat((half[..., 0] + 1) / 2 * (rows - 1), rows)
     weights_x = hat((half[..., 1] + 1) / 2 * (columns - 1), columns)
     biases = []
@@ -56,9 +58,12 @@ def log_displacements(positions, map_shape):
     return jnp.where(d < 0, -1, 1) * jnp.log(jnp.where(d < 0, -d, d) + 1) / jnp.log(8.0)
 
 
-def reference_points(key_shape):
+def reference_points(key_shape, released=False):
     """(Hk, Wk, 2)."""
     points = []
+    if released:
+        lines = [[(i + 0.5) / keys * 2 - 1 for i in range(keys)] for keys in key_shape]
+        return jnp.asarray([[(y, x) for x in lines[1]] for y in lines[0]])
     for i in range(key_shape[0]):
         for j in range(key_shape[1]):
             y = (i + 0.5) / (key_shape[0] - 1) * 2 - 1 if key_shape[0] > 1 else 0.0
@@ -67,8 +72,19 @@ def reference_points(key_shape):
     return jnp.asarray(points).reshape(*key_shape, 2)
 
 
+def released_key_positions(offsets, range_factor):
+    """(B, G, Hk, Wk, 2) raw offsets -> positions, normalized, as in the released DAT v1."""
+    reference = reference_points(offsets.shape[2:4], released=True)[None, None]
+    if range_factor < 0:
+        return jnp.tanh(offsets + reference)
+    if range_factor > 0:
+        step = jnp.stack([jnp.float32(1.0 / keys) for keys in offsets.shape[2:4]]).astype(offsets.dtype)
+        offsets = jnp.tanh(offsets) * step[None, None, None, None] * range_factor
+    return offsets + reference
+
+
 def key_positions(offsets, range_factor):
-    """(B, G, Hk, Wk, 2) raw offsets -> positions, normalised."""
+    """(B, G, Hk, Wk, 2) raw offsets -> positions, normalized."""
     key_shape = offsets.shape[2:4]
     reference = reference_points(key_shape)
     sides = []

@@ -33,9 +33,14 @@ def make_model(**settings):
     )
 
 
-@pytest.fixture(scope="module")
-def looked():
-    model = make_model()
+RELEASED = dict(
+    deformable_form="cvpr2022", position_bias=("table", "fixed", "table", "dwc"), offset_range_factors=(2, -1, 2, -1)
+)
+
+
+@pytest.fixture(scope="module", params=[{}, RELEASED], ids=["dat_pp", "cvpr2022"])
+def looked(request):
+    model = make_model(**request.param)
     variables = random_variables(model, IMAGES)
     capture = dict(
         mutable=["intermediates"],
@@ -92,15 +97,15 @@ def test_keys_are_where_the_model_says_and_every_group_has_its_own(looked):
 
 
 def test_a_model_whose_blocks_are_scanned_and_recomputed_has_the_same(looked):
-    _, variables, _, found = looked
-    model = make_model(scan_blocks=True, remat="blocks")
+    model, variables, _, found = looked
+    model = model.clone(scan_blocks=True, remat="blocks")
     again = jax.jit(lambda v, x: compute_attention(model, v, x))(variables, IMAGES)
     assert found
     assert set(again) == set(found)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), found)
 
 
-def test_keys_without_offsets_have_no_bias(looked):
+def test_keys_without_offsets_have_no_bias():
     model = make_model(use_offsets=(False,) * 4)
     variables = random_variables(model, IMAGES)
     found = compute_attention(model, variables, IMAGES)["stages_0/blocks_1"]
