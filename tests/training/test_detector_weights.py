@@ -126,7 +126,7 @@ def test_an_export_of_an_unknown_detector_is_said(exports, tmp_path):
 def test_other_classes_have_new_layers(name, exports):
     directory, _, given = exports[name]
     _, fresh = make(name, classes=5, seed=1)
-    variables, notes = load_for_finetuning(directory, fresh_variables=fresh)
+    variables, notes = load_for_finetuning(directory, fresh_variables=fresh, deformable_form="dat_pp")
     assert notes == ["The layers of 5 classes are new: the loaded ones have 3."]
     got, given, fresh = flat(variables), flat(given), flat(fresh)
     assert got.keys() == fresh.keys()
@@ -137,7 +137,7 @@ def test_other_classes_have_new_layers(name, exports):
     for key in fresh:
         np.testing.assert_array_equal(got[key], (fresh if key in new else given)[key], err_msg=key)
     _, fresh = make(name, seed=1)
-    variables, notes = load_for_finetuning(directory, fresh_variables=fresh)
+    variables, notes = load_for_finetuning(directory, fresh_variables=fresh, deformable_form="dat_pp")
     assert notes == []
     assert_same(variables, exports[name][2])
 
@@ -148,7 +148,7 @@ def test_it_starts_from_a_classifier(name, tmp_path):
     weights = random_variables(classifier, IMAGES, seed=5)
     export_model(tmp_path / "classifier", model=classifier, variables=weights)
     _, fresh = make(name)
-    variables, notes = load_for_finetuning(tmp_path / "classifier", fresh_variables=fresh)
+    variables, notes = load_for_finetuning(tmp_path / "classifier", fresh_variables=fresh, deformable_form="dat_pp")
     assert notes == ["The backbone is that of a classifier; norms of its maps, and heads, are new."]
     given = {f"params/backbone/dat/{key}": array for key, array in flat(weights["params"]).items() if key[:4] != "cls_"}
     assert_same(variables, flax.traverse_util.unflatten_dict(flat(fresh) | given, sep="/"))
@@ -168,5 +168,5 @@ def test_weights_of_another_kind_are_refused(exports, tmp_path):
         (directory, make("retinanet", dims=(8, 8, 16, 32))[1], "of another model: .*fpn_convs_3/kernel is"),
     ):
         with pytest.raises(UserError, match=message) as info:
-            load_for_finetuning(path, fresh_variables=fresh)
+            load_for_finetuning(path, fresh_variables=fresh, deformable_form="dat_pp")
         assert "\n" not in str(info.value)

@@ -349,7 +349,7 @@ def test_finetuning_starts_from_host_arrays_of_the_dtypes_it_asks_for(export, wo
     fresh = jax.tree.map(jnp.asarray, fresh)
     fresh["cls_norm"]["bias"] = fresh["cls_norm"]["bias"].astype(jnp.bfloat16)
     for path, given in ((export[0], export[2]), workdir):
-        variables, notes = load_for_finetuning(path, fresh_variables={"params": fresh})
+        variables, notes = load_for_finetuning(path, fresh_variables={"params": fresh}, deformable_form="dat_pp")
         params = variables["params"]
         for got, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(fresh), strict=True):
             assert isinstance(got, np.ndarray)
@@ -358,7 +358,9 @@ def test_finetuning_starts_from_host_arrays_of_the_dtypes_it_asks_for(export, wo
         np.testing.assert_array_equal(params["cls_head"]["kernel"], fresh["cls_head"]["kernel"])
         assert len(notes) == 2
     rows = np.array([3, 1, 0, 5])
-    variables, _ = load_for_finetuning(export[0], fresh_variables={"params": fresh}, head_rows=rows)
+    variables, _ = load_for_finetuning(
+        export[0], fresh_variables={"params": fresh}, deformable_form="dat_pp", head_rows=rows
+    )
     params = variables["params"]
     np.testing.assert_array_equal(params["cls_head"]["bias"], export[2]["cls_head"]["bias"][rows])
 
