@@ -147,6 +147,33 @@ def write_weights(
     return _rows(name, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
 
 
+def _choose_form(found, *, asked: str | None, recorded: str | None, weights: str) -> DAT | Segmentor | Detector:
+    """The model with the form of deformable attention that was asked for or that the file records.
+
+    Otherwise the model keeps the form of its name or configuration, see ``DAT.deformable_form``.
+    """
+    if asked and recorded and asked != recorded:
+        raise UserError(f"{weights} records the form {recorded} of deformable attention, got --form={asked}.")
+    dat = found if isinstance(found, DAT) else found.dat
+    form = asked or recorded or dat.deformable_form
+    if form not in FORMS:
+        raise UserError(f"{weights} records the unknown form {form!r} of deformable attention; known: {', '.join(FORMS)}.")
+    dat = dat.clone(deformable_form=form)
+    return dat if isinstance(found, DAT) else found.clone(dat=dat)
+
+
+def _describe_form(model: DAT | Segmentor | Detector) -> dict[str, str]:
+    """The row about the form of D blocks, if there are any."""
+    dat = model if isinstance(model, DAT) else model.dat
+    if "D" not in "".join(dat.stages):
+        return {}
+    what = {
+        "cvpr2022": "cvpr2022, DAT v1 as it was released; --form=dat_pp is for weights of the code published with DAT++",
+        "dat_pp": "dat_pp, as published with DAT++",
+    }
+    return {"deformable form": what[dat.deformable_form]}
+
+
 def _model_from_yaml(path: str) -> DAT:
     """Of the published YAML only MODEL.DAT says what the model is; DATA.IMG_SIZE is the size that it is run on."""
     try:
@@ -230,6 +257,7 @@ def _rows(
     return {
         "model": name,
         "parameters": f"{sum(array.size for array in jax.tree.leaves(written.get('params', written))):,}",
+        **_describe_form(model),
         "classes": str(model.num_classes),
         "checksum": written_checksum,
         "written": where,
