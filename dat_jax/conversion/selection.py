@@ -233,8 +233,8 @@ def _describe_source(chosen: _Candidate, candidates: list[_Candidate]) -> str:
 def _describe_other(content: Any, path: Any) -> str:
     if isinstance(content, Object):
         return f"{path} holds an object of {show(content.maker)}, not a state dict; {_ADVICE}."
-    kind = "tensor without a name" if isinstance(content, Tensor) else type(content).__name__
-    return f"{path} holds no weights by name: expected a mapping, got a value of the type {kind}."
+    kind = "tensor without a name" if isinstance(content, Tensor) else f"value of the type {type(content).__name__}"
+    return f"{path} holds no weights by name: expected a mapping, got a {kind}."
 
 
 def _describe_missing(mapping: Mapping, path: Any) -> str:

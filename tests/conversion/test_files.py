@@ -176,7 +176,10 @@ def test_views_beyond_their_storage_are_refused(changes, message, tmp_path):
         (pth.mapping({"epoch": pth.integer(3), "model": pth.mapping({})}), "its keys are epoch, model"),
         (b"", "is damaged"),
         (b"garbage", "is damaged"),
-        (pth.call("torch._utils", "_rebuild_tensor_v2", pth.integer(3)), "holds an object of torch._utils._rebuild_tensor_v2, not a state dict"),
+        (
+            pth.call("torch._utils", "_rebuild_tensor_v2", pth.integer(3)),
+            "holds an object of torch._utils._rebuild_tensor_v2, not a state dict",
+        ),
         (pth.mapping({"w": pth.call("torch", "FloatStorage")}), r"its keys are w \(torch\.FloatStorage\)"),
     ],
 )
