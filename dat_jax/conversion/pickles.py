@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-MAX_BYTES = 128 << 20  # per pickle; those of training checkpoints have a few MiB
-MAX_STEPS = 4_000_000  # opcodes per pickle; those of training checkpoints have a few hundred thousand
+MAX_BYTES = 256 << 20  # per pickle; MMEngine's hold the loss of every iteration, up to about 100 MiB
+MAX_STEPS = 2_000_000  # opcodes per pickle; those of training checkpoints have about a hundred per tensor
 _MAX_NAME = 1000  # characters of a global
 
 # Modules whose functions run programs or load code. A file that names one of them attacks whoever opens it with
@@ -128,7 +128,7 @@ class _Machine:
     def spend(self, steps: int) -> None:
         self._steps += steps
         if self._steps > MAX_STEPS:
-            raise PickleError(f"its pickle has more than {MAX_STEPS:,} steps")
+            raise PickleError(f"its pickle has more than {MAX_STEPS:,} steps; save only the weights")
 
     def run(self, name: str, argument: Any) -> None:
         _ACTIONS[name](self, argument)  # KeyError: opcodes that no file of weights has
@@ -190,11 +190,9 @@ class _Machine:
         elif not isinstance(maker, Global) or not isinstance(arguments, tuple | list):
             raise TypeError
         elif (maker.module, maker.name) in _MAPPINGS:
-            self.push({})
             pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []  # Python 2 wrote them so
-            self.spend(len(pairs))
-            for key, value in pairs:
-                self.set_entries((key, value))
+            self.spend(3 * len(pairs))
+            self.push({key: value for key, value in pairs if isinstance(key, str)})
         else:
             self.push(self._construct(maker, arguments))
 

@@ -19,7 +19,8 @@ from dat_jax.errors import UserError
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first pickle of the format from before PyTorch 1.6
 _PROTOCOL = 1001
-# All arrays of a file together may take this many times its size, or the floor: weights may share a storage.
+# What is read from a file may take this many times its size, or the floor: weights may share a storage, and archives may
+# be compressed.
 _MAX_GROWTH, _MIN_LIMIT = 16, 16 << 20
 _MAX_AXES = 32
 
@@ -100,7 +101,7 @@ def open_archive(path: pathlib.Path) -> Iterator[TorchFile]:
             order = {b"little": "<", b"big": ">"}.get(read("byteorder", 0, 64).strip(), "")
             if not order:
                 raise ValueError("expected the byte order little or big")
-        content = _read_object(io.BytesIO(read("data.pkl", 0, MAX_BYTES)))
+        content = _read_object(io.BytesIO(read("data.pkl", 0, min(MAX_BYTES, _get_limit(path.stat().st_size)))))
         # A storage whose bytes are no multiple of a number's size is recorded by its whole numbers.
         yield TorchFile(content, lambda s: read(f"data/{s.key}", s.nbytes, s.nbytes + 15), order)
 
@@ -124,7 +125,7 @@ def _refuse_other_archives(path: pathlib.Path, names: list[str], roots: list[str
 def open_legacy(path: pathlib.Path) -> Iterator[TorchFile]:
     """The format from before PyTorch 1.6: five pickles, and the bytes of every storage, each after its count."""
     with path.open("rb") as file:
-        stream = io.BytesIO(file.read(MAX_BYTES))
+        stream = io.BytesIO(file.read(min(path.stat().st_size, MAX_BYTES)))
         if _read_object(stream) != MAGIC_NUMBER:
             raise UserError(
                 f"{path} is a pickle that torch.save did not write; load it where you trust it, and save only the weights "
@@ -231,7 +232,7 @@ def load_tensors(tensors: Mapping[str, Tensor], file: TorchFile, *, file_bytes: 
         total += _check_view(show(name), tensor)
         sharing[tensor.storage].append(name)
     total = max(total, sum(storage.nbytes for storage in sharing))
-    limit = max(_MAX_GROWTH * file_bytes, _MIN_LIMIT)
+    limit = _get_limit(file_bytes)
     if total > limit:
         raise ValueError(
             f"its tensors would take {total:,} bytes, more than the limit of {limit:,} for a file of its size"
@@ -245,6 +246,10 @@ def load_tensors(tensors: Mapping[str, Tensor], file: TorchFile, *, file_bytes: 
         for name in names:
             arrays[name] = _view(tensors[name], data, file.byte_order)
     return arrays
+
+
+def _get_limit(file_bytes: int) -> int:
+    return max(_MAX_GROWTH * file_bytes, _MIN_LIMIT)
 
 
 def _check_view(name: str, tensor: Tensor) -> int:
