@@ -185,9 +185,11 @@ class _Machine:
         self.push(check_global(module, name))
 
     def call(self, maker, arguments):
+        if not isinstance(arguments, tuple | list):
+            raise TypeError
         if isinstance(maker, Object):  # such as a method from getattr
             self.push(Object(maker.maker, arguments))
-        elif not isinstance(maker, Global) or not isinstance(arguments, tuple | list):
+        elif not isinstance(maker, Global):
             raise TypeError
         elif (maker.module, maker.name) in _MAPPINGS:
             pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []  # Python 2 wrote them so

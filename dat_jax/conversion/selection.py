@@ -4,8 +4,8 @@ A checkpoint may hold the weights that were trained ("raw") and an average of th
 for under the usual keys. "auto" takes what is in the ordinary place, which is what the program that wrote the file loads
 too: the entries of ``RAW_KEYS`` in their order, then those of ``EMA_KEYS``, then the top level.
 
-Three programs swap the two when they save, so that the ordinary place has the averages: MMEngine, Lightning and MMCV.
-Their files are recognized, "ema" and "raw" take what is meant, and "auto" still takes the ordinary place.
+MMEngine, MMCV and Lightning swap the two when they save, so that the ordinary place has the averages. Their files are
+recognized: "ema" and "raw" take the averages and the raw weights, and "auto" still takes the ordinary place.
 """
 
 import re
@@ -153,6 +153,7 @@ def _find_state_dicts(mapping: Mapping, known: dict, depth: int) -> list[tuple[t
 def _split(candidate: _Candidate) -> list[_Candidate]:
     """Raw and averaged weights that are in one mapping under different names."""
     place, averaged, entries = candidate
+    entries = {name: value for name, value in entries.items() if _is_tensor(value) or _is_unknown_tensor(value)}
     averaged = averaged or "n_averaged" in entries  # of torch.optim.swa_utils.AveragedModel
     buffers = {f"ema_{name.replace('.', '_')}": name for name in entries}  # of MMCV's EMAHook, which swaps
     raw = {buffers[name]: value for name, value in entries.items() if name in buffers}
@@ -192,7 +193,7 @@ def _is_tensor(value: Any) -> bool:
 def _refuse_unknown_values(entries: Mapping[str, Any], path: Any) -> None:
     """Refuse weights that need a function or class which is not known here, such as quantized and sparse tensors."""
     for name, value in entries.items():
-        if isinstance(value, Object) and (_is_unknown_tensor(value) or _has_tensor(value)):
+        if _is_unknown_tensor(value):
             raise UserError(
                 f"{path} has weights that are not read here: {show(name)} needs {show(value.maker)}; load the file with "
                 "PyTorch where you trust it, and save plain dense tensors."
@@ -206,20 +207,13 @@ def _refuse_unknown_tensors(mapping: Mapping[str, Any], path: Any) -> None:
 
 
 def _is_unknown_tensor(value: Any) -> bool:
-    return isinstance(value, Object) and value.maker.name.startswith("_rebuild_")
+    return isinstance(value, Object) and (value.maker.name.startswith("_rebuild_") or _has_tensor(value))
 
 
-def _has_tensor(value: Any, depth: int = 4) -> bool:
-    """Whether an object that is not built is made from tensors; looked for among its first values only."""
-    if isinstance(value, Tensor | Storage):
-        return True
-    if depth == 0:
-        return False
-    if isinstance(value, Object):
-        return _has_tensor((value.arguments, value.state), depth - 1)
-    if isinstance(value, dict):
-        value = [value[key] for key, _ in zip(value, range(20), strict=False)]
-    return isinstance(value, tuple | list) and any(_has_tensor(item, depth - 1) for item in value[:20])
+def _has_tensor(value: Object) -> bool:
+    """Whether an object is made from tensors, looked for among its first arguments and their first items."""
+    nested = (item[:10] if isinstance(item, tuple) else (item,) for item in value.arguments[:10])
+    return any(isinstance(item, Tensor | Storage) for items in nested for item in items)
 
 
 def _describe_source(chosen: _Candidate, candidates: list[_Candidate]) -> str:

@@ -138,6 +138,7 @@ def open_legacy(path: pathlib.Path) -> Iterator[TorchFile]:
         storages: dict[str, Storage] = {}
         content = _read_object(stream, storages)
         places = _find_storages(file, _read_object(stream), storages, start=stream.tell())
+        del stream  # it may hold MAX_BYTES
 
         def read(storage: Storage) -> bytes:
             if places.get(storage.key, (0, 0))[1] != storage.nbytes:

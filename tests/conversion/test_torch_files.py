@@ -3,6 +3,7 @@
 import io
 import pathlib
 import pickle
+import random
 import struct
 import tarfile
 import tracemalloc
@@ -241,6 +242,26 @@ def write_legacy_parts(path, *, protocol=1001, content=None, keys=("0",), count=
 def test_old_files_whose_parts_do_not_fit_are_refused(parts, message, tmp_path):
     assert_same(read_weights(write_legacy_parts(tmp_path / "good")), {"w": NUMBERS})
     assert_refused(write_legacy_parts(tmp_path / "w", **parts), message)
+
+
+@pytest.mark.parametrize("name", ["legacy_protocol4.pth.tar", "mmengine.pth", "lightning_ema.ckpt"])
+def test_recorded_files_with_changed_bytes_are_read_or_refused(name, recorded, tmp_path):
+    rng, data, refusals = random.Random(0), (recorded / name).read_bytes(), 0
+    for _ in range(300):
+        changed = bytearray(data)
+        for _ in range(rng.randrange(1, 5)):
+            place = rng.randrange(len(changed))
+            changed[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        (tmp_path / "w").write_bytes(changed)
+        try:
+            weights = read_weights(tmp_path / "w")
+        except UserError as error:
+            refusals += 1
+            assert str(error).isprintable()
+            assert str(error).endswith(".")
+        else:
+            assert sum(array.nbytes for array in weights.values()) < 10**6
+    assert refusals > 50
 
 
 def test_a_pickle_without_the_magic_number_is_refused(tmp_path):
