@@ -6,7 +6,7 @@ from dat_jax import lazy
 
 if TYPE_CHECKING:  # what _PLACES says, for type checkers
     from dat_jax.conversion.detectors import detector_from_official, detector_to_official, detector_variables
-    from dat_jax.conversion.files import read_weights, write_safetensors
+    from dat_jax.conversion.files import read_checkpoint, read_weights, write_safetensors
     from dat_jax.conversion.official import from_official, model_from_official, to_official
     from dat_jax.conversion.segmentors import segmentor_from_official, segmentor_to_official, segmentor_variables
 
@@ -16,6 +16,7 @@ __all__ = [
     "detector_variables",
     "from_official",
     "model_from_official",
+    "read_checkpoint",
     "read_weights",
     "segmentor_from_official",
     "segmentor_to_official",
@@ -31,6 +32,7 @@ _PLACES = {
     "detector_variables": "dat_jax.conversion.detectors",
     "from_official": "dat_jax.conversion.official",
     "model_from_official": "dat_jax.conversion.official",
+    "read_checkpoint": "dat_jax.conversion.files",
     "read_weights": "dat_jax.conversion.files",
     "segmentor_from_official": "dat_jax.conversion.segmentors",
     "segmentor_to_official": "dat_jax.conversion.segmentors",

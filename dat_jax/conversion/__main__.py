@@ -1,15 +1,18 @@
-"""Converts weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE]
+"""Convert weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE] [--weights=auto|ema|raw]
 
-A published classifier; one whose configuration is published too; a published segmentor, whole; a run of ours to others:
+A published classifier, one with its published configuration, a whole published segmentor, and a run of this package:
 
   python -m dat_jax.conversion dat_pp_tiny.pth weights/dat_pp_t
   python -m dat_jax.conversion dat_pp_base.pth weights/dat_pp_b --yaml=dat_pp_base.yaml
   python -m dat_jax.conversion upernet_dat_s.pth weights/upernet_dat_pp_s
   python -m dat_jax.conversion runs/dat_pp_s dat_pp_s.safetensors
 
-WEIGHTS with published names (.pth, .pt, .safetensors), of a classifier or of a whole segmentor or detector, become an export,
-the folder OUT, which dat_jax.load_pretrained reads and config.init_from takes. An export or the work directory of a run
-becomes OUT.safetensors with published names.
+If WEIGHTS is a file with published names, of a classifier or of a whole segmentor or detector, OUT is the folder of a new
+export, which dat_jax.load_pretrained and config.init_from read. The file may be one of torch.save (.pth, .pt, .pth.tar,
+.bin, .ckpt, with any suffix) or .safetensors: bare weights or a training checkpoint, also of timm, MMEngine, MMCV,
+Lightning or DeepSpeed. It is read without PyTorch, and no code in it is run.
+
+If WEIGHTS is an export or the work directory of a run, OUT is a new .safetensors file with published names.
 """
 
 import pathlib
@@ -22,8 +25,11 @@ from dat_jax.command_line import fail, run_tool
 from dat_jax.console import make_console, print_table
 from dat_jax.errors import UserError
 
-_USAGE = "WEIGHTS OUT [--model=NAME | --yaml=FILE]"
-_FLAGS = {"What WEIGHTS are of, where it is not found out": ("model=NAME", "yaml=FILE")}
+_USAGE = "WEIGHTS OUT [--model=NAME | --yaml=FILE] [--weights=auto|ema|raw]"
+_FLAGS = {
+    "What WEIGHTS are of, where it is not found out": ("model=NAME", "yaml=FILE"),
+    "Which weights to take from a checkpoint": ("weights=auto|ema|raw",),
+}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -31,6 +37,11 @@ def define_flags(values: flags.FlagValues) -> None:
     help_text = "What the weights are of, one of dat_jax.list_models(); of a segmentor or detector its backbone."
     flags.DEFINE_string("model", None, help_text, flag_values=values)
     flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.", flag_values=values)
+    help_text = (
+        "auto: those in the ordinary place (model, state_dict, ...; student before teacher), averaged ones only if there "
+        "are no others. ema: only averaged weights (model_ema, state_dict_ema, ...). raw: only weights that are not averaged."
+    )
+    flags.DEFINE_enum("weights", "auto", ["auto", "ema", "raw"], help_text, flag_values=values)
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -45,11 +56,13 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     jax.config.update("jax_platforms", "cpu")  # another program may have the accelerator
     try:
         if not pathlib.Path(weights).is_dir():
-            rows = command.import_weights(weights, out, model=values.model, yaml_file=values.yaml)
-        elif values.model is None and values.yaml is None:
+            rows = command.import_weights(weights, out, model=values.model, yaml_file=values.yaml, which=values.weights)
+        elif values.model is None and values.yaml is None and values.weights == "auto":
             rows = command.export_weights(weights, out)
         else:
-            raise UserError(f"--model and --yaml are for a file of weights; the folder {weights} says what it is of.")
+            raise UserError(
+                f"--model, --yaml and --weights are for a file of weights; the folder {weights} describes its model."
+            )
     except UserError as error:
         fail(str(error))
     console = make_console()

@@ -12,8 +12,8 @@ import numpy as np
 import yaml
 
 from dat_jax.appearing import refuse_existing
-from dat_jax.conversion import detectors, segmentors
-from dat_jax.conversion.files import SUFFIXES, read_weights, write_safetensors
+from dat_jax.conversion import detectors, segmentors, selection
+from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
@@ -59,7 +59,9 @@ _DETECTORS = _Dense(
 )
 
 
-def import_weights(weights: str, out: str, *, model: str | None = None, yaml_file: str | None = None) -> dict[str, str]:
+def import_weights(
+    weights: str, out: str, *, model: str | None = None, yaml_file: str | None = None, which: str = "auto"
+) -> dict[str, str]:
     """A file with published names -> an export.
 
     Args:
@@ -67,6 +69,7 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
       out: the folder to make.
       model: a name of the registry, of the backbone where there is one; the class count is that of the weights.
       yaml_file: a published configuration, instead. With neither the registry is searched for names and shapes.
+      which: the weights to take, "auto", "ema" or "raw", see ``read_weights``.
 
     Returns:
       Rows of a table: what was written.
@@ -77,8 +80,10 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
     refuse_existing(out)
     if pathlib.Path(out).suffix in SUFFIXES:
         raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
-    state_dict = read_weights(weights)
+    state_dict, source = read_checkpoint(weights, weights=which)
     dense = next((kind for kind in (_SEGMENTORS, _DETECTORS) if kind.has_names(state_dict)), None)
+    note = "" if dense else selection.describe_partial_prefix(state_dict)
+    label = f"{weights} ({note})" if note else weights
     if dense:
         if yaml_file is not None:
             raise UserError(
@@ -92,17 +97,18 @@ def import_weights(weights: str, out: str, *, model: str | None = None, yaml_fil
         elif model is not None:
             name, found = model, _with_classes_of(state_dict, model)
         else:
-            name, found = _find_model(state_dict, weights)
+            name, found = _find_model(state_dict, label)
         # All attributes are given, so that of the published configuration none is left to say.
         convert = lambda arrays: from_official({}, arrays, **describe_model(found))[1]  # noqa: E731
     try:
         variables = convert(state_dict)
     except ValueError as error:
-        raise UserError(f"{weights} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
+        raise UserError(f"{label} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
     export_model(out, model=found, variables=variables)
     written, description = load_export(out)
     wanted = variables if dense else variables["params"]
-    return _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
+    rows = _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
+    return {"weights": source} | rows
 
 
 def export_weights(trained: str, out: str) -> dict[str, str]:

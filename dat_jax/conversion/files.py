@@ -1,66 +1,119 @@
-"""Weights in files: PyTorch's .pth, read without PyTorch, and .safetensors, read and written."""
+"""Weights in files: those of torch.save, read without PyTorch, and .safetensors, read and written."""
 
-import math
+import json
 import os
 import pathlib
-import pickle
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save
 
 from dat_jax.appearing import appearing
+from dat_jax.conversion import file_kinds, selection, torch_files
+from dat_jax.conversion.pickles import CodeError
+from dat_jax.conversion.torch_files import UnsupportedError, show
 from dat_jax.errors import UserError
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
-_WEIGHT_KEYS = ("model", "state_dict", "model_ema")  # where a training checkpoint has them, best first
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")  # usual ones; files are recognized by content
+_SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+# What to do about weights of other dtypes.
+_CONVERT = "convert them with PyTorch, for example with tensor.dequantize() or tensor.float(), and save them again"
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The weights of a file, by name.
+class Checkpoint(NamedTuple):
+    """Weights of a file by name, and where in the file they were."""
 
-    A .pth or .pt file is PyTorch's zip archive: a pickle, and the bytes of each storage. It is read here by an unpickler
-    of our own: a conversion should not need gigabytes of PyTorch, and nothing that a pickle names is ever called. Names
-    that weights and training checkpoints have stand for harmless values, all others are refused. The weights are what
-    is under "model" or "state_dict", else "model_ema", else the mapping itself; what is no tensor is passed over, and a
-    "module." before all names is taken off.
+    weights: dict[str, np.ndarray]
+    source: str  # such as "model" or "state_dict (raw); weights=ema takes state_dict_ema"
+
+
+def read_weights(path: str | os.PathLike, *, weights: str = "auto") -> dict[str, np.ndarray]:
+    """Read the weights of a file, by name. ``read_checkpoint`` also returns where in the file they were.
+
+    The file is recognized by its content: a file of torch.save (zip archive, or the format from before PyTorch 1.6) or
+    a .safetensors file. Files of torch.save are read without PyTorch. Nothing that such a file names is imported or
+    called: only tensors are built, and everything else in a training checkpoint is skipped, whatever its class.
+
+    The weights are the tensors under one of the keys ``selection.RAW_KEYS`` or ``selection.EMA_KEYS``, which may be
+    nested, or else those at the top level. Prefixes that wrappers put before all names (``selection.PREFIXES``) are
+    removed.
 
     Args:
-      path: ends in .pth, .pt or .safetensors.
+      path: the file, with any suffix.
+      weights: which weights to take from a checkpoint that has both raw and averaged (EMA) ones. "auto" takes those in
+        the ordinary place: under "model" or "state_dict" if there is one, student before teacher, and averaged weights
+        only if there are no others. MMEngine, MMCV and Lightning put averaged weights into the ordinary place. "ema"
+        and "raw" take only averaged or only raw weights.
 
     Returns:
-      Name -> array, of the file's dtypes (bfloat16 as ml_dtypes has it), each with memory of its own.
+      Name -> array, of the file's dtypes (bfloat16 as in ml_dtypes), each with memory of its own.
 
     Raises:
-      UserError: there is no such file, it is damaged, holds no weights, or names what could run code.
+      UserError: the file is missing, damaged or of another kind, has no such weights, or names a function that runs
+        code.
     """
+    return read_checkpoint(path, weights=weights).weights
+
+
+def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkpoint:
+    """Read the weights of a file and where in the file they were. Arguments and errors are those of ``read_weights``."""
+    if weights not in selection.CHOICES:
+        raise UserError(f"weights must be one of {', '.join(selection.CHOICES)}, got {show(weights)}.")
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a file of weights.")
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"Weights want a file that ends in {', '.join(SUFFIXES)}, got {path}.")
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else _read_archive(path)
+        return _read(path, weights)
     except UserError:
         raise
+    except CodeError as error:
+        raise UserError(
+            f"{path} would run code when PyTorch loads it (it names {show(error)}) and is refused; get the weights from a "
+            "source that you trust, or as .safetensors."
+        ) from error
+    except UnsupportedError as error:
+        raise UserError(f"{path} has weights that are not read here: {error}; {_CONVERT}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged file can raise anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"{path} is damaged: {reason.rstrip('.')}.") from error
-    if not weights:
-        raise UserError(f"{path} holds no weights.")
-    if all(name.startswith("module.") for name in weights):  # of PyTorch's DistributedDataParallel
-        weights = {name.removeprefix("module."): array for name, array in weights.items()}
-    return weights
+        raise UserError(f"{path} is damaged: {show(reason.rstrip('.'), 400)}.") from error
+
+
+def _read(path: pathlib.Path, weights: str) -> Checkpoint:
+    kind = file_kinds.recognize(path)
+    if kind == "safetensors":
+        _check_header(path)
+        return Checkpoint(*selection.select_weights(load_file(path), weights=weights, path=path))
+    with (torch_files.open_archive if kind == "archive" else torch_files.open_legacy)(path) as file:
+        tensors, source = selection.select_weights(file.content, weights=weights, path=path)
+        return Checkpoint(torch_files.load_tensors(tensors, file, file_bytes=path.stat().st_size), source)
+
+
+def _check_header(path: pathlib.Path) -> None:
+    """Check the dtypes and the size that a .safetensors file declares; its library checks the rest."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    if len(header) < length:
+        raise ValueError("it ends within its header; download it again")
+    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise UnsupportedError(
+                f"{show(name)} has the dtype {show(entry['dtype'])}; expected one of {', '.join(_SAFETENSORS_DTYPES)}"
+            )
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    size = path.stat().st_size
+    if size < expected:
+        raise ValueError(f"it has {size:,} of {expected:,} bytes; download it again")
 
 
 def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays by name. The file appears when it is whole.
+    """Write arrays by name. The file appears only once it is complete.
 
     Raises:
       UserError: the file exists already, or cannot be written.
@@ -68,165 +121,3 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray])
     # safetensors takes the memory as it lies, and its own files are for their owner alone.
     with appearing(path) as unfinished:
         unfinished.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
-
-
-_DTYPES = {
-    **{name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")},
-    **{name: np.dtype(name) for name in ("uint64", "uint32", "uint16", "bool")},
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-_UNTYPED = "untyped"
-_STORAGES = {
-    **{"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"},
-    **{"LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8"},
-    **{"ByteStorage": "uint8", "BoolStorage": "bool"},
-}
-# What training checkpoints hold beside tensors. None of it is looked at.
-_INERT = {
-    *(("yacs.config", "CfgNode"), ("argparse", "Namespace"), ("torch", "device")),
-    *(("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype")),
-    ("_codecs", "encode"),  # pickle's way to write the bytes of a numpy scalar
-    *(("__builtin__", "set"), ("builtins", "set")),  # in a CfgNode
-}
-_LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # PyTorch's magic number, before 1.6
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: str  # or _UNTYPED
-    count: int  # of numbers, or of bytes
-
-
-class _Tensor(NamedTuple):
-    """A tensor that is not read yet: checkpoints hold more of them, of an optimizer, than anyone asks for."""
-
-    storage: _Storage
-    dtype: str
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class _Inert(dict):
-    """Stands for an object that nobody looks at; takes whatever a pickle gives it and does nothing."""
-
-    def __init__(self, *_, **__):
-        super().__init__()
-
-    def __setstate__(self, _):
-        pass
-
-
-class _Unpickler(pickle.Unpickler):
-    """Gives the names in a pickle meanings of our own. What they stand for is made anew for each file, so that one that
-    writes to it, as a pickle can, changes nothing that the next one sees.
-    """
-
-    def __init__(self, file, path):
-        super().__init__(file)
-        self._path = path
-        self._meanings: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: _Tensor(
-                storage, storage.dtype, offset, size, stride
-            ),
-            ("torch._utils", "_rebuild_tensor_v3"): lambda storage, offset, size, stride, _, __, dtype, *___: _Tensor(
-                storage, dtype, offset, size, stride
-            ),
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch.storage", "UntypedStorage"): _UNTYPED,
-            **{("torch", storage): dtype for storage, dtype in _STORAGES.items()},
-            **{("torch", dtype): dtype for dtype in _DTYPES},
-            **{name: type("_Inert", (_Inert,), {}) for name in _INERT},
-        }
-
-    def find_class(self, module, name):
-        if (module, name) not in self._meanings:
-            raise UserError(f"{self._path} would run code (names {module}.{name}); refused.")
-        return self._meanings[module, name]
-
-    def persistent_load(self, pid):
-        kind, dtype, key, _, count = pid
-        if kind != "storage" or dtype not in (*_DTYPES, _UNTYPED) or not isinstance(key, str) or not _are_counts(count):
-            raise ValueError("a storage of an unknown kind")
-        return _Storage(key, dtype, count)
-
-
-def _read_archive(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The weights of a .pth file."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            if file.read(len(_LEGACY_START)) == _LEGACY_START:
-                raise UserError(f"{path} is in PyTorch's format from before 1.6; load and save it with a newer one.")
-        raise UserError(f"{path} is not a .pth file, or not all of one: no zip archive.")
-    with zipfile.ZipFile(path) as archive:
-        roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise UserError(f"{path} is a zip archive without weights: it wants one data.pkl, and has {len(roots)}.")
-
-        def read(entry: str) -> bytes:
-            try:
-                return archive.read(f"{roots[0]}/{entry}")
-            except KeyError:
-                raise UserError(f"{path} is damaged: it lacks {roots[0]}/{entry}.") from None
-
-        with archive.open(f"{roots[0]}/data.pkl") as file:
-            content = _Unpickler(file, path).load()
-        has_order = f"{roots[0]}/byteorder" in archive.namelist()  # PyTorch before 2.1 did not say
-        order = {b"little": "<", b"big": ">"}[read("byteorder") if has_order else b"little"]
-        return _materialize(_find_tensors(content, path), read, order)
-
-
-def _find_tensors(content, path) -> dict[str, _Tensor]:
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}.")
-    for candidate in (*(content.get(key) for key in _WEIGHT_KEYS), content):
-        if isinstance(candidate, Mapping):
-            tensors = {name: value for name, value in candidate.items() if isinstance(value, _Tensor)}
-            if tensors:
-                return {str(name): tensor for name, tensor in tensors.items()}
-    raise UserError(
-        f"{path} holds no weights, neither under {', '.join(_WEIGHT_KEYS)} nor as it is; "
-        f"its keys are {', '.join(map(str, list(content)[:10])) or 'none'}."
-    )
-
-
-def _materialize(tensors: dict[str, _Tensor], read: Callable, order: str) -> dict[str, np.ndarray]:
-    storages: dict[str, bytes] = {}  # tensors may share one
-    arrays = {}
-    for name, tensor in tensors.items():
-        key = tensor.storage.key
-        if key not in storages:
-            storages[key] = read(f"data/{key}")
-        try:
-            arrays[name] = _view(tensor, storages[key], order)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-    return arrays
-
-
-def _view(tensor: _Tensor, data: bytes, order: str) -> np.ndarray:
-    """The tensor in C order, copied out of its storage's bytes."""
-    storage, name, offset, size, stride = tensor
-    if name not in _DTYPES or not _are_counts(offset, *size, *stride) or len(size) != len(stride):
-        raise ValueError("is no tensor")
-    dtype = _DTYPES[name]
-    count = storage.count // (dtype.itemsize if storage.dtype == _UNTYPED else 1)
-    if len(data) < count * dtype.itemsize:
-        raise ValueError(f"wants {count * dtype.itemsize} bytes, its storage has {len(data)}")
-    numbers = math.prod(size)
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if numbers > count or (numbers and last >= count):
-        raise ValueError(f"reaches beyond the {count} numbers of its storage")
-    if not numbers:
-        return np.empty(size, dtype)
-    flat = np.frombuffer(data, dtype, count=count)
-    if order == ">":
-        flat = flat.byteswap()
-    strides = [step * dtype.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(flat[offset:], size, strides, writeable=False).copy(order="C")
-
-
-def _are_counts(*numbers) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)

@@ -1,8 +1,10 @@
-"""Writes the .pth files that torch.save would, opcode by opcode, and ones that it would not."""
+"""Write the files that torch.save would, opcode by opcode, and ones that it would not."""
 
 import pathlib
+import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -10,41 +12,94 @@ STORAGES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
     "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
     "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
     "uint8": "ByteStorage",
     "bool": "BoolStorage",
 }
+MAGIC_NUMBER, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 def write_pth(path: pathlib.Path, weights: dict[str, np.ndarray]) -> None:
-    """{"model": weights}."""
-    names = list(weights)
-    items = {
-        name: tensor(weights[name].dtype.name, weights[name].shape, key=str(index), count=weights[name].size)
-        for index, name in enumerate(names)
-    }
-    storages = {str(index): weights[name].tobytes() for index, name in enumerate(names)}
-    write_archive(path, mapping({"model": mapping(items)}), storages)
+    """A zip archive of {"model": weights}."""
+    write_checkpoint(path, {"model": weights})
 
 
-def write_archive(path: pathlib.Path, content: bytes, storages: dict[str, bytes], *, order: str = "little") -> None:
+def write_checkpoint(path: pathlib.Path, content, *, legacy: bool = False) -> None:
+    """A file of nested dictionaries of arrays, numbers, text, and opcodes (bytes)."""
+    storages: dict[str, np.ndarray] = {}
+    opcodes = _encode(content, storages)
+    if legacy:
+        write_legacy(path, opcodes, storages)
+    else:
+        write_archive(path, opcodes, {key: array.tobytes() for key, array in storages.items()})
+
+
+def write_archive(
+    path: pathlib.Path,
+    content: bytes,
+    storages: dict[str, bytes],
+    *,
+    order: str = "little",
+    root: str = "archive",
+    compression: int = zipfile.ZIP_STORED,
+) -> None:
     """A zip archive around the opcodes of one object."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + content + b".")
-        archive.writestr("archive/byteorder", order)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(f"{root}/data.pkl", b"\x80\x02" + content + b".")
+        archive.writestr(f"{root}/byteorder", order)
         for key, data in storages.items():
-            archive.writestr(f"archive/data/{key}", data)
-        archive.writestr("archive/version", "3\n")
+            archive.writestr(f"{root}/data/{key}", data)
+        archive.writestr(f"{root}/version", "3\n")
+        archive.writestr(f"{root}/.data/serialization_id", "0" * 40)
+
+
+def write_legacy(path: pathlib.Path, content: bytes, storages: dict[str, np.ndarray]) -> None:
+    """The format from before PyTorch 1.6 around the opcodes of one object."""
+    information = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    with path.open("wb") as file:
+        for value in (MAGIC_NUMBER, PROTOCOL, information):
+            file.write(pickle.dumps(value, protocol=2))
+        file.write(b"\x80\x02" + content + b".")
+        file.write(pickle.dumps(list(storages), protocol=2))
+        for array in storages.values():
+            file.write(struct.pack("<q", array.size) + array.tobytes())
+
+
+def _encode(value, storages: dict[str, np.ndarray]) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, np.ndarray):
+        key = str(len(storages))
+        storages[key] = value
+        return tensor(value.dtype.name, value.shape, key=key, count=value.size)
+    if isinstance(value, Mapping):
+        return mapping({key: _encode(item, storages) for key, item in value.items()})
+    return text(value) if isinstance(value, str) else integer(value)
 
 
 def tensor(dtype: str, size, *, key: str, count: int, offset: int = 0, stride=None) -> bytes:
     """A view of a storage, contiguous unless strides (in numbers) are given."""
+    arguments = (integer(offset), *_layout(size, stride), b"\x89", call("collections", "OrderedDict"))
+    return call("torch._utils", "_rebuild_tensor_v2", storage(STORAGES[dtype], key=key, count=count), *arguments)
+
+
+def storage(kind: str, *, key: str, count: int, module: str = "torch", view: bytes = b"") -> bytes:
+    """The persistent id of a storage; ``view`` is the sixth part that files from before PyTorch 1.6 have."""
+    return _tuple(text("storage"), name(module, kind), text(key), text("cuda:0"), integer(count), view) + b"Q"
+
+
+def _layout(size, stride) -> tuple[bytes, bytes]:
     if stride is None:
         stride = [int(np.prod(size[axis + 1 :])) for axis in range(len(size))]
-    storage = _tuple(text("storage"), name("torch", STORAGES[dtype]), text(key), text("cpu"), integer(count)) + b"Q"
-    sizes, strides = (_tuple(*map(integer, numbers)) for numbers in (size, stride))
-    arguments = _tuple(storage, integer(offset), sizes, strides, b"\x89", name("collections", "OrderedDict") + b")R")
-    return name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
+    return integers(size), integers(stride)
+
+
+def integers(numbers) -> bytes:
+    return _tuple(*map(integer, numbers))
 
 
 def call(module: str, function: str, *arguments: bytes) -> bytes:

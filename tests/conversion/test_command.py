@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -113,6 +114,53 @@ def test_half_precision_weights_become_float32(tmp_path):
     bias = variables["params"]["cls_head"]["bias"]
     np.testing.assert_array_equal(bias, weights["cls_head.bias"].astype(np.float32))
     assert bias.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_half_precision_checkpoints_become_the_same_float32_numbers(dtype, legacy, tmp_path):
+    model, params = nano()
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    weights = {f"module.{name}": array.astype(dtype) for name, array in to_official(model, params).items()}
+    pth.write_checkpoint(tmp_path / "w.ckpt", {"state_dict": weights}, legacy=legacy)
+    import_weights(str(tmp_path / "w.ckpt"), str(tmp_path / "export"), model="dat_pp_nano")
+    _, variables = dat_jax.load_pretrained(tmp_path / "export")
+    expected = {name.removeprefix("module."): array.astype(np.float32) for name, array in weights.items()}
+    loaded = to_official(model, variables["params"])
+    assert loaded.keys() == expected.keys()
+    for name, array in expected.items():
+        assert loaded[name].dtype == np.float32
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_raw_or_averaged_weights_are_chosen_and_reported(tmp_path):
+    model, params = nano()
+    raw = {f"module.{name}": array.astype(np.float32) for name, array in to_official(model, params).items()}
+    averaged = {name: 0.5 * array for name, array in raw.items()}
+    pth.write_checkpoint(tmp_path / "w.pth.tar", {"epoch": 3, "state_dict": raw, "state_dict_ema": averaged})
+    for which, expected, source in (
+        ("auto", raw, "state_dict (raw); weights=ema takes state_dict_ema"),
+        ("raw", raw, "state_dict (raw); weights=ema takes state_dict_ema"),
+        ("ema", averaged, "state_dict_ema (averaged); weights=raw takes state_dict"),
+    ):
+        rows = import_weights(str(tmp_path / "w.pth.tar"), str(tmp_path / which), model="dat_pp_nano", which=which)
+        assert rows["weights"] == source
+        _, variables = dat_jax.load_pretrained(tmp_path / which)
+        bias = np.asarray(variables["params"]["cls_head"]["bias"])
+        np.testing.assert_array_equal(bias, expected["module.cls_head.bias"])
+    result = run(tmp_path / "w.pth.tar", tmp_path / "out", "--model=dat_pp_nano", "--weights=ema")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert source in result.stdout
+
+
+def test_names_without_the_common_prefix_are_named(tmp_path):
+    model, params = nano()
+    weights = {f"model.{name}": array for name, array in to_official(model, params).items()}
+    pth.write_checkpoint(tmp_path / "w.ckpt", {"state_dict": weights | {"loss.weight": np.ones(3, np.float32)}})
+    with pytest.raises(
+        UserError, match=r"w\.ckpt \(names start with 'model\.' except loss\.weight\) has names or shapes of no"
+    ):
+        import_weights(str(tmp_path / "w.ckpt"), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
@@ -228,13 +276,18 @@ def test_what_exists_is_not_overwritten(nano_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"Wanted: WEIGHTS OUT \[--model=NAME | --yaml=FILE\], got nothing\."),
+        ([], r"Wanted: WEIGHTS OUT \[--model=NAME | --yaml=FILE\] \[--weights=auto\|ema\|raw\], got nothing\."),
         (["a", "b", "c"], "Wanted: WEIGHTS OUT"),
         (["a.pth", "b", "--model=x", "--yaml=y"], "Wanted: WEIGHTS OUT"),
         (["a.pth", "b", "--modle=x"], "Unknown command line flag 'modle'"),
-        (["{tmp}", "{tmp}/b.safetensors", "--model=dat_tiny"], "--model and --yaml are for a file of weights"),
+        (
+            ["{tmp}", "{tmp}/b.safetensors", "--model=dat_tiny"],
+            "--model, --yaml and --weights are for a file of weights",
+        ),
+        (["{tmp}", "{tmp}/b.safetensors", "--weights=ema"], "--model, --yaml and --weights are for a file of weights"),
+        (["a.pth", "b", "--weights=best"], "Flags: flag --weights=best: value should be one of <auto|ema|raw>"),
         (["{tmp}", "{tmp}/b.safetensors"], r"Wanted an export \(with model.json\) or the work directory"),
-        (["{tmp}/evil.pth", "{tmp}/out"], r"evil.pth would run code \(names os.system\); refused\."),
+        (["{tmp}/evil.pth", "{tmp}/out"], r"evil.pth would run code when PyTorch loads it \(it names os.system\)"),
         (["{tmp}/damaged", "{tmp}/b.safetensors"], r"damaged is damaged: cls_head/kernel cannot be read\."),
     ],
 )

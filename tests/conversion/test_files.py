@@ -30,7 +30,7 @@ def assert_refused(path, message):
     with pytest.raises(UserError, match=message) as info:
         read_weights(path)
     assert "\n" not in str(info.value)
-    assert str(info.value).endswith((".", "refused."))
+    assert str(info.value).endswith(".")
 
 
 def test_what_pytorch_wrote_is_read_to_the_bit():
@@ -133,7 +133,10 @@ class Evil:
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     target, path = tmp_path / "ran", tmp_path / "w.pth"
     opcodes = pickle.dumps({"model": Evil(target)}, protocol=2)[2:-1]
-    assert_refused(write(path, opcodes), rf"would run code \(names {os.system.__module__}\.system\); refused\.")
+    message = (
+        rf"would run code when PyTorch loads it \(it names {os.system.__module__}\.system\) and is refused; get the"
+    )
+    assert_refused(write(path, opcodes), message)
     assert_refused(write(path, pth.call("os", "system", pth.text(f"touch {target}"))), r"names os\.system")
     assert_refused(write(path, pth.call("builtins", "eval", pth.text("1"))), r"names builtins\.eval")
     assert_refused(write(path, pth.call("torch.hub", "load", pth.text("x"))), r"names torch\.hub\.load")
@@ -141,12 +144,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
 
 
 def test_a_pickle_that_writes_to_a_name_changes_no_other_file(tmp_path):
-    """BUILD sets attributes, here of the class that stands for CfgNode: its own, not one that the next file sees."""
+    """Python's unpickler would set attributes of the class CfgNode here."""
     state = b"N" + pth.mapping({"update": pth.integer(1), "__init__": pth.integer(1)}) + b"\x86"
     content = pth.mapping({"a": pth.name("yacs.config", "CfgNode") + state + b"b", "model": view()})
-    write(tmp_path / "evil.pth", content)
-    with pytest.raises(UserError):
-        read_weights(tmp_path / "evil.pth")
+    assert set(read_weights(write(tmp_path / "evil.pth", content))) == {"w"}
     test_the_configuration_of_a_training_checkpoint_is_passed_over(tmp_path)
 
 
@@ -156,11 +157,11 @@ def test_a_pickle_that_writes_to_a_name_changes_no_other_file(tmp_path):
         (dict(offset=1), "w reaches beyond the 6 numbers of its storage"),
         (dict(stride=(3, 2)), "w reaches beyond the 6 numbers"),
         (dict(size=(3, 3), stride=(0, 1)), "w reaches beyond the 6 numbers"),
-        (dict(offset=-1), "w is no tensor"),
-        (dict(stride=(-3, 1)), "w is no tensor"),
-        (dict(stride=(1,)), "w is no tensor"),
-        (dict(count=7), "w wants 28 bytes, its storage has 24"),
-        (dict(count=-6), "a storage of an unknown kind"),
+        (dict(offset=-1), "w has no valid shape"),
+        (dict(stride=(-3, 1)), "w has no valid shape"),
+        (dict(stride=(1,)), "w has no valid shape"),
+        (dict(count=7), "w: expected 28 bytes in archive/data/0, got 24"),
+        (dict(count=-6), "its pickle is malformed at byte"),
         (dict(key="1"), r"it lacks archive/data/1"),
     ],
 )
@@ -171,12 +172,15 @@ def test_views_beyond_their_storage_are_refused(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pth.integer(3), "holds no weights by name, but a int"),
+        (pth.integer(3), "expected a mapping, got a value of the type int"),
         (pth.mapping({"epoch": pth.integer(3), "model": pth.mapping({})}), "its keys are epoch, model"),
         (b"", "is damaged"),
         (b"garbage", "is damaged"),
-        (pth.call("torch._utils", "_rebuild_tensor_v2", pth.integer(3)), "is damaged"),
-        (pth.mapping({"w": pth.call("torch", "FloatStorage")}), "is damaged"),
+        (
+            pth.call("torch._utils", "_rebuild_tensor_v2", pth.integer(3)),
+            "holds an object of torch._utils._rebuild_tensor_v2, not a state dict",
+        ),
+        (pth.mapping({"w": pth.call("torch", "FloatStorage")}), r"its keys are w \(torch\.FloatStorage\)"),
     ],
 )
 def test_archives_without_weights_are_refused(content, message, tmp_path):
@@ -191,7 +195,7 @@ def test_truncated_files_are_refused(suffix, part, tmp_path):
     (pth.write_pth if suffix == "pth" else write_safetensors)(whole, arrays)
     data = whole.read_bytes()
     cut.write_bytes(data[: int(part * len(data))])
-    assert_refused(cut, "is damaged: |is not a .pth file, or not all of one")
+    assert_refused(cut, "is damaged|is empty; download it again")
 
 
 def test_changed_bytes_are_noticed(tmp_path):
@@ -203,11 +207,7 @@ def test_changed_bytes_are_noticed(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    assert_refused(tmp_path / "none.pth", "There is no file .*none.pth")
-    (tmp_path / "w.bin").write_bytes(b"x")
-    assert_refused(tmp_path / "w.bin", r"ends in \.pth, \.pt, \.safetensors, got")
-    old = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)
-    (tmp_path / "old.pth").write_bytes(old)
-    assert_refused(tmp_path / "old.pth", "PyTorch's format from before 1.6")
+    assert_refused(tmp_path / "none.pth", r"There is no file .*none\.pth\.")
+    assert_refused(tmp_path, "is a folder; expected a file of weights")
     write_safetensors(tmp_path / "none.safetensors", {})
     assert_refused(tmp_path / "none.safetensors", "holds no weights")
