@@ -1,4 +1,4 @@
-"""Convert weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE] [--weights=auto|ema|raw]
+"""Convert weights: python -m dat_jax.conversion WEIGHTS OUT [--model=NAME | --yaml=FILE] [--form=FORM] [--weights=auto|ema|raw]
 
 A published classifier, one with its published configuration, a whole published segmentor, and a run of this package:
 
@@ -25,9 +25,9 @@ from dat_jax.command_line import fail, run_tool
 from dat_jax.console import make_console, print_table
 from dat_jax.errors import UserError
 
-_USAGE = "WEIGHTS OUT [--model=NAME | --yaml=FILE] [--weights=auto|ema|raw]"
+_USAGE = "WEIGHTS OUT [--model=NAME | --yaml=FILE] [--form=FORM] [--weights=auto|ema|raw]"
 _FLAGS = {
-    "What WEIGHTS are of, where it is not found out": ("model=NAME", "yaml=FILE"),
+    "What WEIGHTS are of, where it is not found out": ("model=NAME", "yaml=FILE", "form=cvpr2022|dat_pp"),
     "Which weights to take from a checkpoint": ("weights=auto|ema|raw",),
 }
 
@@ -37,6 +37,11 @@ def define_flags(values: flags.FlagValues) -> None:
     help_text = "What the weights are of, one of dat_jax.list_models(); of a segmentor or detector its backbone."
     flags.DEFINE_string("model", None, help_text, flag_values=values)
     flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.", flag_values=values)
+    help_text = (
+        "The form of deformable attention that the weights were trained with. cvpr2022: DAT v1 as it was released. dat_pp: "
+        "the code published with DAT++. Default: that of the model, which for DAT v1 is cvpr2022."
+    )
+    flags.DEFINE_enum("form", None, ["cvpr2022", "dat_pp"], help_text, flag_values=values)
     help_text = (
         "auto: those in the ordinary place (model, state_dict, ...; student before teacher), averaged ones only if there "
         "are no others. ema: only averaged weights (model_ema, state_dict_ema, ...). raw: only weights that are not averaged."
@@ -56,12 +61,14 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     jax.config.update("jax_platforms", "cpu")  # another program may have the accelerator
     try:
         if not pathlib.Path(weights).is_dir():
-            rows = command.import_weights(weights, out, model=values.model, yaml_file=values.yaml, which=values.weights)
-        elif values.model is None and values.yaml is None and values.weights == "auto":
+            rows = command.import_weights(
+                weights, out, model=values.model, yaml_file=values.yaml, which=values.weights, form=values.form
+            )
+        elif values.model is None and values.yaml is None and values.form is None and values.weights == "auto":
             rows = command.export_weights(weights, out)
         else:
             raise UserError(
-                f"--model, --yaml and --weights are for a file of weights; the folder {weights} describes its model."
+                f"--model, --yaml, --form and --weights are for a file of weights; the folder {weights} describes its model."
             )
     except UserError as error:
         fail(str(error))

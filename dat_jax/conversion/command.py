@@ -19,9 +19,12 @@ from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
+from dat_jax.ops.deformable_attention import FORMS
 from dat_jax.training.checkpoint import checksum
 from dat_jax.training.exports import load_export
 from dat_jax.training.pretrained import describe_model, export_model, load_trained
+
+_FORM = "deformable_form"  # in the metadata of a .safetensors file
 
 
 class _Dense(NamedTuple):
@@ -60,7 +63,13 @@ _DETECTORS = _Dense(
 
 
 def import_weights(
-    weights: str, out: str, *, model: str | None = None, yaml_file: str | None = None, which: str = "auto"
+    weights: str,
+    out: str,
+    *,
+    model: str | None = None,
+    yaml_file: str | None = None,
+    which: str = "auto",
+    form: str | None = None,
 ) -> dict[str, str]:
     """A file with published names -> an export.
 
@@ -70,6 +79,8 @@ def import_weights(
       model: a name of the registry, of the backbone where there is one; the class count is that of the weights.
       yaml_file: a published configuration, instead. With neither the registry is searched for names and shapes.
       which: the weights to take, "auto", "ema" or "raw", see ``read_weights``.
+      form: of deformable attention, see ``DAT.deformable_form``. None takes the form that the file records, or else that
+        of the model or configuration: weights of DAT v1 are those of its release.
 
     Returns:
       Rows of a table: what was written.
@@ -80,7 +91,7 @@ def import_weights(
     refuse_existing(out)
     if pathlib.Path(out).suffix in SUFFIXES:
         raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
-    state_dict, source = read_checkpoint(weights, weights=which)
+    state_dict, source, metadata = read_checkpoint(weights, weights=which)
     dense = next((kind for kind in (_SEGMENTORS, _DETECTORS) if kind.has_names(state_dict)), None)
     note = "" if dense else selection.describe_partial_prefix(state_dict)
     label = f"{weights} ({note})" if note else weights
@@ -90,6 +101,7 @@ def import_weights(
                 f"{weights} is of a {dense.word}, which --yaml does not describe; --model=NAME names its backbone."
             )
         name, found = _name_dense(dense, state_dict, model) if model else _find_dense(dense, state_dict, weights)
+        found = _choose_form(found, asked=form, recorded=metadata.get(_FORM), weights=weights)
         convert = functools.partial(dense.to_variables, found)
     else:
         if yaml_file is not None:
@@ -98,7 +110,8 @@ def import_weights(
             name, found = model, _with_classes_of(state_dict, model)
         else:
             name, found = _find_model(state_dict, label)
-        # All attributes are given, so that of the published configuration none is left to say.
+        found = _choose_form(found, asked=form, recorded=metadata.get(_FORM), weights=weights)
+        # The attributes of the model replace every key of a published configuration.
         convert = lambda arrays: from_official({}, arrays, **describe_model(found))[1]  # noqa: E731
     try:
         variables = convert(state_dict)
@@ -148,7 +161,9 @@ def write_weights(
             read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
     except KeyError as error:
         raise UserError(f"{name} has weights without a published name: {error.args[0]}") from error
-    write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)})
+    dat = model if isinstance(model, DAT) else model.dat
+    metadata = {_FORM: dat.deformable_form} if "D" in "".join(dat.stages) else {}
+    write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)}, metadata=metadata)
     # Read as anyone's weights are read.
     return _rows(name, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
 
@@ -163,7 +178,9 @@ def _choose_form(found, *, asked: str | None, recorded: str | None, weights: str
     dat = found if isinstance(found, DAT) else found.dat
     form = asked or recorded or dat.deformable_form
     if form not in FORMS:
-        raise UserError(f"{weights} records the unknown form {form!r} of deformable attention; known: {', '.join(FORMS)}.")
+        raise UserError(
+            f"{weights} records the unknown form {form!r} of deformable attention; known: {', '.join(FORMS)}."
+        )
     dat = dat.clone(deformable_form=form)
     return dat if isinstance(found, DAT) else found.clone(dat=dat)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,10 +23,11 @@ _CONVERT = "convert them with PyTorch, for example with tensor.dequantize() or t
 
 
 class Checkpoint(NamedTuple):
-    """Weights of a file by name, and where in the file they were."""
+    """Weights of a file by name, where in the file they were, and the metadata of a .safetensors file."""
 
     weights: dict[str, np.ndarray]
     source: str  # such as "model" or "state_dict (raw); weights=ema takes state_dict_ema"
+    metadata: Mapping[str, str] = types.MappingProxyType({})
 
 
 def read_weights(path: str | os.PathLike, *, weights: str = "auto") -> dict[str, np.ndarray]:
@@ -86,21 +88,22 @@ def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkp
 def _read(path: pathlib.Path, weights: str) -> Checkpoint:
     kind = file_kinds.recognize(path)
     if kind == "safetensors":
-        _check_header(path)
-        return Checkpoint(*selection.select_weights(load_file(path), weights=weights, path=path))
+        metadata = _read_header(path)
+        return Checkpoint(*selection.select_weights(load_file(path), weights=weights, path=path), metadata)
     with (torch_files.open_archive if kind == "archive" else torch_files.open_legacy)(path) as file:
         tensors, source = selection.select_weights(file.content, weights=weights, path=path)
         return Checkpoint(torch_files.load_tensors(tensors, file, file_bytes=path.stat().st_size), source)
 
 
-def _check_header(path: pathlib.Path) -> None:
-    """Check the dtypes and the size that a .safetensors file declares; its library checks the rest."""
+def _read_header(path: pathlib.Path) -> dict[str, str]:
+    """Check the dtypes and the size that a .safetensors file declares; its library checks the rest. Return its metadata."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
     if len(header) < length:
         raise ValueError("it ends within its header; download it again")
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    entries = json.loads(header)
+    metadata = entries.pop("__metadata__", {})
     for name, entry in entries.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise UnsupportedError(
@@ -110,14 +113,18 @@ def _check_header(path: pathlib.Path) -> None:
     size = path.stat().st_size
     if size < expected:
         raise ValueError(f"it has {size:,} of {expected:,} bytes; download it again")
+    return dict(metadata)
 
 
-def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name. The file appears only once it is complete.
+def write_safetensors(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays by name, and metadata. The file appears only once it is complete.
 
     Raises:
       UserError: the file exists already, or cannot be written.
     """
     # safetensors takes the memory as it lies, and its own files are for their owner alone.
     with appearing(path) as unfinished:
-        unfinished.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
+        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        unfinished.write_bytes(save(contiguous, metadata=dict(metadata) if metadata else None))

@@ -1,0 +1,102 @@
+"""The form of deformable attention that a conversion chooses, prints and records."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import dat_jax
+from dat_jax import conversion
+from dat_jax.conversion.command import export_weights, import_weights
+from dat_jax.conversion.files import read_checkpoint, write_safetensors
+from dat_jax.errors import UserError
+from dat_jax.models import registry
+from tests.conversion import pth_writer
+from tests.golden_files import Golden, relative_error
+
+LATER_KEYS = ("ksizes", "nat_ksizes", "use_lpus", "log_cpb")
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A .pth file of the recorded DAT v1, and the registry with dat_tiny of its size."""
+    golden = Golden("v1_cvpr2022_mini", np.float32)
+    small = dict(
+        dim_stem=16,
+        dims=(16, 32, 64, 128),
+        stages=("LS", "LS", "LD" * 2, "LD"),
+        num_heads=(2, 4, 8, 16),
+        num_groups=(1, 1, 2, 4),
+    )
+    monkeypatch.setitem(registry.VARIANTS, "dat_tiny", {**registry.VARIANTS["dat_tiny"], **small})
+    pth_writer.write_pth(tmp_path / "dat_tiny_in1k_224.pth", golden.state_dict)
+    return golden, tmp_path / "dat_tiny_in1k_224.pth"
+
+
+def write_yaml(path, settings):
+    path.write_text(json.dumps({"MODEL": {"TYPE": "dat", "DAT": settings}}))
+    return str(path)
+
+
+def logits_of(export, images):
+    model, variables = dat_jax.load(export)
+    return jax.jit(model.apply)(variables, images)
+
+
+def test_weights_of_v1_shapes_are_taken_as_released_and_the_form_is_printed(released, tmp_path):
+    golden, file = released
+    rows = import_weights(str(file), str(tmp_path / "export"))
+    assert rows["model"] == "dat_tiny"
+    assert rows["deformable form"].startswith("cvpr2022, DAT v1 as it was released; --form=dat_pp")
+    assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["shapes", "model", "yaml"])
+def test_the_flag_chooses_the_other_form(released, tmp_path, how):
+    golden, file = released
+    options = {
+        "shapes": {},
+        "model": dict(model="dat_tiny"),
+        "yaml": dict(yaml_file=write_yaml(tmp_path / "m.yaml", golden.config)),
+    }[how]
+    rows = import_weights(str(file), str(tmp_path / "export"), form="dat_pp", **options)
+    assert rows["deformable form"] == "dat_pp, as published with DAT++"
+    assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) > 1e-4
+
+
+def test_a_configuration_without_the_later_keys_is_of_the_release(released):
+    golden, _ = released
+    assert not golden.config.keys() & set(LATER_KEYS)
+    assert conversion.model_from_official(golden.config).deformable_form == "cvpr2022"
+    for key, value in zip(LATER_KEYS, ([9, 7, 5, 3], [7] * 4, [False] * 4, [False] * 4), strict=True):
+        assert conversion.model_from_official({**golden.config, key: value}).deformable_form == "dat_pp", key
+    with pytest.raises(ValueError, match="use_conv_patches True in a configuration of DAT v1 as it was released"):
+        conversion.model_from_official({**golden.config, "use_conv_patches": True})
+
+
+@pytest.mark.parametrize("form", ["cvpr2022", "dat_pp"])
+def test_safetensors_keep_the_form_on_the_way_out_and_back(released, tmp_path, form):
+    golden, file = released
+    import_weights(str(file), str(tmp_path / "export"), form=form)
+    out = tmp_path / "out.safetensors"
+    export_weights(str(tmp_path / "export"), str(out))
+    assert read_checkpoint(out).metadata == {"deformable_form": form}
+    for name, array in load_file(out).items():
+        np.testing.assert_array_equal(array, golden.state_dict[name])
+    import_weights(str(out), str(tmp_path / "again"))
+    assert dat_jax.load(tmp_path / "again")[0].deformable_form == form
+    other = {"cvpr2022": "dat_pp", "dat_pp": "cvpr2022"}[form]
+    with pytest.raises(UserError, match=f"records the form {form} of deformable attention, got --form={other}"):
+        import_weights(str(out), str(tmp_path / "never"), form=other)
+    assert not (tmp_path / "never").exists()
+
+
+def test_an_unknown_recorded_form_is_refused(released, tmp_path):
+    golden, _ = released
+    write_safetensors(tmp_path / "w.safetensors", golden.state_dict, metadata={"deformable_form": "dat_3"})
+    with pytest.raises(
+        UserError, match="records the unknown form 'dat_3' of deformable attention; known: dat_pp, cvpr2022"
+    ):
+        import_weights(str(tmp_path / "w.safetensors"), str(tmp_path / "export"))
