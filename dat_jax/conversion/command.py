@@ -16,10 +16,9 @@ from dat_jax.conversion import detectors, segmentors, selection
 from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
 from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
 from dat_jax.errors import UserError
-from dat_jax.models.dat import DAT
+from dat_jax.models.dat import DAT, DEFORMABLE_FORMS
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.ops.deformable_attention import FORMS
 from dat_jax.training.checkpoint import checksum
 from dat_jax.training.exports import load_export
 from dat_jax.training.pretrained import describe_model, export_model, load_trained
@@ -177,9 +176,9 @@ def _choose_form(found, *, asked: str | None, recorded: str | None, weights: str
         raise UserError(f"{weights} records the form {recorded} of deformable attention, got --form={asked}.")
     dat = found if isinstance(found, DAT) else found.dat
     form = asked or recorded or dat.deformable_form
-    if form not in FORMS:
+    if form not in DEFORMABLE_FORMS:
         raise UserError(
-            f"{weights} records the unknown form {form!r} of deformable attention; known: {', '.join(FORMS)}."
+            f"{weights} records the unknown form {form!r} of deformable attention; known: {', '.join(DEFORMABLE_FORMS)}."
         )
     dat = dat.clone(deformable_form=form)
     return dat if isinstance(found, DAT) else found.clone(dat=dat)

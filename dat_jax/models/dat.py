@@ -21,6 +21,7 @@ STAGE_TYPES = {
     "E": "slide attention",
     "X": "depthwise convolution",
 }
+DEFORMABLE_FORMS = deformable_ops.FORMS  # of ``DAT.deformable_form``
 MIN_IMAGE_SIDE = 32
 _REMAT_POLICIES = {
     "none": None,
@@ -362,8 +363,8 @@ class DAT(nn.Module):
             raise ValueError(f"drop_path_rate wants a number from 0 to below 1, got {self.drop_path_rate}.")
         if self.remat not in _REMAT_POLICIES:
             raise ValueError(f"Unknown remat {self.remat!r}; choose one of {', '.join(_REMAT_POLICIES)}.")
-        if self.deformable_form not in deformable_ops.FORMS:
-            choices = ", ".join(deformable_ops.FORMS)
+        if self.deformable_form not in DEFORMABLE_FORMS:
+            choices = ", ".join(DEFORMABLE_FORMS)
             raise ValueError(f"Unknown deformable_form {self.deformable_form!r}; choose one of {choices}.")
         for name in _ENTRY_A_STAGE:
             if len(getattr(self, name)) != len(self.stages):
