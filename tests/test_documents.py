@@ -14,7 +14,7 @@ import yaml
 
 from dat_jax.__main__ import TOOLS
 from dat_jax.config import make_schema
-from dat_jax.conversion import official
+from dat_jax.conversion import backbone_settings, official
 from tests import documents
 from tests.document_stand_ins import parse_config, parse_flags
 from tests.documents import DOCUMENTS, ROOT
@@ -97,8 +97,10 @@ def test_the_migration_table_has_every_key():
     text = (ROOT / "docs/migration.md").read_text()
     rows = documents.table_rows(text, "## From the published YAML: `MODEL.DAT`")
     keys = [row[0].strip("`") for row in rows]
-    assert sorted(keys) == sorted({*official._DEFAULTS, *official._IGNORED_KEYS})
-    assert {key for key, row in zip(keys, rows, strict=True) if "ignored" in row[2]} == official._IGNORED_KEYS
+    known = {*official._DEFAULTS, *backbone_settings.CHECKED, *backbone_settings.IGNORED}
+    assert sorted(keys) == sorted(known)
+    ignored = {key for key, row in zip(keys, rows, strict=True) if "ignored" in row[2]}
+    assert ignored == set(backbone_settings.IGNORED)
     changes = dict(num_classes=7, dim_stem=48, expansion=2, drop_path_rate=0.3, img_size=96, use_conv_patches=True)
     lists = dict(window_sizes=5, heads=1, offset_range_factor=7, sr_ratios=1, ksizes=5, nat_ksizes=5, groups=1)
     lists |= dict(layer_scale_values=0.5, use_lpus=True, use_dwc_mlps=True, no_offs=True, strides=3)

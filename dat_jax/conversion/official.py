@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dat_jax.conversion.backbone_settings import read_backbone
+from dat_jax.conversion.settings import Settings
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import create_model
 
@@ -48,31 +50,22 @@ _DEFAULTS = dict(
     use_lpus=[False, False, False, False],
     log_cpb=[False, False, False, False],
 )
-# Of training, of the unpublished learned-query block, or without effect on the function.
-_IGNORED_KEYS = {"heads_q", "lower_lr_kvs", "ns_per_pts", "ksize_qnas", "nqs", "qna_activation"}
 
 
-def model_from_official(config: Mapping[str, Any], **overrides) -> DAT:
+def model_from_official(config: Mapping[str, Any] | Settings, **overrides) -> DAT:
     """The model of a published configuration.
 
     Args:
-      config: the MODEL.DAT mapping of a published YAML file.
+      config: the MODEL.DAT mapping of a published YAML file, or a section of a larger configuration that is being read.
       **overrides: attributes of ``DAT`` that replace the configured ones, such as dtype.
 
     Raises:
-      ValueError: unknown keys, or settings that no published model has.
+      ValueError: names the key that is unknown or whose value is not supported.
     """
-    unknown = sorted(set(config) - set(_DEFAULTS) - _IGNORED_KEYS)
-    if unknown:
-        raise ValueError(f"Unknown keys in the published configuration: {unknown}. Known: {sorted(_DEFAULTS)}.")
-    c = {**_DEFAULTS, **config}
+    settings = config if isinstance(config, Settings) else Settings(config)
+    c = read_backbone(settings, defaults=_DEFAULTS)
+    settings.finish()
     stages = tuple("".join(kinds) for kinds in c["stage_spec"])
-    if c["patch_size"] != 4 or c["drop_rate"] or c["attn_drop_rate"]:
-        raise ValueError(
-            "Every published model has patch_size 4 and no dropout but drop path; other values are unknown."
-        )
-    if [len(kinds) for kinds in stages] != list(c["depths"]):
-        raise ValueError(f"depths {list(c['depths'])} do not count the blocks of stage_spec {list(stages)}.")
     bias = [_position_bias(c, i) for i in range(len(stages))]
     settings = dict(
         num_classes=c["num_classes"],
