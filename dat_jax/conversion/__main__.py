@@ -30,7 +30,12 @@ def define_flags(values: flags.FlagValues) -> None:
     """All of this tool."""
     help_text = "What the weights are of, one of dat_jax.list_models(); of a segmentor or detector its backbone."
     flags.DEFINE_string("model", None, help_text, flag_values=values)
-    flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.", flag_values=values)
+    flags.DEFINE_string(
+        "yaml",
+        None,
+        "Published configuration of the weights: YAML of a classifier, .py of a segmentor or detector.",
+        flag_values=values,
+    )
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

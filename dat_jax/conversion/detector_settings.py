@@ -13,6 +13,7 @@ from dat_jax.conversion.settings import (
     NUMBER,
     POSITIVE,
     RATE,
+    Kind,
     Settings,
     choice,
     list_of,
@@ -30,6 +31,7 @@ from dat_jax.tasks.retinanet import RetinaNetSettings
 _DETECTORS = ("RetinaNet", "MaskRCNN", "CascadeRCNN")
 _PRINTS = "it only switches debugging output on"
 _RESERVED = "the published code accepts it and does not use it"
+_OCTAVES = Kind("an integer from 1 to 100", lambda value: COUNT.fits(value) and value <= 100)
 _ROI_STRIDES = rpn.STRIDES[:4]
 _PROPOSAL_IOU = RCNNSettings().proposal_iou
 
@@ -141,15 +143,13 @@ def _read_anchors(head: Settings, *, strides: tuple[int, ...]) -> dict[str, Any]
     check_plain(generator, "base_sizes", "centers", value=None)
     check_plain(generator, "center_offset", value=0.0)
     check_plain(generator, "scale_major", value=True)
-    if "scales" in generator:
-        scales = generator.take("scales", list_of(POSITIVE))
-        note = "Anchors have either scales or octave_base_scale and scales_per_octave."
-        for key in ("octave_base_scale", "scales_per_octave"):
-            generator.check(key, None, default=None, note=note)
-    else:
+    if "octave_base_scale" in generator or "scales_per_octave" in generator:
+        generator.check("scales", None, default=None, note="Octaves of scales and scales exclude each other.")
         base = generator.take("octave_base_scale", POSITIVE)
-        count = generator.take("scales_per_octave", COUNT)
+        count = generator.take("scales_per_octave", _OCTAVES)
         scales = tuple(base * 2 ** (octave / count) for octave in range(count))
+    else:
+        scales = generator.take("scales", list_of(POSITIVE))
     means, stds = _read_coder(head)
     ratios = generator.take("ratios", list_of(POSITIVE))
     return dict(anchor_scales=_floats(scales), anchor_ratios=_floats(ratios), anchor_means=means, anchor_stds=stds)

@@ -74,7 +74,7 @@ def _read_file(path: pathlib.Path, *, chain: tuple[pathlib.Path, ...], done: dic
         try:
             _run(statement, own, base, path)
         except Refused as error:
-            raise UserError(f"{path}:{error.line}: {error}.") from error
+            raise UserError(f"{error.origin or f'{path}:{error.line}'}: {error}.") from error
     public = {
         name: value
         for name, value in own.items()
@@ -184,7 +184,7 @@ def _evaluate_or_pass(node: ast.expr, own: dict[str, Any], base: Mapping[str, An
         if name not in own:
             raise Refused(where, f"the name {name} is not assigned before")
         if isinstance(own[name], _Unreadable):
-            raise Refused(where, f"{name} cannot be read ({own[name].place}: {own[name].reason})")
+            raise Refused(where, own[name].reason, origin=own[name].place)
         return own[name]
 
     def look_up_base(keys: tuple[str, ...], where: ast.AST) -> Any:
@@ -201,7 +201,7 @@ def _evaluate_or_pass(node: ast.expr, own: dict[str, Any], base: Mapping[str, An
         values = {name: value for name, value in own.items() if not isinstance(value, _Unreadable)}
         if not python_values.is_harmless(node, values):
             raise
-        return _Unreadable(f"{path}:{error.line}", str(error))
+        return _Unreadable(error.origin or f"{path}:{error.line}", str(error))
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:

@@ -68,11 +68,13 @@ class Refused(Exception):
 
     Attributes:
       line: its line in the file.
+      origin: "FILE:LINE" of the cause if that is in another statement, else None.
     """
 
-    def __init__(self, node: ast.AST, message: str):
+    def __init__(self, node: ast.AST, message: str, *, origin: str | None = None):
         super().__init__(message)
         self.line = getattr(node, "lineno", 0)
+        self.origin = origin
 
 
 def describe(node: ast.AST) -> str:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 REQUIRED = object()  # default of a key that has none
 
 _MOST_NAMED = 20  # unknown keys in one error message
+_LONGEST_PATH = 200
+_LARGEST = 2**31 - 1  # absolute value of a number
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlist = _SHORT.maxtuple = 8
@@ -22,11 +24,11 @@ class Kind(NamedTuple):
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST  # not NaN
 
 
 def _is_integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 COUNT = Kind("a positive integer", lambda value: _is_integer(value) and value >= 1)
@@ -109,12 +111,12 @@ class Settings:
         Raises:
           ValueError: another value.
         """
-        value = _freeze(self._read(key, default, "checked"))
-        if not any(_equal(value, _freeze(one)) for one in supported):
+        value = self._read(key, default, "checked")
+        if not any(_equal(value, one) for one in supported):
             wanted = " or ".join(map(short, supported))
             missing = "" if key in self else " (the default, as the key is missing)"
             raise self.error(key, f"expected {wanted}, got {short(value)}{missing}", note)
-        return value
+        return _freeze(value)
 
     def match(self, key: str, value: Any, source: str, *, default: Any = REQUIRED) -> None:
         """Checks that a value agrees with the value of another key, ``source``, a dotted path."""
@@ -160,11 +162,11 @@ class Settings:
         """Raises a ValueError that names every key that was not read, here and in all sections."""
         unknown = self._unknown()
         if unknown:
-            paths = [path for path, _ in unknown]
+            paths = [path[:_LONGEST_PATH] for path, _ in unknown]
             nearest = [
-                f"{path}: did you mean {match[0]!r}?"
-                for path, known in unknown
-                if (match := difflib.get_close_matches(path.rsplit(".", 1)[-1], known, n=1))
+                f"{path!r}: did you mean {match[0]!r}?"
+                for path, known in unknown[:_MOST_NAMED]
+                if (match := difflib.get_close_matches(path[-_LONGEST_PATH:].rsplit(".", 1)[-1], known, n=1))
             ]
             more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
             names = f"Unknown keys in the published configuration: {paths[:_MOST_NAMED]}{more}."
@@ -186,6 +188,8 @@ class Settings:
 
     def _add_section(self, mapping, key):
         section = Settings(mapping, self.path_of(key), self.uses)
+        if not mapping:
+            self.uses[section.path] = "checked"  # to be empty
         self._sections.append(section)
         return section
 
@@ -206,7 +210,7 @@ def _freeze(value):
 
 
 def _equal(a, b) -> bool:
-    """Equality that tells True from 1."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
+    """Equality that tells True from 1, but not lists from tuples."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
