@@ -1,6 +1,7 @@
 """The documents hold: links lead somewhere, tables say what the code says, the site builds. Commands: test_commands.py."""
 
 import contextlib
+import fnmatch
 import importlib.util
 import os
 import re
@@ -15,7 +16,10 @@ import yaml
 from dat_jax.__main__ import TOOLS
 from dat_jax.config import make_schema
 from dat_jax.conversion import backbone_settings, official
+from dat_jax.conversion.detector_settings import trace_detector
+from dat_jax.conversion.segmentors import trace_segmentor
 from tests import documents
+from tests.conversion import published_configs
 from tests.document_stand_ins import parse_config, parse_flags
 from tests.documents import DOCUMENTS, ROOT
 
@@ -118,6 +122,29 @@ def test_the_migration_table_has_every_key():
     for name, kind in (("dwc_pes", "dwc"), ("fixed_pes", "fixed"), ("log_cpb", "log_cpb")):
         model = official.model_from_official({"use_pes": [True] * 4, name: [True] * 4})
         assert model.position_bias == (kind,) * 4
+
+
+def test_the_migration_table_of_dense_models_has_every_key():
+    rows = documents.table_rows(
+        (ROOT / "docs/migration.md").read_text(), "## From the published configurations of segmentors and detectors"
+    )
+    rows = [(re.findall(r"`([^`]+)`", row[0]), row[1]) for row in rows if row[1] != "use"]
+    matched = set()
+    backbone = {*official._DEFAULTS, *backbone_settings.CHECKED, *backbone_settings.IGNORED}
+    for name in published_configs.FILES:
+        trace = trace_segmentor if name.startswith(("semfpn", "upernet")) else trace_detector
+        *_, uses = trace(published_configs.make_config(name))
+        for key, use in uses.items():
+            key = re.sub(r"\.\d+\.", ".", key)
+            if key.removeprefix("backbone.") in backbone and key.startswith("backbone."):
+                continue
+            found = [row for row in rows if any(fnmatch.fnmatchcase(key, pattern) for pattern in row[0])]
+            exact = [row for row in found if key in row[0]]
+            assert len(exact or found) == 1, (key, found)
+            row = (exact or found)[0]
+            assert use.split(":")[0] in row[1].split(), (key, use)
+            matched |= {pattern for pattern in row[0] if fnmatch.fnmatchcase(key, pattern)}
+    assert {pattern for patterns, _ in rows for pattern in patterns} == matched
 
 
 def test_the_migration_table_of_training_names_our_keys():
