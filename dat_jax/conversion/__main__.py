@@ -10,6 +10,9 @@ A published classifier; one whose configuration is published too; a published se
 WEIGHTS with published names (.pth, .pt, .safetensors), of a classifier or of a whole segmentor or detector, become an export,
 the folder OUT, which dat_jax.load_pretrained reads and config.init_from takes. An export or the work directory of a run
 becomes OUT.safetensors with published names.
+
+--yaml takes the published configuration: a YAML file for a classifier, a Python file (.py, which is read and never run) for a
+segmentor or detector.
 """
 
 import pathlib

@@ -49,7 +49,7 @@ def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
         raise UserError(f"{path} cannot be read: {reason}.") from error
     model = config.get("MODEL") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("DAT"), dict):
-        raise UserError(f"{path} wants a mapping MODEL.DAT, as in the published YAML files.")
+        raise UserError(f"{path}: expected a mapping MODEL.DAT, as in the published YAML files.")
     try:
         model, options, _ = trace_classifier(config)
     except ValueError as error:

@@ -241,7 +241,7 @@ GOOD_YAML = {
         ),
         ("{nano}", dict(yaml_file="{tmp}/other.yaml"), "other.yaml: These weights are not of this model"),
         ("{nano}", dict(yaml_file="{tmp}/short.yaml"), "short.yaml does not describe a model"),
-        ("{nano}", dict(yaml_file="{tmp}/empty.yaml"), r"wants a mapping MODEL\.DAT"),
+        ("{nano}", dict(yaml_file="{tmp}/empty.yaml"), r"empty.yaml: expected a mapping MODEL\.DAT"),
         ("{nano}", dict(yaml_file="{tmp}/broken.yaml"), "broken.yaml cannot be read: while parsing"),
         ("{nano}", dict(yaml_file="{tmp}/none.yaml"), "none.yaml cannot be read: No such file"),
         ("{nano}", dict(yaml_file="{tmp}/c.py"), "weights of a classifier: expected a YAML file as --yaml, got .*c.py"),

@@ -376,6 +376,18 @@ def test_hostile_values_end_in_one_short_sentence():
         Settings(3)
 
 
+@pytest.mark.parametrize("name", ["cascade_tiny", "retinanet_tiny", "semfpn_tiny", "upernet_tiny", "dat_pp_base_384"])
+def test_values_of_any_kind_at_any_place_are_read_or_refused_in_one_sentence(name):
+    config = make(name)
+    values = [None, "x", [], {}, [[]], float("nan"), float("inf"), -1, 0, 10**400, True, b"x", [None] * 4, {None: 1}]
+    paths = {*(path for path, _ in list_parents(config)), *(path for path, _ in list_leaves(config))} - {()}
+    for path in paths:
+        for value in values:
+            _, message = attempt(replace(config, path, value))  # no other exception
+            assert "\n" not in message
+            assert len(message) < 3000
+
+
 def test_a_reader_names_what_nothing_has_read():
     settings = Settings({"a": 1, "b": {"c": [1, 2], "d": 0.5, "typo": 1}, "extra": 2})
     assert settings.take("a", COUNT) == 1
