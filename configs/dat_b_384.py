@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.data.name = "imagenet"
     config.data.directory = "data/imagenet"
     config.data.image_size = 384
-    config.data.eval_resize = 384
+    config.data.eval_resize = 438  # the release crops at 384 as at 224, unlike DAT++
     config.data.workers = 8
     config.epochs = 30
     config.batch_size = 1024

@@ -1,6 +1,7 @@
 """The documents hold: links lead somewhere, tables say what the code says, the site builds. Commands: test_commands.py."""
 
 import contextlib
+import fnmatch
 import importlib.util
 import os
 import re
@@ -14,8 +15,11 @@ import yaml
 
 from dat_jax.__main__ import TOOLS
 from dat_jax.config import make_schema
-from dat_jax.conversion import official
+from dat_jax.conversion import backbone_settings, official
+from dat_jax.conversion.detector_settings import trace_detector
+from dat_jax.conversion.segmentors import trace_segmentor
 from tests import documents
+from tests.conversion import published_configs
 from tests.document_stand_ins import parse_config, parse_flags
 from tests.documents import DOCUMENTS, ROOT
 
@@ -97,8 +101,10 @@ def test_the_migration_table_has_every_key():
     text = (ROOT / "docs/migration.md").read_text()
     rows = documents.table_rows(text, "## From the published YAML: `MODEL.DAT`")
     keys = [row[0].strip("`") for row in rows]
-    assert sorted(keys) == sorted({*official._DEFAULTS, *official._IGNORED_KEYS})
-    assert {key for key, row in zip(keys, rows, strict=True) if "ignored" in row[2]} == official._IGNORED_KEYS
+    known = {*official._DEFAULTS, *backbone_settings.CHECKED, *backbone_settings.IGNORED}
+    assert sorted(keys) == sorted(known)
+    ignored = {key for key, row in zip(keys, rows, strict=True) if "ignored" in row[2]}
+    assert ignored == set(backbone_settings.IGNORED)
     changes = dict(num_classes=7, dim_stem=48, expansion=2, drop_path_rate=0.3, img_size=96, use_conv_patches=True)
     lists = dict(window_sizes=5, heads=1, offset_range_factor=7, sr_ratios=1, ksizes=5, nat_ksizes=5, groups=1)
     lists |= dict(layer_scale_values=0.5, use_lpus=True, use_dwc_mlps=True, no_offs=True, strides=3)
@@ -116,6 +122,29 @@ def test_the_migration_table_has_every_key():
     for name, kind in (("dwc_pes", "dwc"), ("fixed_pes", "fixed"), ("log_cpb", "log_cpb")):
         model = official.model_from_official({"use_pes": [True] * 4, name: [True] * 4})
         assert model.position_bias == (kind,) * 4
+
+
+def test_the_migration_table_of_dense_models_has_every_key():
+    rows = documents.table_rows(
+        (ROOT / "docs/migration.md").read_text(), "## From the published configurations of segmentors and detectors"
+    )
+    rows = [(re.findall(r"`([^`]+)`", row[0]), row[1]) for row in rows if row[1] != "use"]
+    matched = set()
+    backbone = {*official._DEFAULTS, *backbone_settings.CHECKED, *backbone_settings.IGNORED}
+    for name in published_configs.FILES:
+        trace = trace_segmentor if name.startswith(("semfpn", "upernet")) else trace_detector
+        *_, uses = trace(published_configs.make_config(name))
+        for key, use in uses.items():
+            key = re.sub(r"\.\d+\.", ".", key)
+            if key.removeprefix("backbone.") in backbone and key.startswith("backbone."):
+                continue
+            found = [row for row in rows if any(fnmatch.fnmatchcase(key, pattern) for pattern in row[0])]
+            exact = [row for row in found if key in row[0]]
+            assert len(exact or found) == 1, (key, found)
+            row = (exact or found)[0]
+            assert use.split(":")[0] in row[1].split(), (key, use)
+            matched |= {pattern for pattern in row[0] if fnmatch.fnmatchcase(key, pattern)}
+    assert {pattern for patterns, _ in rows for pattern in patterns} == matched
 
 
 def test_the_migration_table_of_training_names_our_keys():

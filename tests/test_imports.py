@@ -29,6 +29,7 @@ ALLOWED = {
             "dat_jax.lazy",
             "dat_jax.training.checkpoint",
             "dat_jax.training.exports",
+            "dat_jax.tasks",
             "dat_jax.training.pretrained",
         ),
         *("absl", "flax", "jax", "ml_dtypes", "rich", "safetensors", "yaml"),

@@ -13,6 +13,9 @@ export, which dat_jax.load_pretrained and config.init_from read. The file may be
 Lightning or DeepSpeed. It is read without PyTorch, and no code in it is run.
 
 If WEIGHTS is an export or the work directory of a run, OUT is a new .safetensors file with published names.
+
+--yaml takes the published configuration: a YAML file for a classifier, a Python file (.py, which is read and never run) for a
+segmentor or detector.
 """
 
 import pathlib
@@ -36,7 +39,12 @@ def define_flags(values: flags.FlagValues) -> None:
     """All of this tool."""
     help_text = "What the weights are of, one of dat_jax.list_models(); of a segmentor or detector its backbone."
     flags.DEFINE_string("model", None, help_text, flag_values=values)
-    flags.DEFINE_string("yaml", None, "What the weights are of, as the published YAML file says.", flag_values=values)
+    flags.DEFINE_string(
+        "yaml",
+        None,
+        "Published configuration of the weights: YAML of a classifier, .py of a segmentor or detector.",
+        flag_values=values,
+    )
     help_text = (
         "The form of deformable attention that the weights were trained with. cvpr2022: DAT v1 as it was released. dat_pp: "
         "the code published with DAT++. Default: that of the model, which for DAT v1 is cvpr2022."

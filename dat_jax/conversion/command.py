@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import numpy as np
-import yaml
 
 from dat_jax.appearing import refuse_existing
 from dat_jax.conversion import detectors, segmentors, selection
+from dat_jax.conversion.classifier_settings import read_yaml_config
 from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
-from dat_jax.conversion.official import from_official, model_from_official, official_shapes, to_official
+from dat_jax.conversion.official import from_official, official_shapes, to_official
+from dat_jax.conversion.python_config import read_python_config
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT, DEFORMABLE_FORMS
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
@@ -37,6 +38,7 @@ class _Dense(NamedTuple):
     to_variables: Callable
     to_official: Callable
     title: Callable[..., str]
+    read: Callable[..., tuple]
 
 
 _SEGMENTORS = _Dense(
@@ -48,6 +50,7 @@ _SEGMENTORS = _Dense(
     segmentors.segmentor_variables,
     segmentors.segmentor_to_official,
     lambda model: model.head,
+    segmentors.read_segmentor,
 )
 _DETECTORS = _Dense(
     "detector",
@@ -58,6 +61,7 @@ _DETECTORS = _Dense(
     detectors.detector_variables,
     detectors.detector_to_official,
     name_detector,
+    detectors.read_detector_options,
 )
 
 
@@ -76,7 +80,8 @@ def import_weights(
       weights: a file that ``read_weights`` reads.
       out: the folder to make.
       model: a name of the registry, of the backbone where there is one; the class count is that of the weights.
-      yaml_file: a published configuration, instead. With neither the registry is searched for names and shapes.
+      yaml_file: a published configuration, instead: YAML for a classifier, Python (.py) for a segmentor or a detector. With
+        neither the registry is searched for names and shapes.
       which: the weights to take, "auto", "ema" or "raw", see ``read_weights``.
       form: of deformable attention, see ``DAT.deformable_form``. None takes the form that the file records, or else that
         of the model or configuration: weights of DAT v1 are those of its release.
@@ -94,17 +99,17 @@ def import_weights(
     dense = next((kind for kind in (_SEGMENTORS, _DETECTORS) if kind.has_names(state_dict)), None)
     note = "" if dense else selection.describe_partial_prefix(state_dict)
     label = f"{weights} ({note})" if note else weights
+    options: dict[str, Any] = {}
     if dense:
         if yaml_file is not None:
-            raise UserError(
-                f"{weights} is of a {dense.word}, which --yaml does not describe; --model=NAME names its backbone."
-            )
-        name, found = _name_dense(dense, state_dict, model) if model else _find_dense(dense, state_dict, weights)
+            name, (found, options) = yaml_file, _dense_from_python(dense, yaml_file, weights)
+        else:
+            name, found = _name_dense(dense, state_dict, model) if model else _find_dense(dense, state_dict, weights)
         found = _choose_form(found, asked=form, recorded=metadata.get(_FORM), weights=weights)
         convert = functools.partial(dense.to_variables, found)
     else:
         if yaml_file is not None:
-            name, found = yaml_file, _model_from_yaml(yaml_file)
+            name, (found, options) = yaml_file, _model_from_yaml(yaml_file, weights)
         elif model is not None:
             name, found = model, _with_classes_of(state_dict, model)
         else:
@@ -116,7 +121,7 @@ def import_weights(
         variables = convert(state_dict)
     except ValueError as error:
         raise UserError(f"{label} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
-    export_model(out, model=found, variables=variables)
+    export_model(out, model=found, variables=variables, options=options)
     written, description = load_export(out)
     wanted = variables if dense else variables["params"]
     rows = _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
@@ -196,21 +201,24 @@ def _describe_form(model: DAT | Segmentor | Detector) -> dict[str, str]:
     return {"deformable form": what[dat.deformable_form]}
 
 
-def _model_from_yaml(path: str) -> DAT:
-    """Of the published YAML only MODEL.DAT says what the model is; DATA.IMG_SIZE is the size that it is run on."""
+def _model_from_yaml(path: str, weights: str) -> tuple[DAT, dict[str, Any]]:
+    """The classifier of a published YAML file, and the options of inference that the file sets."""
+    if pathlib.Path(path).suffix == ".py":
+        raise UserError(f"{weights} has the weights of a classifier: expected a YAML file as --yaml, got {path}.")
+    return read_yaml_config(path)
+
+
+def _dense_from_python(dense: _Dense, path: str, weights: str) -> tuple[Segmentor | Detector, dict[str, Any]]:
+    """The segmentor or detector of a published Python file, and the options of inference that the file sets."""
+    if pathlib.Path(path).suffix != ".py":
+        raise UserError(
+            f"{weights} has the weights of a {dense.word}: expected a Python configuration (.py) as --yaml, got {path}."
+        )
+    config = read_python_config(path)
     try:
-        config = yaml.safe_load(pathlib.Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}.") from error
-    for key in ("MODEL", "DAT"):
-        config = config.get(key) if isinstance(config, dict) else None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} wants a mapping MODEL.DAT, as in the published YAML files.")
-    try:
-        return model_from_official(config)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(f"{path} does not describe a model: {error}") from error
+        return dense.read(config)
+    except ValueError as error:
+        raise UserError(f"{path} does not describe a supported {dense.word}: {error}") from error
 
 
 def _with_classes_of(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:

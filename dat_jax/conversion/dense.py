@@ -21,9 +21,13 @@ from dat_jax.conversion.official import (
     model_from_official,
     published,
 )
+from dat_jax.conversion.settings import COUNT, Settings
 from dat_jax.models.dat import DAT
 
-_NOT_OF_THE_MODEL = {"type", "out_indices", "use_checkpoint", "init_cfg", "pretrained"}  # in a published backbone
+INITIAL_WEIGHTS = "the weights come from the checkpoint that is converted"
+_MEMORY = "it saves memory in training and leaves the function unchanged; ours is the attribute remat"
+_LATER_GENERATION = "It belongs to MMDetection 3 or MMSegmentation 1; supported are MMDetection 2 and MMSegmentation 0."
+_NORMS = ("BN", "SyncBN")  # SyncBN normalizes as BN does; only training on several devices differs
 _COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm, without effect where it has a momentum
 # Our leaf -> the published one.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -33,14 +37,93 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 Table = tuple[tuple[Any, ...], ...]
 
 
-def backbone_from_official(config: Mapping[str, Any], **overrides) -> DAT:
-    """The DAT of a published configuration's ``backbone``; overrides are attributes of it.
+def open_config(config: Mapping[str, Any]) -> Settings:
+    """A published ``model`` mapping to read, its keys that every kind of model has read already."""
+    settings = Settings(config)
+    for key in ("data_preprocessor", "preprocess_cfg"):
+        settings.refuse(key, _LATER_GENERATION)
+    settings.ignore(INITIAL_WEIGHTS, "pretrained", "init_cfg")
+    return settings
+
+
+def read_backbone(settings: Settings, *, out_indices: tuple[int, ...], **overrides) -> DAT:
+    """The DAT of the section ``backbone``.
+
+    Args:
+      settings: the whole model's.
+      out_indices: the feature maps that the heads use.
+      **overrides: attributes of ``DAT``.
 
     Raises:
-      ValueError: settings that no published model has.
+      ValueError: names the key that is unknown or whose value is not supported.
     """
-    settings = {name: value for name, value in config.items() if name not in _NOT_OF_THE_MODEL}
-    return model_from_official(settings, **overrides)
+    backbone = settings.section("backbone")
+    backbone.check("type", "DAT")
+    backbone.check("out_indices", out_indices, default=(0, 1, 2, 3))
+    backbone.ignore(_MEMORY, "use_checkpoint")
+    backbone.ignore(INITIAL_WEIGHTS, "init_cfg", "pretrained")
+    return model_from_official(backbone, **overrides)
+
+
+def read_neck(settings: Settings, dat: DAT, *, levels: int, start_level: int = 0, extra: Any = False) -> int:
+    """Width of the feature pyramid in the section ``neck``.
+
+    Args:
+      settings: the whole model's.
+      dat: the backbone.
+      levels: number of maps that come out.
+      start_level: the first map of the backbone that goes in.
+      extra: supported value of add_extra_convs.
+
+    Raises:
+      ValueError: names the key that is missing or whose value is not supported.
+    """
+    neck = settings.section("neck")
+    neck.check("type", "FPN")
+    neck.match("in_channels", dat.dims, "backbone.dims")
+    neck.check("num_outs", levels)
+    neck.check("start_level", start_level, default=0)
+    neck.check("end_level", -1, default=-1)
+    neck.check("add_extra_convs", extra, default=False)
+    neck.check("upsample_cfg", {"mode": "nearest"}, default={"mode": "nearest"})
+    check_plain(neck, "relu_before_extra_convs", "no_norm_on_lateral", value=False)
+    check_plain(neck, "conv_cfg", "norm_cfg", "act_cfg", value=None)
+    neck.ignore(INITIAL_WEIGHTS, "init_cfg")
+    return neck.take("out_channels", COUNT)
+
+
+def check_plain(settings: Settings, *keys: str, value: Any) -> None:
+    """Checks that keys are missing or have the value that the published code has by default."""
+    for key in keys:
+        settings.check(key, value, default=value)
+
+
+def check_batch_norm(settings: Settings) -> None:
+    """Checks that the section ``norm_cfg`` is a batch normalization as PyTorch has it by default."""
+    norm = settings.section("norm_cfg")
+    norm.check("type", *_NORMS)
+    norm.check("eps", 1e-5, default=1e-5)
+    norm.check("momentum", 0.1, default=0.1)
+    norm.check("requires_grad", True, default=True)
+
+
+def check_loss(settings: Settings, key: str, *, kind: str, weight: float = 1.0, note: str = "", **values: Any) -> None:
+    """Checks that the section of a loss is the published one, which the training task computes.
+
+    Args:
+      settings: the head's.
+      key: of the loss.
+      kind: its type.
+      weight: its loss_weight.
+      note: a sentence for the error message about its type.
+      **values: other keys with their values, which are required.
+    """
+    loss = settings.section(key)
+    loss.check("type", kind, note=note)
+    loss.check("loss_weight", weight, default=1.0)
+    for name, value in values.items():
+        loss.check(name, value)
+    check_plain(loss, "reduction", value="mean")
 
 
 def to_variables(model, table: Table, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:

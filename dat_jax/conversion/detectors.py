@@ -7,18 +7,15 @@ from typing import Any
 import numpy as np
 
 from dat_jax.conversion import dense
+from dat_jax.conversion.detector_settings import read_detector
 from dat_jax.conversion.official import LINEAR, Transform
 from dat_jax.models.dat import DAT
-from dat_jax.models.rcnn import BOX_SIDE, RCNN
 from dat_jax.models.registry import Detector, create_detector
 from dat_jax.models.retinanet import RetinaNet
+from dat_jax.tasks.detection import default_settings
+from dat_jax.tasks.rcnn import RCNNSettings
+from dat_jax.tasks.retinanet import RetinaNetSettings
 
-_DETECTORS = ("RetinaNet", "MaskRCNN", "CascadeRCNN")
-# The first linear layer sees (C, 7, 7) flattened as published, (7, 7, C) as ours.
-_FLATTENED = Transform(
-    lambda a: a.reshape(BOX_SIDE, BOX_SIDE, -1, a.shape[1]).transpose(3, 2, 0, 1).reshape(a.shape[1], -1),
-    lambda a: a.reshape(a.shape[0], -1, BOX_SIDE, BOX_SIDE).transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
-)
 # (in, 2, 2, out) <-> (in, out, 2, 2), of a transposed convolution
 _DOUBLING = Transform(lambda a: a.transpose(0, 3, 1, 2), lambda a: a.transpose(0, 2, 3, 1))
 _NECK = ((r"neck/(?P<m>lateral_convs|fpn_convs)_(?P<i>\d+)", "neck.{m}.{i}.conv"),)
@@ -29,7 +26,16 @@ _RETINANET: dense.Table = (
 )
 
 
-def _rcnn_table(cascade: bool) -> dense.Table:
+def _flattened(side: int) -> Transform:
+    """Of the first linear layer, which takes flattened features: (C, side, side) as published, (side, side, C) as ours."""
+    return Transform(
+        lambda a: a.reshape(side, side, -1, a.shape[1]).transpose(3, 2, 0, 1).reshape(a.shape[1], -1),
+        lambda a: a.reshape(a.shape[0], -1, side, side).transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
+    )
+
+
+@functools.cache
+def _rcnn_table(cascade: bool, box_side: int) -> dense.Table:
     stage = ".{s}" if cascade else ""
     box, mask = f"roi_head.bbox_head{stage}", f"roi_head.mask_head{stage}"
     boxes, masks = r"bbox_heads_(?P<s>\d)", r"mask_heads_(?P<s>\d)"
@@ -37,7 +43,7 @@ def _rcnn_table(cascade: bool) -> dense.Table:
         *_NECK,
         (r"rpn_head/(?P<m>rpn_conv|rpn_cls|rpn_reg)", "rpn_head.{m}"),
         (rf"{boxes}/shared_convs_(?P<i>\d)/(?P<k>conv|bn)", box + ".shared_convs.{i}.{k}"),
-        (rf"{boxes}/shared_fcs_0", box + ".shared_fcs.0", _FLATTENED),
+        (rf"{boxes}/shared_fcs_0", box + ".shared_fcs.0", _flattened(box_side)),
         (rf"{boxes}/shared_fcs_(?P<i>\d)", box + ".shared_fcs.{i}", LINEAR),
         (rf"{boxes}/(?P<m>fc_cls|fc_reg)", box + ".{m}", LINEAR),
         (rf"{masks}/convs_(?P<i>\d)", mask + ".convs.{i}.conv"),
@@ -45,9 +51,6 @@ def _rcnn_table(cascade: bool) -> dense.Table:
         (rf"{masks}/upsample_bias", mask + ".upsample.bias"),
         (rf"{masks}/conv_logits", mask + ".conv_logits"),
     )
-
-
-_MASK_RCNN, _CASCADE = _rcnn_table(False), _rcnn_table(True)
 
 
 def is_detector(names) -> bool:
@@ -59,29 +62,36 @@ def detector_from_official(config: Mapping[str, Any], **overrides) -> Detector:
     """The model of a published configuration.
 
     Args:
-      config: MMDetection's ``model`` mapping.
+      config: MMDetection's ``model`` mapping. Its train_cfg and test_cfg are checked; ``detector_settings_from_official``
+        returns what they set.
       **overrides: attributes of the backbone, ``DAT``, that replace the configured ones, such as dtype.
 
     Raises:
-      ValueError: another detector, or settings that no published model has.
+      ValueError: names the key that is unknown or missing or whose value is not supported.
     """
-    kind = config["type"]
-    if kind not in _DETECTORS:
-        raise ValueError(f"The detector {kind!r} is unknown; choose from {', '.join(_DETECTORS)}.")
-    dat = dense.backbone_from_official(config["backbone"], **overrides)
-    features = config["neck"]["out_channels"]
-    if kind == "RetinaNet":
-        return RetinaNet(dat, num_classes=config["bbox_head"]["num_classes"], features=features, dtype=dat.dtype)
-    head = config["roi_head"]["bbox_head"]
-    head = head[0] if kind == "CascadeRCNN" else head
-    return RCNN(
-        dat,
-        num_classes=head["num_classes"],
-        cascade=kind == "CascadeRCNN",
-        features=features,
-        width=head["fc_out_channels"],
-        dtype=dat.dtype,
-    )
+    return read_detector(config, **overrides)[0]
+
+
+def detector_settings_from_official(config: Mapping[str, Any]) -> RetinaNetSettings | RCNNSettings:
+    """Settings of ``tasks.detection`` from the train_cfg, test_cfg and losses of a published configuration.
+
+    Raises:
+      ValueError: as ``detector_from_official``.
+    """
+    return read_detector(config)[1]
+
+
+def read_detector_options(config: Mapping[str, Any]) -> tuple[Detector, dict[str, Any]]:
+    """The model of a published configuration, and the options of ``inference.load`` that differ from the published ones."""
+    model, settings = read_detector(config)
+    names = {"score_threshold": "score_threshold", "iou_threshold": "iou_threshold", "max_detections": "max_detections"}
+    if isinstance(model, RetinaNet):
+        names |= {"candidates": "candidates"}
+    else:
+        names |= {"candidates": "test_candidates", "proposals": "test_proposals"}
+    published = default_settings(model)
+    values = {option: getattr(settings, name) for option, name in names.items()}
+    return model, {option: value for option, value in values.items() if value != getattr(published, names[option])}
 
 
 def detector_variables(model: Detector, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -129,4 +139,4 @@ def find_detector(state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[st
 def _table(model):
     if isinstance(model, RetinaNet):
         return _RETINANET
-    return _CASCADE if model.cascade else _MASK_RCNN
+    return _rcnn_table(model.cascade, model.box_side)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dat_jax.conversion.backbone_settings import read_backbone
+from dat_jax.conversion.settings import Settings
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import create_model
 
@@ -50,42 +52,31 @@ _DEFAULTS = dict(
 )
 # Keys that came with DAT++. The configurations of DAT v1 as it was released have none of them.
 _LATER_KEYS = {"ksizes", "nat_ksizes", "use_lpus", "log_cpb"}
-# Of training, of the unpublished learned-query block, or without effect on the function.
-_IGNORED_KEYS = {"heads_q", "lower_lr_kvs", "ns_per_pts", "ksize_qnas", "nqs", "qna_activation"}
 
 
-def model_from_official(config: Mapping[str, Any], **overrides) -> DAT:
+def model_from_official(config: Mapping[str, Any] | Settings, **overrides) -> DAT:
     """The model of a published configuration.
 
     A configuration without any of the keys "ksizes", "nat_ksizes", "use_lpus" and "log_cpb", which came later, is one of
     DAT v1 as it was released: its model has ``deformable_form="cvpr2022"``. Any other has "dat_pp".
 
     Args:
-      config: the MODEL.DAT mapping of a published YAML file.
+      config: the MODEL.DAT mapping of a published YAML file, or a section of a larger configuration that is being read.
       **overrides: attributes of ``DAT`` that replace the configured ones, such as dtype.
 
     Raises:
-      ValueError: unknown keys, or settings that no published model has.
+      ValueError: names the key that is unknown or whose value is not supported.
     """
-    unknown = sorted(set(config) - set(_DEFAULTS) - _IGNORED_KEYS)
-    if unknown:
-        raise ValueError(f"Unknown keys in the published configuration: {unknown}. Known: {sorted(_DEFAULTS)}.")
-    c = {**_DEFAULTS, **config}
+    settings = config if isinstance(config, Settings) else Settings(config)
+    form = "dat_pp" if any(key in settings for key in _LATER_KEYS) else "cvpr2022"
+    c = read_backbone(settings, defaults=_DEFAULTS)
+    settings.finish()
     stages = tuple("".join(kinds) for kinds in c["stage_spec"])
-    if c["patch_size"] != 4 or c["drop_rate"] or c["attn_drop_rate"]:
-        raise ValueError(
-            "Every published model has patch_size 4 and no dropout but drop path; other values are unknown."
-        )
-    if [len(kinds) for kinds in stages] != list(c["depths"]):
-        raise ValueError(f"depths {list(c['depths'])} do not count the blocks of stage_spec {list(stages)}.")
     bias = [_position_bias(c, i) for i in range(len(stages))]
-    form = "dat_pp" if config.keys() & _LATER_KEYS else "cvpr2022"
     if form == "cvpr2022" and c["use_conv_patches"]:
-        raise ValueError(
-            "use_conv_patches True in a configuration of DAT v1 as it was released (one without "
-            f"{', '.join(sorted(_LATER_KEYS))}) is a stem that no released model has and that is not supported."
-        )
-    settings = dict(
+        note = f"A configuration without {', '.join(sorted(_LATER_KEYS))} is one of DAT v1 as it was released."
+        raise settings.error("use_conv_patches", "expected False for DAT v1 as it was released, got True", note)
+    attributes = dict(
         num_classes=c["num_classes"],
         image_size=c["img_size"],
         dim_stem=c["dim_stem"],
@@ -110,7 +101,7 @@ def model_from_official(config: Mapping[str, Any], **overrides) -> DAT:
         expansion=c["expansion"],
         drop_path_rate=c["drop_path_rate"],
     )
-    return create_model("dat_pp_tiny", **{**settings, **overrides})
+    return create_model("dat_pp_tiny", **{**attributes, **overrides})
 
 
 def _position_bias(config, stage):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dat_jax.conversion import dense
+from dat_jax.conversion.settings import COUNT, RATE_BELOW_ONE, Settings, choice, list_of
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import create_segmentor
 from dat_jax.models.segmentation import Segmentor
@@ -31,27 +32,118 @@ def segmentor_from_official(config: Mapping[str, Any], **overrides) -> Segmentor
     """The model of a published configuration.
 
     Args:
-      config: MMSegmentation's ``model`` mapping: backbone, neck, decode_head, auxiliary_head.
+      config: MMSegmentation's ``model`` mapping: backbone, neck, decode_head, auxiliary_head. Its test_cfg is checked;
+        ``segmentor_options_from_official`` returns what it sets.
       **overrides: attributes of the backbone, ``DAT``, that replace the configured ones, such as dtype.
 
     Raises:
-      ValueError: another head, or settings that no published model has.
+      ValueError: names the key that is unknown or missing or whose value is not supported.
     """
-    head = config["decode_head"]
-    if head["type"] not in _HEADS:
-        raise ValueError(f"The decode_head {head['type']!r} is unknown; choose from {', '.join(_HEADS)}.")
-    dat = dense.backbone_from_official(config["backbone"], **overrides)
-    auxiliary = config.get("auxiliary_head") or {"channels": 0}
-    return Segmentor(
-        dat,
-        num_classes=head["num_classes"],
-        head=_HEADS[head["type"]],
-        channels=head["channels"],
-        neck_channels=config.get("neck", {}).get("out_channels", 256),
-        auxiliary_channels=auxiliary["channels"],
-        dropout=head["dropout_ratio"],
-        dtype=dat.dtype,
-    )
+    return read_segmentor(config, **overrides)[0]
+
+
+def segmentor_options_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``inference.load`` that the test_cfg of a published configuration sets; empty for whole images.
+
+    Raises:
+      ValueError: as ``segmentor_from_official``.
+    """
+    return read_segmentor(config)[1]
+
+
+def read_segmentor(config: Mapping[str, Any], **overrides) -> tuple[Segmentor, dict[str, Any]]:
+    """The model and the options of a published configuration; see the two functions above."""
+    model, options, _ = trace_segmentor(config, **overrides)
+    return model, options
+
+
+def trace_segmentor(config: Mapping[str, Any], **overrides) -> tuple[Segmentor, dict[str, Any], dict[str, str]]:
+    """The model, the options, and how each key was used (``Settings.uses``)."""
+    settings = dense.open_config(config)
+    settings.check("type", "EncoderDecoder")
+    dat = dense.read_backbone(settings, out_indices=(0, 1, 2, 3), **overrides)
+    head = settings.section("decode_head")
+    kind = _HEADS[head.take("type", choice(*_HEADS))]
+    attributes = (_read_sem_fpn if kind == "sem_fpn" else _read_upernet)(settings, head, dat)
+    model = Segmentor(dat, head=kind, dtype=dat.dtype, **attributes)
+    settings.optional_section("train_cfg")  # has no keys
+    options = _read_test_options(settings)
+    settings.finish()
+    return model, options, settings.uses
+
+
+def _read_sem_fpn(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any]:
+    """Attributes of a ``Segmentor``."""
+    settings.check("auxiliary_head", None, default=None, note="Only UPerHead is supported with an auxiliary head.")
+    width = dense.read_neck(settings, dat, levels=4)
+    head.check("feature_strides", (4, 8, 16, 32))
+    attributes = _read_head(head, in_channels=(width,) * 4, source="neck.out_channels, four times")
+    return {**attributes, "neck_channels": width, "auxiliary_channels": 0}
+
+
+def _read_upernet(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any]:
+    """Attributes of a ``Segmentor``."""
+    settings.check("neck", None, default=None, note="UPerHead uses the feature maps of the backbone.")
+    attributes = _read_head(head, in_channels=dat.dims, source="backbone.dims")
+    attributes["pool_sides"] = head.take("pool_scales", list_of(COUNT), default=(1, 2, 3, 6))
+    auxiliary = settings.optional_section("auxiliary_head")
+    if auxiliary is None:
+        return {**attributes, "auxiliary_channels": 0}
+    auxiliary.check("type", "FCNHead")
+    auxiliary.check("concat_input", False, default=True)
+    auxiliary.check("kernel_size", 3, default=3)
+    auxiliary.check("dilation", 1, default=1)
+    options = dict(in_index=2, in_channels=dat.dims[2], source="backbone.dims, the third value", weight=0.4)
+    own = _read_head(auxiliary, **options)
+    for key, name in (("num_classes", "num_classes"), ("dropout_ratio", "dropout")):
+        auxiliary.match(key, attributes[name], f"decode_head.{key}", default=own[name])
+    return {
+        **attributes,
+        "auxiliary_channels": own["channels"],
+        "auxiliary_convs": auxiliary.take("num_convs", COUNT, default=2),
+    }
+
+
+def _read_head(
+    head: Settings, *, in_channels: Any, source: str, in_index: Any = (0, 1, 2, 3), weight: float = 1.0
+) -> dict[str, Any]:
+    """What all heads have: {"num_classes", "channels", "dropout"}.
+
+    Args:
+      head: the section, whose type was read before.
+      in_channels: widths of the maps that it takes; ``source`` is the key that determines them.
+      source: see there.
+      in_index: the maps that it takes.
+      weight: of its loss, as the training task adds them.
+    """
+    head.match("in_channels", in_channels, source)
+    head.check("in_index", in_index, default=-1)
+    head.check("align_corners", False, default=False)
+    dense.check_batch_norm(head)
+    dense.check_loss(head, "loss_decode", kind="CrossEntropyLoss", weight=weight, use_sigmoid=False)
+    head.check("act_cfg", {"type": "ReLU"}, default={"type": "ReLU"})
+    head.check("ignore_index", 255, default=255)
+    dense.check_plain(head, "conv_cfg", "sampler", value=None)
+    head.ignore(dense.INITIAL_WEIGHTS, "init_cfg")
+    return {
+        "num_classes": head.take("num_classes", COUNT),
+        "channels": head.take("channels", COUNT),
+        "dropout": head.take("dropout_ratio", RATE_BELOW_ONE, default=0.1),
+    }
+
+
+def _read_test_options(settings: Settings) -> dict[str, Any]:
+    """Options of inference."""
+    test = settings.optional_section("test_cfg")
+    if test is None or test.take("mode", choice("whole", "slide"), default="whole") == "whole":
+        return {}
+    sides = {}
+    for key, name in (("crop_size", "window"), ("stride", "stride")):
+        height, width = test.take(key, list_of(COUNT, length=2))
+        if height != width:
+            raise test.error(key, f"expected a square, got {(height, width)}")
+        sides[name] = height
+    return sides
 
 
 def segmentor_variables(model: Segmentor, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:

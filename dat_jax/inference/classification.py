@@ -23,7 +23,7 @@ OPTIONS = {  # see ``choose_options``; where nothing says a size, it is the mode
     "top": ("", 5),
     "batch_size": ("", 8),
 }
-_RESIZE = 256 / 224  # published, of the image size below 384, where images are resized to it
+_RESIZE = 256 / 224  # of the image size, as published; only the DAT++ at 384 is evaluated without a crop
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def from_trained(
       model: the classifier.
       variables: of it.
       classes: a file with names of its classes. Those of ImageNet are known where there are 1,000.
-      **options: image_size and resize (``make_eval_transform``; published 224 and 256, 384 and 384), where the first alone
+      **options: image_size and resize (``make_eval_transform``; published 224 and 256, 384 and 384, DAT v1 384 and 438), where the first alone
         changes the other in proportion; top, how many classes are said (5); and batch_size, how many of several images are
         computed at once (8).
     """
@@ -144,4 +144,5 @@ def _choose_sizes(options, saved, given, model):
     if "image_size" in given and "resize" not in given and saved["image_size"] and saved["resize"]:
         options["resize"] = round(size * saved["resize"] / saved["image_size"])
     if options["resize"] is None:
-        options["resize"] = size if size >= 384 else round(size * _RESIZE)
+        whole = size >= 384 and model.deformable_form == "dat_pp"
+        options["resize"] = size if whole else int(size * _RESIZE)

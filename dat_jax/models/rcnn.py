@@ -12,8 +12,9 @@ from dat_jax.models.fpn import FPN
 from dat_jax.models.layers import ConvUnit
 from dat_jax.models.rpn import ANCHOR_RATIOS, ANCHOR_SCALES, RPNHead
 
-BOX_SIDE, MASK_SIDE = 7, 14  # of what RoIAlign cuts out for the heads
+BOX_SIDE, MASK_SIDE = 7, 14  # sides of the features that RoIAlign extracts for the heads, as published
 CASCADE_STAGES = 3
+BOX_HEAD_SIZES = {True: dict(num_convs=4, num_layers=1), False: dict(num_convs=0, num_layers=2)}  # of a cascade or not
 
 
 class BoxHead(nn.Module):
@@ -87,7 +88,14 @@ class RCNN(nn.Module):
       cascade: three box and mask heads with BatchNorm, and a last level that is subsampled (Cascade), or one of each and a
         last level by convolution (Mask R-CNN).
       features: width of the pyramid. width: of the box heads' linear layers.
+      box_convs, box_layers: numbers of convolutions and of hidden linear layers in each box head; None for the published
+        ones, 4 and 1 in a cascade, 0 and 2 otherwise.
+      mask_convs: number of convolutions in each mask head.
+      box_side, mask_side: sides of the features that RoIAlign extracts for the heads.
       anchor_scales, anchor_ratios: of the RPN's anchors at every place, see ``ops.anchors``.
+      anchor_means, anchor_stds: means and deviations of the RPN's deltas, see ``ops.boxes.encode_boxes``.
+      box_means, box_stds: means and deviations of each box head's deltas, four numbers per head; empty for the published
+        ones, see ``tasks.rcnn``.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """
@@ -97,8 +105,17 @@ class RCNN(nn.Module):
     cascade: bool = False
     features: int = 256
     width: int = 1024
+    box_convs: int | None = None
+    box_layers: int | None = None
+    mask_convs: int = 4
+    box_side: int = BOX_SIDE
+    mask_side: int = MASK_SIDE
     anchor_scales: tuple[float, ...] = ANCHOR_SCALES
     anchor_ratios: tuple[float, ...] = ANCHOR_RATIOS
+    anchor_means: tuple[float, ...] = (0.0,) * 4
+    anchor_stds: tuple[float, ...] = (1.0,) * 4
+    box_means: tuple[tuple[float, ...], ...] = ()
+    box_stds: tuple[tuple[float, ...], ...] = ()
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -107,10 +124,14 @@ class RCNN(nn.Module):
         extra = "subsampling" if self.cascade else "convolutions"
         self.neck = FPN(self.features, levels=5, extra=extra, dtype=self.dtype)
         self.rpn_head = RPNHead(num_anchors, self.features, dtype=self.dtype)
-        sizes = dict(num_convs=4, num_layers=1) if self.cascade else dict(num_convs=0, num_layers=2)
+        published = BOX_HEAD_SIZES[self.cascade]
+        sizes = {
+            name: default if chosen is None else chosen
+            for (name, default), chosen in zip(published.items(), (self.box_convs, self.box_layers), strict=True)
+        }
         options = dict(num_classes=self.num_classes, dtype=self.dtype)
         self.bbox_heads = [BoxHead(width=self.width, **sizes, **options) for _ in range(self.stages)]
-        self.mask_heads = [MaskHead(**options) for _ in range(self.stages)]
+        self.mask_heads = [MaskHead(num_convs=self.mask_convs, **options) for _ in range(self.stages)]
 
     @property
     def stages(self) -> int:
@@ -141,6 +162,6 @@ class RCNN(nn.Module):
         pyramid = self.pyramid(images, train=train)
         if self.is_initializing():
             for stage in range(self.stages):
-                self.boxes(jnp.zeros((1, BOX_SIDE, BOX_SIDE, self.features), self.dtype), stage=stage)
-                self.masks(jnp.zeros((1, MASK_SIDE, MASK_SIDE, self.features), self.dtype), stage=stage)
+                self.boxes(jnp.zeros((1, self.box_side, self.box_side, self.features), self.dtype), stage=stage)
+                self.masks(jnp.zeros((1, self.mask_side, self.mask_side, self.features), self.dtype), stage=stage)
         return self.propose(pyramid)

@@ -66,7 +66,9 @@ class RetinaNet(nn.Module):
       dat: the backbone; its classifier is not used.
       num_classes: without background.
       features: width of the pyramid and the head.
+      depth: number of convolutions before the last one in each branch of the head.
       anchor_scales, anchor_ratios: of the anchors at every place, see ``ops.anchors``.
+      anchor_means, anchor_stds: means and deviations of the deltas, see ``ops.boxes.encode_boxes``.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """
@@ -74,15 +76,18 @@ class RetinaNet(nn.Module):
     dat: DAT
     num_classes: int = 80
     features: int = 256
+    depth: int = 4
     anchor_scales: tuple[float, ...] = ANCHOR_SCALES
     anchor_ratios: tuple[float, ...] = ANCHOR_RATIOS
+    anchor_means: tuple[float, ...] = (0.0,) * 4
+    anchor_stds: tuple[float, ...] = (1.0,) * 4
     dtype: Any = jnp.float32
 
     def setup(self):
         num_anchors = len(self.anchor_scales) * len(self.anchor_ratios)
         self.backbone = Backbone(self.dat.clone(parent=None), out_indices=(1, 2, 3), dtype=self.dtype)
         self.neck = FPN(self.features, levels=5, dtype=self.dtype)
-        self.bbox_head = RetinaHead(self.num_classes, num_anchors, self.features, dtype=self.dtype)
+        self.bbox_head = RetinaHead(self.num_classes, num_anchors, self.features, self.depth, dtype=self.dtype)
 
     def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
         """The five levels (B, H_i, W_i, features)."""

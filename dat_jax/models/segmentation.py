@@ -85,16 +85,18 @@ class UperNetHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One 3 x 3 unit and a classifier, the auxiliary head of UperNet."""
+    """3 x 3 units, one as published, and a classifier: the auxiliary head of UperNet."""
 
     num_classes: int
     channels: int = 256
+    num_convs: int = 1
     dropout: float = 0.1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = ConvUnit(self.channels, 3, dtype=self.dtype, name="convs_0")(x, train=train)
+        for index in range(self.num_convs):
+            x = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"convs_{index}")(x, train=train)
         return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(x, train=train)
 
 
@@ -112,7 +114,9 @@ class Segmentor(nn.Module):
       head: one of ``HEADS``.
       channels: width of the head: published 128 (sem_fpn) and 512 (upernet).
       neck_channels: of the FPN before sem_fpn's head.
+      pool_sides: sides of the maps that upernet's pyramid pooling produces.
       auxiliary_channels: of upernet's auxiliary head on the third map; 0 for none.
+      auxiliary_convs: number of 3 x 3 units in the auxiliary head.
       dropout: of the channels before each classifier.
 
     Raises:
@@ -126,7 +130,9 @@ class Segmentor(nn.Module):
     head: str = "upernet"
     channels: int = 512
     neck_channels: int = 256
+    pool_sides: tuple[int, ...] = (1, 2, 3, 6)
     auxiliary_channels: int = 256
+    auxiliary_convs: int = 1
     dropout: float = 0.1
     dtype: Any = jnp.float32
 
@@ -137,9 +143,10 @@ class Segmentor(nn.Module):
         options = dict(num_classes=self.num_classes, dropout=self.dropout, dtype=self.dtype)
         if self.head == "sem_fpn":
             self.neck = FPN(self.neck_channels, dtype=self.dtype)
-        self.decode_head = HEADS[self.head](channels=self.channels, **options)
+        pooling = dict(pool_sides=self.pool_sides) if self.head == "upernet" else {}
+        self.decode_head = HEADS[self.head](channels=self.channels, **pooling, **options)
         if self.head == "upernet" and self.auxiliary_channels:
-            self.auxiliary_head = FCNHead(channels=self.auxiliary_channels, **options)
+            self.auxiliary_head = FCNHead(channels=self.auxiliary_channels, num_convs=self.auxiliary_convs, **options)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         maps = self.backbone(images, train=train)

@@ -10,13 +10,17 @@ from dat_jax.ops import boxes as bx
 from dat_jax.ops.anchors import anchor_validity, inside_image, make_anchors
 from dat_jax.ops.assignment import assign_max_iou
 
-CODER = dict(means=(0.0,) * 4, stds=(1.0,) * 4)  # of boxes relative to anchors
 _PADDED_TO = 32  # each image's own padding ends at a multiple of it; anchors that start beyond are not used
 
 
 def level_shapes(outputs: dict[str, Sequence[jax.Array]]) -> list[tuple[int, int]]:
     """(height, width) of each level of a dense head's outputs."""
     return [tuple(scores.shape[1:3]) for scores in outputs["scores"]]
+
+
+def make_anchor_coder(model) -> dict[str, tuple[float, ...]]:
+    """Means and deviations of the deltas between anchors and boxes, as arguments of ``encode_boxes``."""
+    return dict(means=model.anchor_means, stds=model.anchor_stds)
 
 
 def make_level_anchors(model, outputs: dict[str, Sequence[jax.Array]], strides: Sequence[int]) -> list[jax.Array]:

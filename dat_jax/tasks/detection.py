@@ -18,16 +18,17 @@ from dat_jax.models.retinanet import RetinaNet
 from dat_jax.tasks import Task
 from dat_jax.tasks.classification import normalize
 from dat_jax.tasks.positions import name_positions
-from dat_jax.tasks.rcnn import CASCADE, MASK_RCNN, RCNNSettings, rcnn_detect, rcnn_loss
+from dat_jax.tasks.rcnn import CASCADE, MASK_RCNN, RCNNSettings, rcnn_detect, rcnn_loss, set_box_coders
 from dat_jax.tasks.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
 from dat_jax.tasks.segmentation import clear_padding
 
 
 def default_settings(model: RetinaNet | RCNN) -> RetinaNetSettings | RCNNSettings:
-    """The published ones."""
+    """The published ones, with the box coders of the model."""
     if isinstance(model, RetinaNet):
         return RetinaNetSettings()
-    return CASCADE if model.cascade else MASK_RCNN
+    settings = CASCADE if model.cascade else MASK_RCNN
+    return set_box_coders(settings, means=model.box_means, stds=model.box_stds)
 
 
 def make_detection_task(model: RetinaNet | RCNN, *, settings: RetinaNetSettings | RCNNSettings | None = None) -> Task:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dat_jax.models.rcnn import BOX_SIDE, MASK_SIDE, RCNN
+from dat_jax.models.rcnn import RCNN
 from dat_jax.models.rpn import STRIDES
 from dat_jax.ops import boxes as bx
 from dat_jax.ops.assignment import NOT_CONSIDERED, assign_max_iou, sample_assigned
@@ -21,16 +21,15 @@ from dat_jax.ops.nms import multiclass_nms, nms
 from dat_jax.ops.roi_align import pyramid_roi_align
 from dat_jax.tasks import detection_losses as losses
 from dat_jax.tasks.anchors import (
-    CODER,
     assign_anchors,
     level_shapes,
+    make_anchor_coder,
     make_level_anchors,
     take_truths,
     truths_that_count,
 )
 
 _ROI_LEVELS = 4  # of the pyramid, from the finest on
-_MASK_RESOLUTION = 2 * MASK_SIDE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +39,20 @@ class Stage:
     Attributes:
       iou: overlap with a ground truth from which on a box is positive; below it, it is background.
       match_low_quality: see ``assign_max_iou``; published for Mask R-CNN only.
-      stds: of the deltas, see ``encode_boxes``.
+      means, stds: of the deltas, see ``encode_boxes``.
       weight: of the stage's losses.
     """
 
     iou: float = 0.5
     match_low_quality: bool = False
+    means: tuple[float, ...] = (0.0,) * 4
     stds: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
     weight: float = 1.0
 
     @property
     def coder(self) -> dict:
         """Of boxes."""
-        return dict(means=(0.0,) * 4, stds=self.stds)
+        return dict(means=self.means, stds=self.stds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,27 @@ CASCADE = RCNNSettings(
     rpn_inside_only=True,
     train_proposals=2000,
 )
+
+
+def set_box_coders(
+    settings: RCNNSettings, *, means: Sequence[Sequence[float]], stds: Sequence[Sequence[float]]
+) -> RCNNSettings:
+    """The settings with other means and deviations of each stage's deltas; empty sequences leave them as they are.
+
+    Raises:
+      ValueError: not four numbers for each stage.
+    """
+    count = len(settings.stages)
+    for name, values in (("box_means", means), ("box_stds", stds)):
+        if values and (len(values) != count or any(len(numbers) != 4 for numbers in values)):
+            raise ValueError(f"{name}: expected four numbers for each of {count} box heads, got {values}.")
+    means = means or [stage.means for stage in settings.stages]
+    stds = stds or [stage.stds for stage in settings.stages]
+    stages = [
+        dataclasses.replace(stage, means=tuple(m), stds=tuple(s))
+        for stage, m, s in zip(settings.stages, means, stds, strict=True)
+    ]
+    return dataclasses.replace(settings, stages=tuple(stages))
 
 
 class Proposals(NamedTuple):
@@ -162,7 +183,9 @@ def rpn_loss(
     class_losses = losses.binary_cross_entropy(take(outputs["scores"], 1), sample.is_positive[..., None])
     _, truths = take_truths(batch, jnp.take_along_axis(codes, sample.indices, axis=1))
     targets = bx.encode_boxes(
-        jnp.concatenate(anchors)[sample.indices], bx.replace_invalid(truths, sample.is_positive), **CODER
+        jnp.concatenate(anchors)[sample.indices],
+        bx.replace_invalid(truths, sample.is_positive),
+        **make_anchor_coder(model),
     )
     box_losses = losses.smooth_l1(take(outputs["deltas"], 4), targets, beta=settings.rpn_beta)
     parts = sample.is_positive, sample.is_valid & ~sample.is_positive
@@ -194,12 +217,13 @@ def choose_proposals(
     """
     anchors = make_level_anchors(model, outputs, STRIDES)
     most = min(candidates, max(map(len, anchors)))
+    coder = make_anchor_coder(model)
 
     def choose(scores, deltas, image_shape):
         levels = []
         for level_scores, level_deltas, level_anchors in zip(scores, deltas, anchors, strict=True):
             best, places = lax.top_k(level_scores, min(most, len(level_anchors)))
-            boxes = bx.decode_boxes(level_anchors[places], level_deltas[places], **CODER, image_shape=image_shape)
+            boxes = bx.decode_boxes(level_anchors[places], level_deltas[places], **coder, image_shape=image_shape)
             missing = most - len(places)
             levels.append(
                 (
@@ -331,14 +355,15 @@ def _mask_loss(module, pyramid, chosen, labels, batch, index, settings):
     most = int(settings.roi_samples * settings.roi_positive)
     boxes, truths, positive, labels = (x[:, :most] for x in (chosen.boxes, chosen.truths, chosen.positive, labels))
     logits = look_at_masks(module, pyramid, boxes, positive, labels, stage=index)
+    resolution = 2 * module.mask_side
 
     def cut(masks, boxes, truths, image_shape, positive):
-        options = dict(size=_MASK_RESOLUTION, mask_shape=tuple(image_shape), valid=positive, packed=True)
+        options = dict(size=resolution, mask_shape=tuple(image_shape), valid=positive, packed=True)
         return mask_targets(masks, boxes, truths, **options)
 
     targets = jax.vmap(cut)(batch["masks"], boxes, truths, batch["valid"], positive)
     values = losses.binary_cross_entropy(logits, targets)
-    count = jnp.maximum(positive.sum(), 1) * _MASK_RESOLUTION**2
+    count = jnp.maximum(positive.sum(), 1) * resolution**2
     return losses.masked_sum(values.reshape(*positive.shape, -1), positive) / count
 
 
@@ -346,7 +371,7 @@ def look_at_boxes(
     module: RCNN, pyramid: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array, *, stage: int, train: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Logits (B, S, K + 1) and deltas (B, S, K, 4) of boxes (B, S, 4); valid (B, S) as in ``pyramid_roi_align``."""
-    cuts = _cut_out(pyramid, boxes, valid, BOX_SIDE)
+    cuts = _cut_out(pyramid, boxes, valid, module.box_side)
     logits, deltas = module.boxes(cuts, stage=stage, train=train, mask=valid.reshape(-1))
     return logits.reshape(*valid.shape, -1), deltas.reshape(*valid.shape, module.num_classes, 4)
 
@@ -355,7 +380,7 @@ def look_at_masks(
     module: RCNN, pyramid: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array, labels: jax.Array, *, stage: int
 ) -> jax.Array:
     """Logits (B, S, 28, 28) of each box's class, labels (B, S)."""
-    logits = module.masks(_cut_out(pyramid, boxes, valid, MASK_SIDE), stage=stage)
+    logits = module.masks(_cut_out(pyramid, boxes, valid, module.mask_side), stage=stage)
     own = labels.reshape(-1, 1, 1, 1) == jnp.arange(logits.shape[-1]).reshape(1, 1, 1, -1)
     return jnp.where(own, logits, 0).sum(axis=-1).reshape(*valid.shape, *logits.shape[1:3])
 

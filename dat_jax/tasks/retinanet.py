@@ -12,7 +12,7 @@ from dat_jax.models.retinanet import STRIDES, RetinaNet
 from dat_jax.ops import boxes as bx
 from dat_jax.ops.assignment import BACKGROUND
 from dat_jax.ops.nms import nms
-from dat_jax.tasks.anchors import CODER, assign_anchors, level_shapes, make_level_anchors, take_truths
+from dat_jax.tasks.anchors import assign_anchors, level_shapes, make_anchor_coder, make_level_anchors, take_truths
 from dat_jax.tasks.detection_losses import masked_sum, sigmoid_focal_loss, smooth_l1
 
 
@@ -61,6 +61,7 @@ def retinanet_loss(
     )
     count = jnp.maximum((codes >= 0).sum(axis=1), 1).sum()
     classes = jnp.arange(model.num_classes).reshape(1, 1, -1)
+    coder = make_anchor_coder(model)
     class_loss = box_loss = start = 0
     for scores, deltas, anchors in zip(outputs["scores"], outputs["deltas"], level_anchors, strict=True):
         of_level = codes[:, start : start + len(anchors)]
@@ -70,7 +71,7 @@ def retinanet_loss(
         is_class = positive[..., None] & (labels[..., None] == classes)
         focal = sigmoid_focal_loss(scores.reshape(*of_level.shape, -1), is_class)
         class_loss += masked_sum(focal, positive | (of_level == BACKGROUND))
-        targets = bx.encode_boxes(anchors[None], bx.replace_invalid(targets, positive), **CODER)
+        targets = bx.encode_boxes(anchors[None], bx.replace_invalid(targets, positive), **coder)
         box_loss += masked_sum(smooth_l1(deltas.reshape(targets.shape), targets, beta=0), positive)
     class_loss, box_loss = class_loss / count, box_loss / count
     return class_loss + box_loss, {"class_loss": class_loss, "box_loss": box_loss}
@@ -81,9 +82,11 @@ def retinanet_detect(
 ) -> dict[str, jax.Array]:
     """Detections of every image, see ``tasks.detection``, from the outputs of the model."""
     anchors = make_level_anchors(model, outputs, STRIDES)
+    coder = make_anchor_coder(model)
 
     def detect(scores, deltas, image_shape, scale):
-        found = [_best_of_level(*level, image_shape, settings) for level in zip(scores, deltas, anchors, strict=True)]
+        levels = zip(scores, deltas, anchors, strict=True)
+        found = [_best_of_level(*level, image_shape, settings, coder) for level in levels]
         boxes, scores, labels = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
         boxes, valid = boxes / scale.reshape(1, 4), scores > 0
         keep = nms(boxes, scores, threshold=settings.iou_threshold, valid=valid, groups=labels)
@@ -103,13 +106,13 @@ def retinanet_detect(
     return jax.vmap(detect)(scores, deltas, batch["valid"], batch["scale"])
 
 
-def _best_of_level(scores, deltas, anchors, image_shape, settings):
+def _best_of_level(scores, deltas, anchors, image_shape, settings, coder):
     """Boxes (n, 4), scores (n,), 0 for those that do not count, and labels (n,) of the best pairs of anchor and class."""
     # The best n pairs are of anchors that are among the best n by their best class: so the large sort is of anchors only.
     count = min(settings.candidates, math.prod(scores.shape))
     _, rows = lax.top_k(scores.max(axis=-1), min(count, len(scores)))
     best, places = lax.top_k(scores[rows].reshape(-1), count)
     rows, labels = rows[places // scores.shape[-1]], places % scores.shape[-1]
-    boxes = bx.decode_boxes(anchors[rows], deltas[rows], **CODER, image_shape=image_shape)
+    boxes = bx.decode_boxes(anchors[rows], deltas[rows], **coder, image_shape=image_shape)
     probabilities = jax.nn.sigmoid(best)
     return boxes, jnp.where(probabilities > settings.score_threshold, probabilities, 0), labels

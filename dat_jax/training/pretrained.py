@@ -306,4 +306,8 @@ def _create_model(path, settings: Mapping[str, Any]) -> DAT:
 
 def _to_attributes(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of JSON, which has no tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+    def to_tuple(value):
+        return tuple(map(to_tuple, value)) if isinstance(value, list | tuple) else value
+
+    return {key: to_tuple(value) for key, value in settings.items()}

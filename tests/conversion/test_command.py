@@ -14,11 +14,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import dat_jax
+from dat_jax import inference
 from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
 from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.errors import UserError
 from dat_jax.training.pretrained import export_model
 from tests.conversion import pth_writer as pth
+from tests.conversion.published_configs import make_config
 from tests.golden_files import Golden, relative_error
 from tests.random_variables import random_variables
 
@@ -204,9 +206,65 @@ def test_weights_of_an_unknown_detector_are_refused(tmp_path):
     wanted = r"mask_rcnn on dat_pp_nano: .* mis-shaped: roi_head.bbox_head.fc_reg.weight \(4, 16\), wanted \(12, 16\)"
     with pytest.raises(UserError, match=wanted):
         import_weights(*files, model="dat_pp_nano")
-    with pytest.raises(UserError, match="is of a detector, which --yaml does not describe"):
+    with pytest.raises(
+        UserError, match=r"weights of a detector: expected a Python configuration \(.py\) as --yaml, got some"
+    ):
         import_weights(*files, yaml_file="some.yaml")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_python_configuration_describes_a_detector_and_its_test_settings(tmp_path):
+    """What the weights do not tell comes from the file: anchors and coders, and thresholds as options of the export."""
+    config = make_config("retinanet_tiny")
+    config["backbone"] |= {"dim_stem": 32, "dims": [32, 64, 128, 192], "heads": [1, 2, 4, 6], "groups": [1, 1, 2, 3]}
+    config["backbone"] |= {"stage_spec": [["N"], ["N"], ["N"], ["N"]], "depths": [1, 1, 1, 1]}
+    config["neck"] |= {"in_channels": [32, 64, 128, 192], "out_channels": 8}
+    config["bbox_head"] |= {"in_channels": 8, "feat_channels": 8, "num_classes": 3, "stacked_convs": 1}
+    config["bbox_head"]["bbox_coder"]["target_stds"] = [0.5, 0.5, 1.0, 1.0]
+    config["test_cfg"]["score_thr"] = 0.2
+    (tmp_path / "c.py").write_text(f"model = {config!r}\n")
+    detector = detectors.detector_from_official(config)
+    rng = np.random.default_rng(0)
+    shapes = detectors.detector_shapes(detector)
+    weights = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    write_safetensors(tmp_path / "w.safetensors", weights)
+    files = str(tmp_path / "w.safetensors"), str(tmp_path / "export")
+    rows = import_weights(*files, yaml_file=str(tmp_path / "c.py"))
+    assert rows["model"] == str(tmp_path / "c.py")
+    model, _ = dat_jax.load_pretrained(tmp_path / "export")
+    assert model == detector
+    assert (model.depth, model.anchor_stds) == (1, (0.5, 0.5, 1.0, 1.0))
+    assert inference.load(tmp_path / "export").options["score_threshold"] == 0.2
+
+    (tmp_path / "s.py").write_text(f"model = {make_config('semfpn_tiny')!r}\n")
+    with pytest.raises(
+        UserError, match="s.py does not describe a supported detector: type: expected one of 'RetinaNet'"
+    ):
+        import_weights(files[0], str(tmp_path / "out"), yaml_file=str(tmp_path / "s.py"))
+    (tmp_path / "d.py").write_text(f"model = {config | {'surprise': 1}!r}\n")
+    with pytest.raises(UserError, match=r"d.py does not describe a supported detector: Unknown keys .*\['surprise'\]"):
+        import_weights(files[0], str(tmp_path / "out"), yaml_file=str(tmp_path / "d.py"))
+
+
+def test_a_yaml_file_sets_the_size_of_images(nano_file, tmp_path):
+    settings = {"img_size": 48, "num_classes": 3, "dim_stem": 32, "dims": [32, 64, 128, 192], "depths": [2, 2, 1, 1]}
+    settings |= {"stage_spec": [["N", "D"], ["N", "D"], ["D"], ["D"]], "heads": [1, 2, 4, 6], "groups": [1, 1, 2, 3]}
+    settings |= {
+        "use_pes": [True] * 4,
+        "strides": [2, 1, 1, 1],
+        "offset_range_factor": [-1] * 4,
+        "ksizes": [5, 3, 3, 3],
+    }
+    settings |= {"nat_ksizes": [7, 5, 3, 3], "use_lpus": [True] * 4, "use_dwc_mlps": [True] * 4}
+    config = {
+        "MODEL": {"DAT": {**settings, "use_conv_patches": True}},
+        "DATA": {"IMG_SIZE": 64},
+        "TEST": {"CROP": False},
+    }
+    (tmp_path / "m.yaml").write_text(json.dumps(config))
+    import_weights(str(nano_file), str(tmp_path / "export"), yaml_file=str(tmp_path / "m.yaml"))
+    options = inference.load(tmp_path / "export").options
+    assert (options["image_size"], options["resize"]) == (64, 64)
 
 
 GOOD_YAML = {
@@ -226,12 +284,17 @@ GOOD_YAML = {
             r"dat_pp_tiny: These weights are not of this model\. \d+ unknown: stages",
         ),
         ("{nano}", dict(model="dat_tinny"), "Unknown model 'dat_tinny', did you mean 'dat_tiny'"),
-        ("{nano}", dict(yaml_file="{tmp}/keys.yaml"), r"Unknown keys in the published configuration: \['img_sise'\]"),
+        (
+            "{nano}",
+            dict(yaml_file="{tmp}/keys.yaml"),
+            r"Unknown keys in the published configuration: \['MODEL.DAT.img_sise'\]",
+        ),
         ("{nano}", dict(yaml_file="{tmp}/other.yaml"), "other.yaml: These weights are not of this model"),
         ("{nano}", dict(yaml_file="{tmp}/short.yaml"), "short.yaml does not describe a model"),
-        ("{nano}", dict(yaml_file="{tmp}/empty.yaml"), r"wants a mapping MODEL\.DAT"),
+        ("{nano}", dict(yaml_file="{tmp}/empty.yaml"), r"empty.yaml: expected a mapping MODEL\.DAT"),
         ("{nano}", dict(yaml_file="{tmp}/broken.yaml"), "broken.yaml cannot be read: while parsing"),
         ("{nano}", dict(yaml_file="{tmp}/none.yaml"), "none.yaml cannot be read: No such file"),
+        ("{nano}", dict(yaml_file="{tmp}/c.py"), "weights of a classifier: expected a YAML file as --yaml, got .*c.py"),
         (
             "{tmp}/other.safetensors",
             {},

@@ -1,0 +1,97 @@
+"""Published YAML configurations of classifiers: the network, and the size of the images that it is evaluated on."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from dat_jax.conversion.official import model_from_official
+from dat_jax.conversion.settings import COUNT, FLAG, Settings
+from dat_jax.errors import UserError
+from dat_jax.models.dat import DAT
+
+_TRAINING = "it concerns training, which a configuration of this project sets"
+_BUILT_FROM_DAT = "the published code builds the model from MODEL.DAT alone"
+_WEIGHTS = "the weights come from the file that is converted"
+_DATA = "it concerns how images are stored and loaded"
+_RUN = "it concerns the output of a run, not the model"
+# Key -> why it has no effect on the model.
+_IGNORED = {
+    "TRAIN": _TRAINING,
+    "AUG": _TRAINING,
+    **dict.fromkeys(("AMP", "AMP_OPT_LEVEL", "SEED", "LOCAL_RANK"), _TRAINING),
+    **dict.fromkeys(("OUTPUT", "TAG", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE"), _RUN),
+}
+_IGNORED_OF_MODEL = {
+    "NAME": _RUN,
+    "RESUME": _WEIGHTS,
+    "PRETRAINED": _WEIGHTS,
+    "DROP_RATE": _BUILT_FROM_DAT,
+    "DROP_PATH_RATE": _BUILT_FROM_DAT,
+    "LABEL_SMOOTHING": _TRAINING,
+}
+_IGNORED_OF_DATA = dict.fromkeys(("BATCH_SIZE", "DATA_PATH", "DATASET", "NUM_WORKERS", "PIN_MEMORY"), _DATA)
+_LARGE_SIDE = 384  # from which on ``inference.classification`` does not crop unless told to
+
+
+def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
+    """The model of a published YAML file, and the options of ``inference.load`` that it sets.
+
+    Raises:
+      UserError: the file cannot be read, or describes no supported model; one sentence names the key.
+    """
+    try:
+        config = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    model = config.get("MODEL") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("DAT"), dict):
+        raise UserError(f"{path}: expected a mapping MODEL.DAT, as in the published YAML files.")
+    try:
+        model, options, _ = trace_classifier(config)
+    except ValueError as error:
+        raise UserError(f"{path} does not describe a model: {error}") from error
+    return model, options
+
+
+def trace_classifier(config: Mapping[str, Any]) -> tuple[DAT, dict[str, Any], dict[str, str]]:
+    """The model, the options, and how each key was used (``Settings.uses``).
+
+    Args:
+      config: a published YAML file's mapping, with MODEL.DAT.
+
+    Raises:
+      ValueError: names the key that is unknown or whose value is not supported.
+    """
+    settings = Settings(config)
+    settings.ignore_all(_IGNORED)
+    settings.check("BASE", "", [""], [], None, default=[""], note="Other files are not merged; write all keys in one.")
+    section = settings.section("MODEL")
+    section.check("TYPE", "dat", default="dat")
+    section.ignore_all(_IGNORED_OF_MODEL)
+    model = model_from_official(section.section("DAT"))
+    section.match("NUM_CLASSES", model.num_classes, "MODEL.DAT.num_classes", default=model.num_classes)
+    options = _read_sizes(settings, model)
+    settings.finish()
+    return model, options, settings.uses
+
+
+def _read_sizes(settings: Settings, model: DAT) -> dict[str, int]:
+    """Options about the size of images; empty if they are what ``inference.load`` chooses for the model."""
+    data, test = settings.optional_section("DATA"), settings.optional_section("TEST")
+    size, crop = model.image_size, True
+    if data is not None:
+        data.ignore_all(_IGNORED_OF_DATA)
+        data.check("INTERPOLATION", "bicubic", default="bicubic")
+        size = data.take("IMG_SIZE", COUNT, default=size)
+    if test is not None:
+        crop = test.take("CROP", FLAG, default=True)
+    resize = int(256 / 224 * size) if crop else size
+    whole = size >= _LARGE_SIDE and model.deformable_form == "dat_pp"
+    chosen = size if whole else int(256 / 224 * size)
+    if (size, resize) == (model.image_size, chosen):
+        return {}
+    return {"image_size": size, "resize": resize}

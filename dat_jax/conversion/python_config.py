@@ -1,0 +1,228 @@
+"""Python configurations of MMDetection and MMSegmentation, read as text: nothing in them is run or imported.
+
+Supported are assignments of literals, ``dict(...)``, names that were assigned before, ``_base_`` files, values of these as
+``_base_.a.b`` or ``{{_base_.a.b}}``, ``_delete_``, arithmetic, and concatenation. Anything else that ``model`` depends on is
+refused with its file and line. Values that cannot be read are passed over if ``model`` does not depend on them.
+"""
+
+import ast
+import os
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dat_jax.conversion import python_values
+from dat_jax.conversion.python_values import Refused, evaluate
+from dat_jax.errors import UserError
+
+_MOST_BYTES = 1 << 20  # of a file
+_MOST_FILES = 100  # in a chain of _base_ files
+_DELETE = "_delete_"
+
+
+class _Unreadable(NamedTuple):
+    """Value of a name that was passed over: where, and why."""
+
+    place: str
+    reason: str
+    is_import: bool = False
+
+
+def read_python_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The ``model`` mapping of a published Python configuration, with its ``_base_`` files merged as MMCV does.
+
+    Args:
+      path: a file such as configs/dat/upn_tiny_160k_dp03_lr6.py.
+
+    Raises:
+      UserError: one sentence with the file and the line that cannot be read.
+    """
+    path = pathlib.Path(path)
+    try:
+        names = _read_file(path, chain=(), done={})
+    except (RecursionError, MemoryError) as error:
+        raise UserError(f"{path}: the configuration is too deeply nested to be read.") from error
+    model = names.get("model")
+    if isinstance(model, _Unreadable):
+        raise UserError(f"{model.place}: {model.reason}, and model depends on it.")
+    if not isinstance(model, dict):
+        got = "none" if model is None else type(model).__name__
+        raise UserError(f"{path}: expected an assignment of a dict to model, got {got}.")
+    return model
+
+
+def _read_file(path: pathlib.Path, *, chain: tuple[pathlib.Path, ...], done: dict) -> dict[str, Any]:
+    """Name -> value of a file and its bases.
+
+    Args:
+      path: the file.
+      chain: the files that led to this one.
+      done: resolved path -> result of the files that were read before.
+    """
+    real = path.resolve()
+    if real in chain:
+        raise UserError(f"{path}: _base_ leads back to this file.")
+    if len(chain) >= _MOST_FILES:
+        raise UserError(f"{path}: more than {_MOST_FILES} files are chained by _base_.")
+    if real in done:
+        return done[real]
+    statements = _parse(path)
+    base = _read_bases(path, statements, chain=(*chain, real), done=done)
+    own: dict[str, Any] = {}
+    for statement in statements:
+        try:
+            _run(statement, own, base, path)
+        except Refused as error:
+            raise UserError(f"{error.origin or f'{path}:{error.line}'}: {error}.") from error
+    public = {
+        name: value
+        for name, value in own.items()
+        if not name.startswith("__") and not (isinstance(value, _Unreadable) and value.is_import)
+    }
+    done[real] = _merge(base, public, str(path))
+    return done[real]
+
+
+def _parse(path: pathlib.Path) -> list[ast.stmt]:
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(source) > _MOST_BYTES:
+        raise UserError(f"{path}: expected a configuration of at most {_MOST_BYTES:,} bytes, got {len(source):,}.")
+    if b"\0" in source:
+        raise UserError(f"{path}: expected Python source text, got a file with null bytes.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escape sequences in strings
+            return ast.parse(source, filename=str(path)).body
+    except SyntaxError as error:
+        line = f":{error.lineno}" if error.lineno else ""
+        raise UserError(f"{path}{line}: not valid Python: {' '.join(str(error.msg).split())}.") from error
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{path}: not valid Python: {' '.join(str(error).split())}.") from error
+
+
+def _read_bases(path: pathlib.Path, statements: list[ast.stmt], *, chain, done) -> dict[str, Any]:
+    """The names of all ``_base_`` files together."""
+    names: dict[str, Any] = {}
+    origins: dict[str, pathlib.Path] = {}
+    for statement in statements:
+        if _target(statement) != "_base_":
+            continue
+        place = f"{path}:{statement.lineno}"
+        for text in _base_paths(statement.value, place):
+            file = path.parent / text
+            if not file.is_file():
+                raise UserError(
+                    f"{place}: the base file {file} does not exist; put the configuration into a checkout of MMDetection or "
+                    "MMSegmentation that has it."
+                )
+            for name, value in _read_file(file, chain=chain, done=done).items():
+                if name in names:
+                    raise UserError(f"{place}: both base files {origins[name]} and {file} assign {name}.")
+                names[name], origins[name] = value, file
+    return names
+
+
+def _base_paths(node: ast.expr, place: str) -> list[str]:
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError):
+        value = None
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple) or not all(isinstance(text, str) for text in paths):
+        raise UserError(f"{place}: expected a path or a list of paths as _base_, written as literals.")
+    for text in paths:
+        if not text.endswith(".py") or pathlib.PurePath(text).is_absolute() or "://" in text or "::" in text:
+            raise UserError(f"{place}: expected a relative path to a .py file as _base_, got {text[:200]!r}.")
+    return list(paths)
+
+
+def _target(statement: ast.stmt) -> str | None:
+    """The name that a statement assigns a value to, if that is all it does."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target = statement.targets[0]
+    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        target = statement.target
+    else:
+        return None
+    return target.id if isinstance(target, ast.Name) else None
+
+
+def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Adds what a top-level statement assigns to ``own``.
+
+    Raises:
+      Refused: the statement could change ``model`` in a way that is not followed.
+    """
+    place = f"{path}:{statement.lineno}"
+    name = _target(statement)
+    if name is not None:
+        if name == "dict":
+            raise Refused(statement, "dict must keep its meaning")
+        if name != "_base_":
+            own[name] = _evaluate_or_pass(statement.value, own, base, path)
+    elif isinstance(statement, ast.Import | ast.ImportFrom):
+        for alias in statement.names:
+            if alias.name == "*":
+                raise Refused(statement, "an import of all names cannot be read")
+            bound = alias.asname or alias.name.split(".")[0]
+            own[bound] = _Unreadable(place, f"{bound} is imported", is_import=True)
+    elif not (
+        isinstance(statement, ast.Pass)
+        or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))  # a docstring
+    ):
+        raise Refused(
+            statement, f"expected an assignment of a literal to a name, got {python_values.describe(statement)}"
+        )
+
+
+def _evaluate_or_pass(node: ast.expr, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path) -> Any:
+    def look_up(name: str, where: ast.AST) -> Any:
+        if name not in own:
+            raise Refused(where, f"the name {name} is not assigned before")
+        if isinstance(own[name], _Unreadable):
+            raise Refused(where, own[name].reason, origin=own[name].place)
+        return own[name]
+
+    def look_up_base(keys: tuple[str, ...], where: ast.AST) -> Any:
+        value: Any = base
+        for key in keys:
+            if not isinstance(value, Mapping) or key not in value or isinstance(value[key], _Unreadable):
+                raise Refused(where, f"the base files have no literal value _base_.{'.'.join(keys)}")
+            value = value[key]
+        return value
+
+    try:
+        return evaluate(node, look_up=look_up, look_up_base=look_up_base)
+    except Refused as error:
+        values = {name: value for name, value in own.items() if not isinstance(value, _Unreadable)}
+        if not python_values.is_harmless(node, values):
+            raise
+        return _Unreadable(error.origin or f"{path}:{error.line}", str(error))
+
+
+def _merge(base: Mapping[str, Any], own: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+    """``own`` over ``base``: dicts recursively, except those with ``_delete_=True``; anything else replaces."""
+    merged = dict(base)
+    for name, value in own.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            replaces = value.get(_DELETE, False) is True
+            value = {inner: one for inner, one in value.items() if inner != _DELETE}
+            old = merged.get(name)
+            if name not in merged or replaces:
+                value = _merge({}, value, path, f"{key}.")
+            elif isinstance(old, _Unreadable):
+                value = old
+            elif isinstance(old, dict):
+                value = _merge(old, value, path, f"{key}.")
+            else:
+                raise UserError(
+                    f"{path}: {key} is a dict that cannot be merged with the {type(old).__name__} of the base file; "
+                    "_delete_=True replaces it."
+                )
+        merged[name] = value
+    return merged

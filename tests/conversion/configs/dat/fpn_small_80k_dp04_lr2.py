@@ -1,0 +1,41 @@
+"""SemanticFPN on DAT-S++: the settings that are published as fpn_small_80k_dp04_lr2.py."""
+
+_base_ = [
+    "../_base_/models/semantic_fpn.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/runtime.py",
+]
+
+pretrained = "weights.pth"
+model = dict(
+    backbone=dict(
+        type="DAT",
+        dim_stem=96,
+        dims=[96, 192, 384, 768],
+        depths=[2, 4, 18, 2],
+        stage_spec=[["N", "D"], ["N", "D"] * 2, ["N", "D"] * 9, ["D", "D"]],
+        heads=[3, 6, 12, 24],
+        groups=[1, 2, 3, 6],
+        use_pes=[True] * 4,
+        strides=[8, 4, 2, 1],
+        offset_range_factor=[-1] * 4,
+        use_dwc_mlps=[True] * 4,
+        use_lpus=[True] * 4,
+        use_conv_patches=True,
+        ksizes=[9, 7, 5, 3],
+        nat_ksizes=[7] * 4,
+        drop_path_rate=0.4,
+        init_cfg=dict(type="Pretrained", checkpoint=pretrained),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+    decode_head=dict(num_classes=150),
+)
+
+multiple = 2
+optimizer = dict(
+    type="AdamW",
+    lr=0.0001 * multiple,
+    weight_decay=0.0001,
+    paramwise_cfg=dict(custom_keys={"rpe_table": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}),
+)
+runner = dict(type="IterBasedRunner", max_iters=80000 // multiple)
