@@ -110,9 +110,9 @@ def from_trained(
       model: the classifier.
       variables: of it.
       classes: a file with names of its classes. Those of ImageNet are known where there are 1,000.
-      **options: image_size and resize (``make_eval_transform``; published 224 and 256, 384 and 384, DAT v1 384 and 438), where the first alone
-        changes the other in proportion; top, how many classes are said (5); and batch_size, how many of several images are
-        computed at once (8).
+      **options: image_size and resize, see ``make_eval_transform``; top, the number of classes to report (5); and batch_size,
+        the number of images to compute at once (8). The published sizes are 224 and 256, at 384 for DAT++ 384 and for DAT v1
+        438. image_size alone changes resize in proportion.
     """
     path, given = pathlib.Path(path), options
     options = choose_options(path, given, known=OPTIONS, kind="classifier")

@@ -72,7 +72,7 @@ def test_a_configuration_without_the_later_keys_is_of_the_release(released):
     assert conversion.model_from_official(golden.config).deformable_form == "cvpr2022"
     for key, value in zip(LATER_KEYS, ([9, 7, 5, 3], [7] * 4, [False] * 4, [False] * 4), strict=True):
         assert conversion.model_from_official({**golden.config, key: value}).deformable_form == "dat_pp", key
-    with pytest.raises(ValueError, match="use_conv_patches True in a configuration of DAT v1 as it was released"):
+    with pytest.raises(ValueError, match="use_conv_patches: expected False for DAT v1 as it was released, got True"):
         conversion.model_from_official({**golden.config, "use_conv_patches": True})
 
 

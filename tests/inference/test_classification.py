@@ -160,3 +160,12 @@ def test_a_terminal_gets_a_table(export, folder):
     assert predict.predict(classifier, [folder / "a.png"], console=console)
     assert console.file.getvalue().startswith(f"{folder / 'a.png'}\n┌")
     assert f"{expected(export, folder / 'a.png').max():.1%}" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "resize"),
+    [("dat_pp_tiny", 224, 256), ("dat_pp_base_384", 384, 384), ("dat_tiny", 224, 256), ("dat_base_384", 384, 438)],
+)
+def test_images_are_resized_and_cropped_as_published(tmp_path, name, image_size, resize):
+    classifier = from_trained(tmp_path, dat_jax.create_model(name), {}, image_size=image_size)
+    assert classifier.options["resize"] == resize
