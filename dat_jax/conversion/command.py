@@ -25,6 +25,7 @@ from dat_jax.training.exports import load_export
 from dat_jax.training.pretrained import describe_model, export_model, load_trained
 
 _FORM = "deformable_form"  # in the metadata of a .safetensors file
+_FORM_ROW = "deformable form"
 
 
 class _Dense(NamedTuple):
@@ -125,6 +126,8 @@ def import_weights(
     written, description = load_export(out)
     wanted = variables if dense else variables["params"]
     rows = _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
+    if rows.get(_FORM_ROW, "").startswith("cvpr2022") and not (form or metadata):
+        rows[_FORM_ROW] += "; --form=dat_pp is for weights of the code published with DAT++"
     return {"weights": source} | rows
 
 
@@ -195,10 +198,10 @@ def _describe_form(model: DAT | Segmentor | Detector) -> dict[str, str]:
     if "D" not in "".join(dat.stages):
         return {}
     what = {
-        "cvpr2022": "cvpr2022, DAT v1 as it was released; --form=dat_pp is for weights of the code published with DAT++",
+        "cvpr2022": "cvpr2022, DAT v1 as it was released",
         "dat_pp": "dat_pp, as published with DAT++",
     }
-    return {"deformable form": what[dat.deformable_form]}
+    return {_FORM_ROW: what[dat.deformable_form]}
 
 
 def _model_from_yaml(path: str, weights: str) -> tuple[DAT, dict[str, Any]]:
