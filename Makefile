@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 WORKDIR ?= runs/quickstart
 
-.PHONY: train test lint docs clean
+.PHONY: train test test-all lint docs clean
 
 train: $(VENV)/installed
 	$(VENV)/bin/python -m dat_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/installed-dev

@@ -30,9 +30,11 @@ from tests.documents import ROOT, WALKTHROUGH
 from tests.test_new_user import INSTALLS
 from tests.xla_flags import fast_compilation_flags
 
+pytestmark = pytest.mark.slow
+
 # How the first of these that a command matches is executed; each is the name of a test below, but for "new user".
 RULES = (
-    (r"make (test|lint|docs)$", "ci"),
+    (r"make (test|test-all|lint|docs)$", "ci"),
     (INSTALLS, "new user"),
     (r"pre-commit |python -m (notebooks|tests\.models\.test_registry|pytest tests/ops/test_depthwise\.py)\b", "copy"),
     (r"python -m pytest tests/ops/test_pooling\.py|python -c .*NM", "page"),
@@ -101,7 +103,7 @@ def test_commands_of_continuous_integration(command):
     """It calls them, on a clean checkout; they end with its status."""
     script = (ROOT / ".ci" / "run").read_text()
     assert "set -euo pipefail" in script
-    assert re.search(rf"^{command}$", script, re.MULTILINE)
+    assert re.search(rf"^ *{command}( |$)", script, re.MULTILINE)
 
 
 @commands_of("help")

@@ -19,6 +19,8 @@ from dat_jax.ops import dispatch
 from dat_jax.training import run as run_lib
 from tests import tiny_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

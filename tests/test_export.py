@@ -243,6 +243,7 @@ def test_a_segmentors_program(tmp_path, images):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_a_detectors_program(tmp_path, images, capsys):
     trained, out = tmp_path / "trained", tmp_path / "out"
     export_detector(trained)

@@ -27,6 +27,8 @@ from dat_jax.training import checkpoint, continuation, manifest
 from dat_jax.training.metrics import read_metrics
 from tests.conversion.pth_writer import write_pth
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = {"head.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "head.bias": np.ones(2, np.float16)}
 
 

@@ -15,6 +15,8 @@ import pytest
 from tests import documents
 from tests.documents import ROOT
 
+pytestmark = pytest.mark.slow
+
 PATH_HEADING = "## A new user's path"
 # What installs packages; `make train` also trains. The rest of the path is in its block.
 INSTALLS = r"make train$|python3 -m venv |(python -m )?pip install "

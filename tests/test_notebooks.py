@@ -13,6 +13,8 @@ import pytest
 from notebooks.__main__ import SOURCES, make_notebook
 from tests.xla_flags import fast_compilation_flags
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

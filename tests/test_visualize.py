@@ -141,6 +141,7 @@ def test_where_many_points_are_sampled_they_are_small(tmp_path):
     assert sums[0] > 2 * sums[1] > 0
 
 
+@pytest.mark.slow
 def test_labels_of_one_image_are_a_file_or_in_a_folder(export, folder, tmp_path):
     for name, place in (("file", "labels/a.png"), ("folder", "labels")):
         arguments = [f"--output={tmp_path / name}", f"--labels={tmp_path / place}", *SMALL]
@@ -165,6 +166,7 @@ def test_shades_go_from_dark_to_bright():
     assert shades[0, 0].sum() < shades[0, 1].sum() < shades[0, 2].sum()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_named_and_the_others_are_done(export, folder, tmp_path, capsys):
     (folder / "c.jpg").write_bytes(b"no image")
     (tmp_path / "labels" / "c.png").write_bytes(b"")

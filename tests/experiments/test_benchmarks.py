@@ -7,6 +7,8 @@ from experiments.model import benchmark as model
 from experiments.ops import benchmark as ops
 from experiments.scaling import benchmark as scaling
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_ops_benchmark_writes_its_table(tmp_path):
     arguments = "--ops=position_bias,neighborhood_attention,gelu --stages=3 --batch=1 --repeats=1 --min-seconds=0"

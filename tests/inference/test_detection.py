@@ -47,6 +47,7 @@ def export(tmp_path_factory):
     return export_detector(tmp_path_factory.mktemp("export") / "export")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", tiny_detection.DETECTORS)
 def test_it_finds_what_the_model_finds(head, tmp_path):
     directory, image = export_detector(tmp_path / "export", head), photographs(width=96, height=64)[0]

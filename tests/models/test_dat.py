@@ -154,6 +154,7 @@ def value_gradients_and_intermediates(model, variables, images):
     return program(variables["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [dict(scan_blocks=True), dict(remat="blocks"), dict(remat="dots"), dict(remat="dots", scan_blocks=True)],

@@ -40,6 +40,7 @@ def test_float32(kind):
     check_dense_outputs(kind, "float32", 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64(kind, x64):
     check_dense_outputs(kind, "float64", 1e-6)

@@ -70,11 +70,13 @@ def test_float32(name):
     check_golden(name, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pp_mini", "v1_mini", "v1_cvpr2022_mini"])
 def test_float64(name, x64):
     check_golden(name, "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pp_mini", "v1_cvpr2022_mini"])
 def test_matmul_forms_of_an_accelerator_in_float64(name, x64, monkeypatch):
     """The implementations that "auto" chooses on other platforms than the CPU."""

@@ -170,6 +170,7 @@ def test_backbone():
     check_backbone("float32")
 
 
+@pytest.mark.slow
 def test_backbone_in_float64(x64):
     check_backbone("float64")
 
@@ -180,6 +181,7 @@ def test_float32(name):
     check_training(name, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_float64(name, x64):
     check_evaluation_mode(name, "float64")
@@ -190,6 +192,7 @@ def test_multi_scale_and_flip():
     check_multi_scale("sem_fpn_mini", "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_multi_scale_and_flip_in_float64(name, x64):
     check_multi_scale(name, "float64")

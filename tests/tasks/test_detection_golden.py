@@ -133,6 +133,7 @@ def test_detections(kind):
     check_detections(kind, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
 def test_detections_in_float64(kind, x64):
     check_detections(kind, "float64")
@@ -186,6 +187,7 @@ def test_losses(kind):
     check_losses(kind, mode, "float32", value, metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RCNN)
 def test_losses_of_all_candidates(kind, x64):
     _, loss, params = compute_losses(kind, "all", "float64")
@@ -193,6 +195,7 @@ def test_losses_of_all_candidates(kind, x64):
     check_losses(kind, "all", "float64", value, metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
 def test_losses_and_gradients_in_float64(kind, x64):
     """Every loss, the norms of the gradients, and BatchNorm's statistics after the step."""

@@ -61,6 +61,7 @@ def two_steps(config, devices):
     return found, jax.device_get(state.model_state)
 
 
+@pytest.mark.slow
 def test_eight_devices_step_as_one():
     """A cascade: losses and BatchNorm are of the whole batch, on every mesh."""
     config = tiny_detection.get_config("cascade_mask_rcnn").unlock()

@@ -22,6 +22,8 @@ from dat_jax.training.metrics import MetricWriter, read_metrics
 from tests import tiny_config
 from tests.training.test_loop import with_values
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):

@@ -38,6 +38,7 @@ def three_classes(monkeypatch):
     monkeypatch.setitem(sources._SOURCES, "thirds", load)
 
 
+@pytest.mark.slow
 def test_weights_without_a_work_directory_are_evaluated(finished, tmp_path):
     """An export of a run's best weights, and the run itself, give the accuracy of the run."""
     directory, result = finished

@@ -13,6 +13,8 @@ from dat_jax.training.metrics import read_metrics
 from experiments.soak import processes as soak
 from tests.xla_flags import fast_compilation_flags
 
+pytestmark = pytest.mark.slow
+
 XLA_FLAGS = " ".join(fast_compilation_flags())
 
 

@@ -50,6 +50,7 @@ def test_a_checkpoint_is_evaluated_to_the_same_numbers(workdir):
     assert evaluate(tiny_segmentation.get_config(), str(directory)) == pytest.approx(result)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_through_the_same_numbers(workdir, tmp_path):
     config = tiny_segmentation.get_config().unlock()
     config.steps = 6
@@ -61,6 +62,7 @@ def test_a_run_that_stopped_goes_through_the_same_numbers(workdir, tmp_path):
     assert halves["eval/mIoU"][12] == whole["eval/mIoU"][12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["sem_fpn", "upernet"])
 def test_batch_norm_is_of_the_whole_batch_on_every_mesh(head):
     found = {}

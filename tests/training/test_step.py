@@ -45,6 +45,7 @@ def losses_on(mesh: dict[str, int], devices, monkeypatch) -> tuple[list[float], 
     return losses, state
 
 
+@pytest.mark.slow
 def test_five_steps_are_the_same_on_every_mesh(monkeypatch):
     devices = jax.devices()
     assert len(devices) == 8
@@ -167,6 +168,7 @@ def stand_in(config):
     return (StandIn(2048, tuple(map(str, range(SETUPS[config.task].CLASSES)))),) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_step_of_every_configuration_has_consistent_shapes(name):
     config = importlib.import_module(f"configs.{name}").get_config()
