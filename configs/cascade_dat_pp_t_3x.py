@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(
         dict(
             name="dat_pp_tiny",
+            deformable_form="auto",
             dtype="auto",
             drop_path_rate=0.1,
             remat="blocks",

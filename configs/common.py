@@ -178,10 +178,11 @@ def _get_base() -> ConfigDict:
     # ever removed there; the whole directory may be.
     config.compilation_cache = "auto"
 
-    # name: dat_jax.list_models(). dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
+    # name: dat_jax.list_models(). dtype: auto is bfloat16 on TPU and GPU, float32 on CPU. deformable_form: auto is the form of
+    # deformable attention of the named model, see dat_jax.DAT; cvpr2022 is DAT v1 as it was released, dat_pp the later code.
     # Any attribute of dat_jax.DAT may be added, such as remat="blocks" (less memory), scan_blocks=True (compiles faster) and
     # implementation="pallas" (kernels for TPUs, not timed on a device yet).
-    config.model = ConfigDict(dict(name="dat_pp_tiny", dtype="auto", drop_path_rate=0.2))
+    config.model = ConfigDict(dict(name="dat_pp_tiny", deformable_form="auto", dtype="auto", drop_path_rate=0.2))
 
     # What is started from where the work directory has no checkpoint: "" is from scratch; else weights that
     # `python -m dat_jax.conversion` wrote, or the work directory of another run.

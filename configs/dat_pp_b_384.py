@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(
         dict(
             name="dat_pp_base_384",
+            deformable_form="auto",
             dtype="auto",
             drop_path_rate=0.6,
             remat="blocks",

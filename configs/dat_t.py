@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(
         dict(
             name="dat_tiny",
-            deformable_form="cvpr2022",  # as released; "dat_pp" is the form of the code published with DAT++
+            deformable_form="auto",
             dtype="auto",
             drop_path_rate=0.2,
             remat="blocks",

@@ -12,7 +12,7 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.get_config()
-    config.model = ConfigDict(dict(name="dat_pp_nano", dtype="auto", drop_path_rate=0.05))
+    config.model = ConfigDict(dict(name="dat_pp_nano", deformable_form="auto", dtype="auto", drop_path_rate=0.05))
     config.data.name = "mnist5k"
     config.data.image_size = 48
     config.data.eval_resize = 48

@@ -12,7 +12,9 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.get_detection_config()
-    config.model = ConfigDict(dict(name="dat_pp_nano", dtype="auto", drop_path_rate=0.0, image_size=64))
+    config.model = ConfigDict(
+        dict(name="dat_pp_nano", deformable_form="auto", dtype="auto", drop_path_rate=0.0, image_size=64)
+    )
     config.head = ConfigDict(dict(name="mask_rcnn", features=32, width=128))
     config.data.name = "digits_on_photographs"
     config.data.short_sides = (64,)

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(
         dict(
             name="dat_pp_nano",
+            deformable_form="auto",
             dtype="auto",
             drop_path_rate=0.05,
             image_size=32,

@@ -25,6 +25,7 @@ def get_config(**model):
     config.model = {
         **dict(
             name="dat_pp_nano",
+            deformable_form="auto",
             dtype="float32",
             drop_path_rate=0.1,
             image_size=32,

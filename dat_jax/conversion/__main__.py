@@ -72,11 +72,11 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
             rows = command.import_weights(
                 weights, out, model=values.model, yaml_file=values.yaml, which=values.weights, form=values.form
             )
-        elif values.model is None and values.yaml is None and values.form is None and values.weights == "auto":
-            rows = command.export_weights(weights, out)
+        elif values.model is None and values.yaml is None and values.weights == "auto":
+            rows = command.export_weights(weights, out, form=values.form)
         else:
             raise UserError(
-                f"--model, --yaml, --form and --weights are for a file of weights; the folder {weights} describes its model."
+                f"--model, --yaml and --weights are for a file of weights; the folder {weights} describes its model."
             )
     except UserError as error:
         fail(str(error))

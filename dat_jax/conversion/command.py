@@ -126,13 +126,15 @@ def import_weights(
     written, description = load_export(out)
     wanted = variables if dense else variables["params"]
     rows = _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
-    if rows.get(_FORM_ROW, "").startswith("cvpr2022") and not (form or metadata):
+    if rows.get(_FORM_ROW, "").startswith("cvpr2022") and form is None and _FORM not in metadata:
         rows[_FORM_ROW] += "; --form=dat_pp is for weights of the code published with DAT++"
     return {"weights": source} | rows
 
 
-def export_weights(trained: str, out: str) -> dict[str, str]:
+def export_weights(trained: str, out: str, *, form: str | None = None) -> dict[str, str]:
     """An export, or a run's work directory -> a .safetensors file with published names, float32.
+
+    ``form`` of deformable attention is for a DAT v1 that does not record it, see ``load_pretrained``.
 
     Returns:
       Rows of a table: what was written.
@@ -143,7 +145,10 @@ def export_weights(trained: str, out: str) -> dict[str, str]:
     refuse_existing(out)
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
-    model, variables = load_trained(trained)
+    model, variables = load_trained(trained, deformable_form=form)
+    dat = model if isinstance(model, DAT) else model.dat
+    if form not in (None, dat.deformable_form):
+        raise UserError(f"{trained} records the form {dat.deformable_form} of deformable attention, got --form={form}.")
     return write_weights(out, model=model, variables=variables, name=trained)
 
 

@@ -289,8 +289,9 @@ def _complete_form(path, settings: Mapping[str, Any], form: str | None) -> dict[
     if fits_both and form is None:
         raise UserError(
             f"{path} was saved before dat_jax distinguished the two published forms of deformable attention, and its weights "
-            "fit both. Convert the original file again, or load it with dat_jax.load(..., deformable_form=FORM), where FORM "
-            'is "cvpr2022" for weights that the authors released for DAT v1 and "dat_pp" for a model that dat_jax trained.'
+            "fit both. Name the form with dat_jax.load(..., deformable_form=FORM), or write a file that records it: python -m "
+            f"dat_jax.conversion {path} NEW.safetensors --form=FORM. FORM is cvpr2022 for weights that the authors released "
+            "for DAT v1, and dat_pp for a model that dat_jax trained."
         )
     return {**settings, "deformable_form": form or "dat_pp"}
 

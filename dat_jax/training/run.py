@@ -130,11 +130,11 @@ def make_run(
 
 
 def _with_deformable_form(config: ConfigDict) -> ConfigDict:
-    """The configuration with ``model.deformable_form``, by default that of the named model.
+    """The configuration with ``model.deformable_form``, where "auto" becomes that of the named model.
 
     It is recorded with the run because the parameters do not show which form they were trained with.
     """
-    if "deformable_form" in config.model:
+    if config.model.get("deformable_form", "auto") != "auto":
         return config
     try:
         form = create_model(config.model.name).deformable_form

@@ -347,11 +347,11 @@ def test_what_exists_is_not_overwritten(nano_file, tmp_path):
         (["a.pth", "b", "--modle=x"], "Unknown command line flag 'modle'"),
         (
             ["{tmp}", "{tmp}/b.safetensors", "--model=dat_tiny"],
-            "--model, --yaml, --form and --weights are for a file of weights",
+            "--model, --yaml and --weights are for a file of weights",
         ),
         (
             ["{tmp}", "{tmp}/b.safetensors", "--weights=ema"],
-            "--model, --yaml, --form and --weights are for a file of weights",
+            "--model, --yaml and --weights are for a file of weights",
         ),
         (["a.pth", "b", "--weights=best"], "Flags: flag --weights=best: value should be one of <auto|ema|raw>"),
         (["{tmp}", "{tmp}/b.safetensors"], r"Wanted an export \(with model.json\) or the work directory"),
