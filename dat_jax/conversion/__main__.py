@@ -8,7 +8,7 @@ A published classifier, one with its published configuration, a whole published 
   python -m dat_jax.conversion runs/dat_pp_s dat_pp_s.safetensors
 
 If WEIGHTS is a file with published names, of a classifier or of a whole segmentor or detector, OUT is the folder of a new
-export, which dat_jax.load_pretrained and config.init_from read. The file may be one of torch.save (.pth, .pt, .pth.tar,
+export, which dat_jax.load and config.init_from read. The file may be one of torch.save (.pth, .pt, .pth.tar,
 .bin, .ckpt, with any suffix) or .safetensors: bare weights or a training checkpoint, also of timm, MMEngine, MMCV,
 Lightning or DeepSpeed. It is read without PyTorch, and no code in it is run.
 

@@ -128,7 +128,7 @@ def import_weights(
     rows = _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
     if rows.get(_FORM_ROW, "").startswith("cvpr2022") and form is None and _FORM not in metadata:
         rows[_FORM_ROW] += "; --form=dat_pp is for weights of the code published with DAT++"
-    return {"weights": source} | rows
+    return {"taken from": source} | rows
 
 
 def export_weights(trained: str, out: str, *, form: str | None = None) -> dict[str, str]:

@@ -164,7 +164,9 @@ def assemble(
         if names
     ]
     if problems:
-        raise ValueError(f"These weights are not of this model. {'; '.join(problems)}.")
+        # The counts come first, as callers may shorten the lists.
+        counts = ", ".join(problem.partition(":")[0] for problem in problems)
+        raise ValueError(f"These weights are not of this model ({counts}). {'; '.join(problems)}.")
     flat = {}
     for entry in entries:
         array = np.asarray(state_dict[entry.name])

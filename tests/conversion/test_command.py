@@ -148,7 +148,7 @@ def test_raw_or_averaged_weights_are_chosen_and_reported(tmp_path):
         ("ema", averaged, "state_dict_ema (averaged); weights=raw takes state_dict"),
     ):
         rows = import_weights(str(tmp_path / "w.pth.tar"), str(tmp_path / which), model="dat_pp_nano", which=which)
-        assert rows["weights"] == source
+        assert rows["taken from"] == source
         _, variables = dat_jax.load_pretrained(tmp_path / which)
         bias = np.asarray(variables["params"]["cls_head"]["bias"])
         np.testing.assert_array_equal(bias, expected["module.cls_head.bias"])
@@ -281,7 +281,7 @@ GOOD_YAML = {
         (
             "{nano}",
             dict(model="dat_pp_tiny"),
-            r"dat_pp_tiny: These weights are not of this model\. \d+ unknown: stages",
+            r"dat_pp_tiny: These weights are not of this model \(\d+ unknown, .*\)\. \d+ unknown: stages",
         ),
         ("{nano}", dict(model="dat_tinny"), "Unknown model 'dat_tinny', did you mean 'dat_tiny'"),
         (
