@@ -61,7 +61,7 @@ def read_weights(path: str | os.PathLike, *, weights: str = "auto") -> dict[str,
 def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkpoint:
     """Read the weights of a file and where in the file they were. Arguments and errors are those of ``read_weights``."""
     if weights not in selection.CHOICES:
-        raise UserError(f"weights must be one of {', '.join(selection.CHOICES)}, got {show(weights)}.")
+        raise UserError(f"weights must be one of {', '.join(selection.CHOICES)}, got {show(str(weights))}.")
     path = pathlib.Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected a file of weights.")

@@ -185,6 +185,8 @@ def _name_storage(pid: Any) -> Storage | Object:
     if len(pid) > 6:
         raise ValueError
     kind, maker, *rest = pid
+    if not isinstance(maker, Global):
+        raise TypeError
     if kind == "module":  # the class of a pickled model, in old files
         return Object(maker, tuple(rest))
     key, _, count, *view = rest
@@ -296,7 +298,12 @@ def _are_counts(*numbers) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
-def show(text: Any, limit: int = 100) -> str:
-    """Text of a file as it can stand in a sentence: printable, on one line and not long."""
-    text = str(text)[: 2 * limit].encode("unicode_escape", "backslashreplace").decode("ascii")
+def show(value: str | Global | Exception, limit: int = 100) -> str:
+    """Text from a file in a form that fits into a sentence: printable, on one line and not long.
+
+    For values of other types the name of the type is returned: the text of nested tuples that share their items can be
+    exponentially longer than the file.
+    """
+    text = str(value) if isinstance(value, str | Global | Exception) else type(value).__name__
+    text = text[: 2 * limit].encode("unicode_escape", "backslashreplace").decode("ascii")
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from dat_jax.conversion import pickles, read_weights
+from dat_jax.conversion.torch_files import show
 from dat_jax.errors import UserError
 from tests.conversion import pth_writer as pth
 
@@ -374,6 +375,35 @@ def read_outcome(path) -> tuple[str, float, int]:
         assert len(outcome) < 1000
     assert happened == []
     return outcome, seconds, peak
+
+
+# A tuple whose text is 2**40 times as long as the opcodes: each tuple contains the one before it twice (DUP, TUPLE2).
+EXPONENTIAL = pth.text("a") + b"2\x86" * 40
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"(" + pth.text("module") + EXPONENTIAL + b"tQ",
+        b"(" + pth.text("storage") + EXPONENTIAL + pth.text("0") + pth.text("cpu") + pth.integer(6) + b"tQ",
+        b"(" + EXPONENTIAL + pth.name("torch", "FloatStorage") + b"tQ",
+        EXPONENTIAL,
+        pth.mapping({"model": EXPONENTIAL}),
+        pth.mapping({"model": b"(" + pth.text("module") + pth.name("a", "B") + EXPONENTIAL + b"tQ"}),
+        pth.call("a", "B", EXPONENTIAL),
+    ],
+)
+@pytest.mark.parametrize("kind", ["zip", "legacy", "legacy, beside the object"])
+def test_tuples_of_exponential_length_are_never_written_out(content, kind, tmp_path):
+    _, seconds, peak = read_outcome(write(tmp_path / "w", content, kind))
+    assert seconds < 5
+    assert peak < 10e6
+
+
+def test_only_the_type_of_values_other_than_text_and_globals_is_shown():
+    assert show("a\n") == r"a\n"
+    assert show(pickles.Global("a", "B")) == "a.B"
+    assert show(("x",) * 9) == "tuple"
 
 
 def test_pythons_unpickler_would_run_them(tmp_path):
