@@ -33,7 +33,6 @@ _IGNORED_OF_MODEL = {
     "LABEL_SMOOTHING": _TRAINING,
 }
 _IGNORED_OF_DATA = dict.fromkeys(("BATCH_SIZE", "DATA_PATH", "DATASET", "NUM_WORKERS", "PIN_MEMORY"), _DATA)
-_LARGE_SIDE = 384  # from which on ``inference.classification`` does not crop unless told to
 
 
 def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
@@ -80,7 +79,7 @@ def trace_classifier(config: Mapping[str, Any]) -> tuple[DAT, dict[str, Any], di
 
 
 def _read_sizes(settings: Settings, model: DAT) -> dict[str, int]:
-    """Options about the size of images; empty if they are what ``inference.load`` chooses for the model."""
+    """Options about the size of images, complete: the defaults of ``inference.load`` depend on the model's form."""
     data, test = settings.optional_section("DATA"), settings.optional_section("TEST")
     size, crop = model.image_size, True
     if data is not None:
@@ -89,9 +88,4 @@ def _read_sizes(settings: Settings, model: DAT) -> dict[str, int]:
         size = data.take("IMG_SIZE", COUNT, default=size)
     if test is not None:
         crop = test.take("CROP", FLAG, default=True)
-    resize = int(256 / 224 * size) if crop else size
-    whole = size >= _LARGE_SIDE and model.deformable_form == "dat_pp"
-    chosen = size if whole else int(256 / 224 * size)
-    if (size, resize) == (model.image_size, chosen):
-        return {}
-    return {"image_size": size, "resize": resize}
+    return {"image_size": size, "resize": int(256 / 224 * size) if crop else size}
