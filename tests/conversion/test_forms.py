@@ -102,6 +102,15 @@ def test_a_configuration_without_the_later_keys_is_of_the_release(released):
         conversion.model_from_official({**golden.config, "use_conv_patches": True})
 
 
+@pytest.mark.parametrize("kind", "NEX")
+def test_blocks_that_the_release_does_not_have_imply_the_later_form(released, kind):
+    golden, _ = released
+    stages = [[kind, *blocks[1:]] for blocks in golden.config["stage_spec"]]
+    config = {**golden.config, "stage_spec": stages}
+    assert conversion.model_from_official(config).deformable_form == "dat_pp"
+    assert conversion.model_from_official({**config, "use_conv_patches": True}).conv_patches
+
+
 @pytest.mark.parametrize("form", ["cvpr2022", "dat_pp"])
 def test_safetensors_keep_the_form_on_the_way_out_and_back(released, tmp_path, form):
     golden, file = released

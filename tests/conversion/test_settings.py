@@ -320,6 +320,8 @@ def test_heads_of_other_types_are_read():
             {"MODEL__DAT__groups": [0, 1, 1, 1]},
             "groups: expected a list of 4 values, each -1 or a positive",
         ),
+        ("dat_tiny", {"MODEL__DAT__groups": [-1, -1, -1, 6]}, "DAT.groups: expected a positive integer for stage 2, which"),
+        ("dat_tiny", {"MODEL__DAT__strides": [-1, -1, 1, -1]}, "strides: .* for stage 3, which has D blocks, got -1"),
         ("dat_pp_tiny", {"MODEL__DAT__use_cmt_mlps": [True] * 4}, "use_cmt_mlps: expected .*False"),
         (
             "dat_pp_tiny",
