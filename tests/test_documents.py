@@ -108,19 +108,20 @@ def test_the_migration_table_has_every_key():
     changes = dict(num_classes=7, dim_stem=48, expansion=2, drop_path_rate=0.3, img_size=96, use_conv_patches=True)
     lists = dict(window_sizes=5, heads=1, offset_range_factor=7, sr_ratios=1, ksizes=5, nat_ksizes=5, groups=1)
     lists |= dict(layer_scale_values=0.5, use_lpus=True, use_dwc_mlps=True, no_offs=True, strides=3)
-    plain = official.model_from_official({})
+    needed = dict(groups=[1, 1, 3, 6], strides=[1] * 4, ksizes=[9, 7, 5, 3])  # the defaults do not make a model
+    plain = official.model_from_official(needed)
     for key, attribute, _ in rows:
         name, attribute = key.strip("`"), attribute.strip("`")
         assert attribute == "-" or hasattr(plain, attribute)
         value = changes.get(name, [lists[name]] * 4 if name in lists else None)
         if value is not None:  # what the table says is what changes
-            changed = official.model_from_official({name: value})
+            changed = official.model_from_official({**needed, name: value})
             differing = {
                 field for field in type(plain).__dataclass_fields__ if getattr(changed, field) != getattr(plain, field)
             }
             assert differing == {attribute}, name
     for name, kind in (("dwc_pes", "dwc"), ("fixed_pes", "fixed"), ("log_cpb", "log_cpb")):
-        model = official.model_from_official({"use_pes": [True] * 4, name: [True] * 4})
+        model = official.model_from_official({**needed, "use_pes": [True] * 4, name: [True] * 4})
         assert model.position_bias == (kind,) * 4
 
 

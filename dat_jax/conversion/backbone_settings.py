@@ -54,6 +54,7 @@ _VALUES_PER_STAGE: dict[str, Kind] = {
     "use_lpus": kinds.FLAG,
     "log_cpb": kinds.FLAG,
 }
+_MOST_STAGES, _MOST_BLOCKS = 64, 1000  # blocks per stage
 _POSITIVE_WITH_D = ("groups", "strides")  # the published code cannot build D blocks with -1
 _POSITION_TABLES = ("dwc_pes", "fixed_pes", "log_cpb")  # each replaces the plain table of use_pes
 
@@ -71,7 +72,8 @@ def read_backbone(settings: Settings, *, defaults: Mapping[str, Any]) -> dict[st
     settings.ignore_all(IGNORED)
     for key, value in FIXED.items():
         settings.check(key, value, default=value, note=_NOT_PUBLISHED)
-    blocks = list_of(list_of(Kind("the name of a kind of block", lambda value: isinstance(value, str))))
+    block = Kind("the name of a kind of block", lambda value: isinstance(value, str))
+    blocks = list_of(list_of(block, longest=_MOST_BLOCKS), longest=_MOST_STAGES)
     stages = settings.take("stage_spec", blocks, default=defaults["stage_spec"])
     for kind in (kind for stage in stages for kind in stage):
         if kind not in STAGE_TYPES:
