@@ -108,9 +108,10 @@ def _read_bases(path: pathlib.Path, statements: list[ast.stmt], *, chain, done) 
     """The names of all ``_base_`` files together."""
     names: dict[str, Any] = {}
     origins: dict[str, pathlib.Path] = {}
-    for statement in statements:
-        if _target(statement) != "_base_":
-            continue
+    assignments = [statement for statement in statements if _target(statement) == "_base_"]
+    if len(assignments) > 1:
+        raise UserError(f"{path}:{assignments[1].lineno}: _base_ is assigned a second time.")
+    for statement in assignments:
         place = f"{path}:{statement.lineno}"
         for text in _base_paths(statement.value, place):
             file = path.parent / text
@@ -163,7 +164,10 @@ def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path
         if name == "dict":
             raise Refused(statement, "dict must keep its meaning")
         if name != "_base_":
-            own[name] = _evaluate_or_pass(statement.value, own, base, path)
+            annotation = getattr(statement, "annotation", None)
+            if annotation is not None and not python_values.is_harmless(annotation, own):
+                raise Refused(annotation, "an annotation with a call or an assignment cannot be read")
+            own[name] = _evaluate_or_pass(name, statement.value, own, base, path)
     elif isinstance(statement, ast.Import | ast.ImportFrom):
         for alias in statement.names:
             if alias.name == "*":
@@ -179,7 +183,15 @@ def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path
         )
 
 
-def _evaluate_or_pass(node: ast.expr, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path) -> Any:
+def _evaluate_or_pass(
+    target: str, node: ast.expr, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path
+) -> Any:
+    """The value of an expression that is assigned to ``target``, or ``_Unreadable``.
+
+    Raises:
+      Refused: the expression is not supported, and passing it over could miss a change of ``model``.
+    """
+
     def look_up(name: str, where: ast.AST) -> Any:
         if name not in own:
             raise Refused(where, f"the name {name} is not assigned before")
@@ -198,19 +210,18 @@ def _evaluate_or_pass(node: ast.expr, own: dict[str, Any], base: Mapping[str, An
     try:
         return evaluate(node, look_up=look_up, look_up_base=look_up_base)
     except Refused as error:
-        values = {name: value for name, value in own.items() if not isinstance(value, _Unreadable)}
-        if not python_values.is_harmless(node, values):
+        if target in python_values.HARMLESS_NAMES or not python_values.is_harmless(node, own):
             raise
         return _Unreadable(error.origin or f"{path}:{error.line}", str(error))
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
-    """``own`` over ``base``: dicts recursively, except those with ``_delete_=True``; anything else replaces."""
+    """``own`` over ``base``: dicts recursively, except those with a true ``_delete_``; anything else replaces."""
     merged = dict(base)
     for name, value in own.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
-            replaces = value.get(_DELETE, False) is True
+            replaces = bool(value.get(_DELETE, False))
             value = {inner: one for inner, one in value.items() if inner != _DELETE}
             old = merged.get(name)
             if name not in merged or replaces:

@@ -39,6 +39,8 @@ _HARMLESS_CALLS = (
     ),
     *("os.environ.get", "os.getenv", "os.path.abspath", "os.path.basename", "os.path.dirname", "os.path.join"),
 )
+HARMLESS_NAMES = frozenset(call.split(".")[0] for call in _HARMLESS_CALLS)
+_CONSUMERS = ("dict", "list", "max", "min", "sorted", "sum", "tuple")  # they use up a generator before they return
 _DESCRIPTIONS = {
     ast.AsyncFor: "a loop",
     ast.Assign: "an assignment to something else than one name",
@@ -248,19 +250,46 @@ def _check_size(node: ast.AST, value: Any) -> None:
 
 
 def is_harmless(node: ast.expr, values: Mapping[str, Any]) -> bool:
-    """Whether running an expression could change no value that was read before.
+    """Whether running an expression could change no value that was read before, now or later.
 
     Args:
       node: an expression that ``evaluate`` refuses.
-      values: name -> value that was read.
+      values: name -> value that was assigned before.
     """
-    has_call = False
-    for part in ast.walk(node):
-        if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
-            return False
+    parts = list(ast.walk(node))
+    # Lambdas and generators run later, when their names may have other values.
+    delayed = {id(part) for part in parts if isinstance(part, ast.Lambda | ast.GeneratorExp) and _has_call(part)}
+    for part in parts:
         if isinstance(part, ast.Call):
-            has_call = True
-            if ast.unparse(part.func) not in _HARMLESS_CALLS:
+            if not _is_harmless_call(part):
                 return False
-    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    return not (has_call and any(isinstance(values.get(name), dict | list) for name in names))
+            if isinstance(part.func, ast.Name) and part.func.id in _CONSUMERS:
+                delayed -= {id(argument) for argument in part.args if isinstance(argument, ast.GeneratorExp)}
+        elif isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+            return False
+        elif isinstance(part, ast.Attribute | ast.Subscript) and not isinstance(part.ctx, ast.Load):
+            return False  # the target of a comprehension
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and part.id in HARMLESS_NAMES:
+            return False
+        elif isinstance(part, ast.arg) and part.arg in HARMLESS_NAMES:
+            return False
+    if delayed:
+        return False
+    names = {part.id for part in parts if isinstance(part, ast.Name)}
+    return not (_has_call(node) and any(isinstance(values.get(name), dict | list) for name in names))
+
+
+def _has_call(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Call) for part in ast.walk(node))
+
+
+def _is_harmless_call(node: ast.Call) -> bool:
+    """Whether a call is one of the harmless ones, and calls no other function that it is given, such as a sort key."""
+    if ast.unparse(node.func) not in _HARMLESS_CALLS:
+        return False
+    if isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return True
+    return all(
+        keyword.arg is not None and (keyword.arg != "key" or isinstance(keyword.value, ast.Lambda | ast.Constant))
+        for keyword in node.keywords
+    )

@@ -146,6 +146,17 @@ def test_a_base_may_have_the_whole_model(tmp_path):
         ("model = dict(x=1)\ny = (model := 3)", ":2: expected a literal, got Python's NamedExpr"),
         ("model = dict(x=1)\ny = exec('model = 2')", ":2: expected a literal, got a call of exec"),
         ("model = dict(x=1)\ndef f():\n  pass", ":2: .*got a function"),
+        ("model = dict(x=1)\ny = [0 for model['x'] in [2]]", ":2: expected a literal, got a comprehension"),
+        ("model = dict(x=1)\ny = [0 for model.x in [2]]", ":2: expected a literal, got a comprehension"),
+        ("model = dict(x=1)\nf = model.pop\ny = sorted(['x'], key=f)", ":3: expected a literal, got a call of sorted"),
+        ("model = dict(x=1)\ny = max(['model.pop()'], key=exec)", ":2: expected a literal, got a call of max"),
+        ("model = dict(x=1)\nf = model.pop\ny = max('x', **{'key': f})", ":3: expected a literal, got a call of max"),
+        ("model = dict(x=1)\nlen = model.pop\ny = len('x')", ":2: expected a literal, got Python's Attribute"),
+        ("model = dict(x=1)\nf = model.pop\ny = [len('x') for len in [f]]", ":3: expected a literal, got a compre"),
+        ("model = dict(x=1)\nf = lambda len: len('x')", ":2: expected a literal, got Python's Lambda"),
+        ("g = (len('x') for _ in [0])\nmodel = dict(x=1)", ":1: expected a literal, got a comprehension"),
+        ("model = dict(x=1)\ny: model.pop('x') = 1", ":2: an annotation with a call or an assignment cannot be read"),
+        ("_base_ = []\n_base_ = []\nmodel = dict(x=1)", ":2: _base_ is assigned a second time"),
         ("from os import *\nmodel = dict()", ":1: an import of all names cannot be read"),
         ("with read_base():\n  from .a import *", ":1: .*got a with statement"),
         ("dict = list\nmodel = dict()", ":1: dict must keep its meaning"),
@@ -197,6 +208,32 @@ def test_nothing_is_run(tmp_path):
     path = write(tmp_path, c=f"model = dict(x=1)\ny = open({str(ran)!r}, 'w')\n")
     refused(path, "c.py:2: expected a literal, got a call of open")
     assert not ran.exists()
+
+
+def test_values_that_cannot_change_the_model_are_passed_over(tmp_path):
+    path = write(
+        tmp_path,
+        c="""
+            import os
+            model = dict(x=1)
+            sides = (1, 2)
+            a = sorted(sides, key=lambda side: -side)
+            b = sum(int(side) for side in sides)
+            c = [os.path.join('a', str(side)) for side in sides]
+            d = lambda side: side + 1
+            e = model['x']
+            f: int = max(sides)
+            """,
+    )
+    assert read_python_config(path) == {"x": 1}
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("1", {"c": 3}), ("'no'", {"c": 3}), ("0", {"a": 1, "c": 3})])
+def test_delete_is_read_by_its_truth_as_mmcv_does(flag, expected, tmp_path):
+    path = write(
+        tmp_path, a="model = dict(x=dict(a=1))", c=f"_base_ = 'a.py'\nmodel = dict(x=dict(_delete_={flag}, c=3))"
+    )
+    assert read_python_config(path) == {"x": expected}
 
 
 def test_mistakes_of_bases_are_named(tmp_path):
