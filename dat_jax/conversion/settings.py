@@ -207,7 +207,11 @@ class Settings:
         return section
 
     def _unknown(self):
-        own = [(self.path_of(key if isinstance(key, str) else short(key)), self._known) for key in self._mapping if key not in self._known]
+        own = [
+            (self.path_of(key if isinstance(key, str) else short(key)), self._known)
+            for key in self._mapping
+            if key not in self._known
+        ]
         return own + [pair for section in self._sections for pair in section._unknown()]
 
 

@@ -172,7 +172,9 @@ def test_defaults_of_the_published_constructor_need_groups_and_strides():
     default = r"groups: expected a positive integer for stage 0, which has D blocks, got -1 \(from the default \[-1, -1, 3, 6\]"
     with pytest.raises(ValueError, match=default):
         conversion.model_from_official({})
-    with pytest.raises(ValueError, match="strides: expected a positive integer for stage 0, which has D blocks, got -1"):
+    with pytest.raises(
+        ValueError, match="strides: expected a positive integer for stage 0, which has D blocks, got -1"
+    ):
         conversion.model_from_official({"groups": [1, 1, 3, 6]})
     model = conversion.model_from_official({"groups": [1, 1, 3, 6], "strides": [1, 1, 1, 1]})
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))

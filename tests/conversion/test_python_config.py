@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -234,6 +235,68 @@ def test_delete_is_read_by_its_truth_as_mmcv_does(flag, expected, tmp_path):
         tmp_path, a="model = dict(x=dict(a=1))", c=f"_base_ = 'a.py'\nmodel = dict(x=dict(_delete_={flag}, c=3))"
     )
     assert read_python_config(path) == {"x": expected}
+
+
+LONG_LIST = "a = [0] * 65535\n"
+LONG_DICT = f"a = dict({', '.join(f'k{i}=0' for i in range(9000))})\n"
+MOST_VALUES = "the configuration has more than 1,048,576 values"
+
+
+@pytest.mark.parametrize(
+    ("start", "statement"),
+    [
+        (LONG_LIST, "b = [a]"),
+        (LONG_LIST, "b{} = a * 1"),
+        (LONG_LIST, "b{} = a + a * 0"),
+        (LONG_DICT, "b = [a]"),
+        (LONG_DICT, "b{} = dict(a)"),
+        (LONG_DICT, "b{} = dict(**a)"),
+        (LONG_DICT, "b{} = {{**a}}"),
+    ],
+)
+def test_values_of_all_statements_together_are_limited(start, statement, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(start + "".join(statement.format(i) + "\n" for i in range(5000)) + "model = dict(x=1)")
+    before = time.process_time()
+    refused(path, rf"c\.py:\d+: {MOST_VALUES}")
+    assert time.process_time() - before < 5
+
+
+def test_values_of_one_expression_of_strings_and_of_merged_files_are_limited(tmp_path):
+    refused(
+        write(tmp_path, c="a = [0] * 65000\nx = [" + "a * 1, " * 5000 + "]\nmodel = {}"), rf"c\.py:2: {MOST_VALUES}"
+    )
+    strings = "s = 'abcdefghabcdefgh'\n" + "s = s + s\n" * 11 + "".join(f"s{i} = s + s\n" for i in range(5000))
+    refused(write(tmp_path, c=strings + "model = {}"), rf"c\.py:\d+: {MOST_VALUES}")
+    names = "".join(f"b{i} = a\n" for i in range(5000))
+    refused(write(tmp_path, c=LONG_DICT + names + "model = {}"), rf"c\.py: {MOST_VALUES}")
+    files = {f"f{i}": f"x{i} = [0] * 60000" for i in range(20)}
+    path = write(tmp_path, **files, c=f"_base_ = {[f'{name}.py' for name in files]}\nmodel = {{}}")
+    refused(path, rf"f\d+\.py:1: {MOST_VALUES}")
+
+
+def test_plain_names_are_not_counted_again(tmp_path):
+    path = write(tmp_path, c=LONG_LIST + "b = a\n" * 20_000 + "model = dict(x=1)")
+    before = time.process_time()
+    assert read_python_config(path) == {"x": 1}
+    assert time.process_time() - before < 10
+
+
+def test_paths_that_cannot_be_opened_end_in_one_sentence(tmp_path):
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    refused(tmp_path / "loop.py", r"loop\.py cannot be read: Symlink loop|Too many levels of symbolic links")
+    refused(tmp_path / "a\0b.py", r"a\\x00b\.py' cannot be read: embedded null")
+    refused(tmp_path / ("a" * 5000), r"a cannot be read: File name too long")
+    for base, message in (
+        ("'loop.py'", r"c\.py:1: the base file .*loop\.py (does not exist|cannot be read)"),
+        ("'\\0.py'", r"c\.py:1: expected a relative path to a \.py file as _base_, got '\\x00\.py'"),
+        ("'a\\nb.py'", r"c\.py:1: expected a relative path to a \.py file as _base_, got 'a\\nb\.py'"),
+        ("'\\ud800.py'", r"c\.py:1: expected a relative path to a \.py file as _base_, got"),
+        (repr("a" * 300 + ".py"), r"c\.py:1: the base file .*a\.py cannot be read: File name too long"),
+        (repr("a" * 5000 + ".py"), r"c\.py:1: the base file .*\.\.\.a+\.py cannot be read: File name too long"),
+        (repr(["a.py"] * 101), r"c\.py:1: expected at most 100 paths as _base_, got 101"),
+    ):
+        refused(write(tmp_path, c=f"_base_ = {base}\nmodel = dict(x=1)"), message)
 
 
 def test_mistakes_of_bases_are_named(tmp_path):

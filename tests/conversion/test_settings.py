@@ -322,7 +322,11 @@ def test_heads_of_other_types_are_read():
             {"MODEL__DAT__groups": [0, 1, 1, 1]},
             "groups: expected a list of 4 values, each -1 or a positive",
         ),
-        ("dat_tiny", {"MODEL__DAT__groups": [-1, -1, -1, 6]}, "DAT.groups: expected a positive integer for stage 2, which"),
+        (
+            "dat_tiny",
+            {"MODEL__DAT__groups": [-1, -1, -1, 6]},
+            "DAT.groups: expected a positive integer for stage 2, which",
+        ),
         ("dat_tiny", {"MODEL__DAT__strides": [-1, -1, 1, -1]}, "strides: .* for stage 3, which has D blocks, got -1"),
         ("dat_pp_tiny", {"MODEL__DAT__use_cmt_mlps": [True] * 4}, "use_cmt_mlps: expected .*False"),
         (
@@ -409,7 +413,9 @@ def test_stages_that_are_repeated_by_aliases_are_counted_before_their_blocks(tmp
     path = tmp_path / "m.yaml"
     path.write_text(f"A: &a [{row}]\nMODEL:\n  DAT:\n    stage_spec: [{', '.join(['*a'] * 12_000)}]\n")
     start = time.process_time()
-    with pytest.raises(UserError, match="stage_spec: expected a list of at most 64 values, each a list of at most 1,000 va"):
+    with pytest.raises(
+        UserError, match="stage_spec: expected a list of at most 64 values, each a list of at most 1,000 va"
+    ):
         read_yaml_config(path)
     assert time.process_time() - start < 20  # mostly of the YAML parser
     for stages in ([["D"]] * 65, [["D"] * 1001]):
@@ -429,7 +435,10 @@ def test_stages_that_are_repeated_by_aliases_are_counted_before_their_blocks(tmp
         ("[" * 5000, "cannot be read: it is too deeply nested"),
         ("\0", "cannot be read: unacceptable character"),
         ("0x" + "1" * 5000, "MODEL.DAT.img_size: expected a positive integer, got an integer of 19,997 bits"),
-        ("[0x" + "1" * 5000 + "]", r"MODEL.DAT.img_size: expected a positive integer, got \[an integer of 19,997 bits\]"),
+        (
+            "[0x" + "1" * 5000 + "]",
+            r"MODEL.DAT.img_size: expected a positive integer, got \[an integer of 19,997 bits\]",
+        ),
         ("224\n    ? 0x" + "1" * 5000 + "\n    : 1", r"Unknown keys .*\['MODEL.DAT.an integer of 19,997 bits'\]"),
     ],
 )
