@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # what _PLACES says, for type checkers
         detector_variables,
     )
     from dat_jax.conversion.files import read_checkpoint, read_weights, write_safetensors
-    from dat_jax.conversion.official import from_official, model_from_official, to_official
+    from dat_jax.conversion.official import from_official, model_from_official, params_from_official, to_official
     from dat_jax.conversion.python_config import read_python_config
     from dat_jax.conversion.segmentors import (
         segmentor_from_official,
@@ -28,6 +28,7 @@ __all__ = [
     "detector_variables",
     "from_official",
     "model_from_official",
+    "params_from_official",
     "read_checkpoint",
     "read_python_config",
     "read_weights",
@@ -47,6 +48,7 @@ _PLACES = {
     "detector_variables": "dat_jax.conversion.detectors",
     "from_official": "dat_jax.conversion.official",
     "model_from_official": "dat_jax.conversion.official",
+    "params_from_official": "dat_jax.conversion.official",
     "read_checkpoint": "dat_jax.conversion.files",
     "read_python_config": "dat_jax.conversion.python_config",
     "read_weights": "dat_jax.conversion.files",

@@ -54,6 +54,8 @@ _VALUES_PER_STAGE: dict[str, Kind] = {
     "use_lpus": kinds.FLAG,
     "log_cpb": kinds.FLAG,
 }
+_MOST_STAGES, _MOST_BLOCKS = 64, 1000  # blocks per stage
+_POSITIVE_WITH_D = ("groups", "strides")  # the published code cannot build D blocks with -1
 _POSITION_TABLES = ("dwc_pes", "fixed_pes", "log_cpb")  # each replaces the plain table of use_pes
 
 
@@ -70,7 +72,8 @@ def read_backbone(settings: Settings, *, defaults: Mapping[str, Any]) -> dict[st
     settings.ignore_all(IGNORED)
     for key, value in FIXED.items():
         settings.check(key, value, default=value, note=_NOT_PUBLISHED)
-    blocks = list_of(list_of(Kind("the name of a kind of block", lambda value: isinstance(value, str))))
+    block = Kind("the name of a kind of block", lambda value: isinstance(value, str))
+    blocks = list_of(list_of(block, longest=_MOST_BLOCKS), longest=_MOST_STAGES)
     stages = settings.take("stage_spec", blocks, default=defaults["stage_spec"])
     for kind in (kind for stage in stages for kind in stage):
         if kind not in STAGE_TYPES:
@@ -87,8 +90,22 @@ def read_backbone(settings: Settings, *, defaults: Mapping[str, Any]) -> dict[st
     depths = tuple(map(len, stages))
     note = f"Other depths do not count the blocks of {settings.path_of('stage_spec')}."
     settings.check("depths", depths, default=defaults["depths"], note=note)
+    _check_deformable_stages(settings, config, stages, defaults)
     _check_position_tables(settings, config)
     return {**config, "stage_spec": stages}
+
+
+def _check_deformable_stages(
+    settings: Settings, config: Mapping[str, Any], stages: tuple[tuple[str, ...], ...], defaults: Mapping[str, Any]
+) -> None:
+    """-1, which the published files have for stages without D blocks, is refused for stages with them."""
+    for key in _POSITIVE_WITH_D:
+        for stage, (value, blocks) in enumerate(zip(config[key], stages, strict=True)):
+            if value < 1 and "D" in blocks:
+                missing = "" if key in settings else f" (from the default {list(defaults[key])}, as the key is missing)"
+                raise settings.error(
+                    key, f"expected a positive integer for stage {stage}, which has D blocks, got {value}{missing}"
+                )
 
 
 def _check_position_tables(settings: Settings, config: Mapping[str, Any]) -> None:

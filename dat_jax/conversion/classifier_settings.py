@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dat_jax.conversion.official import model_from_official
-from dat_jax.conversion.settings import COUNT, FLAG, Settings
+from dat_jax.conversion.settings import COUNT, FLAG, Settings, printable
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
 
@@ -33,7 +33,19 @@ _IGNORED_OF_MODEL = {
     "LABEL_SMOOTHING": _TRAINING,
 }
 _IGNORED_OF_DATA = dict.fromkeys(("BATCH_SIZE", "DATA_PATH", "DATASET", "NUM_WORKERS", "PIN_MEMORY"), _DATA)
-_LARGE_SIDE = 384  # from which on ``inference.classification`` does not crop unless told to
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, whose errors name the line: values such as ``2024-13-45`` or ``!!int x`` raise others."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:
+            kind = node.tag.rsplit(":", 1)[-1]
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1} has a value that is not a valid {kind}") from error
 
 
 def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
@@ -43,10 +55,16 @@ def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
       UserError: the file cannot be read, or describes no supported model; one sentence names the key.
     """
     try:
-        config = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}.") from error
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: the text is not UTF-8, or the path has a null byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{printable(path)} cannot be read: {reason}.") from error
+    try:
+        config = yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read: it is too deeply nested.") from error
+    except Exception as error:  # PyYAML raises others than its own
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
     model = config.get("MODEL") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("DAT"), dict):
         raise UserError(f"{path}: expected a mapping MODEL.DAT, as in the published YAML files.")
@@ -80,7 +98,7 @@ def trace_classifier(config: Mapping[str, Any]) -> tuple[DAT, dict[str, Any], di
 
 
 def _read_sizes(settings: Settings, model: DAT) -> dict[str, int]:
-    """Options about the size of images; empty if they are what ``inference.load`` chooses for the model."""
+    """Options about the size of images, complete: the defaults of ``inference.load`` depend on the model's form."""
     data, test = settings.optional_section("DATA"), settings.optional_section("TEST")
     size, crop = model.image_size, True
     if data is not None:
@@ -89,9 +107,4 @@ def _read_sizes(settings: Settings, model: DAT) -> dict[str, int]:
         size = data.take("IMG_SIZE", COUNT, default=size)
     if test is not None:
         crop = test.take("CROP", FLAG, default=True)
-    resize = int(256 / 224 * size) if crop else size
-    whole = size >= _LARGE_SIDE and model.deformable_form == "dat_pp"
-    chosen = size if whole else int(256 / 224 * size)
-    if (size, resize) == (model.image_size, chosen):
-        return {}
-    return {"image_size": size, "resize": resize}
+    return {"image_size": size, "resize": int(256 / 224 * size) if crop else size}

@@ -14,7 +14,7 @@ from dat_jax.appearing import refuse_existing
 from dat_jax.conversion import detectors, segmentors, selection
 from dat_jax.conversion.classifier_settings import read_yaml_config
 from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
-from dat_jax.conversion.official import from_official, official_shapes, to_official
+from dat_jax.conversion.official import official_shapes, params_from_official, to_official
 from dat_jax.conversion.python_config import read_python_config
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT, DEFORMABLE_FORMS
@@ -22,7 +22,7 @@ from dat_jax.models.registry import Detector, create_model, list_models, name_de
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.training.checkpoint import checksum
 from dat_jax.training.exports import load_export
-from dat_jax.training.pretrained import describe_model, export_model, load_trained
+from dat_jax.training.pretrained import export_model, load_trained
 
 _FORM = "deformable_form"  # in the metadata of a .safetensors file
 _FORM_ROW = "deformable form"
@@ -116,8 +116,7 @@ def import_weights(
         else:
             name, found = _find_model(state_dict, label)
         found = _choose_form(found, asked=form, recorded=metadata.get(_FORM), weights=weights)
-        # The attributes of the model replace every key of a published configuration.
-        convert = lambda arrays: from_official({}, arrays, **describe_model(found))[1]  # noqa: E731
+        convert = lambda arrays: {"params": params_from_official(found, arrays)}  # noqa: E731
     try:
         variables = convert(state_dict)
     except ValueError as error:
@@ -170,7 +169,7 @@ def write_weights(
             read = functools.partial(dense.to_variables, model)
         else:
             state_dict, wanted = to_official(model, variables["params"]), variables["params"]
-            read = lambda arrays: from_official({}, arrays, **describe_model(model))[1]["params"]  # noqa: E731
+            read = functools.partial(params_from_official, model)
     except KeyError as error:
         raise UserError(f"{name} has weights without a published name: {error.args[0]}") from error
     dat = model if isinstance(model, DAT) else model.dat

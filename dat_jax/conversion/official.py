@@ -16,7 +16,7 @@ import numpy as np
 
 from dat_jax.conversion.backbone_settings import read_backbone
 from dat_jax.conversion.settings import Settings
-from dat_jax.models.dat import DAT
+from dat_jax.models.dat import DAT, LATER_STAGE_TYPES
 from dat_jax.models.registry import create_model
 
 # Defaults of the published constructor, for keys that a configuration leaves out.
@@ -57,8 +57,8 @@ _LATER_KEYS = {"ksizes", "nat_ksizes", "use_lpus", "log_cpb"}
 def model_from_official(config: Mapping[str, Any] | Settings, **overrides) -> DAT:
     """The model of a published configuration.
 
-    A configuration without any of the keys "ksizes", "nat_ksizes", "use_lpus" and "log_cpb", which came later, is one of
-    DAT v1 as it was released: its model has ``deformable_form="cvpr2022"``. Any other has "dat_pp".
+    The keys "ksizes", "nat_ksizes", "use_lpus" and "log_cpb" and the N, E and X blocks came with DAT++. A configuration with
+    none of them is one of DAT v1 as it was released: its model has ``deformable_form="cvpr2022"``. Any other has "dat_pp".
 
     Args:
       config: the MODEL.DAT mapping of a published YAML file, or a section of a larger configuration that is being read.
@@ -68,10 +68,11 @@ def model_from_official(config: Mapping[str, Any] | Settings, **overrides) -> DA
       ValueError: names the key that is unknown or whose value is not supported.
     """
     settings = config if isinstance(config, Settings) else Settings(config)
-    form = "dat_pp" if any(key in settings for key in _LATER_KEYS) else "cvpr2022"
     c = read_backbone(settings, defaults=_DEFAULTS)
     settings.finish()
     stages = tuple("".join(kinds) for kinds in c["stage_spec"])
+    is_later = any(key in settings for key in _LATER_KEYS) or not LATER_STAGE_TYPES.isdisjoint("".join(stages))
+    form = "dat_pp" if is_later else "cvpr2022"
     bias = [_position_bias(c, i) for i in range(len(stages))]
     if form == "cvpr2022" and c["use_conv_patches"]:
         note = f"A configuration without {', '.join(sorted(_LATER_KEYS))} is one of DAT v1 as it was released."
@@ -130,8 +131,12 @@ def from_official(
       ValueError: names every unknown, missing and mis-shaped weight at once.
     """
     model = model_from_official(config, **overrides)
-    params = assemble(state_dict, _entries(model), is_ignored=lambda name: is_ignored(name, model))
-    return model, {"params": params}
+    return model, {"params": params_from_official(model, state_dict)}
+
+
+def params_from_official(model: DAT, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Published weights as the parameters of a model; see ``from_official``."""
+    return assemble(state_dict, _entries(model), is_ignored=lambda name: is_ignored(name, model))
 
 
 def assemble(

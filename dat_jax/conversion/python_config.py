@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dat_jax.conversion import python_values
-from dat_jax.conversion.python_values import Refused, evaluate
+from dat_jax.conversion.python_values import Budget, BudgetSpent, Refused, evaluate
+from dat_jax.conversion.settings import printable
 from dat_jax.errors import UserError
 
 _MOST_BYTES = 1 << 20  # of a file
-_MOST_FILES = 100  # in a chain of _base_ files
+_MOST_FILES = 100  # in a chain of _base_ files, and in one _base_
 _DELETE = "_delete_"
 
 
@@ -40,7 +41,7 @@ def read_python_config(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = pathlib.Path(path)
     try:
-        names = _read_file(path, chain=(), done={})
+        names = _read_file(path, chain=(), done={}, budget=Budget())
     except (RecursionError, MemoryError) as error:
         raise UserError(f"{path}: the configuration is too deeply nested to be read.") from error
     model = names.get("model")
@@ -52,15 +53,16 @@ def read_python_config(path: str | os.PathLike) -> dict[str, Any]:
     return model
 
 
-def _read_file(path: pathlib.Path, *, chain: tuple[pathlib.Path, ...], done: dict) -> dict[str, Any]:
+def _read_file(path: pathlib.Path, *, chain: tuple[pathlib.Path, ...], done: dict, budget: Budget) -> dict[str, Any]:
     """Name -> value of a file and its bases.
 
     Args:
       path: the file.
       chain: the files that led to this one.
       done: resolved path -> result of the files that were read before.
+      budget: for the values of all files together.
     """
-    real = path.resolve()
+    real = _resolve(path)
     if real in chain:
         raise UserError(f"{path}: _base_ leads back to this file.")
     if len(chain) >= _MOST_FILES:
@@ -68,11 +70,11 @@ def _read_file(path: pathlib.Path, *, chain: tuple[pathlib.Path, ...], done: dic
     if real in done:
         return done[real]
     statements = _parse(path)
-    base = _read_bases(path, statements, chain=(*chain, real), done=done)
+    base = _read_bases(path, statements, chain=(*chain, real), done=done, budget=budget)
     own: dict[str, Any] = {}
     for statement in statements:
         try:
-            _run(statement, own, base, path)
+            _run(statement, own, base, path, budget)
         except Refused as error:
             raise UserError(f"{error.origin or f'{path}:{error.line}'}: {error}.") from error
     public = {
@@ -80,15 +82,25 @@ def _read_file(path: pathlib.Path, *, chain: tuple[pathlib.Path, ...], done: dic
         for name, value in own.items()
         if not name.startswith("__") and not (isinstance(value, _Unreadable) and value.is_import)
     }
-    done[real] = _merge(base, public, str(path))
+    try:
+        done[real] = _merge(base, public, str(path), budget)
+    except BudgetSpent as error:
+        raise UserError(f"{path}: {error}.") from error
     return done[real]
+
+
+def _resolve(path: pathlib.Path) -> pathlib.Path:
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+        raise UserError(f"{printable(path)} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _parse(path: pathlib.Path) -> list[ast.stmt]:
     try:
         source = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # ValueError: the path has a null byte
+        raise UserError(f"{printable(path)} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if len(source) > _MOST_BYTES:
         raise UserError(f"{path}: expected a configuration of at most {_MOST_BYTES:,} bytes, got {len(source):,}.")
     if b"\0" in source:
@@ -104,22 +116,28 @@ def _parse(path: pathlib.Path) -> list[ast.stmt]:
         raise UserError(f"{path}: not valid Python: {' '.join(str(error).split())}.") from error
 
 
-def _read_bases(path: pathlib.Path, statements: list[ast.stmt], *, chain, done) -> dict[str, Any]:
+def _read_bases(path: pathlib.Path, statements: list[ast.stmt], *, chain, done, budget) -> dict[str, Any]:
     """The names of all ``_base_`` files together."""
     names: dict[str, Any] = {}
     origins: dict[str, pathlib.Path] = {}
-    for statement in statements:
-        if _target(statement) != "_base_":
-            continue
+    assignments = [statement for statement in statements if _target(statement) == "_base_"]
+    if len(assignments) > 1:
+        raise UserError(f"{path}:{assignments[1].lineno}: _base_ is assigned a second time.")
+    for statement in assignments:
         place = f"{path}:{statement.lineno}"
         for text in _base_paths(statement.value, place):
             file = path.parent / text
-            if not file.is_file():
+            try:
+                exists = file.is_file()
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{place}: the base file {printable(file)} cannot be read: {reason}.") from error
+            if not exists:
                 raise UserError(
-                    f"{place}: the base file {file} does not exist; put the configuration into a checkout of MMDetection or "
-                    "MMSegmentation that has it."
+                    f"{place}: the base file {printable(file)} does not exist; put the configuration into a checkout of "
+                    "MMDetection or MMSegmentation that has it."
                 )
-            for name, value in _read_file(file, chain=chain, done=done).items():
+            for name, value in _read_file(file, chain=chain, done=done, budget=budget).items():
                 if name in names:
                     raise UserError(f"{place}: both base files {origins[name]} and {file} assign {name}.")
                 names[name], origins[name] = value, file
@@ -134,8 +152,16 @@ def _base_paths(node: ast.expr, place: str) -> list[str]:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list | tuple) or not all(isinstance(text, str) for text in paths):
         raise UserError(f"{place}: expected a path or a list of paths as _base_, written as literals.")
+    if len(paths) > _MOST_FILES:
+        raise UserError(f"{place}: expected at most {_MOST_FILES} paths as _base_, got {len(paths):,}.")
     for text in paths:
-        if not text.endswith(".py") or pathlib.PurePath(text).is_absolute() or "://" in text or "::" in text:
+        if (
+            not text.isprintable()
+            or not text.endswith(".py")
+            or pathlib.PurePath(text).is_absolute()
+            or "://" in text
+            or "::" in text
+        ):
             raise UserError(f"{place}: expected a relative path to a .py file as _base_, got {text[:200]!r}.")
     return list(paths)
 
@@ -151,7 +177,7 @@ def _target(statement: ast.stmt) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path) -> None:
+def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path, budget: Budget) -> None:
     """Adds what a top-level statement assigns to ``own``.
 
     Raises:
@@ -163,7 +189,10 @@ def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path
         if name == "dict":
             raise Refused(statement, "dict must keep its meaning")
         if name != "_base_":
-            own[name] = _evaluate_or_pass(statement.value, own, base, path)
+            annotation = getattr(statement, "annotation", None)
+            if annotation is not None and not python_values.is_harmless(annotation, own):
+                raise Refused(annotation, "an annotation with a call or an assignment cannot be read")
+            own[name] = _evaluate_or_pass(name, statement.value, own, base, path, budget)
     elif isinstance(statement, ast.Import | ast.ImportFrom):
         for alias in statement.names:
             if alias.name == "*":
@@ -179,7 +208,15 @@ def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path
         )
 
 
-def _evaluate_or_pass(node: ast.expr, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path) -> Any:
+def _evaluate_or_pass(
+    target: str, node: ast.expr, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path, budget: Budget
+) -> Any:
+    """The value of an expression that is assigned to ``target``, or ``_Unreadable``.
+
+    Raises:
+      Refused: the expression is not supported, and passing it over could miss a change of ``model``.
+    """
+
     def look_up(name: str, where: ast.AST) -> Any:
         if name not in own:
             raise Refused(where, f"the name {name} is not assigned before")
@@ -196,29 +233,33 @@ def _evaluate_or_pass(node: ast.expr, own: dict[str, Any], base: Mapping[str, An
         return value
 
     try:
-        return evaluate(node, look_up=look_up, look_up_base=look_up_base)
+        return evaluate(node, look_up=look_up, look_up_base=look_up_base, budget=budget)
+    except BudgetSpent:
+        raise
     except Refused as error:
-        values = {name: value for name, value in own.items() if not isinstance(value, _Unreadable)}
-        if not python_values.is_harmless(node, values):
+        if target in python_values.HARMLESS_NAMES or not python_values.is_harmless(node, own):
             raise
         return _Unreadable(error.origin or f"{path}:{error.line}", str(error))
 
 
-def _merge(base: Mapping[str, Any], own: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
-    """``own`` over ``base``: dicts recursively, except those with ``_delete_=True``; anything else replaces."""
+def _merge(
+    base: Mapping[str, Any], own: Mapping[str, Any], path: str, budget: Budget, prefix: str = ""
+) -> dict[str, Any]:
+    """``own`` over ``base``: dicts recursively, except those with a true ``_delete_``; anything else replaces."""
+    budget.spend(None, len(base) + len(own))
     merged = dict(base)
     for name, value in own.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
-            replaces = value.get(_DELETE, False) is True
+            replaces = bool(value.get(_DELETE, False))
             value = {inner: one for inner, one in value.items() if inner != _DELETE}
             old = merged.get(name)
             if name not in merged or replaces:
-                value = _merge({}, value, path, f"{key}.")
+                value = _merge({}, value, path, budget, f"{key}.")
             elif isinstance(old, _Unreadable):
                 value = old
             elif isinstance(old, dict):
-                value = _merge(old, value, path, f"{key}.")
+                value = _merge(old, value, path, budget, f"{key}.")
             else:
                 raise UserError(
                     f"{path}: {key} is a dict that cannot be merged with the {type(old).__name__} of the base file; "

@@ -8,6 +8,8 @@ from typing import Any
 _MOST_BITS = 64  # of an integer
 _MOST_CHARACTERS = 1 << 16  # of a string
 _MOST_VALUES = 1 << 16  # in a nested value
+_MOST_BUILT = 1 << 20  # values in all files of a configuration together
+_CHARACTERS_PER_VALUE = 8  # of strings that are concatenated
 _LARGEST_EXPONENT = 64
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -39,6 +41,8 @@ _HARMLESS_CALLS = (
     ),
     *("os.environ.get", "os.getenv", "os.path.abspath", "os.path.basename", "os.path.dirname", "os.path.join"),
 )
+HARMLESS_NAMES = frozenset(call.split(".")[0] for call in _HARMLESS_CALLS)
+_CONSUMERS = ("dict", "list", "max", "min", "sorted", "sum", "tuple")  # they use up a generator before they return
 _DESCRIPTIONS = {
     ast.AsyncFor: "a loop",
     ast.Assign: "an assignment to something else than one name",
@@ -77,6 +81,27 @@ class Refused(Exception):
         self.origin = origin
 
 
+class BudgetSpent(Refused):
+    """The configuration builds too many values; no statement after this one is read."""
+
+
+class Budget:
+    """Number of values that the files of one configuration may still build, all together."""
+
+    def __init__(self, values: int = _MOST_BUILT):
+        self._left = values
+
+    def spend(self, node: ast.AST | None, values: int) -> None:
+        """Takes values from the budget, before they are built.
+
+        Raises:
+          BudgetSpent: there are not that many left.
+        """
+        self._left -= values
+        if self._left < 0:
+            raise BudgetSpent(node, f"the configuration has more than {_MOST_BUILT:,} values")
+
+
 def describe(node: ast.AST) -> str:
     """What a node is, in words."""
     return _DESCRIPTIONS.get(type(node), f"Python's {type(node).__name__}")
@@ -87,6 +112,7 @@ def evaluate(
     *,
     look_up: Callable[[str, ast.AST], Any],
     look_up_base: Callable[[tuple[str, ...], ast.AST], Any],
+    budget: Budget,
 ) -> Any:
     """The value of an expression of literals, names, ``dict(...)``, arithmetic and concatenation.
 
@@ -94,12 +120,15 @@ def evaluate(
       node: the expression.
       look_up: (name, node) -> value of a name.
       look_up_base: (keys, node) -> value of ``_base_.a.b``, whose keys are ("a", "b").
+      budget: for the values that are built. A plain name builds none.
 
     Raises:
+      BudgetSpent: the budget does not suffice.
       Refused: the expression has anything else in it, or its value is very large.
     """
 
     def visit(node: ast.expr) -> Any:
+        budget.spend(node, 1)
         if isinstance(node, ast.Constant):
             return _check_constant(node)
         if isinstance(node, ast.Name):
@@ -108,13 +137,13 @@ def evaluate(
             values = [visit(item) for item in node.elts]
             return values if isinstance(node, ast.List) else tuple(values)
         if isinstance(node, ast.Dict):
-            return _make_dict(node, visit)
+            return _make_dict(node, visit, budget)
         if isinstance(node, ast.Call):
-            return _call_dict(node, visit)
+            return _call_dict(node, visit, budget)
         if isinstance(node, ast.UnaryOp):
             return _negate(node, visit(node.operand))
         if isinstance(node, ast.BinOp):
-            return _combine(node, visit(node.left), visit(node.right))
+            return _combine(node, visit(node.left), visit(node.right), budget)
         if isinstance(node, ast.JoinedStr):
             parts = [visit(part) for part in node.values]
             return "".join(parts)
@@ -124,7 +153,8 @@ def evaluate(
         return look_up_base(keys, node)
 
     value = visit(node)
-    _check_size(node, value)
+    if not isinstance(node, ast.Name):  # the value of a name was checked when it was assigned
+        _check_size(node, value, budget)
     return value
 
 
@@ -147,11 +177,13 @@ def _check_scalar(node: ast.AST, value: Any) -> Any:
     return value
 
 
-def _make_dict(node: ast.Dict, visit: Callable) -> dict[Any, Any]:
+def _make_dict(node: ast.Dict, visit: Callable, budget: Budget) -> dict[Any, Any]:
     result: dict[Any, Any] = {}
     for key, value in zip(node.keys, node.values, strict=True):
         if key is None:  # **value
-            result |= _expect_dict(value, visit(value))
+            items = _expect_dict(value, visit(value))
+            budget.spend(value, len(items))
+            result |= items
             continue
         name = visit(key)
         if not isinstance(name, str | int | float | bool | None):
@@ -160,17 +192,22 @@ def _make_dict(node: ast.Dict, visit: Callable) -> dict[Any, Any]:
     return result
 
 
-def _call_dict(node: ast.Call, visit: Callable) -> dict[str, Any]:
+def _call_dict(node: ast.Call, visit: Callable, budget: Budget) -> dict[str, Any]:
     """``dict(mapping, key=value, **mapping)``; no other call has a value."""
     if not isinstance(node.func, ast.Name) or node.func.id != "dict":
         raise Refused(node, f"expected a literal, got a call of {ast.unparse(node.func)[:80]}")
     if len(node.args) > 1:
         raise Refused(node, "expected dict(...) with at most one positional argument")
-    result = dict(_expect_dict(node.args[0], visit(node.args[0]))) if node.args else {}
+    result: dict[str, Any] = {}
+    if node.args:
+        items = _expect_dict(node.args[0], visit(node.args[0]))
+        budget.spend(node, len(items))
+        result = dict(items)
     named: set[str] = set()
     for keyword in node.keywords:
         value = visit(keyword.value)
         items = _expect_dict(keyword.value, value) if keyword.arg is None else {keyword.arg: value}
+        budget.spend(keyword.value, len(items))
         if twice := named & set(items):
             raise Refused(keyword.value, f"dict(...) has {min(map(str, twice))} twice")
         named |= set(items)
@@ -190,7 +227,7 @@ def _negate(node: ast.UnaryOp, value: Any) -> Any:
     return -value if isinstance(node.op, ast.USub) else value
 
 
-def _combine(node: ast.BinOp, left: Any, right: Any) -> Any:
+def _combine(node: ast.BinOp, left: Any, right: Any, budget: Budget) -> Any:
     """Arithmetic of numbers; + of two strings, lists or tuples; a list or tuple times a number."""
     apply = _OPERATORS.get(type(node.op))
     if apply is None:
@@ -205,12 +242,15 @@ def _combine(node: ast.BinOp, left: Any, right: Any) -> Any:
     if isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list | tuple):
         if len(left) + len(right) > _MOST_CHARACTERS:
             raise Refused(node, "the value is too large")
+        size = len(left) + len(right)
+        budget.spend(node, size // _CHARACTERS_PER_VALUE if isinstance(left, str) else size)
         return left + right
     if isinstance(node.op, ast.Mult):
         items, count = (left, right) if isinstance(left, list | tuple) else (right, left)
         if isinstance(items, list | tuple) and isinstance(count, int) and not isinstance(count, bool):
             if len(items) * max(count, 0) > _MOST_VALUES:
                 raise Refused(node, "the value is too large")
+            budget.spend(node, len(items) * max(count, 0))
             return items * count
     raise Refused(node, f"{type(left).__name__} and {type(right).__name__} cannot be combined")
 
@@ -233,34 +273,65 @@ def _base_keys(node: ast.AST) -> tuple[str, ...] | None:
     return None
 
 
-def _check_size(node: ast.AST, value: Any) -> None:
+def _check_size(node: ast.AST, value: Any, budget: Budget) -> None:
     """Refuses values with very many parts; names that are used repeatedly can make them exponentially many."""
     left, waiting = _MOST_VALUES, [value]
     while waiting:
         one = waiting.pop()
-        left -= 1
-        if left < 0:
-            raise Refused(node, f"a value has more than {_MOST_VALUES:,} parts")
-        if isinstance(one, dict):
-            waiting.extend(one.values())
-        elif isinstance(one, list | tuple):
-            waiting.extend(one)
+        if isinstance(one, dict | list | tuple):
+            left -= len(one)
+            if left < 0:
+                raise Refused(node, f"a value has more than {_MOST_VALUES:,} parts")
+            budget.spend(node, len(one))
+            waiting.extend(one.values() if isinstance(one, dict) else one)
 
 
 def is_harmless(node: ast.expr, values: Mapping[str, Any]) -> bool:
-    """Whether running an expression could change no value that was read before.
+    """Whether running an expression could change no value that was read before, now or later.
 
     Args:
       node: an expression that ``evaluate`` refuses.
-      values: name -> value that was read.
+      values: name -> value that was assigned before.
     """
-    has_call = False
-    for part in ast.walk(node):
-        if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
-            return False
+    parts = list(ast.walk(node))
+    # Lambdas and generators run later, when their names may have other values.
+    delayed = {id(part) for part in parts if isinstance(part, ast.Lambda | ast.GeneratorExp) and _has_call(part)}
+    for part in parts:
         if isinstance(part, ast.Call):
-            has_call = True
-            if ast.unparse(part.func) not in _HARMLESS_CALLS:
+            if not _is_harmless_call(part):
                 return False
-    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    return not (has_call and any(isinstance(values.get(name), dict | list) for name in names))
+            if isinstance(part.func, ast.Name) and part.func.id in _CONSUMERS:
+                delayed -= {id(argument) for argument in part.args if isinstance(argument, ast.GeneratorExp)}
+        elif isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+            return False
+        elif isinstance(part, ast.Attribute | ast.Subscript) and not isinstance(part.ctx, ast.Load):
+            return False  # the target of a comprehension
+        elif _bound_name(part) in HARMLESS_NAMES:
+            return False
+    if delayed:
+        return False
+    names = {part.id for part in parts if isinstance(part, ast.Name)}
+    return not (_has_call(node) and any(isinstance(values.get(name), dict | list) for name in names))
+
+
+def _bound_name(node: ast.AST) -> str | None:
+    """The name that a comprehension's target or a lambda's parameter binds."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return node.id
+    return node.arg if isinstance(node, ast.arg) else None
+
+
+def _has_call(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Call) for part in ast.walk(node))
+
+
+def _is_harmless_call(node: ast.Call) -> bool:
+    """Whether a call is one of the harmless ones, and calls no other function that it is given, such as a sort key."""
+    if ast.unparse(node.func) not in _HARMLESS_CALLS:
+        return False
+    if isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return True
+    return all(
+        keyword.arg is not None and (keyword.arg != "key" or isinstance(keyword.value, ast.Lambda | ast.Constant))
+        for keyword in node.keywords
+    )

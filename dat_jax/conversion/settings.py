@@ -1,6 +1,7 @@
 """Reading of published configurations: every key is honored, checked, ignored for a stated reason, or refused by name."""
 
 import difflib
+import os
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,8 +10,20 @@ REQUIRED = object()  # default of a key that has none
 
 _MOST_NAMED = 20  # unknown keys in one error message
 _LONGEST_PATH = 200
+_LONGEST_LIST = 1000
+_MOST_DIGITS_BITS = 1024  # of an integer that error messages contain; Python refuses to write much larger ones
 _LARGEST = 2**31 - 1  # absolute value of a number
-_SHORT = reprlib.Repr()
+
+
+class _Repr(reprlib.Repr):
+    """Abbreviated values. Very large integers are described, not written."""
+
+    def repr_int(self, value, level):
+        bits = value.bit_length()
+        return f"an integer of {bits:,} bits" if bits > _MOST_DIGITS_BITS else super().repr_int(value, level)
+
+
+_SHORT = _Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlist = _SHORT.maxtuple = 8
 _SHORT.maxdict = 6
@@ -46,15 +59,15 @@ def choice(*values: str) -> Kind:
     return Kind(f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values)
 
 
-def list_of(kind: Kind, *, length: int | None = None) -> Kind:
-    """A nonempty list of values of a kind; with ``length``, exactly that many."""
+def list_of(kind: Kind, *, length: int | None = None, longest: int = _LONGEST_LIST) -> Kind:
+    """A nonempty list of at most ``longest`` values of a kind; with ``length``, exactly that many."""
 
     def fits(value):
-        if not isinstance(value, list | tuple) or not value:
+        if not isinstance(value, list | tuple) or not 0 < len(value) <= longest:
             return False
         return (length is None or len(value) == length) and all(map(kind.fits, value))
 
-    return Kind(f"a list of {f'{length} values' if length else 'values'}, each {kind.words}", fits)
+    return Kind(f"a list of {length or f'at most {longest:,}'} values, each {kind.words}", fits)
 
 
 class Settings:
@@ -194,8 +207,19 @@ class Settings:
         return section
 
     def _unknown(self):
-        own = [(self.path_of(str(key)), self._known) for key in self._mapping if key not in self._known]
+        own = [
+            (self.path_of(key if isinstance(key, str) else short(key)), self._known)
+            for key in self._mapping
+            if key not in self._known
+        ]
         return own + [pair for section in self._sections for pair in section._unknown()]
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path for an error message: quoted if it has characters that cannot be printed, and not too long."""
+    text = str(path)
+    text = text if len(text) <= 1000 else f"{text[:_LONGEST_PATH]}...{text[-_LONGEST_PATH:]}"
+    return text if text.isprintable() else repr(text)
 
 
 def short(value: Any) -> str:

@@ -21,6 +21,7 @@ STAGE_TYPES = {
     "E": "slide attention",
     "X": "depthwise convolution",
 }
+LATER_STAGE_TYPES = frozenset("NEX")  # they came with DAT++: DAT v1 as released has none of them
 DEFORMABLE_FORMS = deformable_ops.FORMS  # of ``DAT.deformable_form``
 MIN_IMAGE_SIDE = 32
 _REMAT_POLICIES = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from dat_jax.errors import UserError
 from dat_jax.evaluation import classification, detection, segmentation
-from dat_jax.models.dat import DAT
+from dat_jax.models.dat import DAT, LATER_STAGE_TYPES
 from dat_jax.models.registry import (
     VARIANTS,
     Detector,
@@ -285,7 +285,7 @@ def _complete_form(path, settings: Mapping[str, Any], form: str | None) -> dict[
         return dict(settings)
     dat = _create_model(path, settings)
     kinds = set("".join(dat.stages))
-    fits_both = "D" in kinds and not kinds & set("NEX") and not any(dat.lpu)
+    fits_both = "D" in kinds and not kinds & LATER_STAGE_TYPES and not any(dat.lpu)
     if fits_both and form is None:
         raise UserError(
             f"{path} was saved before dat_jax distinguished the two published forms of deformable attention, and its weights "

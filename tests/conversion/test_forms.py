@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import dat_jax
-from dat_jax import conversion
+from dat_jax import conversion, inference
 from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.conversion.files import read_checkpoint, write_safetensors
+from dat_jax.conversion.official import official_shapes
 from dat_jax.errors import UserError
 from dat_jax.models import registry
 from tests.conversion import pth_writer
@@ -35,8 +36,8 @@ def released(tmp_path, monkeypatch):
     return golden, tmp_path / "dat_tiny_in1k_224.pth"
 
 
-def write_yaml(path, settings):
-    path.write_text(json.dumps({"MODEL": {"TYPE": "dat", "DAT": settings}}))
+def write_yaml(path, settings, **sections):
+    path.write_text(json.dumps({"MODEL": {"TYPE": "dat", "DAT": settings}, **sections}))
     return str(path)
 
 
@@ -66,6 +67,31 @@ def test_the_flag_chooses_the_other_form(released, tmp_path, how):
     assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) > 1e-4
 
 
+@pytest.mark.parametrize("how", ["flag", "recorded"])
+@pytest.mark.parametrize(
+    ("sections", "resize"),
+    [
+        ({"DATA": {"IMG_SIZE": 384}, "TEST": {"CROP": True}}, 438),
+        ({"DATA": {"IMG_SIZE": 384}, "TEST": {"CROP": False}}, 384),
+        ({"DATA": {"IMG_SIZE": 384}}, 438),
+        ({}, 438),
+    ],
+)
+def test_the_form_does_not_change_the_crop_of_a_yaml_file(released, tmp_path, how, sections, resize):
+    golden, _ = released
+    for keys, form in (({}, "dat_pp"), ({"ksizes": [9, 7, 5, 3]}, "cvpr2022")):
+        file, export = tmp_path / f"{form}.safetensors", tmp_path / form
+        config = {**golden.config, "img_size": 384, **keys}
+        shapes = official_shapes(conversion.model_from_official(config))
+        weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        write_safetensors(file, weights, metadata={"deformable_form": form} if how == "recorded" else {})
+        yaml_file = write_yaml(tmp_path / "m.yaml", config, **sections)
+        import_weights(str(file), str(export), yaml_file=yaml_file, form=form if how == "flag" else None)
+        classifier = inference.load(export)
+        assert dat_jax.load(export)[0].deformable_form == form
+        assert (classifier.options["image_size"], classifier.options["resize"]) == (384, resize)
+
+
 def test_a_configuration_without_the_later_keys_is_of_the_release(released):
     golden, _ = released
     assert not golden.config.keys() & set(LATER_KEYS)
@@ -74,6 +100,15 @@ def test_a_configuration_without_the_later_keys_is_of_the_release(released):
         assert conversion.model_from_official({**golden.config, key: value}).deformable_form == "dat_pp", key
     with pytest.raises(ValueError, match="use_conv_patches: expected False for DAT v1 as it was released, got True"):
         conversion.model_from_official({**golden.config, "use_conv_patches": True})
+
+
+@pytest.mark.parametrize("kind", "NEX")
+def test_blocks_that_the_release_does_not_have_imply_the_later_form(released, kind):
+    golden, _ = released
+    stages = [[kind, *blocks[1:]] for blocks in golden.config["stage_spec"]]
+    config = {**golden.config, "stage_spec": stages}
+    assert conversion.model_from_official(config).deformable_form == "dat_pp"
+    assert conversion.model_from_official({**config, "use_conv_patches": True}).conv_patches
 
 
 @pytest.mark.parametrize("form", ["cvpr2022", "dat_pp"])

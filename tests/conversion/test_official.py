@@ -167,8 +167,15 @@ def test_configurations_that_were_never_published_are_refused(settings, message)
         conversion.from_official(config, {})
 
 
-def test_defaults_of_the_published_constructor_make_a_model():
-    """The original crashes with these: two stages of D blocks have groups and strides of -1."""
-    model = conversion.model_from_official({})
+def test_defaults_of_the_published_constructor_need_groups_and_strides():
+    """The original crashes with its defaults: stages of D blocks have groups and strides of -1."""
+    default = r"groups: expected a positive integer for stage 0, which has D blocks, got -1 \(from the default \[-1, -1, 3, 6\]"
+    with pytest.raises(ValueError, match=default):
+        conversion.model_from_official({})
+    with pytest.raises(
+        ValueError, match="strides: expected a positive integer for stage 0, which has D blocks, got -1"
+    ):
+        conversion.model_from_official({"groups": [1, 1, 3, 6]})
+    model = conversion.model_from_official({"groups": [1, 1, 3, 6], "strides": [1, 1, 1, 1]})
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     assert shapes["params"]["cls_head"]["kernel"].shape == (768, 1000)

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -146,6 +147,17 @@ def test_a_base_may_have_the_whole_model(tmp_path):
         ("model = dict(x=1)\ny = (model := 3)", ":2: expected a literal, got Python's NamedExpr"),
         ("model = dict(x=1)\ny = exec('model = 2')", ":2: expected a literal, got a call of exec"),
         ("model = dict(x=1)\ndef f():\n  pass", ":2: .*got a function"),
+        ("model = dict(x=1)\ny = [0 for model['x'] in [2]]", ":2: expected a literal, got a comprehension"),
+        ("model = dict(x=1)\ny = [0 for model.x in [2]]", ":2: expected a literal, got a comprehension"),
+        ("model = dict(x=1)\nf = model.pop\ny = sorted(['x'], key=f)", ":3: expected a literal, got a call of sorted"),
+        ("model = dict(x=1)\ny = max(['model.pop()'], key=exec)", ":2: expected a literal, got a call of max"),
+        ("model = dict(x=1)\nf = model.pop\ny = max('x', **{'key': f})", ":3: expected a literal, got a call of max"),
+        ("model = dict(x=1)\nlen = model.pop\ny = len('x')", ":2: expected a literal, got Python's Attribute"),
+        ("model = dict(x=1)\nf = model.pop\ny = [len('x') for len in [f]]", ":3: expected a literal, got a compre"),
+        ("model = dict(x=1)\nf = lambda len: len('x')", ":2: expected a literal, got Python's Lambda"),
+        ("g = (len('x') for _ in [0])\nmodel = dict(x=1)", ":1: expected a literal, got a comprehension"),
+        ("model = dict(x=1)\ny: model.pop('x') = 1", ":2: an annotation with a call or an assignment cannot be read"),
+        ("_base_ = []\n_base_ = []\nmodel = dict(x=1)", ":2: _base_ is assigned a second time"),
         ("from os import *\nmodel = dict()", ":1: an import of all names cannot be read"),
         ("with read_base():\n  from .a import *", ":1: .*got a with statement"),
         ("dict = list\nmodel = dict()", ":1: dict must keep its meaning"),
@@ -197,6 +209,94 @@ def test_nothing_is_run(tmp_path):
     path = write(tmp_path, c=f"model = dict(x=1)\ny = open({str(ran)!r}, 'w')\n")
     refused(path, "c.py:2: expected a literal, got a call of open")
     assert not ran.exists()
+
+
+def test_values_that_cannot_change_the_model_are_passed_over(tmp_path):
+    path = write(
+        tmp_path,
+        c="""
+            import os
+            model = dict(x=1)
+            sides = (1, 2)
+            a = sorted(sides, key=lambda side: -side)
+            b = sum(int(side) for side in sides)
+            c = [os.path.join('a', str(side)) for side in sides]
+            d = lambda side: side + 1
+            e = model['x']
+            f: int = max(sides)
+            """,
+    )
+    assert read_python_config(path) == {"x": 1}
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("1", {"c": 3}), ("'no'", {"c": 3}), ("0", {"a": 1, "c": 3})])
+def test_delete_is_read_by_its_truth_as_mmcv_does(flag, expected, tmp_path):
+    path = write(
+        tmp_path, a="model = dict(x=dict(a=1))", c=f"_base_ = 'a.py'\nmodel = dict(x=dict(_delete_={flag}, c=3))"
+    )
+    assert read_python_config(path) == {"x": expected}
+
+
+LONG_LIST = "a = [0] * 65535\n"
+LONG_DICT = f"a = dict({', '.join(f'k{i}=0' for i in range(9000))})\n"
+MOST_VALUES = "the configuration has more than 1,048,576 values"
+
+
+@pytest.mark.parametrize(
+    ("start", "statement"),
+    [
+        (LONG_LIST, "b = [a]"),
+        (LONG_LIST, "b{} = a * 1"),
+        (LONG_LIST, "b{} = a + a * 0"),
+        (LONG_DICT, "b = [a]"),
+        (LONG_DICT, "b{} = dict(a)"),
+        (LONG_DICT, "b{} = dict(**a)"),
+        (LONG_DICT, "b{} = {{**a}}"),
+    ],
+)
+def test_values_of_all_statements_together_are_limited(start, statement, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(start + "".join(statement.format(i) + "\n" for i in range(5000)) + "model = dict(x=1)")
+    before = time.process_time()
+    refused(path, rf"c\.py:\d+: {MOST_VALUES}")
+    assert time.process_time() - before < 5
+
+
+def test_values_of_one_expression_of_strings_and_of_merged_files_are_limited(tmp_path):
+    refused(
+        write(tmp_path, c="a = [0] * 65000\nx = [" + "a * 1, " * 5000 + "]\nmodel = {}"), rf"c\.py:2: {MOST_VALUES}"
+    )
+    strings = "s = 'abcdefghabcdefgh'\n" + "s = s + s\n" * 11 + "".join(f"s{i} = s + s\n" for i in range(5000))
+    refused(write(tmp_path, c=strings + "model = {}"), rf"c\.py:\d+: {MOST_VALUES}")
+    names = "".join(f"b{i} = a\n" for i in range(5000))
+    refused(write(tmp_path, c=LONG_DICT + names + "model = {}"), rf"c\.py: {MOST_VALUES}")
+    files = {f"f{i}": f"x{i} = [0] * 60000" for i in range(20)}
+    path = write(tmp_path, **files, c=f"_base_ = {[f'{name}.py' for name in files]}\nmodel = {{}}")
+    refused(path, rf"f\d+\.py:1: {MOST_VALUES}")
+
+
+def test_plain_names_are_not_counted_again(tmp_path):
+    path = write(tmp_path, c=LONG_LIST + "b = a\n" * 20_000 + "model = dict(x=1)")
+    before = time.process_time()
+    assert read_python_config(path) == {"x": 1}
+    assert time.process_time() - before < 10
+
+
+def test_paths_that_cannot_be_opened_end_in_one_sentence(tmp_path):
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    refused(tmp_path / "loop.py", r"loop\.py cannot be read: Symlink loop|Too many levels of symbolic links")
+    refused(tmp_path / "a\0b.py", r"a\\x00b\.py' cannot be read: embedded null")
+    refused(tmp_path / ("a" * 5000), r"a cannot be read: File name too long")
+    for base, message in (
+        ("'loop.py'", r"c\.py:1: the base file .*loop\.py (does not exist|cannot be read)"),
+        ("'\\0.py'", r"c\.py:1: expected a relative path to a \.py file as _base_, got '\\x00\.py'"),
+        ("'a\\nb.py'", r"c\.py:1: expected a relative path to a \.py file as _base_, got 'a\\nb\.py'"),
+        ("'\\ud800.py'", r"c\.py:1: expected a relative path to a \.py file as _base_, got"),
+        (repr("a" * 300 + ".py"), r"c\.py:1: the base file .*a\.py cannot be read: File name too long"),
+        (repr("a" * 5000 + ".py"), r"c\.py:1: the base file .*\.\.\.a+\.py cannot be read: File name too long"),
+        (repr(["a.py"] * 101), r"c\.py:1: expected at most 100 paths as _base_, got 101"),
+    ):
+        refused(write(tmp_path, c=f"_base_ = {base}\nmodel = dict(x=1)"), message)
 
 
 def test_mistakes_of_bases_are_named(tmp_path):

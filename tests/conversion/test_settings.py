@@ -6,16 +6,18 @@
 import collections
 import copy
 import re
+import time
 
 import pytest
 
 import dat_jax
 from dat_jax.conversion import detector_settings_from_official, segmentor_options_from_official
-from dat_jax.conversion.classifier_settings import trace_classifier
+from dat_jax.conversion.classifier_settings import read_yaml_config, trace_classifier
 from dat_jax.conversion.detector_settings import trace_detector
 from dat_jax.conversion.detectors import read_detector_options
 from dat_jax.conversion.segmentors import trace_segmentor
 from dat_jax.conversion.settings import COUNT, RATE, Settings, list_of
+from dat_jax.errors import UserError
 from dat_jax.tasks.detection import default_settings
 from tests.conversion.published_configs import FILES, YAMLS, make_config, make_yaml
 
@@ -320,6 +322,12 @@ def test_heads_of_other_types_are_read():
             {"MODEL__DAT__groups": [0, 1, 1, 1]},
             "groups: expected a list of 4 values, each -1 or a positive",
         ),
+        (
+            "dat_tiny",
+            {"MODEL__DAT__groups": [-1, -1, -1, 6]},
+            "DAT.groups: expected a positive integer for stage 2, which",
+        ),
+        ("dat_tiny", {"MODEL__DAT__strides": [-1, -1, 1, -1]}, "strides: .* for stage 3, which has D blocks, got -1"),
         ("dat_pp_tiny", {"MODEL__DAT__use_cmt_mlps": [True] * 4}, "use_cmt_mlps: expected .*False"),
         (
             "dat_pp_tiny",
@@ -336,8 +344,9 @@ def test_values_that_are_not_supported_are_refused_by_name(name, values, message
 
 
 def test_sizes_of_images_in_a_yaml_file_become_options():
-    assert trace(make("dat_pp_tiny"))[0][1] == {}
     for values, options in (
+        ({}, {"image_size": 224, "resize": 256}),
+        ({"MODEL__DAT__img_size": 384}, {"image_size": 384, "resize": 438}),
         ({"DATA__IMG_SIZE": 288}, {"image_size": 288, "resize": 329}),
         ({"TEST": {"CROP": False}}, {"image_size": 224, "resize": 224}),
         ({"DATA__IMG_SIZE": 384, "TEST": {"CROP": True}}, {"image_size": 384, "resize": 438}),
@@ -397,6 +406,64 @@ def test_a_reader_names_what_nothing_has_read():
     with pytest.raises(ValueError, match=r"Unknown keys in the published configuration: \['extra', 'b.typo'\]"):
         settings.finish()
     assert settings.uses == {"a": "honored", "b.c": "honored", "b.d": "honored"}
+
+
+def test_stages_that_are_repeated_by_aliases_are_counted_before_their_blocks(tmp_path):
+    row = ", ".join(["D"] * 12_000)
+    path = tmp_path / "m.yaml"
+    path.write_text(f"A: &a [{row}]\nMODEL:\n  DAT:\n    stage_spec: [{', '.join(['*a'] * 12_000)}]\n")
+    start = time.process_time()
+    with pytest.raises(
+        UserError, match="stage_spec: expected a list of at most 64 values, each a list of at most 1,000 va"
+    ):
+        read_yaml_config(path)
+    assert time.process_time() - start < 20  # mostly of the YAML parser
+    for stages in ([["D"]] * 65, [["D"] * 1001]):
+        with pytest.raises(ValueError, match="stage_spec: expected a list of at most 64 values"):
+            trace(change("dat_tiny", MODEL__DAT__stage_spec=stages))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2024-13-45", "cannot be read: line 3 has a value that is not a valid timestamp"),
+        ("1" * 5000, "cannot be read: line 3 has a value that is not a valid int"),
+        ("0b_", "cannot be read: line 3 has a value that is not a valid int"),
+        ("!!int x", "cannot be read: line 3 has a value that is not a valid int"),
+        ("!!bool maybe", "cannot be read: line 3 has a value that is not a valid bool"),
+        ("!!timestamp maybe", "cannot be read: line 3 has a value that is not a valid timestamp"),
+        ("[" * 5000, "cannot be read: it is too deeply nested"),
+        ("\0", "cannot be read: unacceptable character"),
+        ("0x" + "1" * 5000, "MODEL.DAT.img_size: expected a positive integer, got an integer of 19,997 bits"),
+        (
+            "[0x" + "1" * 5000 + "]",
+            r"MODEL.DAT.img_size: expected a positive integer, got \[an integer of 19,997 bits\]",
+        ),
+        ("224\n    ? 0x" + "1" * 5000 + "\n    : 1", r"Unknown keys .*\['MODEL.DAT.an integer of 19,997 bits'\]"),
+    ],
+)
+def test_values_that_yaml_cannot_read_end_in_one_sentence_with_the_file(value, message, tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(f"MODEL:\n  DAT:\n    img_size: {value}\n    groups: [1, 1, 1, 1]\n    strides: [1, 1, 1, 1]\n")
+    with pytest.raises(UserError, match=rf"m\.yaml .*{message}") as info:
+        read_yaml_config(path)
+    assert "\n" not in str(info.value)
+    assert len(str(info.value)) < 1000
+
+
+def test_paths_of_yaml_files_that_cannot_be_opened_end_in_one_sentence(tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe")
+    for name, message in (
+        ("loop.yaml", r"loop\.yaml cannot be read: Too many levels of symbolic links"),
+        ("a\0b.yaml", r"a\\x00b\.yaml' cannot be read: embedded null"),
+        ("a" * 5000, "a cannot be read: File name too long"),
+        ("latin.yaml", "latin.yaml cannot be read: 'utf-8' codec"),
+        (".", "cannot be read: Is a directory"),
+    ):
+        with pytest.raises(UserError, match=message) as info:
+            read_yaml_config(tmp_path / name)
+        assert len(str(info.value)) < 1000
 
 
 def main():
