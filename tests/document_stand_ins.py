@@ -205,7 +205,8 @@ class StandIns:
         elif path.startswith("weights/"):
             of_maps = dict(name="dat_pp_nano", **tiny_segmentation.BACKBONE)
             settings = of_maps if path.endswith(_OF_MAPS) else tiny_config.get_config().model.to_dict()
-            model = dat_jax.create_model(num_classes=2, **{k: v for k, v in settings.items() if k not in ("dtype", "deformable_form")})
+            settings = {key: value for key, value in settings.items() if key not in ("dtype", "deformable_form")}
+            model = dat_jax.create_model(num_classes=2, **settings)
             export_model(where, model=model, variables=random_variables(model, np.zeros((1, 64, 64, 3), np.float32)))
         elif path in ("photo.jpg", "digit.png"):
             Image.fromarray(photographs(width=64, height=64)[0]).save(where)

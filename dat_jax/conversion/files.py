@@ -45,7 +45,7 @@ def read_weights(path: str | os.PathLike, *, weights: str = "auto") -> dict[str,
       path: the file, with any suffix.
       weights: which weights to take from a checkpoint that has both raw and averaged (EMA) ones. "auto" takes those in
         the ordinary place: under "model" or "state_dict" if there is one, student before teacher, and averaged weights
-        only if there are no others. MMEngine, MMCV and Lightning put averaged weights into the ordinary place. "ema"
+        only if there are no others. MMEngine and Lightning put averaged weights into the ordinary place. "ema"
         and "raw" take only averaged or only raw weights.
 
     Returns:

@@ -4,7 +4,7 @@ A checkpoint may hold the weights that were trained ("raw") and an average of th
 for under the usual keys. "auto" takes what is in the ordinary place, which is what the program that wrote the file loads
 too: the entries of ``RAW_KEYS`` in their order, then those of ``EMA_KEYS``, then the top level.
 
-MMEngine, MMCV and Lightning swap the two when they save, so that the ordinary place has the averages. Their files are
+MMEngine and Lightning swap the two when they save, so that the ordinary place has the averages. Their files are
 recognized: "ema" and "raw" take the averages and the raw weights, and "auto" still takes the ordinary place.
 """
 
@@ -22,6 +22,7 @@ CHOICES = ("auto", "ema", "raw")
 RAW_KEYS = ("model", "state_dict", "model_state", "model_state_dict", "net", "module", "student")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "ema_model", "teacher")
 _MAX_DEPTH = 5
+_MAX_NAME = 1000  # characters of the name of a tensor whose prefixes are removed
 _MAX_CANDIDATES = 100
 # Prefixes that wrappers put before every name. "backbone." is a part of the names of segmentors and detectors too, whose
 # other names do not have it.
@@ -45,7 +46,7 @@ class Selection(NamedTuple):
 
 class _Candidate(NamedTuple):
     place: str
-    averaged: bool
+    averaged: bool | None  # None: the file does not show it
     entries: Mapping[str, Any]
 
 
@@ -70,6 +71,12 @@ def select_weights(content: Any, *, weights: str, path: Any) -> Selection:
         _refuse_unknown_tensors(mapping, path)
         raise UserError(_describe_missing(mapping, path))
     chosen = next((c for c in candidates if weights == "auto" or c.averaged == (weights == "ema")), None)
+    if chosen is None and any(candidate.averaged is None for candidate in candidates):
+        raise UserError(
+            f"{path} has weights under their own names and under ema_*, as MMCV saves them, and does not show which are "
+            "averaged: with EpochBasedRunner the ones under their own names are, with IterBasedRunner the ones under ema_*. "
+            "Save the wanted ones alone with PyTorch, or take the ones under their own names with auto."
+        )
     if chosen is None:
         found = ", ".join(sorted({candidate.place for candidate in candidates}))
         kinds = ("averaged (EMA)", "raw") if weights == "ema" else ("raw", "averaged (EMA)")
@@ -94,6 +101,8 @@ def strip_prefixes(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _split_prefixes(names) -> tuple[list[str], list[str]]:
     """The prefixes that all names share, and the names without them and without parts that wrappers put in."""
     original = list(names)
+    if any(len(name) > _MAX_NAME for name in original):
+        return [], original
     rest, removed = [_WRAPPER_PARTS.sub("", name) for name in original], []
     prefixes = (*PREFIXES, *_EMA_PREFIXES)
     while rest and (prefix := next((p for p in prefixes if all(name.startswith(p) for name in rest)), None)):
@@ -155,11 +164,12 @@ def _split(candidate: _Candidate) -> list[_Candidate]:
     place, averaged, entries = candidate
     entries = {name: value for name, value in entries.items() if _is_tensor(value) or _is_unknown_tensor(value)}
     averaged = averaged or "n_averaged" in entries  # of torch.optim.swa_utils.AveragedModel
-    buffers = {f"ema_{name.replace('.', '_')}": name for name in entries}  # of MMCV's EMAHook, which swaps
-    raw = {buffers[name]: value for name, value in entries.items() if name in buffers}
-    if raw:
-        averages = {name: value for name, value in entries.items() if name not in buffers}
-        return [_Candidate(place, True, averages), _Candidate(f"{place}, ema_*", False, averages | raw)]
+    buffers = {
+        f"ema_{name.replace('.', '_')}" for name in entries
+    }  # of MMCV's EMAHook, which swaps with one runner only
+    if not buffers.isdisjoint(entries):
+        own = {name: value for name, value in entries.items() if name not in buffers}
+        return [_Candidate(f"{place}, names without ema_", None, own)]
     removed, names = _split_prefixes(entries)
     averaged = averaged or not set(removed).isdisjoint(_EMA_PREFIXES)
     full_names = dict(zip(names, entries, strict=True))
@@ -217,6 +227,8 @@ def _has_tensor(value: Object) -> bool:
 
 
 def _describe_source(chosen: _Candidate, candidates: list[_Candidate]) -> str:
+    if chosen.averaged is None:
+        return f"{chosen.place} (averaged if MMCV's EpochBasedRunner saved them)"
     other = next((candidate for candidate in candidates if candidate.averaged != chosen.averaged), None)
     if other is None:
         return f"{chosen.place} (averaged)" if chosen.averaged else chosen.place

@@ -201,6 +201,10 @@ def _construct(maker: Global, arguments: Any) -> Any:
     """A ``Tensor`` where the call rebuilds one of strided memory, else an ``Object``."""
     if maker.module in ("torch._utils", "torch._tensor", "torch", "torch.nn.parameter", "torch.nn"):
         match maker.name, arguments:
+            case "_rebuild_tensor_v2", (Storage(), _, _, _, _, _, metadata, *_) if metadata:
+                return Object(
+                    maker, arguments
+                )  # such as the negation that a view of a complex tensor leaves to be done
             case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage() as storage, offset, size, stride, *_):
                 return Tensor(storage, storage.dtype, offset, size, stride)
             case "_rebuild_tensor_v3", (Storage() as storage, offset, size, stride, _, _, dtype, *_):
@@ -295,7 +299,7 @@ def _view(tensor: Tensor, data: bytes, order: str) -> np.ndarray:
 
 
 def _are_counts(*numbers) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)
+    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
 def show(value: str | Global | Exception, limit: int = 100) -> str:
