@@ -288,6 +288,34 @@ def test_many_views_of_one_storage_do_not_multiply_it(tmp_path):
     assert len(read_weights(tmp_path / "w")) == 10
 
 
+@pytest.mark.parametrize(("metadata", "readable"), [({}, True), ({"neg": b"\x88"}, False)])
+def test_a_view_that_pytorch_would_still_negate_is_refused(metadata, readable, tmp_path):
+    arguments = (
+        pth.integer(0),
+        pth.integers((2,)),
+        pth.integers((1,)),
+        b"\x89",
+        pth.call("collections", "OrderedDict"),
+    )
+    storage = pth.storage("FloatStorage", key="0", count=2)
+    tensor = pth.call("torch._utils", "_rebuild_tensor_v2", storage, *arguments, pth.mapping(metadata))
+    pth.write_archive(tmp_path / "w", pth.mapping({"w": tensor}), {"0": np.float32([1, 2]).tobytes()})
+    if readable:
+        np.testing.assert_array_equal(read_weights(tmp_path / "w")["w"], [1, 2])
+    else:
+        assert_refused(tmp_path / "w", "w needs torch._utils._rebuild_tensor_v2")
+
+
+def test_sizes_of_millions_of_bits_are_not_multiplied(tmp_path):
+    """Their product would take minutes."""
+    million_bytes = b"\x8b" + struct.pack("<i", 10**6) + b"\x01" * 10**6
+    sizes = b"(" + million_bytes + b"q\x00" + b"h\x00" * 31 + b"t"
+    arguments = (pth.integer(0), sizes, pth.integers((1,) * 32), b"\x89", pth.call("collections", "OrderedDict"))
+    tensor = pth.call("torch._utils", "_rebuild_tensor_v2", pth.storage("FloatStorage", key="0", count=2), *arguments)
+    pth.write_archive(tmp_path / "w", pth.mapping({"w": tensor}), {"0": bytes(8)})
+    assert_refused(tmp_path / "w", "w has no valid shape")
+
+
 def test_compressed_archives_do_not_unfold_without_limit(tmp_path):
     count = 30_000_000
     with zipfile.ZipFile(tmp_path / "w", "w", zipfile.ZIP_DEFLATED) as archive:
