@@ -63,11 +63,11 @@ def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkp
     if weights not in selection.CHOICES:
         raise UserError(f"weights must be one of {', '.join(selection.CHOICES)}, got {show(str(weights))}.")
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a file of weights.")
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; expected a file of weights.")
+        if not path.is_file():
+            raise UserError(f"There is no file {show(str(path), 400)}.")
         return _read(path, weights)
     except UserError:
         raise
@@ -79,7 +79,7 @@ def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkp
     except UnsupportedError as error:
         raise UserError(f"{path} has weights that are not read here: {error}; {_CONVERT}.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{show(str(path), 400)} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged file can raise anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"{path} is damaged: {show(reason.rstrip('.'), 400)}.") from error
@@ -103,7 +103,9 @@ def _read_header(path: pathlib.Path) -> dict[str, str]:
     if len(header) < length:
         raise ValueError("it ends within its header; download it again")
     entries = json.loads(header)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None) or {}
+    if not all(isinstance(entry, dict) for entry in (metadata, *entries.values())):
+        raise ValueError("its header has something else than a mapping for a tensor")
     for name, entry in entries.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise UnsupportedError(

@@ -1,5 +1,6 @@
 """Files of weights: what PyTorch wrote, what it would not write, and what runs nothing."""
 
+import json
 import os
 import pickle
 
@@ -156,7 +157,7 @@ def test_a_pickle_that_writes_to_a_name_changes_no_other_file(tmp_path):
     [
         (dict(offset=1), "w reaches beyond the 6 numbers of its storage"),
         (dict(stride=(3, 2)), "w reaches beyond the 6 numbers"),
-        (dict(size=(3, 3), stride=(0, 1)), "w reaches beyond the 6 numbers"),
+        (dict(size=(3, 7), stride=(0, 1)), "w reaches beyond the 6 numbers"),
         (dict(offset=-1), "w has no valid shape"),
         (dict(stride=(-3, 1)), "w has no valid shape"),
         (dict(stride=(1,)), "w has no valid shape"),
@@ -211,3 +212,16 @@ def test_other_files_are_refused(tmp_path):
     assert_refused(tmp_path, "is a folder; expected a file of weights")
     write_safetensors(tmp_path / "none.safetensors", {})
     assert_refused(tmp_path / "none.safetensors", "holds no weights")
+
+
+@pytest.mark.parametrize("header", [{"__metadata__": ["a"]}, {"w": [1]}, {"__metadata__": None, "w": None}])
+def test_headers_of_safetensors_that_are_no_mappings_are_refused(header, tmp_path):
+    text = json.dumps(header).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    assert_refused(tmp_path / "w.safetensors", "is damaged: ")
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "nul\0.pth"])
+def test_impossible_paths_are_refused(name, tmp_path):
+    with pytest.raises(UserError):
+        read_weights(tmp_path / name)

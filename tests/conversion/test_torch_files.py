@@ -288,6 +288,12 @@ def test_many_views_of_one_storage_do_not_multiply_it(tmp_path):
     assert len(read_weights(tmp_path / "w")) == 10
 
 
+def test_an_expanded_tensor_repeats_its_numbers(tmp_path):
+    tensor = pth.tensor("float32", (3, 2), key="0", count=2, stride=(0, 1))
+    pth.write_archive(tmp_path / "w", pth.mapping({"w": tensor}), {"0": np.float32([1, 2]).tobytes()})
+    np.testing.assert_array_equal(read_weights(tmp_path / "w")["w"], [[1, 2]] * 3)
+
+
 @pytest.mark.parametrize(("metadata", "readable"), [({}, True), ({"neg": b"\x88"}, False)])
 def test_a_view_that_pytorch_would_still_negate_is_refused(metadata, readable, tmp_path):
     arguments = (
