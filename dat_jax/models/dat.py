@@ -21,9 +21,9 @@ STAGE_TYPES = {
     "E": "slide attention",
     "X": "depthwise convolution",
 }
+MIN_IMAGE_SIDE = 32
 LATER_STAGE_TYPES = frozenset("NEX")  # they came with DAT++: DAT v1 as released has none of them
 DEFORMABLE_FORMS = deformable_ops.FORMS  # of ``DAT.deformable_form``
-MIN_IMAGE_SIDE = 32
 _REMAT_POLICIES = {
     "none": None,
     "blocks": jax.checkpoint_policies.nothing_saveable,
