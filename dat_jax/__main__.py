@@ -5,7 +5,7 @@ import sys
 from typing import NamedTuple
 
 from dat_jax import __version__
-from dat_jax.command_line import HELP_FLAGS, fail, find_nearest, run_interruptible
+from dat_jax.cli.flags import HELP_FLAGS, fail, find_nearest, run_interruptible
 
 
 class Tool(NamedTuple):
@@ -42,7 +42,7 @@ def describe() -> str:
 
 def print_models(pattern: str) -> None:
     """A table of the models whose names match; a mistake where none does."""
-    from dat_jax.console import make_console
+    from dat_jax.cli.console import make_console
     from dat_jax.models.catalogue import describe_models
 
     found = describe_models(pattern)

@@ -22,9 +22,9 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dat_jax.command_line import fail, run_tool
-from dat_jax.config import validate
-from dat_jax.console import format_size, make_console
+from dat_jax.cli.console import format_size, make_console
+from dat_jax.cli.flags import fail, run_tool
+from dat_jax.config.validation import validate
 from dat_jax.errors import UserError
 
 
@@ -172,8 +172,8 @@ def main(_):
 
 
 def _make_report(values: flags.FlagValues, console: Console) -> dict:
-    from dat_jax import step_report
-    from dat_jax.targets import TARGET_CONFIG, find_devices
+    from dat_jax.profiling import step_report
+    from dat_jax.profiling.topologies import TARGET_CONFIG, find_devices
     from dat_jax.training.setups import SETUPS
 
     if not values.steps or not set(values.steps) <= set(step_report.STEPS):

@@ -23,10 +23,10 @@ import sys
 
 from absl import flags
 
-from dat_jax.appearing import refuse_existing
-from dat_jax.command_line import fail, run_tool
-from dat_jax.console import format_size, make_console, print_table
+from dat_jax.cli.console import format_size, make_console, print_table
+from dat_jax.cli.flags import fail, run_tool
 from dat_jax.errors import UserError
+from dat_jax.storage import refuse_existing
 
 _FLAGS = {
     "What is written": ("formats=FORMAT,...",),

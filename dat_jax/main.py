@@ -17,8 +17,8 @@ import yaml
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dat_jax.command_line import fail, run_tool
-from dat_jax.config import validate
+from dat_jax.cli.flags import fail, run_tool
+from dat_jax.config.validation import validate
 from dat_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -71,7 +71,8 @@ def main(_):
             fail(str(error))
         print(format_config(_CONFIG.value), end="")
         return
-    from dat_jax.training import distributed, loop  # late, so that a mistake in the flags is said at once
+    from dat_jax.parallel import multihost as distributed
+    from dat_jax.training import loop  # late, so that a mistake in the flags is said at once
 
     try:
         distributed.start(

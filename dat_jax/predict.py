@@ -33,9 +33,9 @@ from absl import flags
 from PIL import Image
 from rich.console import Console
 
-from dat_jax.command_line import check_outputs, fail, name_outputs, process, replacing, run_tool
-from dat_jax.console import make_console, print_table
-from dat_jax.data.archives import is_image
+from dat_jax.cli.console import make_console, print_table
+from dat_jax.cli.flags import check_outputs, fail, name_outputs, process, replacing, run_tool
+from dat_jax.data.image_files import is_image
 from dat_jax.data.images import decode_image
 from dat_jax.errors import UserError
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 
-from dat_jax.command_line import check_outputs, fail, name_outputs, process, replacing, run_tool
+from dat_jax.cli.flags import check_outputs, fail, name_outputs, process, replacing, run_tool
 from dat_jax.errors import UserError
 from dat_jax.predict import IMAGE_FLAGS, define_flags, find_images, load_from_flags, read_image
 
@@ -100,7 +100,7 @@ def save_segmentation(
     Raises:
       UserError: the image is too small, or the file cannot be written.
     """
-    from dat_jax import plots
+    from dat_jax.visualization import charts as plots
 
     labels, probabilities = segmenter(image)
     title = f"probability, blue 0 to yellow 1, mean {probabilities.mean():.2f}"
@@ -131,7 +131,7 @@ def save_detection(path: pathlib.Path, image: np.ndarray, *, detector: ObjectDet
     Raises:
       UserError: the file cannot be written.
     """
-    from dat_jax import plots
+    from dat_jax.visualization import charts as plots
 
     found, sampled = detector.choose_shown(detector(image)), detector.sample(image)
     with replacing(path) as unfinished:
@@ -198,9 +198,9 @@ def make_attention_saver(
     Raises:
       UserError: of the model or the blocks; of the function, a query outside the image or a file that cannot be written.
     """
-    from dat_jax.attention_page import make_page
-    from dat_jax.attention_plots import save_attention
     from dat_jax.inference.attention import find_seen_point, make_attention_reader
+    from dat_jax.visualization.attention_figure import save_attention
+    from dat_jax.visualization.attention_page import make_page
 
     blocks = choose_blocks(classifier, blocks)
     read = make_attention_reader(classifier)

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from configs import common
 from dat_jax.models.registry import VARIANTS
-from dat_jax.step_report import StandIn, step_function
+from dat_jax.profiling.step_report import StandIn, step_function
 from dat_jax.training import run as run_lib
-from dat_jax.training.metrics import peak_host_memory
+from dat_jax.training.monitoring.metrics import peak_host_memory
 from experiments import measure
 
 CLASSES = 1000

@@ -99,7 +99,7 @@ for name, block in deformable.items():
 # %%
 import IPython.display as ipython
 
-from dat_jax.attention_plots import save_attention
+from dat_jax.visualization.attention_figure import save_attention
 
 picture = pathlib.Path(TRAINED) / "attention.png"
 save_attention(picture, attention, query=query, blocks=list(deformable))
@@ -138,7 +138,7 @@ for group, key, weight in zip(*block.rank_keys(block.find_query(query), 5), stri
 # %%
 import html
 
-from dat_jax.attention_page import make_page
+from dat_jax.visualization.attention_page import make_page
 
 page = make_page(attention, title="image", query=query, block=block.name)
 frame = f'<iframe srcdoc="{html.escape(page)}" width="100%" height="700"></iframe>'

@@ -3,7 +3,7 @@
 import gc
 import os
 
-from tests.xla_flags import fast_compilation_flags
+from tests.helpers.xla_flags import fast_compilation_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is written to the home directory, by programs neither

@@ -17,8 +17,8 @@ import pytest
 
 import dat_jax
 from dat_jax.models.registry import VARIANTS
-from tests import documents
-from tests.document_stand_ins import (
+from tests.helpers import documents
+from tests.helpers.document_stand_ins import (
     SMALL_VARIANTS,
     StandIns,
     create_small_segmentor,
@@ -26,9 +26,9 @@ from tests.document_stand_ins import (
     parse_config,
     parse_flags,
 )
-from tests.documents import ROOT, WALKTHROUGH
+from tests.helpers.documents import ROOT, WALKTHROUGH
+from tests.helpers.xla_flags import fast_compilation_flags
 from tests.test_new_user import INSTALLS
-from tests.xla_flags import fast_compilation_flags
 
 pytestmark = pytest.mark.slow
 

@@ -14,14 +14,13 @@ import pytest
 import yaml
 
 from dat_jax.__main__ import TOOLS
-from dat_jax.config import make_schema
+from dat_jax.config.validation import make_schema
 from dat_jax.conversion import backbone_settings, official
 from dat_jax.conversion.detector_settings import trace_detector
 from dat_jax.conversion.segmentors import trace_segmentor
-from tests import documents
-from tests.conversion import published_configs
-from tests.document_stand_ins import parse_config, parse_flags
-from tests.documents import DOCUMENTS, ROOT
+from tests.helpers import documents, published_configs
+from tests.helpers.document_stand_ins import parse_config, parse_flags
+from tests.helpers.documents import DOCUMENTS, ROOT
 
 
 def test_links_lead_somewhere():

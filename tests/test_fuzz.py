@@ -18,14 +18,16 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import common
-from dat_jax.command_line import parse_flags
-from dat_jax.config import make_schema, validate
+from dat_jax.checkpoints import compatibility as continuation
+from dat_jax.checkpoints import integrity as manifest
+from dat_jax.checkpoints import manager as checkpoint
+from dat_jax.cli.flags import parse_flags
+from dat_jax.config.validation import make_schema, validate
 from dat_jax.conversion.files import read_weights, write_safetensors
 from dat_jax.data.images import check_image, decode_image
 from dat_jax.errors import UserError
-from dat_jax.training import checkpoint, continuation, manifest
-from dat_jax.training.metrics import read_metrics
-from tests.conversion.pth_writer import write_pth
+from dat_jax.training.monitoring.metrics import read_metrics
+from tests.helpers.pth_writer import write_pth
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +133,7 @@ class Attack:
 
 
 def test_a_pickle_runs_nothing(tmp_path, capsys):
-    from tests.conversion.pth_writer import write_archive
+    from tests.helpers.pth_writer import write_archive
 
     content = pickle.dumps({"model": Attack()}, protocol=2)[2:-1]
     write_archive(tmp_path / "a.pth", content, {})

@@ -18,96 +18,71 @@ ALLOWED = {
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
     "dat_jax.tasks": {"dat_jax.tasks", "dat_jax.models", "dat_jax.ops", "jax", "optax"},
     "dat_jax.data": {
-        *("dat_jax.data", "dat_jax.command_line", "dat_jax.errors"),
+        *("dat_jax.data", "dat_jax.cli", "dat_jax.errors"),
         *("PIL", "absl", "array_record", "cv2", "grain", "pycocotools", "rich", "tensorflow_datasets"),
     },
-    "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.plots", "jax", "pycocotools"},
+    "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.visualization", "jax", "pycocotools"},
+    "dat_jax.checkpoints": {
+        *("dat_jax.checkpoints", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.models", "dat_jax.storage"),
+        *("dat_jax.parallel", "dat_jax.training.run", "flax", "jax", "orbax"),
+    },
     "dat_jax.conversion": {
-        *("dat_jax.conversion", "dat_jax.models", "dat_jax.command_line", "dat_jax.console", "dat_jax.errors"),
+        *("dat_jax.conversion", "dat_jax.checkpoints", "dat_jax.cli", "dat_jax.errors", "dat_jax.models"),
         *(
-            "dat_jax.appearing",
-            "dat_jax.lazy",
-            "dat_jax.training.checkpoint",
-            "dat_jax.training.exports",
+            "dat_jax.storage",
             "dat_jax.tasks",
-            "dat_jax.training.pretrained",
+            "absl",
+            "etils",
+            "flax",
+            "jax",
+            "ml_dtypes",
+            "rich",
+            "safetensors",
+            "yaml",
         ),
-        *("absl", "flax", "jax", "ml_dtypes", "rich", "safetensors", "yaml"),
     },
     "dat_jax.training": {
-        "dat_jax.appearing",
-        *("dat_jax.training", "dat_jax.tasks", "dat_jax.data", "dat_jax.evaluation", "dat_jax.models"),
-        *("dat_jax.config", "dat_jax.console", "dat_jax.errors", "dat_jax.flops", "dat_jax.ops.dispatch"),
-        *("dat_jax.plots", "dat_jax.targets"),
-        *("flax", "jax", "ml_collections", "optax", "orbax", "rich", "tensorboardX", "wandb"),
-    },
-    "dat_jax.compile_report": {
-        *("dat_jax.command_line", "dat_jax.config", "dat_jax.console", "dat_jax.errors", "dat_jax.step_report"),
-        *("dat_jax.targets", "dat_jax.training.setups", "absl", "jax", "ml_collections", "rich"),
-    },
-    "dat_jax.step_report": {
-        *("dat_jax.config", "dat_jax.console", "dat_jax.data", "dat_jax.errors", "dat_jax.flops", "dat_jax.hlo"),
-        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.targets", "dat_jax.tasks", "dat_jax.training"),
-        *("jax", "ml_collections"),
-    },
-    "dat_jax.targets": {"dat_jax.errors", "jax"},
-    "dat_jax.flops": set(),
-    "dat_jax.hlo": set(),
-    "dat_jax.plots": {"matplotlib"},
-    "dat_jax.command_line": {"dat_jax.__version__", "dat_jax.errors", "absl"},
-    "dat_jax.console": {"rich"},
-    "dat_jax.lazy": set(),
-    "dat_jax.__main__": {
-        *("dat_jax.__version__", "dat_jax.command_line", "dat_jax.console", "dat_jax.models.catalogue"),
+        *("dat_jax.training", "dat_jax.checkpoints", "dat_jax.tasks", "dat_jax.data", "dat_jax.evaluation"),
+        *("dat_jax.models", "dat_jax.config", "dat_jax.cli.console", "dat_jax.errors", "dat_jax.ops.dispatch"),
+        *("dat_jax.parallel", "dat_jax.profiling", "dat_jax.visualization"),
+        *("flax", "jax", "ml_collections", "optax", "rich", "tensorboardX", "wandb"),
     },
     "dat_jax.inference": {
-        *("dat_jax.inference", "dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation"),
-        *("dat_jax.models", "dat_jax.plots", "dat_jax.tasks", "dat_jax.training.pretrained", "PIL", "jax"),
-    },
-    "dat_jax.predict": {
-        *("dat_jax.command_line", "dat_jax.console", "dat_jax.data", "dat_jax.errors", "dat_jax.inference"),
-        *("PIL", "absl", "rich"),
+        *("dat_jax.inference", "dat_jax.checkpoints.loading", "dat_jax.cli", "dat_jax.data", "dat_jax.errors"),
+        *("dat_jax.evaluation", "dat_jax.models", "dat_jax.tasks", "dat_jax.visualization", "PIL", "jax"),
     },
     "dat_jax.exporting": {
-        "dat_jax.appearing",
-        *(
-            "dat_jax.__version__",
-            "dat_jax.conversion.command",
-            "dat_jax.errors",
-            "dat_jax.exporting",
-            "dat_jax.inference",
-        ),
-        *(
-            "dat_jax.lazy",
-            "dat_jax.models",
-            "dat_jax.ops.dispatch",
-            "dat_jax.tasks",
-            "dat_jax.training.pretrained",
-            "jax",
-            "jax2onnx",
-        ),
+        *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints.loading", "dat_jax.conversion.command"),
+        *("dat_jax.errors", "dat_jax.inference", "dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.storage"),
+        *("dat_jax.tasks", "etils", "jax", "jax2onnx"),
+    },
+    "dat_jax.profiling": {
+        *("dat_jax.profiling", "dat_jax.config", "dat_jax.cli.console", "dat_jax.data", "dat_jax.errors"),
+        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.tasks", "dat_jax.training"),
+        *("jax", "ml_collections"),
+    },
+    "dat_jax.visualization": {"dat_jax.visualization", "dat_jax.inference", "PIL", "matplotlib"},
+    "dat_jax.config": {"dat_jax.config", "dat_jax.errors", "ml_collections"},
+    "dat_jax.cli": {"dat_jax.__version__", "dat_jax.errors", "absl", "rich"},
+    "dat_jax.parallel": {"dat_jax.errors", "dat_jax.ops.dispatch", "jax"},
+    "dat_jax.storage": {"dat_jax.errors"},
+    "dat_jax.errors": set(),
+    # Entry points
+    "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.models.catalogue"},
+    "dat_jax.compile_report": {
+        *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "dat_jax.training.setups"),
+        *("absl", "jax", "ml_collections", "rich"),
+    },
+    "dat_jax.predict": {
+        *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.inference", "PIL", "absl", "rich"),
     },
     "dat_jax.export": {
-        "dat_jax.appearing",
-        *(
-            "dat_jax.command_line",
-            "dat_jax.console",
-            "dat_jax.errors",
-            "dat_jax.exporting",
-            "dat_jax.inference",
-            "absl",
-        ),
+        *("dat_jax.cli", "dat_jax.errors", "dat_jax.exporting", "dat_jax.inference", "dat_jax.storage", "absl"),
     },
-    "dat_jax.attention_page": {"dat_jax.inference.attention", "dat_jax.plots", "PIL"},
-    "dat_jax.attention_plots": {"dat_jax.inference.attention", "dat_jax.plots", "matplotlib"},
     "dat_jax.visualize": {
-        *("dat_jax.attention_page", "dat_jax.attention_plots"),
-        *("dat_jax.command_line", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
-        *("dat_jax.plots", "dat_jax.predict", "absl"),
+        *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
+        *("dat_jax.predict", "dat_jax.visualization", "absl"),
     },
-    "dat_jax.errors": set(),
-    "dat_jax.appearing": {"dat_jax.errors"},
-    "dat_jax.config": {"dat_jax.errors", "ml_collections"},
 }
 STANDARD = {*sys.stdlib_module_names, "numpy"}
 
@@ -118,7 +93,7 @@ def imports(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # `from dat_jax import plots` imports dat_jax.plots
+            # `from dat_jax import plots` imports dat_jax.visualization.charts
             found |= (
                 {f"{node.module}.{name.name}" for name in node.names} if node.module == "dat_jax" else {node.module}
             )
@@ -144,8 +119,11 @@ def test_the_rules_cover_every_package():
 @pytest.mark.parametrize(
     ("word", "only_in"),
     [
-        ("orbax.checkpoint", {"dat_jax/training/checkpoint.py"}),
-        ('"fsdp"', {"dat_jax/training/sharding.py", "dat_jax/config.py"}),  # the configuration's key of the same name
+        ("orbax.checkpoint", {"dat_jax/checkpoints/manager.py"}),
+        (
+            '"fsdp"',
+            {"dat_jax/parallel/sharding.py", "dat_jax/config/validation.py"},
+        ),  # the configuration's key of the same name
         ("import torch", set()),
         ("import tensorflow\n", set()),
         ("import tensorflow as", set()),

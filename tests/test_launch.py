@@ -7,8 +7,8 @@ import subprocess
 
 import yaml
 
-from tests.document_stand_ins import parse_config
-from tests.documents import ROOT
+from tests.helpers.document_stand_ins import parse_config
+from tests.helpers.documents import ROOT
 
 LAUNCH = ROOT / "docs" / "launch"
 

@@ -12,8 +12,8 @@ import subprocess
 
 import pytest
 
-from tests import documents
-from tests.documents import ROOT
+from tests.helpers import documents
+from tests.helpers.documents import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from notebooks.__main__ import SOURCES, make_notebook
-from tests.xla_flags import fast_compilation_flags
+from tests.helpers.xla_flags import fast_compilation_flags
 
 pytestmark = pytest.mark.slow
 

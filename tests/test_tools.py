@@ -14,8 +14,9 @@ from absl import flags
 
 import dat_jax
 from dat_jax import __main__ as tools
-from dat_jax import command_line, conversion
-from dat_jax.console import make_console, print_table
+from dat_jax import conversion
+from dat_jax.cli import flags as command_line
+from dat_jax.cli.console import make_console, print_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRESENT = [name for name in tools.TOOLS if importlib.util.find_spec(f"dat_jax.{name}")]

@@ -1,10 +1,8 @@
 """Published PyTorch configurations and weights to ours, and weights back. As a command: ``__main__``."""
 
-from typing import TYPE_CHECKING
+from etils import epy
 
-from dat_jax import lazy
-
-if TYPE_CHECKING:  # what _PLACES says, for type checkers
+with epy.lazy_api_imports(globals()):
     from dat_jax.conversion.detectors import (
         detector_from_official,
         detector_settings_from_official,
@@ -39,24 +37,3 @@ __all__ = [
     "to_official",
     "write_safetensors",
 ]
-
-# Public name -> the module that has it, imported when the name is first asked for.
-_PLACES = {
-    "detector_from_official": "dat_jax.conversion.detectors",
-    "detector_settings_from_official": "dat_jax.conversion.detectors",
-    "detector_to_official": "dat_jax.conversion.detectors",
-    "detector_variables": "dat_jax.conversion.detectors",
-    "from_official": "dat_jax.conversion.official",
-    "model_from_official": "dat_jax.conversion.official",
-    "params_from_official": "dat_jax.conversion.official",
-    "read_checkpoint": "dat_jax.conversion.files",
-    "read_python_config": "dat_jax.conversion.python_config",
-    "read_weights": "dat_jax.conversion.files",
-    "segmentor_from_official": "dat_jax.conversion.segmentors",
-    "segmentor_options_from_official": "dat_jax.conversion.segmentors",
-    "segmentor_to_official": "dat_jax.conversion.segmentors",
-    "segmentor_variables": "dat_jax.conversion.segmentors",
-    "to_official": "dat_jax.conversion.official",
-    "write_safetensors": "dat_jax.conversion.files",
-}
-__getattr__, __dir__ = lazy.attach(__name__, _PLACES)

@@ -24,8 +24,8 @@ import sys
 from absl import flags
 from rich.console import Console
 
-from dat_jax.command_line import fail, run_tool
-from dat_jax.console import make_console, print_table
+from dat_jax.cli.console import make_console, print_table
+from dat_jax.cli.flags import fail, run_tool
 from dat_jax.errors import UserError
 
 _USAGE = "WEIGHTS OUT [--model=NAME | --yaml=FILE] [--form=FORM] [--weights=auto|ema|raw]"

@@ -10,7 +10,9 @@ import flax
 import jax
 import numpy as np
 
-from dat_jax.appearing import refuse_existing
+from dat_jax.checkpoints.exports import load_export
+from dat_jax.checkpoints.loading import export_model, load_trained
+from dat_jax.checkpoints.manager import checksum
 from dat_jax.conversion import detectors, segmentors, selection
 from dat_jax.conversion.classifier_settings import read_yaml_config
 from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
@@ -20,9 +22,7 @@ from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT, DEFORMABLE_FORMS
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.training.checkpoint import checksum
-from dat_jax.training.exports import load_export
-from dat_jax.training.pretrained import export_model, load_trained
+from dat_jax.storage import refuse_existing
 
 _FORM = "deformable_form"  # in the metadata of a .safetensors file
 _FORM_ROW = "deformable form"

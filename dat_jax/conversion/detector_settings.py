@@ -24,9 +24,9 @@ from dat_jax.models.dat import DAT
 from dat_jax.models.rcnn import BOX_HEAD_SIZES, CASCADE_STAGES, RCNN
 from dat_jax.models.registry import Detector
 from dat_jax.models.retinanet import RetinaNet
-from dat_jax.tasks.detection import default_settings
-from dat_jax.tasks.rcnn import RCNNSettings, Stage
-from dat_jax.tasks.retinanet import RetinaNetSettings
+from dat_jax.tasks.detection.detector import default_settings
+from dat_jax.tasks.detection.rcnn import RCNNSettings, Stage
+from dat_jax.tasks.detection.retinanet import RetinaNetSettings
 
 _DETECTORS = ("RetinaNet", "MaskRCNN", "CascadeRCNN")
 _PRINTS = "it only switches debugging output on"
@@ -37,7 +37,7 @@ _PROPOSAL_IOU = RCNNSettings().proposal_iou
 
 
 def read_detector(config: Mapping[str, Any], **overrides) -> tuple[Detector, RetinaNetSettings | RCNNSettings]:
-    """The network of a published configuration, and the settings of ``tasks.detection`` for it.
+    """The network of a published configuration, and the settings of ``tasks.detection.detector`` for it.
 
     Args:
       config: MMDetection's ``model`` mapping.

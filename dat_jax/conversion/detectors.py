@@ -12,9 +12,9 @@ from dat_jax.conversion.official import LINEAR, Transform
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector, create_detector
 from dat_jax.models.retinanet import RetinaNet
-from dat_jax.tasks.detection import default_settings
-from dat_jax.tasks.rcnn import RCNNSettings
-from dat_jax.tasks.retinanet import RetinaNetSettings
+from dat_jax.tasks.detection.detector import default_settings
+from dat_jax.tasks.detection.rcnn import RCNNSettings
+from dat_jax.tasks.detection.retinanet import RetinaNetSettings
 
 # (in, 2, 2, out) <-> (in, out, 2, 2), of a transposed convolution
 _DOUBLING = Transform(lambda a: a.transpose(0, 3, 1, 2), lambda a: a.transpose(0, 2, 3, 1))
@@ -73,7 +73,7 @@ def detector_from_official(config: Mapping[str, Any], **overrides) -> Detector:
 
 
 def detector_settings_from_official(config: Mapping[str, Any]) -> RetinaNetSettings | RCNNSettings:
-    """Settings of ``tasks.detection`` from the train_cfg, test_cfg and losses of a published configuration.
+    """Settings of ``tasks.detection.detector`` from the train_cfg, test_cfg and losses of a published configuration.
 
     Raises:
       ValueError: as ``detector_from_official``.

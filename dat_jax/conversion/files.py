@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from dat_jax.appearing import appearing
 from dat_jax.conversion import file_kinds, selection, torch_files
 from dat_jax.conversion.pickles import CodeError
 from dat_jax.conversion.torch_files import UnsupportedError, show
 from dat_jax.errors import UserError
+from dat_jax.storage import appearing
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")  # usual ones; files are recognized by content
 _SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")

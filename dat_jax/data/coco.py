@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from dat_jax.data.archives import Member, plain_reason, read_member
 from dat_jax.data.coco_json import decode_counts, join, read_table
-from dat_jax.data.composed import CLASS_NAMES, COUNTS, SIDE, compose
+from dat_jax.data.image_files import Member, plain_reason, read_member
 from dat_jax.data.images import decode_image
 from dat_jax.data.sources import SPLITS, read_readable
+from dat_jax.data.synthetic import CLASS_NAMES, COUNTS, SIDE, compose
 from dat_jax.errors import UserError, name_some
 
 FILES = {
@@ -183,7 +183,7 @@ def decode_mask(mask: dict) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DigitsSource:
-    """The examples of ``data.composed`` with the digits as objects; a digit with fewer than 20 pixels to be seen is none."""
+    """The examples of ``data.synthetic`` with the digits as objects; a digit with fewer than 20 pixels to be seen is none."""
 
     split: str
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dat_jax.data.archives import plain_reason
+from dat_jax.data.image_files import plain_reason
 from dat_jax.errors import UserError
 
 FARTHEST = 1e5  # pixels: a polygon that reaches farther is a mistake, and would take gigabytes to fill

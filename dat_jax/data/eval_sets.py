@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dat_jax.data.archives import Member, list_images, read_member
+from dat_jax.data.image_files import Member, list_images, read_member
 from dat_jax.data.images import decode_image
 from dat_jax.data.sources import EncodedSource, has_metadata, load_source
 from dat_jax.errors import UserError, name_some

@@ -33,8 +33,8 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dat_jax.command_line import fail, run_tool
-from dat_jax.data.archives import Member, index_classes, list_images, plain_reason, read_member
+from dat_jax.cli.flags import fail, run_tool
+from dat_jax.data.image_files import Member, index_classes, list_images, plain_reason, read_member
 from dat_jax.data.images import check_image
 from dat_jax.data.sources import METADATA_FILES, PREPARE_INPUTS, SPLITS
 from dat_jax.errors import UserError

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from dat_jax.data import ade20k
-from dat_jax.data.archives import Member, plain_reason, read_member, scan_folder
-from dat_jax.data.composed import ComposedSource
+from dat_jax.data.image_files import Member, plain_reason, read_member, scan_folder
 from dat_jax.data.images import DAMAGE, decode_image
 from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.data.sources import SPLITS, read_readable
+from dat_jax.data.synthetic import ComposedSource
 from dat_jax.errors import UserError, name_some
 
 LABEL_FOLDERS = ("annotations", "labels", "masks")
@@ -186,7 +186,7 @@ def load_segmentation_source(
     classes.txt, one a line.
 
     Args:
-      name: of an embedded data set; not used where a directory is given. "digits_on_photographs": see ``data.composed``.
+      name: of an embedded data set; not used where a directory is given. "digits_on_photographs": see ``data.synthetic``.
       split: "train" or "validation".
       directory: "" or a path.
       zero_is_ignored: the value 0 of label files is no class and class k is k + 1.

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dat_jax.data.archives import Member, index_classes, plain_reason, read_member, scan_folder
 from dat_jax.data.embedded import read_mnist5k
+from dat_jax.data.image_files import Member, index_classes, plain_reason, read_member, scan_folder
 from dat_jax.data.images import decode_image
 from dat_jax.errors import UserError, name_some
 

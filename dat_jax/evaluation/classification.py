@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dat_jax import plots
+from dat_jax.visualization import charts as plots
 
 METRIC = "top1"  # what the best checkpoint is best in
 

@@ -14,8 +14,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dat_jax import plots
-from dat_jax.ops.masks import paste_masks
+from dat_jax.ops.detection.masks import paste_masks
+from dat_jax.visualization import charts as plots
 
 METRIC = "bbox/AP"  # what the best checkpoint is best in
 # Of COCO's summary: precision over IoU .5:.05:.95, at .5, at .75, of small, medium and large objects; recall with at most 1, 10
@@ -32,7 +32,7 @@ def make_evaluator(
     """Makes ``evaluate(variables, batches) -> metrics``, compiled once for each shape that images come in.
 
     Args:
-      predict: see ``tasks.detection``.
+      predict: see ``tasks.detection.detector``.
       load_ground_truth: gives what ``data.coco.to_coco_ground_truth`` makes of the images; asked for at every evaluation.
       category_ids: of the labels, in order.
       masks: whether masks are judged beside boxes.

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dat_jax import plots
-from dat_jax.ops.resize import bilinear_weights, traced_bilinear_weights
+from dat_jax.ops.layers.resize import bilinear_weights, traced_bilinear_weights
+from dat_jax.visualization import charts as plots
 
 METRIC = "mIoU"  # what the best checkpoint is best in
 IGNORED = 255

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dat_jax import __version__
-from dat_jax.appearing import appearing, refuse_existing
+from dat_jax.checkpoints.loading import describe_model, write_model
 from dat_jax.conversion.command import write_weights
 from dat_jax.errors import UserError, name_some
 from dat_jax.exporting.onnx import write_onnx
@@ -19,7 +19,7 @@ from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
 from dat_jax.inference import Classifier, Looker, Segmenter
 from dat_jax.models.dat import DAT
-from dat_jax.training.pretrained import describe_model, write_model
+from dat_jax.storage import appearing, refuse_existing
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")  # the last one is an extra
 MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.safetensors", "model.onnx"

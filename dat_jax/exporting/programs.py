@@ -12,7 +12,7 @@ from dat_jax.inference import Classifier, Looker, ObjectDetector, Segmenter
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.ops.dispatch import compiling_for
 from dat_jax.tasks.classification import normalize
-from dat_jax.tasks.detection import detect
+from dat_jax.tasks.detection.detector import detect
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # of jax.export -> of ``ops.dispatch``
 PREPROCESSING = ("inside", "outside")
@@ -44,7 +44,7 @@ def make_program(
     Returns:
       A program of images (B, H, W, 3) RGB, and of a detector of sizes int32 (B, 2), the height and width of each image, beyond
       which is padding. It gives logits float32 (B, K) of a classifier, (B, H / 4, W / 4, K), rounded up, of a segmentor; of a
-      detector the detections of ``tasks.detection``, boxes in pixels of these images.
+      detector the detections of ``tasks.detection.detector``, boxes in pixels of these images.
 
     Raises:
       UserError: unknown platforms or preprocessing, impossible sizes, or no batch size for a detector.

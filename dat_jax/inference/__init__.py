@@ -12,13 +12,13 @@ to_rows(found, image=): what a table has of it, tuples of ``columns``.
 
 import os
 
+from dat_jax.checkpoints.loading import load_pretrained
 from dat_jax.inference import classification, detection, segmentation
 from dat_jax.inference.classification import Classifier
 from dat_jax.inference.detection import ObjectDetector
 from dat_jax.inference.segmentation import Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.training.pretrained import load_pretrained
 
 Looker = Classifier | Segmenter | ObjectDetector
 

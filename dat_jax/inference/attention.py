@@ -10,7 +10,7 @@ import numpy as np
 
 from dat_jax.errors import UserError
 from dat_jax.inference.classification import Classifier
-from dat_jax.tasks.attention import compute_attention
+from dat_jax.models.attention_weights import compute_attention
 from dat_jax.tasks.classification import normalize
 
 

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from dat_jax import plots
-from dat_jax.command_line import replacing
+from dat_jax.cli.flags import replacing
 from dat_jax.data import coco_names
 from dat_jax.data.ade20k import make_palette
 from dat_jax.data.detection_transforms import DetectionEvalTransform, make_detection_eval_transform
@@ -20,9 +19,10 @@ from dat_jax.evaluation.detection import detect_record, make_detections
 from dat_jax.inference.settings import check_sides, choose_options, find_names
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
-from dat_jax.tasks.detection import default_settings, find_positions, make_detection_task
-from dat_jax.tasks.rcnn import RCNNSettings
-from dat_jax.tasks.retinanet import RetinaNetSettings
+from dat_jax.tasks.detection.detector import default_settings, find_positions, make_detection_task
+from dat_jax.tasks.detection.rcnn import RCNNSettings
+from dat_jax.tasks.detection.retinanet import RetinaNetSettings
+from dat_jax.visualization import charts as plots
 
 OPTIONS = {  # see ``choose_options``
     "long_side": ("data.test_long_side", 1333),
@@ -46,7 +46,7 @@ class ObjectDetector:
       palette: their colours, uint8 (K, 3) RGB.
       transform: from an image to what the network sees.
       predict: jitted, of ``make_detection_task``.
-      find_positions: jitted, of ``tasks.detection``, of variables and a batch.
+      find_positions: jitted, of ``tasks.detection.detector``, of variables and a batch.
       model, variables: what it is made of.
       options: every option's value.
       settings: of its detections, by ``options``.
@@ -120,7 +120,7 @@ class ObjectDetector:
 
         Returns:
           {"image": uint8 (Hp, Wp, 3), resized and padded as the network sees it; "positions": block -> (G, Hk, Wk, 2);
-          "map_shapes": block -> (height, width), see ``tasks.positions.name_positions``}.
+          "map_shapes": block -> (height, width), see ``models.key_positions.name_positions``}.
         """
         record = self.transform({"image": image})
         batch = {name: record[name][None] for name in ("image", "valid")}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from dat_jax.command_line import replacing
+from dat_jax.cli.flags import replacing
 from dat_jax.data import ade20k
 from dat_jax.data.segmentation_transforms import SegmentationEvalTransform, make_segmentation_eval_transform
 from dat_jax.errors import UserError

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dat_jax.checkpoints.loading import read_class_names, read_names
 from dat_jax.errors import UserError
-from dat_jax.training.pretrained import read_class_names, read_names
 
 
 def choose_options(

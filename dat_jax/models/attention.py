@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.models.layers import DepthwiseConv, LayerNorm, Linear, conv, table_init, uniform_init
-from dat_jax.ops import activation
-from dat_jax.ops import attention as attention_ops
-from dat_jax.ops import deformable_attention as deformable_ops
-from dat_jax.ops import grid_sample as gs
-from dat_jax.ops import neighborhood_attention as neighborhood_ops
-from dat_jax.ops import position_bias as bias_ops
-from dat_jax.ops import slide_attention as slide_ops
-from dat_jax.ops import window_attention as window_ops
+from dat_jax.ops.attention import deformable as deformable_ops
+from dat_jax.ops.attention import grid_sample as gs
+from dat_jax.ops.attention import multi_head as attention_ops
+from dat_jax.ops.attention import neighborhood as neighborhood_ops
+from dat_jax.ops.attention import position_bias as bias_ops
+from dat_jax.ops.attention import slide as slide_ops
+from dat_jax.ops.attention import window as window_ops
+from dat_jax.ops.layers import activation
 
 POSITION_BIAS_KINDS = ("table", "dwc", "fixed", "log_cpb", "none")
 

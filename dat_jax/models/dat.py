@@ -9,8 +9,8 @@ import numpy as np
 
 from dat_jax.models import attention
 from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
-from dat_jax.ops import activation
-from dat_jax.ops import deformable_attention as deformable_ops
+from dat_jax.ops.attention import deformable as deformable_ops
+from dat_jax.ops.layers import activation
 
 STAGE_TYPES = {
     "N": "neighborhood attention",

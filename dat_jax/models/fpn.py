@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops.resize import resize_nearest
+from dat_jax.ops.layers.resize import resize_nearest
 
 EXTRA_LEVELS = ("convolutions", "subsampling")
 

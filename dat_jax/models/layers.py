@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops import activation, depthwise, normalization
-from dat_jax.ops import linear as linear_ops
-from dat_jax.ops import mlp as mlp_ops
+from dat_jax.ops.layers import activation, depthwise, normalization
+from dat_jax.ops.layers import linear as linear_ops
+from dat_jax.ops.layers import mlp as mlp_ops
 
 _STATISTICS_RATE = 0.1  # of BatchNorm, PyTorch's momentum
 
@@ -30,7 +30,7 @@ def table_init(std: float) -> nn.initializers.Initializer:
 
 
 class Linear(nn.Module):
-    """nn.Dense by ``ops.linear``, with the published initialisation."""
+    """nn.Dense by ``ops.layers.linear``, with the published initialisation."""
 
     features: int
     dtype: Any

@@ -80,7 +80,7 @@ class RCNN(nn.Module):
     """Backbone, pyramid of five levels (strides 4 to 64), RPN, and the heads for boxes and masks.
 
     Variables are "params" and, of a cascade, "batch_stats". Methods take and give arrays; boxes are chosen, and features cut
-    out of the pyramid, in ``tasks.detection``.
+    out of the pyramid, in ``tasks.detection.detector``.
 
     Attributes:
       dat: the backbone; its classifier is not used.
@@ -92,10 +92,10 @@ class RCNN(nn.Module):
         ones, 4 and 1 in a cascade, 0 and 2 otherwise.
       mask_convs: number of convolutions in each mask head.
       box_side, mask_side: sides of the features that RoIAlign extracts for the heads.
-      anchor_scales, anchor_ratios: of the RPN's anchors at every place, see ``ops.anchors``.
-      anchor_means, anchor_stds: means and deviations of the RPN's deltas, see ``ops.boxes.encode_boxes``.
+      anchor_scales, anchor_ratios: of the RPN's anchors at every place, see ``ops.detection.anchors``.
+      anchor_means, anchor_stds: means and deviations of the RPN's deltas, see ``ops.detection.boxes.encode_boxes``.
       box_means, box_stds: means and deviations of each box head's deltas, four numbers per head; empty for the published
-        ones, see ``tasks.rcnn``.
+        ones, see ``tasks.detection.rcnn``.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """

@@ -67,8 +67,8 @@ class RetinaNet(nn.Module):
       num_classes: without background.
       features: width of the pyramid and the head.
       depth: number of convolutions before the last one in each branch of the head.
-      anchor_scales, anchor_ratios: of the anchors at every place, see ``ops.anchors``.
-      anchor_means, anchor_stds: means and deviations of the deltas, see ``ops.boxes.encode_boxes``.
+      anchor_scales, anchor_ratios: of the anchors at every place, see ``ops.detection.anchors``.
+      anchor_means, anchor_stds: means and deviations of the deltas, see ``ops.detection.boxes.encode_boxes``.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """

@@ -11,7 +11,7 @@ from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
 from dat_jax.models.fpn import FPN
 from dat_jax.models.layers import ConvUnit
-from dat_jax.ops.resize import adaptive_average_pool, resize_bilinear
+from dat_jax.ops.layers.resize import adaptive_average_pool, resize_bilinear
 
 
 class PixelClassifier(nn.Module):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from dat_jax.models.dat import DAT
+from dat_jax.models.key_positions import name_positions
 from dat_jax.tasks import Task
 from dat_jax.tasks.augmentation import erase_randomly, mix
-from dat_jax.tasks.positions import name_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

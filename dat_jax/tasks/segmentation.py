@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.ops.resize import resize_bilinear
+from dat_jax.ops.layers.resize import resize_bilinear
 from dat_jax.tasks import Task
 from dat_jax.tasks.classification import normalize
 

@@ -11,17 +11,20 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dat_jax import plots
-from dat_jax.console import make_console, print_table
+from dat_jax.checkpoints import compatibility as continuation
+from dat_jax.checkpoints.loading import CLASS_NAMES
+from dat_jax.checkpoints.manager import Checkpoints
+from dat_jax.cli.console import make_console, print_table
 from dat_jax.errors import UserError
-from dat_jax.training import compilation_cache, continuation, distributed, health, logs, sharding
-from dat_jax.training import metrics as metrics_lib
-from dat_jax.training import summary as summary_lib
-from dat_jax.training.checkpoint import Checkpoints
+from dat_jax.parallel import multihost as distributed
+from dat_jax.parallel import sharding
+from dat_jax.training import compilation_cache
+from dat_jax.training.monitoring import health, logs
+from dat_jax.training.monitoring import metrics as metrics_lib
+from dat_jax.training.monitoring import summary as summary_lib
+from dat_jax.training.monitoring.profiler import StepProfiler
 from dat_jax.training.optimizer import global_norm
 from dat_jax.training.preemption import Preemption
-from dat_jax.training.pretrained import CLASS_NAMES
-from dat_jax.training.profiling import StepProfiler
 from dat_jax.training.run import (
     Run,
     check_train_batch,
@@ -35,6 +38,7 @@ from dat_jax.training.run import (
     train_batches,
 )
 from dat_jax.training.state import TrainState, own_memory
+from dat_jax.visualization import charts as plots
 
 
 def train(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from dat_jax.training import sharding
+from dat_jax.parallel import sharding
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STEPS_BEHIND = 2  # after so many steps what the processes said is read, so that none waits for it

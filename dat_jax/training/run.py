@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dat_jax.config import validate
+from dat_jax.checkpoints.loading import load_for_finetuning
+from dat_jax.config.validation import validate
 from dat_jax.errors import UserError
-from dat_jax.flops import count_product_flops
 from dat_jax.models.registry import create_model
 from dat_jax.ops.dispatch import compute_dtype, target_platform
+from dat_jax.parallel import sharding
+from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks import Task
-from dat_jax.training import sharding
 from dat_jax.training.compiler_options import known_options
 from dat_jax.training.optimizer import make_optimizer
-from dat_jax.training.pretrained import load_for_finetuning
 from dat_jax.training.schedule import warmup_cosine, warmup_poly, warmup_step
 from dat_jax.training.setups import SETUPS
 from dat_jax.training.state import TrainState, init_state

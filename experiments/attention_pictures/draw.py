@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dat_jax.ops import deformable_attention, grid_sample, neighborhood_tiles, position_bias
+from dat_jax.ops.attention import deformable as deformable_attention
+from dat_jax.ops.attention import grid_sample, neighborhood_tiles, position_bias
 
 _COLOURS = ("tab:orange", "tab:blue")
 

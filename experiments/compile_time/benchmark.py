@@ -24,8 +24,8 @@ def measure_compilation(
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
     from dat_jax.ops.dispatch import compiling_for
-    from dat_jax.targets import find_devices
-    from dat_jax.training.metrics import peak_host_memory
+    from dat_jax.profiling.topologies import find_devices
+    from dat_jax.training.monitoring.metrics import peak_host_memory
     from experiments import steps
 
     if cache:

@@ -53,8 +53,8 @@ def profile_step(*, variant: str, batch: int, step: str, image_side: int, model:
     import jax
     import jax.numpy as jnp
 
-    from dat_jax import hlo
     from dat_jax.models.registry import create_model
+    from dat_jax.profiling import hlo
     from experiments import steps
     from experiments.model import trace
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from dat_jax import hlo
+from dat_jax.profiling import hlo
 
 _WAITING = {"while", "call", "conditional"}  # what runs inside has events of its own
 

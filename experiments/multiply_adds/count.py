@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dat_jax
-from dat_jax.flops import count_product_flops
+from dat_jax.profiling.flops import count_product_flops
 
 # Multiply-adds in billions at this image side, as the papers give them: DAT++ (2309.01430), DAT v1 (CVPR 2022).
 PUBLISHED = {

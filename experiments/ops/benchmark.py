@@ -17,17 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import dat_jax
-from dat_jax.ops import (
-    activation,
-    depthwise,
-    dispatch,
-    grid_sample,
-    mlp,
-    neighborhood_attention,
-    normalization,
-    position_bias,
-)
-from dat_jax.ops import deformable_attention as deformable_ops
+from dat_jax.ops import dispatch
+from dat_jax.ops.attention import deformable as deformable_ops
+from dat_jax.ops.attention import grid_sample, position_bias
+from dat_jax.ops.attention import neighborhood as neighborhood_attention
+from dat_jax.ops.layers import activation, depthwise, mlp, normalization
 from experiments import measure
 
 

@@ -75,7 +75,7 @@ def compile_features(
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
     import dat_jax
     from dat_jax.ops import dispatch
-    from dat_jax.targets import find_devices
+    from dat_jax.profiling.topologies import find_devices
     from experiments import steps
 
     if whole_map:
@@ -112,7 +112,7 @@ def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int,
 
     import dat_jax
     from dat_jax.models import attention
-    from dat_jax.ops.deformable_attention import key_grid_shape
+    from dat_jax.ops.attention.deformable import key_grid_shape
 
     model, rng = dat_jax.create_model(variant), np.random.default_rng(0)
     heads, channels, window = model.num_heads[stage], model.dims[stage], model.neighborhood_sizes[stage]

@@ -49,7 +49,7 @@ def read_state(workdir: pathlib.Path, values: dict, step: int):
     import jax
 
     from configs import quickstart
-    from dat_jax.training.checkpoint import Checkpoints
+    from dat_jax.checkpoints.manager import Checkpoints
     from dat_jax.training.run import make_run
 
     config = quickstart.get_config().unlock()
@@ -112,7 +112,7 @@ def run_signal(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
 
 def run_processes(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
     """See above."""
-    from dat_jax.training.metrics import read_metrics
+    from dat_jax.training.monitoring.metrics import read_metrics
 
     values = {"epochs": 1, "batch_size": 128, "log_every": 1, "schedule.warmup_epochs": 0.2}  # 31 steps
     found = {}

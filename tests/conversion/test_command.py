@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax import inference
+from dat_jax.checkpoints.loading import export_model
 from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
 from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.errors import UserError
-from dat_jax.training.pretrained import export_model
-from tests.conversion import pth_writer as pth
-from tests.conversion.published_configs import make_config
-from tests.golden_files import Golden, relative_error
-from tests.random_variables import random_variables
+from tests.helpers import pth_writer as pth
+from tests.helpers.golden_files import Golden, relative_error
+from tests.helpers.published_configs import make_config
+from tests.helpers.random_variables import random_variables
 
 ROOT = pathlib.Path(__file__).parents[2]
 BUFFERS = ("relative_position_index", "attn_mask", "q_grid", "reference")

@@ -6,7 +6,7 @@ import pytest
 
 from dat_jax import create_detector, create_model, list_models
 from dat_jax.conversion import detectors
-from tests.golden_files import read_keys
+from tests.helpers.golden_files import read_keys
 
 PUBLISHED = {  # millions of parameters, as the paper's tables have them
     **{

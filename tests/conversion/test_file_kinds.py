@@ -13,7 +13,7 @@ import pytest
 
 from dat_jax.conversion import read_weights, write_safetensors
 from dat_jax.errors import UserError
-from tests.conversion import pth_writer as pth
+from tests.helpers import pth_writer as pth
 
 WEIGHTS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
 SUFFIXES = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt", ".safetensors", ".model", "")

@@ -10,8 +10,8 @@ import pytest
 
 from dat_jax.conversion import read_weights, write_safetensors
 from dat_jax.errors import UserError
-from tests.conversion import pth_writer as pth
-from tests.golden_files import DIRECTORY, Golden
+from tests.helpers import pth_writer as pth
+from tests.helpers.golden_files import DIRECTORY, Golden
 
 DATA = np.arange(6, dtype=np.float32).tobytes()
 

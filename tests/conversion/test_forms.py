@@ -14,8 +14,8 @@ from dat_jax.conversion.files import read_checkpoint, write_safetensors
 from dat_jax.conversion.official import official_shapes
 from dat_jax.errors import UserError
 from dat_jax.models import registry
-from tests.conversion import pth_writer
-from tests.golden_files import Golden, relative_error
+from tests.helpers import pth_writer
+from tests.helpers.golden_files import Golden, relative_error
 
 LATER_KEYS = ("ksizes", "nat_ksizes", "use_lpus", "log_cpb")
 

@@ -7,8 +7,8 @@ import pytest
 
 from dat_jax import conversion
 from dat_jax.conversion.official import official_shapes
-from tests.golden_files import Golden, relative_error
-from tests.random_variables import random_variables
+from tests.helpers.golden_files import Golden, relative_error
+from tests.helpers.random_variables import random_variables
 
 SMALL = dict(
     img_size=64,

@@ -19,7 +19,7 @@ import pytest
 from dat_jax.conversion import pickles, read_weights
 from dat_jax.conversion.torch_files import show
 from dat_jax.errors import UserError
-from tests.conversion import pth_writer as pth
+from tests.helpers import pth_writer as pth
 
 
 def read(data: bytes):

@@ -11,8 +11,8 @@ import pytest
 from dat_jax.conversion import detectors, read_python_config, segmentors
 from dat_jax.errors import UserError
 from dat_jax.models.registry import create_detector, create_model, create_segmentor
-from tests.conversion.published_configs import FILES, file_of, make_config
-from tests.golden_files import read_keys
+from tests.helpers.golden_files import read_keys
+from tests.helpers.published_configs import FILES, file_of, make_config
 
 HEADS = {
     **{"semfpn": "sem_fpn", "upernet": "upernet", "retinanet": "retinanet"},

@@ -6,7 +6,7 @@ import pytest
 
 from dat_jax.conversion import segmentors
 from dat_jax.models.registry import create_segmentor
-from tests.golden_files import read_keys
+from tests.helpers.golden_files import read_keys
 
 KEYS = [(head, size) for head in ("sem_fpn", "upernet") for size in ("tiny", "small", "base")]
 

@@ -9,7 +9,7 @@ import pytest
 from dat_jax.conversion import read_checkpoint, write_safetensors
 from dat_jax.conversion.selection import describe_partial_prefix, strip_prefixes
 from dat_jax.errors import UserError
-from tests.conversion import pth_writer as pth
+from tests.helpers import pth_writer as pth
 
 RAW = {
     "patch_proj.0.weight": np.arange(6).reshape(3, 2),

@@ -15,8 +15,8 @@ import pytest
 
 from dat_jax.conversion import read_checkpoint, read_weights
 from dat_jax.errors import UserError
-from tests.conversion import pth_writer as pth
-from tests.golden_files import DIRECTORY
+from tests.helpers import pth_writer as pth
+from tests.helpers.golden_files import DIRECTORY
 
 NUMBERS = np.arange(6, dtype=np.float32)
 DATA = NUMBERS.tobytes()

@@ -20,10 +20,10 @@ from dat_jax.data.coco import (
     to_coco_ground_truth,
 )
 from dat_jax.data.coco_json import _scan, decode_counts, read_table
-from dat_jax.data.composed import compose
+from dat_jax.data.synthetic import compose
 from dat_jax.errors import UserError
-from tests.coco_files import annotation, bounds, real_images, write, write_real
-from tests.photographs import photographs
+from tests.helpers.coco_files import annotation, bounds, real_images, write, write_real
+from tests.helpers.photographs import photographs
 
 SIZE = (40, 60)
 

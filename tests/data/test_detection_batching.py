@@ -16,8 +16,8 @@ from dat_jax.data.batching import (
 from dat_jax.data.coco import load_coco, load_detection_source
 from dat_jax.data.detection_transforms import make_detection_eval_transform, make_detection_train_transform
 from dat_jax.errors import UserError
-from tests.coco_files import annotation, write
-from tests.photographs import photographs
+from tests.helpers.coco_files import annotation, write
+from tests.helpers.photographs import photographs
 
 SIZES = [(40, 60), (60, 40), (50, 50), (40, 60), (60, 41), (36, 90), (90, 36), (40, 60), (60, 40), (44, 60), (40, 60)]
 SMALL = dict(

@@ -15,8 +15,8 @@ from dat_jax.data.detection_transforms import (
 )
 from dat_jax.data.segmentation_transforms import fit_size
 from dat_jax.errors import UserError
-from tests.coco_files import bounds, write_real
-from tests.photographs import photographs
+from tests.helpers.coco_files import bounds, write_real
+from tests.helpers.photographs import photographs
 
 DRAWS = 2000
 HALF = 4 * 0.5 / np.sqrt(DRAWS)  # four standard deviations of a share of one half

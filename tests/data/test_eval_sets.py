@@ -10,7 +10,7 @@ from dat_jax.data.eval_sets import index_by_name_or_number, load_eval_sets
 from dat_jax.data.prepare import prepare
 from dat_jax.data.sources import ArraySource, load_source
 from dat_jax.errors import UserError
-from tests.photographs import photographs
+from tests.helpers.photographs import photographs
 
 CLASSES = tuple(f"n{number:08}" for number in range(4))
 

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from dat_jax.data import prepare as program
-from dat_jax.data.archives import Member, list_images, read_member
+from dat_jax.data.image_files import Member, list_images, read_member
 from dat_jax.data.prepare import prepare
 from dat_jax.data.sources import load_source
 from dat_jax.errors import UserError
-from tests.photographs import photograph_files
+from tests.helpers.photographs import photograph_files
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLASSES = tuple(f"n{number:08d}" for number in range(1, 21))

@@ -6,7 +6,7 @@ from PIL import Image
 from scipy import stats
 
 from dat_jax.data.randaugment import OPERATIONS, apply_operation, draw_operations
-from tests.photographs import photographs
+from tests.helpers.photographs import photographs
 from tests.reference.augmentation import apply_with_pillow
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")

@@ -10,7 +10,7 @@ from dat_jax.data.batching import make_sized_eval_batches, make_train_batches
 from dat_jax.data.segmentation_sources import SegmentationArraySource, load_segmentation_source
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
 from dat_jax.errors import UserError
-from tests.photographs import photographs
+from tests.helpers.photographs import photographs
 
 SIZES = [
     (40, 60),

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from dat_jax.data import ade20k
 from dat_jax.data.segmentation_sources import SegmentationArraySource, load_segmentation_source
 from dat_jax.errors import UserError
-from tests.photographs import photographs
+from tests.helpers.photographs import photographs
 
 HEIGHT, WIDTH = 30, 40
 

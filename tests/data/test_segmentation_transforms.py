@@ -21,8 +21,8 @@ from dat_jax.data.segmentation_transforms import (
     resize_image,
     resize_label,
 )
-from tests.golden_files import read
-from tests.photographs import photographs
+from tests.helpers.golden_files import read
+from tests.helpers.photographs import photographs
 
 DRAWS = 2000
 HALF = 4 * np.sqrt(0.25 / DRAWS)  # four standard errors of a probability of 1/2

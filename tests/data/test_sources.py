@@ -12,7 +12,7 @@ from PIL import Image
 from dat_jax.data.prepare import prepare
 from dat_jax.data.sources import load_source
 from dat_jax.errors import UserError
-from tests.photographs import photograph_files
+from tests.helpers.photographs import photograph_files
 
 
 def encode(image, kind):

@@ -10,7 +10,7 @@ from scipy import stats
 from dat_jax.data.images import check_image, decode_image, resize_bicubic
 from dat_jax.data.transforms import draw_crop, make_eval_transform, make_train_transform
 from dat_jax.errors import UserError
-from tests.photographs import photograph_files, photographs
+from tests.helpers.photographs import photograph_files, photographs
 from tests.reference.augmentation import draw_boxes
 
 P_VALUE = 1e-3  # of each statistical test; the draws are seeded, so that a pass stays a pass

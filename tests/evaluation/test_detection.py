@@ -7,7 +7,7 @@ import pytest
 
 from dat_jax.data.coco import DigitsSource, decode_mask, to_coco_ground_truth
 from dat_jax.evaluation import detection
-from tests.golden_files import DIRECTORY
+from tests.helpers.golden_files import DIRECTORY
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from dat_jax.data.batching import make_sized_eval_batches
 from dat_jax.data.segmentation_sources import SegmentationArraySource
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
 from dat_jax.evaluation import segmentation
-from dat_jax.ops.resize import resize_bilinear
-from dat_jax.training import sharding
+from dat_jax.ops.layers.resize import resize_bilinear
+from dat_jax.parallel import sharding
 
 CLASSES = 5
 

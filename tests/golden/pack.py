@@ -2,7 +2,7 @@
 
 The arrays stay the same to the bit, except that of the largest maps only every fourth row and column is kept. The
 arrays of float16 become one, and those of float32 another, whose bytes are stored apart by their significance; gradient
-norms become one JSON text; and each array is compressed by the method that makes it smallest. ``tests.golden_files.read``
+norms become one JSON text; and each array is compressed by the method that makes it smallest. ``tests.helpers.golden_files.read``
 unpacks.
 """
 
@@ -17,7 +17,7 @@ import zlib
 
 import numpy as np
 
-from tests.golden_files import read
+from tests.helpers.golden_files import read
 
 _THINNED = ("stage0", "stage1", "stage2", "a.feat0", "a.feat1")
 _METHODS = {

@@ -12,13 +12,13 @@ from rich.console import Console
 
 import dat_jax
 from dat_jax import inference, predict
+from dat_jax.checkpoints.loading import export_model
 from dat_jax.data import imagenet_names
 from dat_jax.errors import UserError
 from dat_jax.inference.classification import from_trained
-from dat_jax.training.pretrained import export_model
-from tests.photographs import photographs
-from tests.test_predict import run
-from tests.tiny_classification import random_classifier
+from tests.helpers.photographs import photographs
+from tests.helpers.tiny_classification import random_classifier
+from tests.inference.test_predict import run
 
 NAMES = ("cat", "dog", "crane", "cow", "crane")
 OPTIONS = {"image_size": 64, "resize": 72}

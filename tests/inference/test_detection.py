@@ -10,15 +10,15 @@ from PIL import Image
 
 import dat_jax
 from dat_jax import inference
+from dat_jax.checkpoints.loading import export_model
 from dat_jax.data import coco_names
 from dat_jax.data.detection_transforms import make_detection_eval_transform
 from dat_jax.errors import UserError
-from dat_jax.ops.masks import paste_masks
+from dat_jax.ops.detection.masks import paste_masks
 from dat_jax.tasks.classification import normalize
-from dat_jax.tasks.detection import default_settings, make_detection_task
-from dat_jax.training.pretrained import export_model
-from tests import tiny_detection
-from tests.photographs import photographs
+from dat_jax.tasks.detection.detector import default_settings, make_detection_task
+from tests.helpers import tiny_detection
+from tests.helpers.photographs import photographs
 
 FEW = dict(long_side=64, short_side=64, candidates=50, proposals=20, max_detections=5)
 

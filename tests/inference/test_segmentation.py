@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from dat_jax import inference
+from dat_jax.checkpoints.loading import export_model
 from dat_jax.data import ade20k
 from dat_jax.errors import UserError
 from dat_jax.inference.segmentation import measure_shares
-from dat_jax.training.pretrained import export_model
-from tests.photographs import photographs
-from tests.tiny_segmentation import random_segmentor
+from tests.helpers.photographs import photographs
+from tests.helpers.tiny_segmentation import random_segmentor
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import dat_jax
 from dat_jax.models.attention import POSITION_BIAS_KINDS
 from dat_jax.models.dat import STAGE_TYPES
-from tests.random_variables import random_variables
+from tests.helpers.random_variables import random_variables
 from tests.reference import compare
 
 

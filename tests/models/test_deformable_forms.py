@@ -10,8 +10,8 @@ import pytest
 import dat_jax
 from dat_jax.models.attention import DeformableAttention
 from dat_jax.ops import dispatch
-from dat_jax.ops import grid_sample as gs
-from tests.random_variables import random_variables
+from dat_jax.ops.attention import grid_sample as gs
+from tests.helpers.random_variables import random_variables
 from tests.reference import attention as reference
 from tests.reference import compare, sampling
 

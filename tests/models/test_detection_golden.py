@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dat_jax.conversion.detectors import detector_from_official, detector_variables
-from tests.golden_files import channels_last, load, relative_error
+from tests.helpers.golden_files import channels_last, load, relative_error
 
 KINDS = ["retinanet", "maskrcnn", "cascade"]
 

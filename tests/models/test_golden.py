@@ -7,7 +7,7 @@ import pytest
 
 from dat_jax import conversion
 from dat_jax.tasks.classification import smooth_labels, soft_cross_entropy
-from tests.golden_files import Golden, relative_error
+from tests.helpers.golden_files import Golden, relative_error
 
 # Of recorded quantities: float64 ones, ones stored in float32, gradient norms, full gradients.
 TOLERANCES = {

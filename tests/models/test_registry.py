@@ -13,8 +13,8 @@ import dat_jax
 from dat_jax.__main__ import main
 from dat_jax.models.registry import name_detector
 from experiments.multiply_adds.count import count
-from tests import tiny_segmentation
-from tests.random_variables import random_variables
+from tests.helpers import tiny_segmentation
+from tests.helpers.random_variables import random_variables
 
 _PARAMETERS = pathlib.Path(__file__).with_name("parameters.json")
 COUNTS = {

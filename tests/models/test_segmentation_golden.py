@@ -12,9 +12,9 @@ from dat_jax.conversion import dense, official, segmentors
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
 from dat_jax.evaluation.segmentation import make_segmenter
 from dat_jax.models.backbone import Backbone
-from dat_jax.ops.resize import resize_bilinear
+from dat_jax.ops.layers.resize import resize_bilinear
 from dat_jax.tasks.segmentation import make_segmentation_task, segmentation_loss
-from tests.golden_files import Golden, channels_last, relative_error
+from tests.helpers.golden_files import Golden, channels_last, relative_error
 
 HEADS = ["sem_fpn_mini", "upernet_mini"]
 # Of values that were computed in float64 and stored in float32, of those stored in float64, and of gradient norms.

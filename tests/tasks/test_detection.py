@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dat_jax.training import run as run_lib
-from tests import tiny_detection
+from tests.helpers import tiny_detection
 
 
 @pytest.mark.parametrize("head", tiny_detection.DETECTORS)

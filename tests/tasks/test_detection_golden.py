@@ -12,11 +12,11 @@ from dat_jax.conversion.detectors import detector_from_official, detector_to_off
 from dat_jax.evaluation.detection import to_original
 from dat_jax.models import rpn
 from dat_jax.models.retinanet import STRIDES, RetinaNet
-from dat_jax.tasks.anchors import assign_anchors, level_shapes, make_level_anchors
-from dat_jax.tasks.detection import default_settings
-from dat_jax.tasks.rcnn import choose_boxes, choose_proposals, rcnn_detect, rcnn_loss
-from dat_jax.tasks.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
-from tests.golden_files import channels_last, load, relative_error
+from dat_jax.tasks.detection.anchors import assign_anchors, level_shapes, make_level_anchors
+from dat_jax.tasks.detection.detector import default_settings
+from dat_jax.tasks.detection.rcnn import choose_boxes, choose_proposals, rcnn_detect, rcnn_loss
+from dat_jax.tasks.detection.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
+from tests.helpers.golden_files import channels_last, load, relative_error
 
 # Of values that were computed in float64 and stored in float32, and of losses.
 TOLERANCES = {"float64": (5e-6, 1e-7), "float32": (1e-4, 1e-4)}

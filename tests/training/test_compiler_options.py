@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from dat_jax.training.compiler_options import known_options
-from tests.xla_flags import is_known
+from tests.helpers.xla_flags import is_known
 
 
 def test_options_that_this_version_lacks_are_left_out():

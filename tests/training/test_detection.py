@@ -6,14 +6,14 @@ import pytest
 from PIL import Image
 
 from dat_jax import conversion
+from dat_jax.checkpoints.loading import load_trained, read_class_names
 from dat_jax.errors import UserError
+from dat_jax.parallel import sharding
 from dat_jax.training import run as run_lib
-from dat_jax.training import sharding
 from dat_jax.training.loop import evaluate, train
-from dat_jax.training.metrics import read_metrics
-from dat_jax.training.pretrained import load_trained, read_class_names
+from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.setups import detection as setup
-from tests import tiny_detection
+from tests.helpers import tiny_detection
 
 
 @pytest.fixture(scope="module")

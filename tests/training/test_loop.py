@@ -9,8 +9,8 @@ import pytest
 
 from dat_jax.errors import UserError
 from dat_jax.training import loop
-from dat_jax.training.metrics import read_metrics
-from tests import tiny_config
+from dat_jax.training.monitoring.metrics import read_metrics
+from tests.helpers import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import time
 import pytest
 
 from dat_jax.errors import UserError
-from dat_jax.training import distributed
-from dat_jax.training.metrics import read_metrics
+from dat_jax.parallel import multihost as distributed
+from dat_jax.training.monitoring.metrics import read_metrics
 from experiments.soak import processes as soak
-from tests.xla_flags import fast_compilation_flags
+from tests.helpers.xla_flags import fast_compilation_flags
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ XLA_FLAGS = " ".join(fast_compilation_flags())
 
 def start(workdir, *, processes, values=None):
     return soak.start(
-        "tests/tiny_config.py",
+        "tests/helpers/tiny_config.py",
         workdir,
         values={"log_every": 1, "checkpoint.every": 4, **(values or {})},
         processes=processes,
@@ -98,7 +98,7 @@ def test_two_processes_evaluate_images_of_many_sizes_once(tmp_path):
     """A segmentor: batches of one size at a time, each process its rows of them, BatchNorm over both."""
     for count in (1, 2):
         running = soak.start(
-            "tests/tiny_segmentation.py",
+            "tests/helpers/tiny_segmentation.py",
             tmp_path / str(count),
             values={"log_every": 1},
             processes=count,
@@ -116,7 +116,7 @@ def test_two_processes_detect_as_one(tmp_path):
     """A cascade: NMS, samples and BatchNorm over both, each process the detections of its own images."""
     for count in (1, 2):
         running = soak.start(
-            "tests/tiny_detection.py:cascade_mask_rcnn",
+            "tests/helpers/tiny_detection.py:cascade_mask_rcnn",
             tmp_path / str(count),
             values={"log_every": 1, "steps": 4},
             processes=count,

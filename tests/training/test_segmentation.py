@@ -10,15 +10,15 @@ from PIL import Image
 
 import dat_jax
 from dat_jax import conversion
+from dat_jax.checkpoints.loading import export_model, load_trained, read_class_names
 from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.errors import UserError
+from dat_jax.parallel import sharding
 from dat_jax.training import run as run_lib
-from dat_jax.training import sharding
 from dat_jax.training.loop import evaluate, train
-from dat_jax.training.metrics import read_metrics
-from dat_jax.training.pretrained import export_model, load_trained, read_class_names
-from tests import tiny_config, tiny_segmentation
-from tests.random_variables import random_variables
+from dat_jax.training.monitoring.metrics import read_metrics
+from tests.helpers import tiny_config, tiny_segmentation
+from tests.helpers.random_variables import random_variables
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,16 @@ import optax
 import pytest
 
 from configs import common
-from dat_jax import hlo
-from dat_jax.step_report import StandIn
+from dat_jax.parallel import sharding
+from dat_jax.profiling import hlo
+from dat_jax.profiling.step_report import StandIn
 from dat_jax.tasks import Task
 from dat_jax.training import run as run_lib
-from dat_jax.training import sharding
 from dat_jax.training.optimizer import clip_by_global_norm, global_norm
 from dat_jax.training.setups import SETUPS
 from dat_jax.training.state import TrainState, init_state, own_memory
 from dat_jax.training.step import make_train_step
-from tests import tiny_config
+from tests.helpers import tiny_config
 
 CONFIGS = sorted(
     path.stem

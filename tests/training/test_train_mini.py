@@ -13,7 +13,7 @@ from dat_jax import conversion
 from dat_jax.tasks.classification import soft_cross_entropy
 from dat_jax.training.optimizer import decay_matrices, make_optimizer
 from dat_jax.training.schedule import warmup_cosine, warmup_poly, warmup_step
-from tests.golden_files import Golden
+from tests.helpers.golden_files import Golden
 
 
 def check_training(dtype: str, *, loss_tolerance: float, norm_tolerance: float, final_tolerance: float) -> None:

@@ -35,7 +35,7 @@ class Parameters(NamedTuple):
 
 
 def conv_mlp(x: jax.Array, parameters: Parameters) -> jax.Array:
-    """See ``ops.mlp``.
+    """See ``ops.layers.mlp``.
 
     Args:
       x: (B, H, W, C).

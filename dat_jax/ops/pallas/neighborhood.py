@@ -16,7 +16,7 @@ _SPAN_COST = 16  # of a head and span, in registers of 8 x 128 scores
 def neighborhood_attention(
     packed: jax.Array, table: jax.Array, *, row_tiles, column_tile: np.ndarray, num_heads: int
 ) -> jax.Array:
-    """See ``ops.neighborhood_attention``.
+    """See ``ops.attention.neighborhood``.
 
     Args:
       packed: (B, H, W, 3C), query, key and value side by side.

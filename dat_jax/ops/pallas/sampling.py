@@ -11,7 +11,7 @@ from dat_jax.ops.pallas.weights import add_point_gradient, load_weights
 
 
 def grid_sample(features: jax.Array, points: jax.Array) -> jax.Array:
-    """See ``ops.grid_sample``.
+    """See ``ops.attention.grid_sample``.
 
     Args:
       features: (B, H, W, C).

@@ -24,7 +24,7 @@ from dat_jax.models.registry import create_detector
 from dat_jax.models.retinanet import RetinaNet
 from dat_jax.ops.dispatch import compute_dtype
 from dat_jax.tasks import Task
-from dat_jax.tasks.detection import default_settings, make_detection_task
+from dat_jax.tasks.detection.detector import default_settings, make_detection_task
 
 CLASSES = 80  # of COCO
 

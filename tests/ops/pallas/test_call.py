@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dat_jax import hlo, targets
-from dat_jax.flops import count_product_flops
-from dat_jax.ops import deformable_attention as da
-from dat_jax.ops import dispatch, grid_sample, mlp
-from dat_jax.ops import neighborhood_attention as na
+from dat_jax.ops import dispatch
+from dat_jax.ops.attention import deformable as da
+from dat_jax.ops.attention import grid_sample
+from dat_jax.ops.attention import neighborhood as na
+from dat_jax.ops.layers import mlp
+from dat_jax.profiling import hlo
+from dat_jax.profiling import topologies as targets
+from dat_jax.profiling.flops import count_product_flops
 
 CHANNELS, HEADS, SIDE, KEYS = 32, 2, 4, 5
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from dat_jax.ops import deformable_attention as da
+from dat_jax.ops.attention import deformable as da
 from dat_jax.ops.pallas import deformable as kernels
 from tests.reference import compare
 

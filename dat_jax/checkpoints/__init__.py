@@ -1,0 +1,1 @@
+"""Checkpoints of a run and exported weights: writing, integrity, restoring and adaptation to other models."""

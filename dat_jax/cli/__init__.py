@@ -1,0 +1,1 @@
+"""Command lines: flags, error messages and console output."""

@@ -1,0 +1,1 @@
+"""Deformable, neighborhood, window and slide attention, with their sampling and position bias."""

@@ -1,0 +1,220 @@
+"""Deformable attention: every query attends to N keys at positions that were learned from the image."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dat_jax.ops import dispatch
+from dat_jax.ops.attention import multi_head as attention
+from dat_jax.ops.attention import position_bias
+from dat_jax.ops.pallas import deformable as kernels
+
+
+def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int) -> tuple[int, int]:
+    """(Hk, Wk): shape of the key grid, the output of a convolution with padding kernel // 2 (0 if kernel == stride)."""
+    padding = 0 if kernel_size == stride else kernel_size // 2
+    return tuple((size + 2 * padding - kernel_size) // stride + 1 for size in map_shape)
+
+
+FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_points`` and ``key_positions``
+
+
+def reference_points(key_shape: tuple[int, int], dtype=jnp.float32, *, form: str = "dat_pp") -> jax.Array:
+    """Positions of the keys before any offset: (Hk, Wk, 2), (y, x) in normalized coordinates.
+
+    Key i of n is at
+
+    * "dat_pp": (i + 0.5) / (n - 1) * 2 - 1. The grid is not symmetric, and its last key lies beyond 1. If there is only
+      one key, where the published formula divides by zero, the key is at the center, 0.
+    * "cvpr2022": (i + 0.5) / n * 2 - 1. The grid is symmetric and inside the map.
+    """
+
+    def line(count):
+        if form == "dat_pp" and count == 1:
+            return jnp.zeros(1, dtype)
+        return (jnp.arange(count, dtype=dtype) + 0.5) / _key_steps(count, form) * 2 - 1
+
+    return jnp.stack(jnp.meshgrid(*map(line, key_shape), indexing="ij"), axis=-1)
+
+
+def _key_steps(count: int, form: str) -> int:
+    """The number that a side of ``count`` keys is divided by: steps between keys ("dat_pp") or keys ("cvpr2022")."""
+    if form not in FORMS:
+        raise ValueError(f"Unknown form of deformable attention {form!r}; choose one of {', '.join(FORMS)}.")
+    return max(count - 1, 1) if form == "dat_pp" else count
+
+
+def key_positions(offsets: jax.Array, *, range_factor: float, form: str = "dat_pp") -> jax.Array:
+    """Positions of the keys from the raw output of the offset network.
+
+    With the offset range factor f, the number of keys n on a side (Hk for y, Wk for x) and the reference point r of
+    ``reference_points``, a position is
+
+    | form | f < 0 | f = 0 | f > 0 |
+    |---|---|---|---|
+    | "dat_pp" | clip(r + offset, -1, 1) | r | r + tanh(offset) * f / (n - 1) |
+    | "cvpr2022" | tanh(r + offset) | r + offset | r + tanh(offset) * f / n |
+
+    Args:
+      offsets: (B, G, Hk, Wk, 2), (dy, dx). float32 or better.
+      range_factor: f.
+      form: "dat_pp", the form published with DAT++, or "cvpr2022", the form of DAT v1 as it was released.
+
+    Returns:
+      (B, G, Hk, Wk, 2), (y, x) in normalized coordinates. Positions lie beyond [-1, 1] where they are not limited to it.
+
+    Raises:
+      ValueError: unknown form.
+
+    Source: DAT (CVPR 2022), equation 6; DAT++ (2309.01430), section 3.2; the published code of each.
+    """
+    key_shape = offsets.shape[2:4]
+    reference = reference_points(key_shape, offsets.dtype, form=form)[None, None]
+    if range_factor < 0:
+        return jnp.clip(reference + offsets, -1.0, 1.0) if form == "dat_pp" else jnp.tanh(reference + offsets)
+    if range_factor == 0 and form == "cvpr2022":
+        return reference + offsets
+    # The published code rounds 1 / (n - 1) to float32; doing the same keeps float64 comparisons exact.
+    step = jnp.asarray([1 / _key_steps(n, form) for n in key_shape], jnp.float32).astype(offsets.dtype)
+    return reference + jnp.tanh(offsets) * (step * range_factor).reshape(1, 1, 1, 1, 2)
+
+
+def deformable_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    num_heads: int,
+    points: jax.Array | None = None,
+    table: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    points_inside: bool = False,
+    query_grid: str = "corners",
+    implementation: str = "auto",
+    tile_shape: tuple[int, int] | None = None,
+) -> jax.Array:
+    """Attention of every pixel to the N sampled keys, with the position bias of a table or a given one.
+
+    On a large map its tiles are done one after the other, and computed again in the backward pass: the logits and
+    biases of one tile are all that stands in memory at a time. A bias that is given stands there as it is.
+
+    Args:
+      query: (B, H, W, C).
+      key, value: (B, N, C), projections of the features sampled at ``points``.
+      num_heads: M; heads of a group are consecutive.
+      points: (B, G, N, 2), key positions (y, x), needed with ``table``; in pixels of the map, or with ``query_grid`` "centers"
+        in pixels of the map that the table was made for.
+      table: (M, 2 * H0 - 1, 2 * W0 - 1) position bias table, see ``position_bias.table_position_bias``.
+      bias: (B | 1, M, H * W, N), a bias of another kind.
+      points_inside: no point lies outside the map, which "pallas" makes use of.
+      query_grid: "corners" or "centers", see ``position_bias.table_position_bias``.
+      implementation: of the table's lookup; or "pallas", a kernel for TPUs that does all of it. See ``dispatch``.
+      tile_shape: (height, width) of the tiles of queries, the map's own for one. Unless given ``dispatch`` chooses.
+
+    Returns:
+      (B, H, W, C), of the dtype of ``value``.
+
+    Raises:
+      ValueError: table and bias are both given, or a table without points.
+
+    Source: DAT (CVPR 2022), equations 8 and 9.
+    """
+    _check_bias(points, table, bias)
+    map_shape = query.shape[1:3]
+    lookup = dict(map_shape=map_shape, query_grid=query_grid)
+    by_kernel = dispatch.choose("deformable_attention", _of_attention(implementation), map_shape=map_shape) == "pallas"
+
+    def attend_by_kernel(queries, tile):
+        options = dict(num_heads=num_heads)
+        fits = table is not None and position_bias.table_fits(table, **lookup)
+        if fits and points_inside and tile.shape == map_shape and kernels.table_fits(table.shape):
+            return kernels.deformable_attention(queries, key, value, points=points, table=table, **options)
+        tile_bias = None
+        if table is not None:
+            tile_bias = position_bias.table_position_bias_by_key(table, points, **lookup, tile=tile)
+        elif bias is not None:
+            tile_bias = jnp.broadcast_to(bias, (queries.shape[0], *bias.shape[1:])).swapaxes(2, 3)
+        return kernels.deformable_attention(queries, key, value, bias=tile_bias, **options)
+
+    def attend(queries, tile):  # (B, tile height, tile width, C)
+        if by_kernel:
+            return attend_by_kernel(queries, tile)
+        tile_bias = bias
+        if table is not None:
+            tile_bias = position_bias.table_position_bias(
+                table, points, **lookup, tile=tile, implementation=implementation
+            )
+        flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
+        out = attention.multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
+        return out.reshape(queries.shape)
+
+    if tile_shape is None:
+        tile_shape = dispatch.choose_query_tile(map_shape, pairs_a_query=num_heads * key.shape[1])
+    if bias is not None or tile_shape == map_shape:
+        return attend(query, position_bias.Tile((0, 0), map_shape))
+    return _map_tiles(attend, query, tile_shape)
+
+
+def deformable_attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    num_heads: int,
+    points: jax.Array | None = None,
+    table: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    query_grid: str = "corners",
+) -> jax.Array:
+    """Attention weights, for visualization. The whole map is computed at once.
+
+    Args:
+      query, key, num_heads, points, table, bias, query_grid: as of ``deformable_attention``.
+
+    Returns:
+      (B, M, H * W, N), float32 or better; a query's sum to 1.
+
+    Raises:
+      ValueError: table and bias are both given, or a table without points.
+    """
+    _check_bias(points, table, bias)
+    if table is not None:
+        bias = position_bias.table_position_bias(table, points, map_shape=query.shape[1:3], query_grid=query_grid)
+    flat = query.reshape(query.shape[0], -1, query.shape[-1])
+    return attention.attention_weights(flat, key, num_heads=num_heads, bias=bias)
+
+
+def _check_bias(points, table, bias):
+    if table is not None and (bias is not None or points is None):
+        raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
+
+
+def _of_attention(implementation):
+    """The attention's own, where a name is one of the table's lookup."""
+    return implementation if implementation in dispatch.IMPLEMENTATIONS["deformable_attention"] else "auto"
+
+
+def _map_tiles(function, x, tile_shape):
+    """Applies a function of a tile (B, h, w, C) and its place to all tiles of (B, H, W, C), in turn, with recomputation."""
+    batch, height, width, channels = x.shape
+    counts = tuple(-(-size // side) for size, side in zip((height, width), tile_shape, strict=True))
+    padding = tuple(count * side - size for count, side, size in zip(counts, tile_shape, (height, width), strict=True))
+    tiles = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
+    tiles = tiles.reshape(batch, counts[0], tile_shape[0], counts[1], tile_shape[1], channels)
+    tiles = tiles.transpose(1, 3, 0, 2, 4, 5).reshape(math.prod(counts), batch, *tile_shape, channels)
+    rows, columns = jnp.meshgrid(
+        *(jnp.arange(n) * side for n, side in zip(counts, tile_shape, strict=True)), indexing="ij"
+    )
+
+    @jax.checkpoint
+    def one(place, tile):
+        return function(tile, position_bias.Tile(place, tile_shape))
+
+    def step(_, item):
+        return None, one(*item)
+
+    _, out = lax.scan(step, None, ((rows.reshape(-1), columns.reshape(-1)), tiles))
+    out = out.reshape(*counts, batch, *tile_shape, channels).transpose(2, 0, 3, 1, 4, 5)
+    out = out.reshape(batch, counts[0] * tile_shape[0], counts[1] * tile_shape[1], channels)
+    return out[:, :height, :width]

@@ -1,0 +1,150 @@
+"""Multi-head attention on packed channels: the core that the other attention ops share."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dat_jax.ops import recompute
+from dat_jax.ops.layers import reduction
+
+_RESULTS = "attention_results"
+# Of ``jax.checkpoint``: what ``attend`` computed is kept, how its arguments were put together is not.
+KEEP_RESULTS = jax.checkpoint_policies.save_only_these_names(_RESULTS)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """(..., N, C) -> (..., N, M, D), heads consecutive in the channels.
+
+    Raises:
+      ValueError: C is not a multiple of ``num_heads``.
+    """
+    if x.shape[-1] % num_heads:
+        raise ValueError(f"{x.shape[-1]} channels cannot be split into {num_heads} heads of equal width.")
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def softmax(logits: jax.Array, *, axis: int = -1) -> jax.Array:
+    """Softmax in float32 or better, whatever the dtype of the logits."""
+    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=axis)
+
+
+def multi_head_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    num_heads: int,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias) v, over the last two axes; leading axes are batch axes.
+
+    Args:
+      query: (..., Nq, C).
+      key, value: (..., Nk, C).
+      num_heads: M; head width D = C / M.
+      bias: broadcastable to (..., M, Nq, Nk), same rank; -inf masks a pair out.
+
+    Returns:
+      (..., Nq, C), of the dtype of ``value``. Logits and softmax are float32 or better.
+    """
+    q, k, v = (jnp.moveaxis(split_heads(x, num_heads), -2, -3) for x in (query, key, value))  # (..., M, N, D)
+    if bias is None:
+        bias = jnp.zeros((1,) * q.ndim, jnp.promote_types(q.dtype, jnp.float32))
+    out = attend(q, k, v, bias)
+    return jnp.moveaxis(out, -3, -2).reshape(query.shape)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, bias: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias), to look at: ``multi_head_attention`` never holds all of it.
+
+    Args:
+      query, key, num_heads, bias: as there.
+
+    Returns:
+      (..., M, Nq, Nk), float32 or better; a query's sum to 1.
+    """
+    q, k = (jnp.moveaxis(split_heads(x, num_heads), -2, -3) for x in (query, key))
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("...qd,...kd->...qk", q / math.sqrt(q.shape[-1]), k, preferred_element_type=dtype)
+    return softmax(logits if bias is None else logits + bias)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias) v of heads.
+
+    For the backward pass it keeps its inputs and its output; the weights are computed again.
+
+    Args:
+      query: (..., Nq, D). key, value: (..., Nk, D).
+      bias: broadcastable to (..., Nq, Nk), same rank, float32 or better.
+
+    Returns:
+      (..., Nq, D), of the dtype of ``value``.
+
+    Source of the backward pass: FlashAttention (2205.14135), algorithm 4.
+    """
+    scale = 1 / math.sqrt(query.shape[-1])
+    if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
+        return _attend(query * scale, key, value, bias, 1.0)
+    return _attend(query, key, value, bias, scale)  # of the logits, as a narrow query would be rounded again
+
+
+def attend_backward(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, out: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The backward pass of ``attend`` from its arguments, its output and the gradient of that: gradients of the arguments."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
+        to_query, *others = _attend_backward(1.0, (query * scale, key, value, bias, out), gradient)
+        return to_query * scale, *others
+    return _attend_backward(scale, (query, key, value, bias, out), gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, bias, scale):
+    exponentials, total = _exponentials(query, key, bias, scale)
+    # Divided after the product: D numbers a query instead of Nk. On CPU the whole is then one loop that writes no weights.
+    product = jnp.einsum(
+        "...qk,...kd->...qd", exponentials.astype(value.dtype), value, preferred_element_type=total.dtype
+    )
+    return (product / total).astype(value.dtype)
+
+
+def _exponentials(query, key, bias, scale):
+    """exp(logits - the largest of the query), (..., Nq, Nk), and their sums, (..., Nq, 1)."""
+    dtype = jnp.promote_types(query.dtype, bias.dtype)
+    logits = _times(jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=dtype), scale) + bias
+    exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials, exponentials.sum(axis=-1, keepdims=True)
+
+
+def _times(x, scale):
+    return x if scale == 1 else x * scale
+
+
+def _attend_forward(query, key, value, bias, scale):
+    out = checkpoint_name(_attend(query, key, value, bias, scale), _RESULTS)
+    return out, (query, key, value, bias, out)
+
+
+def _attend_backward(scale, residuals, gradient):
+    query, key, value, bias, out = recompute.barrier(residuals)
+    exponentials, total = _exponentials(query, key, bias, scale)
+    dtype = total.dtype
+    weights = exponentials / total
+    to_weights = jnp.einsum("...qd,...kd->...qk", gradient, value, preferred_element_type=dtype)
+    along = (gradient.astype(dtype) * out.astype(dtype)).sum(axis=-1, keepdims=True)
+    to_logits = weights * (to_weights - along)
+    scaled = _times(to_logits, scale).astype(query.dtype)
+    to_query = jnp.einsum("...qk,...kd->...qd", scaled, key)
+    # In this order what a product has to transpose is the gradient or the query, not the weights.
+    to_key = jnp.einsum("...qd,...qk->...dk", query, scaled).swapaxes(-1, -2)
+    to_value = jnp.einsum("...qd,...qk->...dk", gradient, weights.astype(value.dtype)).swapaxes(-1, -2)
+    summed = [axis for axis, size in enumerate(bias.shape) if size == 1 and to_logits.shape[axis] > 1]
+    return to_query, to_key, to_value, reduction.sum_over_axes(to_logits, summed).astype(bias.dtype)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

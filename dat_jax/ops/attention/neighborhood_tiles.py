@@ -1,0 +1,115 @@
+"""Neighborhood attention by tiles of queries, each against the one halo of keys that holds all their windows."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dat_jax.ops.attention import multi_head as attention
+
+
+def window_starts(size: int, kernel_size: int) -> np.ndarray:
+    """(size,): first key of the window of each query along one axis."""
+    return np.clip(np.arange(size) - kernel_size // 2, 0, size - kernel_size)
+
+
+def tile_side(size: int, choices: tuple[int, ...] = (7, 8)) -> int:
+    """Whichever of the choices pads the side less, the first of equals; at most the side."""
+    return min(size, min(choices, key=lambda tile: math.ceil(size / tile) * tile))
+
+
+def tile_line(size: int, tile: int, kernel_size: int, *, even: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Geometry of the tiles along one axis.
+
+    Args:
+      even: the halos' steps are equal, a tile wide, so that the first and the last ones reach beyond the map.
+
+    Returns:
+      (T,) first key of each tile's halo, and (T, tile, halo) index into the table's axis of each (query, key), -1 where
+      the key is outside the query's window. Queries beyond the map take the window of the last one; they are dropped.
+    """
+    first_query = np.arange(math.ceil(size / tile)) * tile
+    queries = np.minimum(first_query[:, None] + np.arange(tile), size - 1)
+    starts = window_starts(size, kernel_size)[queries]
+    if even:
+        before = (first_query - starts.min(axis=1)).max()
+        halo = (starts.max(axis=1) + kernel_size - first_query).max() + before
+        first_key = first_query - before
+    else:
+        halo = min(size, tile + kernel_size - 1)
+        first_key = np.clip(first_query - kernel_size // 2, 0, size - halo)
+    keys = (first_key[:, None] + np.arange(halo))[:, None, :]
+    starts, queries = starts[:, :, None], queries[:, :, None]
+    inside = (keys >= starts) & (keys < starts + kernel_size)
+    return first_key, np.where(inside, keys - queries + kernel_size - 1, -1)
+
+
+def tile_bias(table, row_index, column_index):
+    """(tile rows, tile columns, M, queries, keys): the table's entries, -inf outside the windows.
+
+    The lookup separates into rows and columns: two products with one-hot matrices, exact and without a scatter in the
+    backward pass.
+    """
+    pixels = jnp.arange(table.shape[1])
+    rows, columns = (
+        (index[..., None] == pixels.reshape((1,) * index.ndim + (-1,))).astype(table.dtype)
+        for index in (row_index, column_index)
+    )
+    highest = jax.lax.Precision.HIGHEST
+    bias = jnp.einsum("aiku,muv->amikv", rows, table, precision=highest)
+    bias = jnp.einsum("amikv,bjlv->abmijkl", bias, columns, precision=highest)
+    inside_rows = (row_index >= 0)[:, None, None, :, None, :, None]
+    inside_columns = (column_index >= 0)[None, :, None, None, :, None, :]
+    bias = jnp.where(inside_rows & inside_columns, bias, -jnp.inf)
+    tile_rows, tile_columns, heads, *pair = bias.shape
+    return bias.reshape(tile_rows, tile_columns, heads, pair[0] * pair[1], pair[2] * pair[3])
+
+
+def neighborhood_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, table: jax.Array, *, kernel_size: int, num_heads: int, tile
+) -> jax.Array:
+    """As ``neighborhood_attention.neighborhood_attention``, all tiles (height, width) at a time.
+
+    They are cut out again in the backward pass: their halos hold every key three to four times.
+    """
+    tiled = functools.partial(_tiled, kernel_size=kernel_size, num_heads=num_heads, tile=tile)
+    return jax.checkpoint(tiled, policy=attention.KEEP_RESULTS)(query, key, value, table)
+
+
+def _tiled(query, key, value, table, kernel_size, num_heads, tile):
+    batch, height, width, channels = query.shape
+    row_starts, row_index = tile_line(height, tile[0], kernel_size)
+    column_starts, column_index = tile_line(width, tile[1], kernel_size)
+    (tile_rows, _, halo_rows), (tile_columns, _, halo_columns) = row_index.shape, column_index.shape
+
+    def rows_of_queries(x):  # (B, H, W, C) -> (tile rows, B, tile, tile columns * tile, C)
+        padding = (tile_rows * tile[0] - height, tile_columns * tile[1] - width)
+        x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
+        return jnp.moveaxis(x.reshape(batch, tile_rows, tile[0], *x.shape[2:]), 1, 0)
+
+    def rows_of_keys(x):  # (B, H, W, C) -> (tile rows, B, halo, W, C)
+        return jnp.stack([x[:, start : start + halo_rows] for start in row_starts])
+
+    def attend_row(row):  # of tiles
+        queries, keys, values, index = row
+        queries = queries.reshape(batch, tile[0], tile_columns, tile[1], num_heads, -1).transpose(0, 2, 4, 1, 3, 5)
+
+        def halos(x):  # (B, halo, W, C) -> (B, tile columns, M, keys, D)
+            x = jnp.stack([x[:, :, start : start + halo_columns] for start in column_starts], axis=1)
+            x = x.reshape(batch, tile_columns, halo_rows * halo_columns, num_heads, -1)
+            return jnp.moveaxis(x, 3, 2)
+
+        bias = tile_bias(table, index[None], column_index)  # (1, tile columns, M, queries, keys)
+        queries = queries.reshape(batch, tile_columns, num_heads, tile[0] * tile[1], -1)
+        out = attention.attend(
+            queries, halos(keys), halos(values), bias.astype(jnp.promote_types(table.dtype, "float32"))
+        )
+        out = out.reshape(batch, tile_columns, num_heads, *tile, -1).transpose(0, 3, 1, 4, 2, 5)
+        return out.reshape(batch, tile[0], tile_columns * tile[1], channels)
+
+    rows = (rows_of_queries(query), rows_of_keys(key), rows_of_keys(value), jnp.asarray(row_index))
+    attend_row = jax.checkpoint(attend_row, policy=attention.KEEP_RESULTS)
+    out = jnp.moveaxis(jax.vmap(attend_row)(rows), 0, 1)
+    return out.reshape(batch, tile_rows * tile[0], tile_columns * tile[1], channels)[:, :height, :width]

@@ -1,0 +1,79 @@
+"""Window attention (Swin): attention inside windows that tile the map, optionally shifted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dat_jax.ops.attention import multi_head as attention
+
+
+def window_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    table: jax.Array,
+    *,
+    window_size: int,
+    num_heads: int,
+    shifted: bool = False,
+) -> jax.Array:
+    """Attention within windows of w x w, with a learned bias by relative position.
+
+    Args:
+      query, key, value: (B, H, W, C), H and W multiples of w.
+      table: ((2w - 1)^2, M), read at (dy + w - 1) * (2w - 1) + (dx + w - 1) with (dy, dx) = query - key.
+      window_size: w.
+      num_heads: M.
+      shifted: rolls the map by -ceil(w / 2) first and back after; pairs that only the roll brought into one window get
+        -100 added to their logits, as published.
+
+    Returns:
+      (B, H, W, C), of the dtype of ``value``.
+
+    Raises:
+      ValueError: the map is not a multiple of the window, or the table does not fit.
+
+    Source: Swin Transformer (2103.14030), with the shift of the published DAT code.
+    """
+    (batch, height, width, channels), w = query.shape, window_size
+    if height % w or width % w:
+        raise ValueError(f"window_attention wants a map of whole windows of {w}, got {height} x {width}; pad it.")
+    if table.shape != ((2 * w - 1) ** 2, num_heads):
+        raise ValueError(f"window_attention wants a table {((2 * w - 1) ** 2, num_heads)}, got {table.shape}.")
+    shift = -(-w // 2) if shifted else 0
+
+    def partition(x):  # (B, H, W, C) -> (B, windows, w * w, C)
+        x = jnp.roll(x, (-shift, -shift), axis=(1, 2)) if shift else x
+        x = x.reshape(batch, height // w, w, width // w, w, channels).swapaxes(2, 3)
+        return x.reshape(batch, -1, w * w, channels)
+
+    bias = jnp.moveaxis(table[relative_position_index(w)], -1, 0)[None, None]  # (1, 1, M, w * w, w * w)
+    if shift:
+        mask = jnp.asarray(_shift_mask(height, width, w, shift), bias.dtype)  # (windows, w * w, w * w)
+        bias = bias + mask[None, :, None]
+    out = attention.multi_head_attention(
+        partition(query), partition(key), partition(value), num_heads=num_heads, bias=bias
+    )
+    out = out.reshape(batch, height // w, width // w, w, w, channels).swapaxes(2, 3)
+    out = out.reshape(batch, height, width, channels)
+    return jnp.roll(out, (shift, shift), axis=(1, 2)) if shift else out
+
+
+def relative_position_index(window_size: int) -> np.ndarray:
+    """(w * w, w * w): row of the bias table for every (query, key) of a window."""
+    w = window_size
+    y, x = np.divmod(np.arange(w * w), w)
+    return (y[:, None] - y[None, :] + w - 1) * (2 * w - 1) + (x[:, None] - x[None, :] + w - 1)
+
+
+def _shift_mask(height, width, window_size, shift):
+    """(windows, w * w, w * w): -100 between pixels of different regions of the rolled map, else 0."""
+
+    def regions(size):  # (size,): three bands, split at size - w and size - shift
+        line = np.arange(size)
+        return (line >= size - window_size).astype(np.int32) + (line >= size - shift)
+
+    region = regions(height)[:, None] * 3 + regions(width)[None, :]
+    w = window_size
+    region = region.reshape(height // w, w, width // w, w).swapaxes(1, 2).reshape(-1, w * w)
+    return np.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)

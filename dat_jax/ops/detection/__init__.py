@@ -1,0 +1,1 @@
+"""Boxes, anchors, assignment, non-maximum suppression, RoIAlign and instance masks."""

@@ -1,0 +1,193 @@
+"""RoIAlign: maps resampled to a small square under each box, as the mean of bilinear samples in every bin.
+
+The samples of a box are a grid of rows and columns, so the result is A F B^T with the map F and two small matrices: no gather,
+and no scatter in the backward pass.
+
+Coordinates of boxes are continuous, as in ``boxes``; the centre of pixel i is at i + 1/2 ("aligned"). A sample within a
+pixel of the map takes the nearest pixel's value, one farther outside is 0. Positions are computed in float32 or better.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dat_jax.ops.detection import boxes as bx
+
+
+def roi_align(
+    features: jax.Array,
+    boxes: jax.Array,
+    *,
+    size: int,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    valid: jax.Array | None = None,
+    chunk: int = 32,
+) -> jax.Array:
+    """Features under each box, of one map.
+
+    Args:
+      features: (H, W, C). Differentiable; the boxes have no gradient.
+      boxes: (K, 4), of any size and anywhere.
+      size: P, bins a side.
+      spatial_scale: pixels of the map per unit of the boxes, 1 / stride.
+      sampling_ratio: samples a bin and axis. 0 takes ceil(side / P) with the side of the box in pixels of the map; the
+        result is then 0 for a box with a side of zero or less.
+      valid: (K,) bool; for others the result is 0, whatever the box is. None for all.
+      chunk: boxes treated at once; memory is ``chunk * P * W * C`` numbers.
+
+    Returns:
+      (K, P, P, C), of the dtype of ``features``. Costs K * P * W * (H + P) * C multiplications.
+
+    Source: Mask R-CNN (ICCV 2017); MMCV 1.7, ``RoIAlign`` with aligned=True.
+    """
+    return pyramid_roi_align(
+        [features],
+        boxes,
+        size=size,
+        strides=[1 / spatial_scale],
+        sampling_ratio=sampling_ratio,
+        valid=valid,
+        chunk=chunk,
+    )
+
+
+def assign_levels(boxes: jax.Array, *, levels: int = 4, finest: float = 56.0) -> jax.Array:
+    """The level of a pyramid for each box: floor(log2(sqrt(area) / finest + 1e-6)), cut to [0, levels - 1].
+
+    Boxes (..., 4) -> (...,) int32. Without the logarithm, whose rounding matters at powers of two.
+
+    Source: Feature Pyramid Networks (CVPR 2017), equation 1; MMDetection 2.26, ``SingleRoIExtractor``.
+    """
+    scale = jnp.sqrt(jnp.maximum(bx.areas(boxes), 0)) / finest + 1e-6
+    return sum((scale >= 2.0**level).astype(jnp.int32) for level in range(1, levels)) + jnp.zeros(
+        scale.shape, jnp.int32
+    )
+
+
+def pyramid_roi_align(
+    maps: Sequence[jax.Array],
+    boxes: jax.Array,
+    *,
+    size: int,
+    strides: Sequence[float] = (4, 8, 16, 32),
+    finest: float = 56.0,
+    sampling_ratio: int = 0,
+    valid: jax.Array | None = None,
+    chunk: int = 32,
+) -> jax.Array:
+    """Features under each box, from the level of the pyramid that fits the box's area.
+
+    Every box is multiplied with every level, and its matrices are zero for all levels but its own. As each level has a
+    quarter of the pixels of the one before, that is a third more than the finest level alone; which level a box has is
+    known too late for arrays of static size to save it.
+
+    Args:
+      maps: (H, W, C) of each level, finest first.
+      boxes: (K, 4) in pixels of the image.
+      size: P, bins a side.
+      strides: pixels of the image in one of the map, a level.
+      finest: see ``assign_levels``.
+      sampling_ratio: see ``roi_align``.
+      valid: see ``roi_align``.
+      chunk: see ``roi_align``; by the finest map.
+
+    Returns:
+      (K, P, P, C), of the dtype of the maps.
+
+    Raises:
+      ValueError: there are not as many strides as maps, or a shape is wrong.
+    """
+    if len(maps) != len(strides) or any(features.ndim != 3 for features in maps) or boxes.shape[1:] != (4,):
+        raise ValueError(
+            f"RoIAlign wants maps (H, W, C), a stride for each and boxes (K, 4), got {[x.shape for x in maps]}, "
+            f"strides {tuple(strides)} and {boxes.shape}."
+        )
+    valid = jnp.ones(boxes.shape[0], bool) if valid is None else valid
+    boxes = bx.replace_invalid(lax.stop_gradient(boxes), valid)
+    boxes = boxes.astype(jnp.promote_types(boxes.dtype, jnp.float32))
+    level_of_box = assign_levels(boxes, levels=len(maps), finest=finest)
+
+    def align_chunk(arguments):
+        boxes, level_of_box, valid = arguments
+        total = 0.0
+        for level, (features, stride) in enumerate(zip(maps, strides, strict=True)):
+            used = (valid & (level_of_box == level))[:, None, None]
+            rows, columns = (
+                axis_weights(
+                    boxes[:, x_or_y] / stride, boxes[:, x_or_y + 2] / stride, features.shape[axis], size, sampling_ratio
+                )
+                for axis, x_or_y in ((0, 1), (1, 0))
+            )
+            rows = jnp.where(used, rows, 0)
+            total = total + apply_weights("hwc", features, rows, columns)
+        return total
+
+    return map_chunks(align_chunk, (boxes, level_of_box, valid), chunk)
+
+
+def axis_weights(
+    start: jax.Array, stop: jax.Array, pixels: int, size: int, sampling_ratio: int = 0, extent: jax.Array | None = None
+) -> jax.Array:
+    """How much each pixel of a line adds to each bin of each box: (K, P, pixels).
+
+    With ratio 0 a bin wider than one pixel has samples more than half a pixel apart, so that of a bin's samples at most four
+    are within a pixel of a given one. Only these are looked at, six with a margin for rounding: the cost does not
+    depend on the sizes of the boxes, and the result is exact for all of them.
+
+    Args:
+      start: (K,), where the boxes begin along this axis, in continuous coordinates of the map.
+      stop: (K,), where they end.
+      pixels: number of pixels of the line.
+      size: P, number of bins.
+      sampling_ratio: see ``roi_align``.
+      extent: number of pixels that count, if the rest is padding; may be traced.
+    """
+    dtype = start.dtype
+    last = jnp.asarray(pixels if extent is None else extent, dtype) - 1
+    start, stop = ((x - 0.5).reshape(-1, 1, 1) for x in (start, stop))
+    bin_side = (stop - start) / size
+    bin_start = start + jnp.arange(size, dtype=dtype).reshape(1, -1, 1) * bin_side
+    pixel = jnp.arange(pixels, dtype=dtype).reshape(1, 1, -1)
+    if sampling_ratio:
+        samples = jnp.full_like(bin_side, sampling_ratio)
+        candidates, near = range(sampling_ratio), 0.0
+    else:
+        samples = jnp.ceil(bin_side)
+        spacing = bin_side / jnp.maximum(samples, 1)
+        # First sample of the bin at pixel - 1 or after. A box of one sample a bin or none needs no search.
+        near = jnp.ceil((pixel - 1 - bin_start) / jnp.where(samples > 1, spacing, 1) - 0.5) - 1
+        near = jnp.where(samples > 1, near, 0)
+        candidates = range(6)
+    weights = jnp.zeros((), dtype)
+    for candidate in candidates:
+        index = near + candidate
+        position = bin_start + (index + 0.5) * bin_side / jnp.maximum(samples, 1)
+        counts = (index >= 0) & (index < samples) & (position >= -1) & (position <= last + 1)
+        weight = jnp.maximum(0, 1 - jnp.abs(jnp.clip(position, 0, last) - pixel))
+        weights = weights + jnp.where(counts, weight, 0)
+    return lax.stop_gradient(weights / jnp.maximum(samples, 1))
+
+
+def apply_weights(axes: str, features: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """(K, P, H) and (K, P, W) on ``features``, whose axes are h, w and possibly k and c -> (K, P, P[, C])."""
+    rows, columns = rows.astype(features.dtype), columns.astype(features.dtype)
+    rest = axes.replace("k", "").replace("h", "").replace("w", "")
+    lines = jnp.einsum(f"kph,{axes}->kpw{rest}", rows, features, precision=lax.Precision.HIGHEST)
+    return jnp.einsum(f"kqw,kpw{rest}->kpq{rest}", columns, lines, precision=lax.Precision.HIGHEST)
+
+
+def map_chunks(function, arguments, chunk: int):
+    """``function`` of arrays with a leading axis, ``chunk`` rows at a time: the last chunk is padded with zeros."""
+    count = jax.tree.leaves(arguments)[0].shape[0]
+    chunk = max(1, min(chunk, count))
+    steps = -(-count // chunk)
+
+    def split(x):
+        x = jnp.pad(x, [(0, steps * chunk - count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(steps, chunk, *x.shape[1:])
+
+    out = lax.map(function, jax.tree.map(split, arguments))
+    return out.reshape(steps * chunk, *out.shape[2:])[:count]

@@ -1,0 +1,1 @@
+"""The mesh of devices, the placement of arrays on it, and runs of several processes."""

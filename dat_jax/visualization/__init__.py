@@ -1,0 +1,1 @@
+"""Figures: learning curves, predictions, sampled points and attention."""

@@ -1,0 +1,122 @@
+"""Runs that start from trained weights, and evaluation of weights and of further sets."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dat_jax.checkpoints import loading as pretrained
+from dat_jax.data import sources
+from dat_jax.errors import UserError
+from dat_jax.training import loop
+from dat_jax.training.run import make_run, start_state
+from tests.helpers import tiny_config
+
+
+def with_values(**values):
+    config = tiny_config.get_config().unlock()
+    config.update_from_flattened_dict(values)
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A work directory after two epochs with averaged weights, and what training returned."""
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, loop.train(with_values(ema_decay=0.5), str(directory))
+
+
+@pytest.fixture
+def three_classes(monkeypatch):
+    """The data set "thirds": that of two classes with a third one that never occurs."""
+
+    def load(split):
+        source = tiny_config._load_halves(split)
+        return dataclasses.replace(source, class_names=("left", "right", "neither"))
+
+    monkeypatch.setitem(sources._SOURCES, "thirds", load)
+
+
+@pytest.mark.slow
+def test_weights_without_a_work_directory_are_evaluated(finished, tmp_path):
+    """An export of a run's best weights, and the run itself, give the accuracy of the run."""
+    directory, result = finished
+    model, variables = pretrained.load_pretrained(directory)
+    pretrained.export_model(tmp_path / "export", model=model, variables=variables)
+    for weights in (directory, tmp_path / "export"):
+        got = loop.evaluate(with_values(init_from=str(weights)), str(tmp_path / "nothing"))
+        assert got == result
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_starts_from_the_weights_with_a_new_head(finished, three_classes, tmp_path, capsys):
+    config = with_values(**{"init_from": str(finished[0]), "data.name": "thirds", "epochs": 1, "ema_decay": 0.5})
+    run = make_run(config)
+    notes = []
+    state = start_state(run, note=notes.append)
+    assert notes == [
+        f"Starting from the weights of {finished[0]}.",
+        "The head of 3 classes is new: the loaded one has 2.",
+    ]
+    _, variables = pretrained.load_pretrained(finished[0])
+    for name, wanted in variables["params"].items():
+        for params in (state.params, state.ema_params):
+            if name == "cls_head":
+                assert params[name]["kernel"].shape == (16, 3)
+            else:
+                jax.tree.map(np.testing.assert_array_equal, params[name], wanted)
+    result = loop.train(config, str(tmp_path))
+    assert result["top1"] > 80  # as the weights that it began with
+    assert "Starting from the weights of" in capsys.readouterr().out
+
+
+def test_a_work_directory_with_checkpoints_goes_before_the_weights(finished, tmp_path, capsys):
+    loop.train(with_values(init_from=str(tmp_path / "nowhere"), ema_decay=0.5), str(finished[0]))
+    assert "Resumed at step 20 of 20" in capsys.readouterr().out
+
+
+def test_rows_of_the_head_are_taken(finished, tmp_path):
+    (tmp_path / "rows.txt").write_text("1\n0\n")
+    values = {"init_from": str(finished[0]), "init_head_rows": str(tmp_path / "rows.txt")}
+    swapped = loop.evaluate(with_values(**values), str(tmp_path / "nothing"))
+    assert swapped["top1"] == pytest.approx(100 - finished[1]["top1"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "init_head_rows .* cannot be read"),
+        ("a\nb\n", "init_head_rows .* cannot be read"),
+        ("0\n", "wants a number for each of the 2 classes, .* has 1"),
+        ("0\n7\n", "want numbers from 0 to 1, got 0 to 7"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows, message, finished, tmp_path):
+    if rows is not None:
+        (tmp_path / "rows.txt").write_text(rows)
+    values = {"init_from": str(finished[0]), "init_head_rows": str(tmp_path / "rows.txt")}
+    with pytest.raises(UserError, match=message):
+        loop.train(with_values(**values), str(tmp_path / "run"))
+
+
+def test_weights_of_another_model_are_refused(finished, tmp_path):
+    config = tiny_config.get_config(dim_stem=32, dims=(32,)).unlock()
+    config.init_from = str(finished[0])
+    with pytest.raises(UserError, match="These weights are of another model: .*stages_0"):
+        loop.train(config, str(tmp_path))
+    with pytest.raises(UserError, match="Wanted an export .* got .*nowhere"):
+        loop.train(with_values(init_from=str(tmp_path / "nowhere")), str(tmp_path))
+
+
+def test_further_sets_are_evaluated_over_their_own_classes(finished, tmp_path):
+    """A set with images of one class only: all of them are right, since nothing else can be predicted."""
+    source = tiny_config._load_halves("validation")
+    for index in range(7):
+        (tmp_path / "left").mkdir(exist_ok=True)
+        Image.fromarray(source.images[index]).save(tmp_path / "left" / f"{index}.png")
+    result = loop.evaluate(with_values(**{"eval.sets.r": str(tmp_path), "ema_decay": 0.5}), str(finished[0]))
+    assert {name: value for name, value in result.items() if "/" not in name} == finished[1]
+    assert result["r/top1"] == 100.0
+    assert result["r/examples"] == 7

@@ -1,0 +1,91 @@
+"""What is in the documents: fenced blocks, the commands in them, inline code, links."""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+import shutil
+
+ROOT = pathlib.Path(__file__).parents[2]
+WALKTHROUGH = "docs/add_stage_type.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+_FENCE = re.compile(r"^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_CALLED = re.compile(r"(\.venv/bin/)?(python3? -m|pip install|make|pre-commit) \S")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: the document's path from the root, its language, "" where it has none, and what is in it."""
+
+    document: str
+    language: str
+    text: str
+
+    @property
+    def named_file(self) -> str | None:
+        """Of "# path/to/file.py" in the first line: a file that the block is the text of."""
+        match = re.match(r"# ([\w/]+\.py)\n", self.text)
+        return match and match[1]
+
+
+def read_blocks(text: str, document: str = "") -> list[Block]:
+    """All of a document, in its order."""
+    return [Block(document, match["language"], match["text"]) for match in _FENCE.finditer(text)]
+
+
+def all_blocks() -> list[Block]:
+    """Of all documents."""
+    return [block for path in DOCUMENTS for block in read_blocks(path.read_text(), path.relative_to(ROOT).as_posix())]
+
+
+def split_command(line: str) -> list[str]:
+    """A line as a shell takes it, without a comment, python being that of any environment."""
+    words = shlex.split(line, comments=True)
+    return [re.sub(r"^\.venv/bin/", "", words[0]), *words[1:]] if words else []
+
+
+def commands() -> list[str]:
+    """Every line of every block without a language, and what the prose says in backticks to call, once each, as
+    ``shlex.join`` writes it. What has a placeholder, a word of capitals or dots, is no command."""
+    lines = [line for block in all_blocks() if block.language == "" for line in block.text.splitlines()]
+    called = [code for path in DOCUMENTS for code in inline_code(path.read_text()) if _CALLED.match(code)]
+    lines += [code for code in called if not re.search(r"(^|[ =])[A-Z]{3,}\b| \.\.\.", code)]
+    return list(dict.fromkeys(shlex.join(words) for words in map(split_command, lines) if words))
+
+
+def without_blocks(text: str) -> str:
+    """The prose."""
+    return _FENCE.sub("", text)
+
+
+def inline_code(text: str) -> list[str]:
+    """What stands between single backticks in the prose."""
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks(text))]
+
+
+def links(text: str) -> list[str]:
+    """Targets of links and pictures in the prose."""
+    prose = re.sub(r"`[^`]*`", "", without_blocks(text))
+    return re.findall(r"\]\(([^)\s]+)\)", prose)
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are linked by."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def table_rows(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading, without its head."""
+    section = text.split(f"\n{heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def copy_project(place: pathlib.Path) -> None:
+    """What is needed to use it, to a folder that is there: without recorded arrays and what runs have left."""
+    for name in ("dat_jax", "configs", "docs", "experiments", "notebooks", "tests"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    for name in ("Makefile", "README.md", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, place)
+    shutil.copy(ROOT / ".pre-commit-config.yaml", place)

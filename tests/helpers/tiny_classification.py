@@ -1,0 +1,13 @@
+"""A classifier that compiles in seconds."""
+
+import numpy as np
+
+from dat_jax.models.registry import create_model
+from tests.helpers import tiny_segmentation
+from tests.helpers.random_variables import random_variables
+
+
+def random_classifier(*, scale: float = 0.4, **settings):
+    """A model of five classes and random variables whose classes differ from image to image."""
+    model = create_model("dat_pp_nano", **{"num_classes": 5, **tiny_segmentation.BACKBONE, **settings})
+    return model, random_variables(model, np.zeros((1, 64, 64, 3), np.float32), scale=scale)

@@ -1,0 +1,403 @@
+"""python -m dat_jax.predict: label maps and detections of files, and mistakes that end with one sentence."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+from rich.console import Console
+
+import dat_jax
+from dat_jax import inference, predict
+from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.manager import Checkpoints
+from dat_jax.data import ade20k
+from dat_jax.data.coco import decode_mask
+from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
+from dat_jax.evaluation.segmentation import make_segmenter
+from dat_jax.tasks.segmentation import make_segmentation_task
+from dat_jax.training.state import TrainState
+from tests.helpers import tiny_detection, tiny_segmentation
+from tests.helpers.photographs import photographs
+from tests.helpers.tiny_classification import random_classifier
+from tests.helpers.tiny_segmentation import random_segmentor
+from tests.inference.test_detection import export_detector
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = ["--long_side=64", "--short_side=64"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export") / "export"
+    model, variables = random_segmentor()
+    export_model(directory, model=model, variables=variables)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a run that evaluates in windows, at two ratios and mirrored."""
+    directory = tmp_path_factory.mktemp("workdir")
+    model, variables = random_segmentor(num_classes=3)
+    config = tiny_segmentation.get_config().unlock()
+    config.head.dropout = model.dropout
+    config.eval.update(ratios=(0.75, 1.0), flip=True, window=48, stride=32)
+    (directory / "config.json").write_text(config.to_json_best_effort())
+    (directory / "classes.txt").write_text("sky\nroad\ntree\n")
+    save_checkpoint(directory, variables, metric="mIoU")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    return export_detector(tmp_path_factory.mktemp("detector") / "export")
+
+
+@pytest.fixture(scope="module")
+def detector_workdir(tmp_path_factory):
+    """Of a run that detects boxes alone."""
+    directory = tmp_path_factory.mktemp("detector_workdir")
+    config = tiny_detection.get_config("retinanet").unlock()
+    (directory / "config.json").write_text(config.to_json_best_effort())
+    (directory / "classes.txt").write_text("cat\ndog\ncow\n")
+    save_checkpoint(directory, tiny_detection.random_detector("retinanet")[1], metric="bbox/AP")
+    return directory
+
+
+def save_checkpoint(directory, variables, *, metric):
+    rest = {name: values for name, values in variables.items() if name != "params"}
+    state = TrainState(jnp.int32(1), variables["params"], rest, (), None)
+    with Checkpoints(directory / "checkpoints", metric=metric) as checkpoints:
+        checkpoints.save(jax.device_put(state), metadata={"examples": 0}, metrics={metric: 1.0})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three photographs and what is none of them; every size is one of two, which are compiled once."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(photographs(width=96, height=64)[0]).save(images / "b.jpg")
+    Image.fromarray(photographs(width=64, height=64)[1]).save(images / "a.PNG")
+    Image.fromarray(photographs(width=64, height=64)[2]).convert("L").save(images / "grey.webp")
+    (images / "notes.txt").write_text("no image")
+    (images / ".hidden.png").write_text("no image")
+    (images / "below").mkdir()
+    return images
+
+
+def run(*arguments):
+    """What main does, without a process: (status, words on stdout, on stderr) come from capsys."""
+    values = flags.FlagValues()
+    predict.define_own_flags(values)
+    try:
+        predict.main(values(["predict", *map(str, arguments)]), values)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def read_indices(path):
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        return np.array(picture), np.array(picture.getpalette()).reshape(-1, 3)
+
+
+def expected(trained, path, *, long_side=64, short_side=64, ratios=(1.0,), **options):
+    """Labels by way of the model itself."""
+    model, variables = dat_jax.load_pretrained(trained)
+    with Image.open(path) as opened:
+        image = np.array(opened.convert("RGB"))
+    transform = make_segmentation_eval_transform(scale=(long_side, short_side), ratios=ratios)
+    views = transform({"image": image, "label": np.zeros(image.shape[:2], np.uint8)})
+    segment = make_segmenter(make_segmentation_task(model, auxiliary_weight=0.0).predict, **options)
+    seen = [views[f"view_{index}"][None] for index in range(len(ratios))]
+    labels, _ = segment(variables, seen, np.array([image.shape[:2]]), image.shape[:2])
+    return np.array(labels[0])
+
+
+def test_a_folder_becomes_label_maps(export, folder, tmp_path, capsys):
+    out, files = tmp_path / "new" / "out", [f"--{kind}={tmp_path / 'all'}.{kind}" for kind in ("json", "csv")]
+    assert run(export, folder, f"--output={out}", *files, *SMALL) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "grey.png"]
+    said = capsys.readouterr()
+    assert said.err == ""
+    lines, rows = said.out.splitlines(), json.loads((tmp_path / "all.json").read_text())
+    header, *table = csv.reader(io.StringIO((tmp_path / "all.csv").read_text()))
+    assert header == ["image", "class", "share"]
+    assert [(image, name, float(share)) for image, name, share in table] == [
+        (row["image"], *item) for row in rows for item in row["classes"].items()
+    ]
+    for line, row, name in zip(lines, rows, ("a.PNG", "b.jpg", "grey.webp"), strict=True):
+        labels, palette = read_indices(out / f"{pathlib.Path(name).stem}.png")
+        np.testing.assert_array_equal(labels, expected(export, folder / name))
+        np.testing.assert_array_equal(palette[:5], ade20k.make_palette(5))
+        shares = {str(k): float(np.mean(labels == k)) for k in range(5) if (labels == k).any()}
+        assert len(shares) > 1
+        assert row == {
+            "image": str(folder / name),
+            "classes": pytest.approx(shares),
+            "labels": str(out / f"{pathlib.Path(name).stem}.png"),
+        }
+        assert list(row["classes"].values()) == sorted(shares.values(), reverse=True)
+        largest = max(shares, key=shares.get)
+        assert line.startswith(f"{folder / name}: {largest} {shares[largest]:.1%}, ")
+    assert read_indices(out / "b.png")[0].shape == (64, 96)  # the network saw 43 x 64
+
+
+def test_without_an_output_the_classes_are_said_and_nothing_is_written(export, folder, tmp_path, capsys, monkeypatch):
+    names = [folder / "grey.webp", "", folder / "a.PNG"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{name}\n" for name in names)))
+    before = sorted(tmp_path.rglob("*"))
+    assert run(export, "-", *SMALL) == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(names[0]), str(names[2])]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_terminal_gets_tables(export, folder):
+    segmenter = inference.load(export, long_side=64, short_side=64)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    assert predict.predict(segmenter, [folder / "a.PNG"], console=console)
+    labels, _ = segmenter(np.array(Image.open(folder / "a.PNG")))
+    assert console.file.getvalue().startswith(f"{folder / 'a.PNG'}\n┌")
+    assert f"{np.mean(labels == np.bincount(labels.ravel()).argmax()):.1%}" in console.file.getvalue()
+
+
+def test_a_work_directory_says_how_it_is_looked_at_and_what_classes_are_called(workdir, folder, tmp_path, capsys):
+    image = folder / "a.PNG"
+    assert run(workdir, image, f"--output={tmp_path}", f"--json={tmp_path / 'x.json'}") == 0
+    wanted = expected(workdir, image, ratios=(0.75, 1.0), flip=True, window=48, stride=32)
+    np.testing.assert_array_equal(read_indices(tmp_path / "a.png")[0], wanted)
+    assert set(json.loads((tmp_path / "x.json").read_text())[0]["classes"]) <= {"sky", "road", "tree"}
+    (tmp_path / "names.txt").write_text("Himmel\nStraße\nBaum\n", encoding="utf-8")
+    capsys.readouterr()
+    flat = ["--ratios=0.5,1.5", "--noflip", f"--classes={tmp_path / 'names.txt'}"]
+    assert run(workdir, image, f"--output={tmp_path / 'other'}", *flat) == 0
+    wanted = expected(workdir, image, ratios=(0.5, 1.5), window=48, stride=32)
+    np.testing.assert_array_equal(read_indices(tmp_path / "other" / "a.png")[0], wanted)
+    assert set(re.findall(r"(\w+) [\d.]+%", capsys.readouterr().out)) <= {"Himmel", "Straße", "Baum"}
+
+
+def read_image(path):
+    with Image.open(path) as opened:
+        return np.array(opened.convert("RGB"))
+
+
+def test_a_folder_becomes_drawn_images_and_results_of_coco(detector, folder, tmp_path, capsys):
+    out, names = tmp_path / "out", ("a.PNG", "b.jpg", "grey.webp")
+    options = ["--min_score=0.5", "--max_detections=5", *SMALL]
+    assert run(detector, folder, f"--output={out}", f"--json={tmp_path / 'all.json'}", *options) == 0
+    looker = inference.load(detector, long_side=64, short_side=64, max_detections=5)
+    said, entries = capsys.readouterr(), json.loads((tmp_path / "all.json").read_text())
+    assert said.err == ""
+    assert len(entries) == 15
+    for number, (name, line) in enumerate(zip(names, said.out.splitlines(), strict=True), start=1):
+        image = read_image(folder / name)
+        wanted = looker(image)
+        own = [entry for entry in entries if entry["image"] == str(folder / name)]
+        for index, entry in enumerate(own):
+            label, (x1, y1, x2, y2) = wanted["labels"][index], wanted["boxes"][index].tolist()
+            mask = decode_mask(entry.pop("segmentation"))
+            np.testing.assert_array_equal(mask, wanted["masks"][index])
+            assert entry == {
+                "image": str(folder / name),
+                "image_id": number,
+                "category": str(label),
+                "category_id": label + 1,
+                "bbox": pytest.approx([x1, y1, x2 - x1, y2 - y1]),
+                "score": pytest.approx(wanted["scores"][index]),
+            }
+        scores = [f"{score:.2f}" for score in wanted["scores"] if score >= 0.5]
+        assert sorted(re.findall(r"0\.\d\d", line), reverse=True) == scores
+        assert line.startswith(f"{folder / name}: {wanted['labels'][0]} {scores[0]}" if scores else "")
+        drawn, factor = read_image(out / f"{pathlib.Path(name).stem}.png"), -(-640 // max(image.shape[:2]))
+        assert drawn.shape == (factor * image.shape[0], factor * image.shape[1], 3)
+        assert (drawn[::factor, ::factor] != image).any()
+
+
+def test_a_work_directory_of_a_detector_says_what_its_classes_are_called(detector_workdir, folder, tmp_path, capsys):
+    files = [f"--{kind}={tmp_path / 'x'}.{kind}" for kind in ("json", "csv")]
+    assert run(detector_workdir, folder / "a.PNG", *files, "--min_score=0") == 0
+    entries = json.loads((tmp_path / "x.json").read_text())
+    header, *rows = csv.reader(io.StringIO((tmp_path / "x.csv").read_text()))
+    assert header == ["image", "class", "score", "x", "y", "width", "height"]
+    for row, entry in zip(rows, entries, strict=True):
+        assert row[:2] == [entry["image"], entry["category"]]
+        np.testing.assert_allclose([float(value) for value in row[2:]], [entry["score"], *entry["bbox"]], rtol=1e-5)
+    names = [("cat", "dog", "cow")[entry["category_id"] - 1] for entry in entries]
+    assert [entry["category"] for entry in entries] == names
+    assert "segmentation" not in entries[0]
+    assert len(entries) == 5
+    assert re.match(rf".*a.PNG: {names[0]} {entries[0]['score']:.2f}[ ,]", capsys.readouterr().out)
+    (tmp_path / "names.txt").write_text("Katze\nHund\nKuh\n")
+    assert run(detector_workdir, folder / "a.PNG", "--min_score=0", f"--classes={tmp_path / 'names.txt'}") == 0
+    assert set(re.findall(r"([A-Za-z]+) 0\.", capsys.readouterr().out)) <= {"Katze", "Hund", "Kuh"}
+    assert run(detector_workdir, folder / "a.PNG", "--min_score=1") == 0
+    assert capsys.readouterr().out == f"{folder / 'a.PNG'}: nothing\n"
+
+
+def test_a_terminal_gets_tables_of_detections(detector_workdir, folder):
+    looker = inference.load(detector_workdir, min_score=0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    assert predict.predict(looker, [folder / "a.PNG"], console=console)
+    assert console.file.getvalue().startswith(f"{folder / 'a.PNG'}\n┌")
+    for name, scores in looker.describe(looker(read_image(folder / "a.PNG"))).items():
+        assert re.search(rf"{name} +│ {scores} ", console.file.getvalue())
+
+
+def test_images_have_the_numbers_that_they_are_called_by():
+    number = lambda *names: predict.number_images([pathlib.Path(name) for name in names])  # noqa: E731
+    assert number("val/000000000139.jpg", "val/000000000285.jpg") == [139, 285]
+    assert number("a/7.jpg", "b/007.png") == [1, 2]
+    assert number("7.jpg", "eight.jpg") == [1, 2]
+
+
+def test_what_cannot_be_read_is_no_part_of_the_results(detector_workdir, folder, tmp_path, capsys):
+    (folder / "empty.png").write_bytes(b"")
+    Image.fromarray(np.zeros((2, 64, 3), np.uint8)).save(folder / "flat.png")  # which padding makes large enough
+    arguments = [f"--output={tmp_path / 'out'}", f"--json={tmp_path / 'all.json'}"]
+    assert run(detector_workdir, folder, *arguments) == 1
+    assert re.fullmatch(r"error: The image .*empty.png cannot be decoded: .*\n", capsys.readouterr().err)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "flat.png", "grey.png"]
+    numbers = {
+        pathlib.Path(entry["image"]).name: entry["image_id"]
+        for entry in json.loads((tmp_path / "all.json").read_text())
+    }
+    assert numbers["grey.webp"] == 5
+
+
+def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tmp_path, capsys):
+    whole = (folder / "b.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    Image.fromarray(np.zeros((4, 64, 3), np.uint8)).save(folder / "flat.png")
+    Image.fromarray(np.full((64, 64), 3000, np.uint16)).save(folder / "deep.png")
+    out = tmp_path / "out"
+    assert run(export, folder, f"--output={out}", f"--json={tmp_path / 'all.json'}", *SMALL) == 1
+    said = capsys.readouterr()
+    messages = said.err.splitlines()
+    for message, name, words in zip(
+        messages,
+        ("cut.jpg", "deep.png", "empty.png", "flat.png"),
+        (
+            "cannot be decoded",
+            "more than 8 bits",
+            "of no known kind",
+            "4 x 64 pixels become 4 x 64: wanted sides of at least 32",
+        ),
+        strict=True,
+    ):
+        assert message.startswith("error: ")
+        assert str(folder / name) in message
+        assert words in message
+    assert len(said.out.splitlines()) == len(json.loads((tmp_path / "all.json").read_text())) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "grey.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"Wanted: TRAINED IMAGE\.\.\. .*, got nothing\."),
+        (["{export}"], r"Wanted: TRAINED IMAGE\.\.\. .*, got .*export\."),
+        (["{export}", "{images}/none.jpg"], "There is no image or folder .*none.jpg"),
+        (["{export}", "{images}/below"], "There is no image in .*below"),
+        (["{export}", "-"], "There is no image in stdin"),
+        (["{images}", "{images}/b.jpg"], r"Wanted an export \(with model.json\)"),
+        (["{classifier}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a classifier"),
+        (["{classifier}", "{images}/b.jpg", "--output={tmp}/o"], "is a classifier, which draws nothing"),
+        (["{classifier}", "{images}/b.jpg", "--min_score=0.5"], "Unknown option 'min_score' of a classifier"),
+        (["{classifier}", "{images}/b.jpg", "--short_side=64"], "Unknown option 'short_side' of a classifier"),
+        (["{classifier}", "{images}/b.jpg", "--top=0"], "top wants a number of at least 1, got 0"),
+        (["{classifier}", "{images}/b.jpg", "--batch_size=0"], "batch_size wants a number of at least 1, got 0"),
+        (["{classifier}", "{images}/b.jpg", "--image_size=0"], "image_size wants at least 32 .* got 0"),
+        (["{classifier}", "{images}/b.jpg", "--image_size=64", "--resize=63"], "got 64 and 63"),
+        (["{classifier}", "{images}/b.jpg", "--csv={tmp}/x", "--json={tmp}/x"], "x would be written twice"),
+        (["{export}", "{images}/b.jpg", "--top=3"], "Unknown option 'top' of a segmentor"),
+        (["{export}", "{images}/b.jpg", "--csv={tmp}/there/b.png"], "b.png exists already"),
+        (["{detector}", "{images}/b.jpg", "--image_size=64"], "Unknown option 'image_size' of a detector"),
+        (["{detector}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a detector"),
+        (["{detector}", "{images}/b.jpg", "--min_score=2"], "min_score wants a number from 0 to 1, got 2"),
+        (["{detector}", "{images}/b.jpg", "--max_detections=0"], "max_detections wants a number of at least 1"),
+        (["{detector}", "{images}/b.jpg", "--classes={images}/notes.txt"], "notes.txt has 1 names, wanted 3"),
+        (["{detector}", "{images}", "--output={tmp}/there"], "b.png exists already; --overwrite replaces it"),
+        (["{export}", "{images}/b.jpg", "--min_score=0.5"], "Unknown option 'min_score' of a segmentor"),
+        (["{export}", "{images}", "{images}/a.PNG", "--output={tmp}/out"], "a.PNG and .*a.PNG would both become a.png"),
+        (["{export}", "{images}/b.jpg", "--output={tmp}/there"], "b.png exists already; --overwrite replaces it"),
+        (["{export}", "{images}/b.jpg", "--json={tmp}/there/b.png"], "b.png exists already"),
+        (["{export}", "{tmp}/there/b.png", "--output={tmp}/there", "--overwrite"], "b.png is read and would be"),
+        (["{export}", "{images}/b.jpg", "--output={tmp}/o", "--json={tmp}/o/b.png"], "b.png would be written twice"),
+        (["{export}", "{images}/b.jpg", "--output={images}/b.jpg"], "b.jpg is in the way"),
+        (["{export}", "{images}/b.jpg", "--json={images}"], "images is in the way"),
+        (["{export}", "{images}/b.jpg", "--ratios=1,x"], "--ratios wants numbers with commas between them, got 1,x"),
+        (["{export}", "{images}/b.jpg", "--ratios=0"], "ratios wants at least one number, all above 0"),
+        (["{export}", "{images}/b.jpg", "--ratios=nan"], "ratios wants at least one number, all above 0"),
+        (["{export}", "{images}/b.jpg", "--short_side=0"], "short_side want numbers of at least 1"),
+        (["{export}", "{images}/b.jpg", "--classes={images}/notes.txt"], "notes.txt has 1 names, wanted 5, one a line"),
+        (["{export}", "{images}/b.jpg", "--classes={images}/none.txt"], "none.txt cannot be read: .*No such file"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_and_nothing_is_written(
+    arguments, message, export, detector, folder, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "there").mkdir()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "there" / "b.png")
+    places = {"export": export, "detector": detector, "images": folder, "tmp": tmp_path}
+    places["classifier"] = tmp_path / "classifier"
+    if "{classifier}" in arguments:
+        classifier, variables = random_classifier()
+        export_model(places["classifier"], model=classifier, variables=variables)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n-\n"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(*(argument.format(**places) for argument in arguments)) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert re.match(f"error: .*({message})", said.err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_overwriting_is_asked_for_and_nothing_is_left_half_written(export, folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.png").write_text("old")
+
+    def fill_the_disk(self, path, *_, **__):
+        pathlib.Path(path).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(Image.Image, "save", fill_the_disk)
+        assert run(export, folder / "a.PNG", f"--output={out}", "--overwrite", *SMALL) == 1
+    assert re.search(r"a.png cannot be written: No space left on device\.", capsys.readouterr().err)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("a.png", "old")]
+    assert run(export, folder / "a.PNG", f"--output={out}", "--overwrite", *SMALL) == 0
+    assert read_indices(out / "a.png")[0].shape == (64, 64)
+
+
+def test_the_command(export, folder, tmp_path):
+    arguments = [export, "-", f"--output={tmp_path / 'out'}", f"--json={tmp_path / 'all.json'}", "--flip", *SMALL]
+    result = subprocess.run(
+        [sys.executable, "-m", "dat_jax.predict", *map(str, arguments)],
+        input=f"{folder / 'b.jpg'}\n",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=180,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{folder / 'b.jpg'}: ")
+    assert len(result.stdout.splitlines()) == 1
+    labels, _ = read_indices(tmp_path / "out" / "b.png")
+    np.testing.assert_array_equal(labels, expected(export, folder / "b.jpg", flip=True))
+    assert len(json.loads((tmp_path / "all.json").read_text())) == 1

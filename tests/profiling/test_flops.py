@@ -1,0 +1,38 @@
+"""Products counted in traced programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import dat_pp_t
+from dat_jax.profiling.flops import count_product_flops
+from dat_jax.profiling.step_report import StandIn
+from dat_jax.training import run as run_lib
+
+
+def test_products_in_loops_and_branches_count_as_often_as_they_run():
+    x = jnp.ones((4, 4))
+
+    def scanned(x):
+        return jax.lax.scan(lambda carry, _: (carry @ x, None), x, length=5)[0]
+
+    def branched(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    def convolved(x):
+        return jax.lax.conv_general_dilated(
+            jnp.ones((1, 6, 8, 8)), jnp.ones((2, 3, 3, 3)), (1, 1), "VALID", feature_group_count=2
+        )
+
+    product = 2 * 4**3
+    for function, wanted in [(scanned, 5 * product), (branched, 2 * product), (convolved, 2 * 2 * 36 * 27)]:
+        assert count_product_flops(jax.make_jaxpr(jax.jit(function))(x).jaxpr) == wanted
+
+
+def test_model_flops_do_not_depend_on_how_they_are_computed():
+    """4.26 G multiply-adds forward, as the papers count them, whatever is recomputed, scanned or accumulated."""
+    config = dat_pp_t.get_config().unlock()
+    config.accumulate_steps = 2
+    run = run_lib.make_run(config, sources=(StandIn(2048, tuple(map(str, range(1000)))),) * 2)
+    assert run.config.model.remat == "blocks"
+    assert run_lib.count_model_flops(run) == pytest.approx(3 * 2 * 4.26e9, rel=1e-3)
