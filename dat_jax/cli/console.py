@@ -1,5 +1,6 @@
-"""How the programs print: whole lines where nobody looks at a terminal, tables on one, NO_COLOR respected (by rich)."""
+"""Console output of the commands: tables on a terminal, plain unbroken lines elsewhere. Rich respects NO_COLOR."""
 
+import logging
 import sys
 
 from rich.console import Console
@@ -19,6 +20,37 @@ def make_console(*, quiet: bool = False) -> Console:
         options["force_terminal"] = False
     console = Console(**options)
     return console if console.is_terminal else Console(**options, width=_WIDE)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records as plain lines; those of warnings and errors start with "WARNING: "."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        prefix = "WARNING: " if record.levelno >= logging.WARNING else ""
+        self._console.print(prefix + self.format(record))
+
+
+def configure_logging(*, quiet: bool = False, enabled: bool = True) -> None:
+    """Print what the package logs on the console, as commands do. Replaces the settings of an earlier call.
+
+    Modules log with ``logging.getLogger(__name__)``. A program that uses the package as a library does not call this, and
+    gets the records by its own configuration of logging.
+
+    Args:
+      quiet: print only warnings.
+      enabled: False prints nothing, for all processes of a run but the first.
+    """
+    logger = logging.getLogger("dat_jax")
+    for handler in [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(ConsoleHandler(make_console(quiet=not enabled)))
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False  # absl prints records of the root logger a second time
 
 
 def print_table(console: Console, title: str, rows: dict[str, str]) -> None:
