@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from configs import common
 from dat_jax.models.registry import VARIANTS
 from dat_jax.profiling.step_report import StandIn, step_function
-from dat_jax.training import run as run_lib
 from dat_jax.training.monitoring.metrics import peak_host_memory
+from dat_jax.training.trainer import Trainer
 from experiments import measure
 
 CLASSES = 1000
@@ -37,11 +37,11 @@ def make_step(config: ConfigDict, step: str, **options) -> tuple[Any, tuple]:
 
     Args:
       config, step: of the run.
-      options: of ``make_run``, such as devices.
+      options: of ``Trainer``, such as devices.
     """
     source = StandIn(max(2 * config.batch_size, 1024), tuple(map(str, range(CLASSES))))
-    run = run_lib.make_run(config, sources=(source, source), **options)
-    function, arguments, _ = step_function(run, step)
+    trainer = Trainer(config, sources=(source, source), **options)
+    function, arguments, _ = step_function(trainer, step)
     return function, arguments
 
 

@@ -157,7 +157,7 @@ import jax.numpy as jnp
 import optax
 
 import dat_jax
-from dat_jax.tasks.classification import normalize
+from dat_jax.tasks.preprocessing import normalize
 
 model, variables = dat_jax.load(TRAINED)
 

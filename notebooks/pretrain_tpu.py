@@ -118,17 +118,17 @@ if BUCKET:
 # %%
 import importlib
 
-from dat_jax.training.run import count_model_flops, describe, make_run
+from dat_jax.training.trainer import Trainer
 
 config = importlib.import_module(f"configs.{CONFIG}").get_config().unlock()
 config.update_from_flattened_dict(OVERRIDES)
 config.lock()
 
-run = make_run(config)
-for name, value in describe(run).items():
+trainer = Trainer(config)
+for name, value in trainer.describe().items():
     print(f"{name:8} {value}")
-state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
-flops = count_model_flops(run)
+state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainer.abstract_state))
+flops = trainer.count_model_flops()
 print(f"training state {state_bytes / 2**30:.3f} GiB, {flops / 1e9:.3g} GFLOPs an image and step")
 
 # %% [markdown]

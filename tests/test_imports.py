@@ -16,7 +16,10 @@ MODULES = {
 ALLOWED = {
     "dat_jax.ops": {"dat_jax.ops", "jax"},
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
-    "dat_jax.tasks": {"dat_jax.tasks", "dat_jax.models", "dat_jax.ops", "jax", "optax"},
+    "dat_jax.tasks": {
+        *("dat_jax.tasks", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.models", "dat_jax.ops"),
+        *("jax", "ml_collections", "optax"),
+    },
     "dat_jax.data": {
         *("dat_jax.data", "dat_jax.cli", "dat_jax.errors"),
         *("PIL", "absl", "array_record", "cv2", "grain", "pycocotools", "rich", "tensorflow_datasets"),
@@ -24,7 +27,7 @@ ALLOWED = {
     "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.visualization", "jax", "pycocotools"},
     "dat_jax.checkpoints": {
         *("dat_jax.checkpoints", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.models", "dat_jax.storage"),
-        *("dat_jax.parallel", "dat_jax.training.run", "flax", "jax", "orbax"),
+        *("dat_jax.parallel", "flax", "jax", "ml_collections", "orbax"),
     },
     "dat_jax.conversion": {
         *("dat_jax.conversion", "dat_jax.checkpoints", "dat_jax.cli", "dat_jax.errors", "dat_jax.models"),
@@ -70,7 +73,7 @@ ALLOWED = {
     # Entry points
     "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.models.catalogue"},
     "dat_jax.compile_report": {
-        *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "dat_jax.training.setups"),
+        *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "dat_jax.tasks.registry"),
         *("absl", "jax", "ml_collections", "rich"),
     },
     "dat_jax.predict": {

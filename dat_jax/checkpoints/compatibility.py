@@ -1,11 +1,15 @@
 """Whether a run may go on from a checkpoint: what is written beside the state, and what must not have changed since."""
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from dat_jax.errors import UserError
-from dat_jax.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 # Keys of config.model that say how it is computed, not what.
 _HOW = ("dtype", "remat", "scan_blocks", "implementation")
@@ -26,23 +30,23 @@ _FREE = (
 _FREE_DATA = ("data.directory", "data.workers", "data.stall_seconds", "data.max_damaged")
 
 
-def describe(run: Run, step: int) -> dict[str, Any]:
+def describe(config: ConfigDict, *, step: int, classes: int) -> dict[str, Any]:
     """What a checkpoint of a step has beside the state: the place in the data, the configuration and the class names' count."""
     return {
-        "examples": step * run.config.batch_size,
-        "config": run.config.to_dict(),
-        "classes": len(run.train_source.class_names),
+        "examples": step * config.batch_size,
+        "config": config.to_dict(),
+        "classes": classes,
     }
 
 
-def check(metadata: Mapping[str, Any], run: Run, *, note: Callable[[str], None]) -> None:
+def check(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int) -> None:
     """Refuses to go on with another model or other data; says what else is different.
 
     Raises:
       UserError: names what differs.
     """
-    check_model(metadata, run)
-    differing = _differences(metadata, run)
+    check_model(metadata, config, classes=classes)
+    differing = _differences(metadata, config)
     data = {name: values for name, values in differing.items() if name in _DATA}
     if data:
         raise UserError(
@@ -53,10 +57,10 @@ def check(metadata: Mapping[str, Any], run: Run, *, note: Callable[[str], None])
         name: values for name, values in differing.items() if name.split(".")[0] not in _FREE and name not in _FREE_DATA
     }
     if said:
-        note(f"The configuration is not that of the checkpoint: {_list(said)}.")
+        logger.warning(f"The configuration is not that of the checkpoint: {_list(said)}.")
 
 
-def check_model(metadata: Mapping[str, Any], run: Run) -> None:
+def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int) -> None:
     """Refuses the weights of another model, also where all shapes are the same.
 
     Raises:
@@ -70,10 +74,9 @@ def check_model(metadata: Mapping[str, Any], run: Run) -> None:
         raise UserError("The checkpoint does not say what model it is of. Take another --workdir.")
     differing = {
         name: values
-        for name, values in _differences(metadata, run).items()
+        for name, values in _differences(metadata, config).items()
         if name == "task" or name.startswith("head.") or (name.startswith("model.") and name[6:] not in _HOW)
     }
-    classes = len(run.train_source.class_names)
     if metadata["classes"] != classes:
         differing["number of classes"] = metadata["classes"], classes
     if differing:
@@ -82,9 +85,9 @@ def check_model(metadata: Mapping[str, Any], run: Run) -> None:
         )
 
 
-def _differences(metadata, run):
+def _differences(metadata, config):
     """{key of the configuration: (value then, value now)}; None for a key that is not there."""
-    then, now = (_flatten(json.loads(json.dumps(config))) for config in (metadata["config"], run.config.to_dict()))
+    then, now = (_flatten(json.loads(json.dumps(config))) for config in (metadata["config"], config.to_dict()))
     then.setdefault("model.deformable_form", "dat_pp")  # the only form before this key existed
     names = sorted(then.keys() | now.keys())
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}

@@ -12,7 +12,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -27,6 +27,7 @@ from dat_jax.checkpoints.integrity import MANIFEST, DamagedError, Listing, check
 from dat_jax.errors import UserError, name_some
 from dat_jax.parallel import multihost as distributed
 
+logger = logging.getLogger(__name__)
 SET_ASIDE = "set_aside"  # folder beside the checkpoints, for what is none any more
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError)  # what orbax and tensorstore raise for damage
 
@@ -45,7 +46,6 @@ class Checkpoints:
       metric: name of the metric, larger is better.
       keep: how many of the newest stay.
       read_only: for reading beside a run that writes: makes, saves and moves nothing.
-      note: is told, in a sentence, what was set aside and what could not be saved.
 
     Raises:
       UserError: the folder cannot be opened.
@@ -58,15 +58,9 @@ class Checkpoints:
         metric: str,
         keep: int = 2,
         read_only: bool = False,
-        note: Callable[[str], None] = print,
     ):
-        self._directory, self._metric, self._keep, self._read_only, self._note = (
-            directory,
-            metric,
-            keep,
-            read_only,
-            note,
-        )
+        self.directory = directory
+        self._metric, self._keep, self._read_only = metric, keep, read_only
         self._digests = jax.jit(compute_digests)
         self._saving, self._listing = None, None  # the step that is being written, and who lists its files
         try:
@@ -115,10 +109,10 @@ class Checkpoints:
             self._reopen()
             return False
         if not begun:
-            raise UserError(f"Step {step} was not saved: {self._directory} holds a later step.")
+            raise UserError(f"Step {step} was not saved: {self.directory} holds a later step.")
         self._saving = step
         if jax.process_index() == 0:
-            self._listing = Listing(self._directory / str(step))
+            self._listing = Listing(self.directory / str(step))
         return True
 
     def wait(self) -> None:
@@ -142,7 +136,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Those that are whole, by their folders; in order."""
         self.wait()
-        return _complete_steps(self._directory)
+        return _complete_steps(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -151,7 +145,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The complete step with the best metric, the newest of equals and where none was evaluated, or None."""
         steps = self.steps()
-        scores = {step: (_read_metrics(self._directory / str(step)) or {}).get(self._metric) for step in steps}
+        scores = {step: (_read_metrics(self.directory / str(step)) or {}).get(self._metric) for step in steps}
         scored = [step for step in steps if scores[step] is not None]
         return max(scored, key=lambda step: (scores[step], step)) if scored else max(steps, default=None)
 
@@ -166,7 +160,7 @@ class Checkpoints:
           DamagedError: it cannot be read, or its numbers are not those that were saved; the arrays are named.
           UserError: it is of another model.
         """
-        where = self._directory / str(step)
+        where = self.directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
             check_files(where)
@@ -205,9 +199,9 @@ class Checkpoints:
             del found
             left = [other for other in steps if other != step]
             way_out = f"that of step {left[-1]} is used instead" if left else "there is no other"
-            why = error or f"The checkpoint {self._directory / str(step)} is damaged for another process."
-            place = self._set_aside(self._directory / str(step))
-            self._note(f"{str(why).rstrip('.')}. It was moved to {place}, and {way_out}.")
+            why = error or f"The checkpoint {self.directory / str(step)} is damaged for another process."
+            place = self._set_aside(self.directory / str(step))
+            logger.warning(f"{str(why).rstrip('.')}. It was moved to {place}, and {way_out}.")
             self._reopen()
         return None
 
@@ -229,7 +223,7 @@ class Checkpoints:
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         with _quiet_logger() if self._read_only else contextlib.nullcontext():
-            return ocp.CheckpointManager(self._directory.absolute(), item_handlers=handlers, options=options)
+            return ocp.CheckpointManager(self.directory.absolute(), item_handlers=handlers, options=options)
 
     def _reopen(self) -> bool:
         """Anew, without what is left of a save that failed."""
@@ -242,18 +236,18 @@ class Checkpoints:
         return self._manager is not None
 
     def _say_not_saved(self, step, reason):
-        kept = max(_complete_steps(self._directory), default=None)
+        kept = max(_complete_steps(self.directory), default=None)
         kept = "There is no checkpoint yet" if kept is None else f"The checkpoint of step {kept} is untouched"
-        self._note(f"WARNING: step {step} could not be saved: {reason}. {kept}, and the next one will be tried.")
+        logger.warning(f"Step {step} could not be saved: {reason}. {kept}, and the next one will be tried.")
 
     def _set_aside_unfinished(self):
         """Folders with a number that are no checkpoints, which orbax would take for some, and saves that were cut off."""
-        complete = {str(step) for step in _complete_steps(self._directory)}
-        for path in sorted(self._directory.glob("*")):
+        complete = {str(step) for step in _complete_steps(self.directory)}
+        for path in sorted(self.directory.glob("*")):
             number, _, rest = path.name.partition(".")
             if number.isdigit() and (rest or number not in complete):
                 what = "is an unfinished save" if rest else "is not a complete checkpoint"
-                self._note(f"{path} {what} and was moved to {self._set_aside(path)}.")
+                logger.warning(f"{path} {what} and was moved to {self._set_aside(path)}.")
         distributed.wait("checkpoints set aside")
 
     def _set_aside(self, path: pathlib.Path) -> pathlib.Path:
@@ -276,7 +270,7 @@ class Checkpoints:
         saved = _shapes(saved.tree if hasattr(saved, "tree") else saved)
         if set(saved) != saved_names:  # what is there is not even what was saved
             raise DamagedError(
-                f"The checkpoint {self._directory / str(step)} is damaged: it lacks "
+                f"The checkpoint {self.directory / str(step)} is damaged: it lacks "
                 f"{name_some(sorted(saved_names - set(saved))) or 'nothing, and has more than was saved'}."
             )
         wanted = _shapes(abstract_state)
@@ -288,7 +282,7 @@ class Checkpoints:
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(
-                f"The checkpoint {self._directory / str(step)} is of another model or optimizer: "
+                f"The checkpoint {self.directory / str(step)} is of another model or optimizer: "
                 f"{'; '.join(differing[:3])}{more}. Take another workdir, or the configuration it was trained with."
             )
 

@@ -24,7 +24,7 @@ from dat_jax.models.dat import DAT
 from dat_jax.models.rcnn import BOX_HEAD_SIZES, CASCADE_STAGES, RCNN
 from dat_jax.models.registry import Detector
 from dat_jax.models.retinanet import RetinaNet
-from dat_jax.tasks.detection.detector import default_settings
+from dat_jax.tasks.detection.objective import default_settings
 from dat_jax.tasks.detection.rcnn import RCNNSettings, Stage
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings
 

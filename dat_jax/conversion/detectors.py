@@ -12,7 +12,7 @@ from dat_jax.conversion.official import LINEAR, Transform
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector, create_detector
 from dat_jax.models.retinanet import RetinaNet
-from dat_jax.tasks.detection.detector import default_settings
+from dat_jax.tasks.detection.objective import default_settings
 from dat_jax.tasks.detection.rcnn import RCNNSettings
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dat_jax.inference import Classifier, Looker, Segmenter
-from dat_jax.tasks.classification import IMAGENET_MEAN, IMAGENET_STD
+from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 def describe_preprocessing(looker: Looker, *, image_shape: tuple[int, int], inside: bool) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from dat_jax.errors import UserError
 from dat_jax.inference import Classifier, Looker, ObjectDetector, Segmenter
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.ops.dispatch import compiling_for
-from dat_jax.tasks.classification import normalize
-from dat_jax.tasks.detection.detector import detect
+from dat_jax.tasks.detection.objective import detect
+from dat_jax.tasks.preprocessing import normalize
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # of jax.export -> of ``ops.dispatch``
 PREPROCESSING = ("inside", "outside")

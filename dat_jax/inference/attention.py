@@ -11,7 +11,7 @@ import numpy as np
 from dat_jax.errors import UserError
 from dat_jax.inference.classification import Classifier
 from dat_jax.models.attention_weights import compute_attention
-from dat_jax.tasks.classification import normalize
+from dat_jax.tasks.preprocessing import normalize
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from dat_jax.data.transforms import make_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.inference.settings import choose_options, find_names
 from dat_jax.models.dat import DAT, MIN_IMAGE_SIDE
-from dat_jax.tasks.classification import make_classification_task
+from dat_jax.tasks.classification.objective import make_classification_objective
 
 OPTIONS = {  # see ``choose_options``; where nothing says a size, it is the model's
     "image_size": ("data.image_size", None),
@@ -33,7 +33,7 @@ class Classifier:
     Attributes:
       class_names: of the K classes.
       transform: from {"image": uint8 (H, W, 3)} to one of image_size x image_size.
-      predict: jitted, of ``make_classification_task``.
+      predict: jitted, of ``make_classification_objective``.
       model, variables: what it is made of.
       options: every option's value.
       columns: of ``to_rows``.
@@ -129,7 +129,7 @@ def from_trained(
     return Classifier(
         class_names=find_names(path, classes, count=model.num_classes, published=imagenet_names.CLASS_NAMES),
         transform=make_eval_transform(resize=options["resize"], image_size=size),
-        predict=jax.jit(make_classification_task(model, label_smoothing=0.0).predict),
+        predict=jax.jit(make_classification_objective(model, label_smoothing=0.0).predict),
         model=model,
         variables=variables,
         options=options,

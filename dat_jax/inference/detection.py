@@ -19,7 +19,7 @@ from dat_jax.evaluation.detection import detect_record, make_detections
 from dat_jax.inference.settings import check_sides, choose_options, find_names
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
-from dat_jax.tasks.detection.detector import default_settings, find_positions, make_detection_task
+from dat_jax.tasks.detection.objective import default_settings, find_positions, make_detection_objective
 from dat_jax.tasks.detection.rcnn import RCNNSettings
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings
 from dat_jax.visualization import charts as plots
@@ -45,7 +45,7 @@ class ObjectDetector:
       class_names, category_ids: of the K classes.
       palette: their colours, uint8 (K, 3) RGB.
       transform: from an image to what the network sees.
-      predict: jitted, of ``make_detection_task``.
+      predict: jitted, of ``make_detection_objective``.
       find_positions: jitted, of ``tasks.detection.detector``, of variables and a batch.
       model, variables: what it is made of.
       options: every option's value.
@@ -162,7 +162,7 @@ def from_trained(
         category_ids=coco_names.CATEGORY_IDS if of_coco else tuple(range(1, count + 1)),
         palette=make_palette(count + 1)[1:],  # the first one is black
         transform=make_detection_eval_transform(scale=scale, multiple=options["multiple"]),
-        predict=jax.jit(make_detection_task(model, settings=settings).predict),
+        predict=jax.jit(make_detection_objective(model, settings=settings).predict),
         find_positions=jax.jit(functools.partial(find_positions, model)),
         model=model,
         variables=variables,

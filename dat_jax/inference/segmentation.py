@@ -18,7 +18,7 @@ from dat_jax.evaluation.segmentation import make_segmenter, segment_record
 from dat_jax.inference.settings import check_sides, choose_options, find_names
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.tasks.segmentation import make_segmentation_task
+from dat_jax.tasks.segmentation.objective import make_segmentation_objective
 
 OPTIONS = {  # see ``choose_options``
     "long_side": ("data.long_side", 2048),
@@ -125,7 +125,7 @@ def from_trained(
             scale=(options["long_side"], options["short_side"]), ratios=options["ratios"]
         ),
         segment=make_segmenter(
-            make_segmentation_task(model, auxiliary_weight=0.0).predict,
+            make_segmentation_objective(model, auxiliary_weight=0.0).predict,
             **{name: options[name] for name in ("flip", "window", "stride")},
         ),
         model=model,

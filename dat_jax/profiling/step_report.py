@@ -20,9 +20,9 @@ from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.profiling.topologies import TARGET_CONFIG, Chip, find_devices, first_line
-from dat_jax.training import run as run_lib
-from dat_jax.training.compiler_options import known_options
-from dat_jax.training.setups import SETUPS
+from dat_jax.tasks.registry import make_task
+from dat_jax.training.compilation import known_options
+from dat_jax.training.trainer import Trainer
 
 STEPS = ("train", "eval")
 # Products of a GPU go to its library: their tiles are chosen by timing, and without a device some are taken that do not work.
@@ -77,18 +77,18 @@ def compile_report(
     config = _without_files(config)
     validate(config)
     with compiling_for(chip.platform):
-        run = run_lib.make_run(config, devices=devices, sources=sources)
+        trainer = Trainer(config, devices=devices, sources=sources)
         if "train" in steps:
-            run_lib.check_train_batch(run)
+            trainer.check_train_batch()
         return {
             "topology": topology,
             "chips": len(devices),
             "device": devices[0].device_kind,
             "model": config.model.name,
-            "images": run.setup.describe_images(config),
+            "images": trainer.task.describe_images(),
             "dtype": str(compute_dtype(config.model.dtype)),
             "versions": _versions(chip.platform),
-            "steps": {step: report_step(run, step, chip=chip, top=top) for step in steps},
+            "steps": {step: report_step(trainer, step, chip=chip, top=top) for step in steps},
         }
 
 
@@ -100,7 +100,7 @@ def _without_files(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
+def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
     """Lowers and compiles one step of a run. The caller has set ``compiling_for``.
 
     Returns:
@@ -109,16 +109,16 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
       "compile_seconds", and "top" where asked for. Of a step that does not fit only those up to "memory" are known; where
       the compiled text cannot be read "unread" says why, and of "cost" only the compiler's counts are known.
     """
-    function, arguments, batch_size = step_function(run, step)
+    function, arguments, batch_size = step_function(trainer, step)
     start = time.perf_counter()
     traced = function.trace(*arguments)
     lowered = traced.lower()
     lowered_at = time.perf_counter()
     report = {
         "batch_size": batch_size,
-        "batch_size_per_chip": batch_size // run.mesh.size,
+        "batch_size_per_chip": batch_size // trainer.mesh.size,
         "fits": False,
-        "memory": {**_state_bytes(run, step), "available": chip.memory_bytes},
+        "memory": {**_state_bytes(trainer, step), "available": chip.memory_bytes},
         "lower_seconds": lowered_at - start,
     }
     try:
@@ -128,9 +128,9 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
             raise UserError(f"The compiler refuses the {step} step: {first_line(error)}") from error
         return {**report, "message": _memory_message(error), "compile_seconds": time.perf_counter() - lowered_at}
     report["compile_seconds"] = time.perf_counter() - lowered_at
-    report["memory"] = _memory(compiled.memory_analysis(), _state_bytes(run, step), available=chip.memory_bytes)
+    report["memory"] = _memory(compiled.memory_analysis(), _state_bytes(trainer, step), available=chip.memory_bytes)
     report["fits"] = chip.memory_bytes is None or report["memory"]["peak"] <= chip.memory_bytes
-    product_flops = count_product_flops(traced.jaxpr.jaxpr) / run.mesh.size
+    product_flops = count_product_flops(traced.jaxpr.jaxpr) / trainer.mesh.size
     try:
         module = hlo.parse(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.52 and large programs for v5p
@@ -148,27 +148,27 @@ def report_step(run, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
     return report
 
 
-def step_function(run, step: str):
+def step_function(trainer: Trainer, step: str):
     """(jitted function, abstract arguments, batch size) of the "train" or the "eval" step, with the run's shardings."""
     train = step == "train"
-    size = run.config.batch_size if train else run.config.eval.batch_size
-    where = sharding.batch_sharding(run.mesh)
+    size = trainer.config.batch_size if train else trainer.config.eval.batch_size
+    where = sharding.batch_sharding(trainer.mesh)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        for name, leaf in run.setup.example_batch(run.config, size, train=train).items()
+        for name, leaf in trainer.task.example_batch(size, train=train).items()
     }
     if train:
-        return run_lib.make_jitted_step(run), (run.abstract_state, batch), size
-    return jax.jit(run.task.predict), (run.abstract_state.eval_variables, batch), size
+        return trainer.train_step, (trainer.abstract_state, batch), size
+    return jax.jit(trainer.objective.predict), (trainer.abstract_state.eval_variables, batch), size
 
 
-def _state_bytes(run, step) -> dict[str, int]:
+def _state_bytes(trainer, step) -> dict[str, int]:
     def count(tree):
         return sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
         )
 
-    state = run.abstract_state
+    state = trainer.abstract_state
     if step == "eval":
         return {"parameters": count(state.eval_variables)}
     return {
@@ -299,4 +299,5 @@ def make_sources(config: ConfigDict, *, classes: int, examples: int) -> tuple[An
     """Stand-ins where ``config.data.directory`` names a data set, else the embedded data themselves."""
     if config.data.directory:
         return (StandIn(examples, tuple(map(str, range(classes)))),) * 2
-    return SETUPS[config.task].load_sources(config)
+    task = make_task(config)
+    return task.train_source, task.eval_source

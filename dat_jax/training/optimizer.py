@@ -1,4 +1,4 @@
-"""AdamW as the published recipes have it."""
+"""AdamW with the gradient clipping and weight decay of the published recipes."""
 
 import re
 from typing import Any
@@ -9,22 +9,22 @@ import optax
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The square root of the sum of all squares, of a tree named as the model's parameters.
+    """Global L2 norm of a tree with the model's parameter names.
 
-    Added from the last block to the first, the order in which a backward pass makes its gradients. In another order XLA
-    computes the gradients of the weights in that other order too, and keeps every block's activations and their
-    gradients until then.
+    Squares are added from the last block to the first, the order in which the backward pass computes the gradients. In any
+    other order XLA also computes the gradients of the weights in that order, and keeps the activations of every block, and
+    their gradients, in memory until then.
     """
 
-    def place(item):  # stages_2/blocks_10 after stages_2/blocks_9
+    def natural_order(item):  # stages_2/blocks_10 comes after stages_2/blocks_9
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", jax.tree_util.keystr(item[0]))]
 
-    backward = sorted(jax.tree_util.tree_leaves_with_path(tree), key=place, reverse=True)
+    backward = sorted(jax.tree_util.tree_leaves_with_path(tree), key=natural_order, reverse=True)
     return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf)) for _, leaf in backward]).sum())
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales all gradients by min(1, max_norm / (norm + 1e-6)), PyTorch's rule; optax's own has no 1e-6."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as PyTorch does. ``optax.clip_by_global_norm`` has no 1e-6."""
 
     def update(updates, state, params=None):
         del params
@@ -35,10 +35,10 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def decay_matrices(params):
-    """True for the parameters that decay: those with more than one axis, but for position bias tables.
+    """True for parameters with more than one axis, except position bias tables.
 
-    ``rpe_table`` (with the log-CPB network's weights) and ``relative_position_bias_table`` do not decay; the ``rpb`` of
-    neighborhood attention does. Source: the published classifiers' recipe.
+    ``rpe_table`` (including the weights of the log-CPB network) and ``relative_position_bias_table`` do not decay; the
+    ``rpb`` of neighborhood attention does. Source: the published recipe of the classifiers.
     """
 
     def decays(path, leaf):
@@ -48,9 +48,9 @@ def decay_matrices(params):
 
 
 def decay_all_but_norms(params):
-    """True for all parameters but those of LayerNorms and position bias tables: biases and BatchNorm's decay too.
+    """True for all parameters except those of LayerNorm and position bias tables; biases and BatchNorm decay too.
 
-    Source: the published segmentors' recipe, which goes by names that contain "norm"; BatchNorms are "bn".
+    Source: the published recipe of the segmentors, which selects names that contain "norm"; those of BatchNorm are "bn".
     """
 
     def decays(path, leaf):
@@ -62,9 +62,9 @@ def decay_all_but_norms(params):
 
 
 def decay_all_but_norms_and_bn(params):
-    """True for all parameters but those of norms, BatchNorms too, and position bias tables: biases decay.
+    """True for all parameters except those of LayerNorm, BatchNorm and position bias tables; biases decay.
 
-    Source: the published detectors' recipe, the segmentors' with mmcv's ``norm_decay_mult=0``.
+    Source: the published recipe of the detectors, which is that of the segmentors with mmcv's ``norm_decay_mult=0``.
     """
 
     def decays(path, decays_by_name):
@@ -73,7 +73,7 @@ def decay_all_but_norms_and_bn(params):
     return jax.tree_util.tree_map_with_path(decays, decay_all_but_norms(params))
 
 
-# LayerNorms that are named by their place in a sequence, as published
+# LayerNorms whose published names are positions in a sequence
 _NAMELESS_NORMS = r"\['(conv_offset_1|proj_ds_1)'\]"
 
 
@@ -98,7 +98,15 @@ def make_optimizer(
     decay_rule: str,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay by one of ``DECAY_RULES``, after clipping to ``clip_norm`` where that is > 0."""
+    """Make AdamW with decoupled weight decay.
+
+    Args:
+      schedule: learning rate by step.
+      b1, b2, eps: of Adam.
+      weight_decay: factor of the decay.
+      decay_rule: name in ``DECAY_RULES``, which selects the parameters that decay.
+      clip_norm: gradients are clipped to this global norm first; 0 disables clipping.
+    """
     mask = DECAY_RULES[decay_rule]
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     return optax.chain(clip_by_global_norm(clip_norm), adamw) if clip_norm > 0 else adamw

@@ -1,36 +1,37 @@
-"""The end of a run that is asked for from outside: by a signal, at the same step in all processes."""
+"""Graceful shutdown on SIGTERM and SIGINT, at the same step in all processes."""
 
 import collections
+import logging
 import signal
 import threading
-from collections.abc import Callable
 
 import jax
 
 from dat_jax.parallel import sharding
 
+logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_STEPS_BEHIND = 2  # after so many steps what the processes said is read, so that none waits for it
+_STEPS_BEHIND = 2  # the answers of other processes are read this many steps later, so that no step waits for them
 
 
 class Preemption:
-    """Notices SIGTERM and SIGINT. Use as a context manager; the second signal ends the process at once.
+    """Handles SIGTERM and SIGINT. Use as a context manager; the second signal ends the process at once.
 
-    In another thread than the main one, which alone gets signals, it notices none.
+    Outside the main thread, which is the only one that gets signals, it handles none.
 
     Args:
-      mesh: over the devices of all processes.
-      note: is told of the signal.
+      mesh: mesh over the devices of all processes.
 
     Attributes:
-      signal_name: what was noticed, or None.
+      signal_name: name of the signal that was received, or None.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, *, note: Callable[[str], None]):
-        self._mesh, self._note = mesh, note
-        self.signal_name, self._previous = None, {}
-        self._said = False
-        self._asked = collections.deque()
+    def __init__(self, mesh: jax.sharding.Mesh):
+        self._mesh = mesh
+        self.signal_name: str | None = None
+        self._previous = {}
+        self._logged = False
+        self._answers = collections.deque()
         self._any = jax.jit(lambda flags: flags.any(), out_shardings=sharding.replicated(mesh))
 
     def __enter__(self):
@@ -42,18 +43,21 @@ class Preemption:
         self._restore()
 
     def should_stop(self) -> bool:
-        """Whether the run has to end at this step. Every process has to ask, once a step; all get the same answer.
+        """Return whether the run has to end at this step. Every process calls this once per step; all get the same answer.
 
-        The answer of one process is its own. Several ask their devices, which takes two more steps.
+        A run of one process knows at once. Several processes ask each other through their devices, two steps later.
         """
         received = self.signal_name is not None
-        if received and not self._said:
-            self._said = True
-            self._note(f"{self.signal_name}: saving, then ending. Another signal ends at once, without saving.")
+        if received and not self._logged:
+            self._logged = True
+            logger.warning(
+                "%s received: the run is saved and then ends. Another signal ends it at once, without saving.",
+                self.signal_name,
+            )
         if jax.process_count() == 1:
             return received
-        self._asked.append(self._any(sharding.fill_batch(received, self._mesh)))
-        stop = len(self._asked) > _STEPS_BEHIND and bool(self._asked.popleft())
+        self._answers.append(self._any(sharding.fill_batch(received, self._mesh)))
+        stop = len(self._answers) > _STEPS_BEHIND and bool(self._answers.popleft())
         if stop and not received:
             self.signal_name = "a signal to another process"
         return stop

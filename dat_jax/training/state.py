@@ -1,4 +1,4 @@
-"""What a run carries from step to step."""
+"""The state of a training run."""
 
 from typing import Any
 
@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dat_jax.tasks import Task
+from dat_jax.tasks.objective import Objective
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What the next step needs.
+    """Everything that a training step changes.
 
     Attributes:
-      step: int32, finished steps, skipped ones included.
-      ema_params: None unless asked for.
-      skipped, skipped_in_a_row: int32, steps whose loss or gradient was not a finite number, which left all else as it was:
-        so far, and since the last other one.
+      step: int32 scalar, number of finished steps, including skipped ones.
+      params: parameters.
+      model_state: further variables of the model, such as {"batch_stats": ...}.
+      opt_state: state of the optimizer.
+      ema_params: exponential moving average of the parameters, or None.
+      skipped, skipped_in_a_row: int32 scalars, number of steps that were skipped because the loss or the gradient was not
+        finite: in total, and since the last step that was not skipped. A skipped step changes nothing but these counters.
     """
 
     step: jax.Array
@@ -31,13 +34,23 @@ class TrainState:
 
     @property
     def eval_variables(self) -> dict[str, Any]:
-        """What is evaluated: the averaged weights where there are any."""
+        """Variables to evaluate: with the averaged parameters if there are any."""
         return {"params": self.params if self.ema_params is None else self.ema_params, **self.model_state}
 
 
-def init_state(key: jax.Array, batch, *, task: Task, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
-    """The state at step 0."""
-    model_state = dict(task.init(key, batch))
+def init_state(
+    key: jax.Array, batch, *, objective: Objective, optimizer: optax.GradientTransformation, ema: bool
+) -> TrainState:
+    """Make the state before the first step.
+
+    Args:
+      key: random key of the initial parameters.
+      batch: an example batch.
+      objective: the model.
+      optimizer: the optimizer.
+      ema: whether parameters are averaged.
+    """
+    model_state = dict(objective.init(key, batch))
     params = model_state.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -48,10 +61,10 @@ def init_state(key: jax.Array, batch, *, task: Task, optimizer: optax.GradientTr
     )
 
 
-def own_memory(state: TrainState) -> TrainState:
-    """A copy whose arrays share memory with nothing, as a step that takes the memory of its state wants it.
+def copy_state(state: TrainState) -> TrainState:
+    """Copy a state into memory of its own, as a step that donates its state requires.
 
-    Arrays that were put on a CPU may still lie in the memory of a file or of NumPy, and averaged weights start as the same
-    arrays as the weights.
+    Arrays that were put on a CPU may share memory with a file or NumPy, and averaged parameters start as the same arrays as
+    the parameters.
     """
     return jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)

@@ -1,4 +1,4 @@
-"""One optimizer step."""
+"""The training step."""
 
 from collections.abc import Callable
 
@@ -6,45 +6,49 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dat_jax.tasks import Task
+from dat_jax.tasks.objective import Objective
 from dat_jax.training.optimizer import global_norm
 from dat_jax.training.state import TrainState
 
-_DROPOUT_STREAM = 1  # random streams: fold_in(seed, stream), then the step
+_RANDOM_STREAM = 1  # random keys: fold_in(seed, stream), then fold_in of the step
 
 
 def make_train_step(
     *,
-    task: Task,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """Makes ``train_step(state, batch) -> (state, metrics)``, to be jitted.
+    """Make ``train_step(state, batch) -> (state, metrics)``, to be jitted.
+
+    A step whose loss or gradient is not finite is skipped: only the counters of the state change.
 
     Args:
-      task, optimizer, schedule: the schedule only reports the learning rate.
-      seed: every random draw is a function of it, the step and the part of the batch.
-      accumulate_steps: A: the batch is split into A parts, whose gradients are averaged.
-      ema_decay: of the averaged weights, if the state has them.
+      objective: model and loss.
+      optimizer: turns gradients into updates.
+      schedule: learning rate by step, for the metrics only.
+      seed: every random draw is a function of the seed, the step and the part of the batch.
+      accumulate_steps: number of parts A into which a batch is split; their gradients are averaged.
+      ema_decay: decay of the averaged parameters, if the state has them.
 
     Returns:
-      A function. Metrics: those of the task, "grad_norm" before clipping, "learning_rate", and "skipped",
-      "skipped_in_a_row" of the new state: where the loss or the gradient is not a finite number the step only counts.
+      A function. Its metrics are those of the objective, "grad_norm" before clipping, "learning_rate", and "skipped" and
+      "skipped_in_a_row" of the new state.
     """
 
     def gradients(state, batch, key):
         def loss(params):
-            value, metrics, model_state = task.loss({"params": params, **state.model_state}, batch, key)
+            value, metrics, model_state = objective.loss({"params": params, **state.model_state}, batch, key)
             return value, (metrics, model_state)
 
         grads, (metrics, model_state) = jax.grad(loss, has_aux=True)(state.params)
         return grads, metrics, model_state
 
     def accumulated_gradients(state, batch, key):
-        """Every A-th example goes into one part, so that each part keeps the batch's layout on the devices."""
+        """Every A-th example belongs to the same part, so that each part has the batch's layout on the devices."""
         parts = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // accumulate_steps, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch
         )
@@ -62,26 +66,31 @@ def make_train_step(
         return grads, metrics, state.model_state
 
     def train_step(state, batch):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT_STREAM), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _RANDOM_STREAM), state.step)
         compute = accumulated_gradients if accumulate_steps > 1 else gradients
         grads, metrics, model_state = compute(state, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
-            ema_params = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema_params, params)
-        grad_norm = global_norm(grads)
+            ema_params = optax.incremental_update(params, ema_params, step_size=1 - ema_decay)
+        grad_norm, learning_rate = global_norm(grads), schedule(state.step)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        metrics = {**metrics, "grad_norm": grad_norm, "learning_rate": schedule(state.step)}
-        updated = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params)
-        kept = {name: getattr(state, name) for name in updated}
+        new = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params)
+        old = {name: getattr(state, name) for name in new}
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept),
+            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old),
         )
-        metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        metrics = {
+            **metrics,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
         return state, metrics
 
     return train_step

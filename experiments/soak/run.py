@@ -50,13 +50,13 @@ def read_state(workdir: pathlib.Path, values: dict, step: int):
 
     from configs import quickstart
     from dat_jax.checkpoints.manager import Checkpoints
-    from dat_jax.training.run import make_run
+    from dat_jax.training.trainer import Trainer
 
     config = quickstart.get_config().unlock()
     config.update_from_flattened_dict(values)
-    run = make_run(config.lock(), devices=jax.devices()[:1])
-    with Checkpoints(workdir / "checkpoints", metric=run.metric, read_only=True) as checkpoints:
-        return jax.device_get(checkpoints.restore(step, run.abstract_state)[0])
+    trainer = Trainer(config.lock(), devices=jax.devices()[:1])
+    with Checkpoints(workdir / "checkpoints", metric=trainer.task.metric, read_only=True) as checkpoints:
+        return jax.device_get(checkpoints.restore(step, trainer.abstract_state)[0])
 
 
 def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed: int) -> dict[str, str]:

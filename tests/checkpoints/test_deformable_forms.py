@@ -15,7 +15,7 @@ from dat_jax.checkpoints.manager import DamagedError
 from dat_jax.conversion.command import export_weights
 from dat_jax.conversion.files import read_checkpoint
 from dat_jax.errors import UserError
-from dat_jax.training import run as run_lib
+from dat_jax.training import trainer as trainer_lib
 from dat_jax.training.loop import evaluate, train
 from tests.helpers import tiny_config
 from tests.helpers.random_variables import random_variables
@@ -112,7 +112,7 @@ def test_a_run_records_the_form_of_its_model(tmp_path):
 def test_auto_is_the_form_of_the_named_model(name, form):
     config = tiny_config.get_config().unlock()
     config.model = dict(name=name, deformable_form="auto", dtype="float32")
-    assert run_lib._with_deformable_form(config).model.deformable_form == form
+    assert trainer_lib._resolve_deformable_form(config).model.deformable_form == form
 
 
 def test_every_configuration_has_the_key():
@@ -124,6 +124,6 @@ def test_every_configuration_has_the_key():
 def test_a_checkpoint_without_the_form_is_of_the_only_one_that_there_was():
     metadata = {"config": tiny_config.get_config().to_dict(), "classes": 2}
     del metadata["config"]["model"]["deformable_form"]
-    continuation.check_model(metadata, run_lib.make_run(tiny_config.get_config()))
+    continuation.check_model(metadata, trainer_lib.Trainer(tiny_config.get_config()).config, classes=2)
     with pytest.raises(UserError, match="model.deformable_form dat_pp, now cvpr2022"):
-        continuation.check_model(metadata, run_lib.make_run(tiny_config.get_config(deformable_form="cvpr2022")))
+        continuation.check_model(metadata, tiny_config.get_config(deformable_form="cvpr2022"), classes=2)

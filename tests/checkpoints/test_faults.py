@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from dat_jax.checkpoints import manager as checkpoint
 from dat_jax.data import batching, sources
 from dat_jax.errors import UserError
 from dat_jax.training import loop
-from dat_jax.training.monitoring import health
+from dat_jax.training.monitoring.input import ImageCounter, StallWarning
 from dat_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from tests.helpers import tiny_config
+from tests.helpers.logs import collect_logs
 from tests.training.test_loop import with_values
 
 pytestmark = pytest.mark.slow
@@ -30,38 +32,52 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """A program for one device compiles in half the time."""
-    monkeypatch.setattr(loop, "make_run", functools.partial(loop.make_run, devices=jax.devices()[:1]))
+    monkeypatch.setattr(loop, "Trainer", functools.partial(loop.Trainer, devices=jax.devices()[:1]))
 
 
 def poison(monkeypatch, *steps):
     """The loss of these steps is NaN, and so is its gradient."""
-    make_run, train_batches = loop.make_run, loop.train_batches
+    make_trainer = loop.Trainer
 
-    def poisoned_run(config):
-        run = make_run(config)
+    def make_poisoned_trainer(config):
+        trainer = make_trainer(config)
+        original_loss, train_batches = trainer.objective.loss, trainer.train_batches
 
         def loss(variables, batch, key):
-            value, metrics, model_state = run.task.loss(
-                variables, {"image": batch["image"], "label": batch["label"]}, key
-            )
+            inputs = {"image": batch["image"], "label": batch["label"]}
+            value, metrics, model_state = original_loss(variables, inputs, key)
             value = value * batch["factor"].mean()
             return value, metrics | {"loss": value}, model_state
 
-        return dataclasses.replace(run, task=dataclasses.replace(run.task, loss=loss))
+        def poisoned_batches(*, start_step):
+            for step, batch in enumerate(train_batches(start_step=start_step), start=start_step + 1):
+                factor = np.nan if step in steps else 1.0
+                yield batch | {"factor": np.full(len(batch["label"]), factor, np.float32)}
 
-    def poisoned_batches(run, *, start_step):
-        for step, batch in enumerate(train_batches(run, start_step=start_step), start=start_step + 1):
-            factor = np.nan if step in steps else 1.0
-            yield batch | {"factor": np.full(len(batch["label"]), factor, np.float32)}
+        trainer.objective = dataclasses.replace(trainer.objective, loss=loss)
+        trainer.train_batches = poisoned_batches
+        return trainer
 
-    monkeypatch.setattr(loop, "make_run", poisoned_run)
-    monkeypatch.setattr(loop, "train_batches", poisoned_batches)
+    monkeypatch.setattr(loop, "Trainer", make_poisoned_trainer)
+
+
+def change_batches(monkeypatch, change):
+    """Every trainer's training batches become change(original batches, start_step)."""
+    make_trainer = loop.Trainer
+
+    def make_changed_trainer(config):
+        trainer = make_trainer(config)
+        train_batches = trainer.train_batches
+        trainer.train_batches = lambda *, start_step: change(train_batches(start_step=start_step), start_step)
+        return trainer
+
+    monkeypatch.setattr(loop, "Trainer", make_changed_trainer)
 
 
 def restore(directory, step):
-    run = loop.make_run(tiny_config.get_config())
+    trainer = loop.Trainer(tiny_config.get_config())
     with checkpoint.Checkpoints(directory / "checkpoints", metric="top1", read_only=True) as checkpoints:
-        return checkpoints.restore(step, run.abstract_state)[0]
+        return checkpoints.restore(step, trainer.abstract_state)[0]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
@@ -107,24 +123,24 @@ def test_the_state_before_the_skipped_steps_is_that_of_a_run_without_them(tmp_pa
 
 def test_a_signal_saves_the_next_step_and_the_run_goes_on_from_it(tmp_path, monkeypatch, capsys):
     whole = loop.train(tiny_config.get_config(), str(tmp_path / "whole"))
-    original = loop.train_batches
 
-    def with_signal(run, *, start_step):
-        for step, batch in enumerate(original(run, start_step=start_step), start=start_step + 1):
+    def with_signal(batches, start_step):
+        for step, batch in enumerate(batches, start=start_step + 1):
             if step == 13:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop, "train_batches", with_signal)
-    assert loop.train(tiny_config.get_config(), str(tmp_path / "stopped")) == {}
+    with monkeypatch.context() as patch:
+        change_batches(patch, with_signal)
+        assert loop.train(tiny_config.get_config(), str(tmp_path / "stopped")) == {}
     assert signal.getsignal(signal.SIGTERM) is handler
     stopped = tmp_path / "stopped"
-    said = f"Ended by SIGTERM at step 13. Saved is {stopped}/checkpoints/13; the same command goes on from there: "
-    assert f"{said}python -m dat_jax.main --config=FILE --workdir={stopped}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Ended by SIGTERM at step 13. Saved in {stopped}/checkpoints/13." in printed
+    assert f"python -m dat_jax.main --config=FILE --workdir={stopped}\n" in printed
     assert "Unfinished: ended by SIGTERM at step 13 of 20." in (stopped / "summary.md").read_text()
     assert int(restore(tmp_path / "stopped", 13).step) == 13
-    monkeypatch.setattr(loop, "train_batches", original)
     assert loop.train(tiny_config.get_config(), str(tmp_path / "stopped")) == whole
     for name in ("train/loss", "eval/loss"):
         steps, wanted = (read_metrics(tmp_path / run / "metrics.jsonl")[name] for run in ("stopped", "whole"))
@@ -136,9 +152,11 @@ def test_a_signal_saves_the_next_step_and_the_run_goes_on_from_it(tmp_path, monk
 def test_the_second_signal_ends_at_once():
     code = (
         "import os, signal, time, jax\n"
+        "from dat_jax.cli.console import configure_logging\n"
         "from dat_jax.training.preemption import Preemption\n"
         "from dat_jax.parallel.sharding import make_mesh\n"
-        "with Preemption(make_mesh(data=-1, fsdp=1), note=lambda text: print(text, flush=True)) as preemption:\n"
+        "configure_logging()\n"
+        "with Preemption(make_mesh(data=-1, fsdp=1)) as preemption:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert preemption.should_stop()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -146,7 +164,7 @@ def test_the_second_signal_ends_at_once():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == -signal.SIGTERM
-    assert "SIGTERM: saving, then ending. Another signal ends at once" in ended.stdout
+    assert "SIGTERM received" in ended.stdout
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path, monkeypatch, capsys):
@@ -156,30 +174,28 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path, monkeypatch, ca
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def train_until_full(step):
-        original = loop.train_batches
-
-        def filling(run, *, start_step):
-            for index, batch in enumerate(original(run, start_step=start_step), start=start_step + 1):
+        def filling(batches, start_step):
+            for index, batch in enumerate(batches, start=start_step + 1):
                 if index == step:
                     monkeypatch.setattr(handler, "async_save", full)
                 yield batch
 
-        monkeypatch.setattr(loop, "train_batches", filling)
+        change_batches(monkeypatch, filling)
         return loop.train(with_values(**{"checkpoint.every": 3}), str(tmp_path))
 
     result = train_until_full(14)
     assert result["examples"] == 50
     printed = capsys.readouterr().out
-    assert "WARNING: step 15 could not be saved: No space left on device" in printed
+    assert re.search("WARNING: .*15.* could not be saved: No space left on device", printed)
     assert "The checkpoint of step 12 is untouched" in printed
     assert list(read_metrics(tmp_path / "metrics.jsonl")["eval/top1"]) == [10, 20]
     assert int(restore(tmp_path, 12).step) == 12
 
 
 def test_metrics_that_cannot_be_written_wait(tmp_path, monkeypatch):
-    notes, path = [], tmp_path / "metrics.jsonl"
+    path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "tr')  # of a killed run
-    with MetricWriter(tmp_path, note=notes.append) as writer:
+    with collect_logs() as messages, MetricWriter(tmp_path) as writer:
         writer.write(2, {"loss": 2.0}, prefix="train")
         with monkeypatch.context() as patch:
             opened = type(path).open
@@ -192,8 +208,8 @@ def test_metrics_that_cannot_be_written_wait(tmp_path, monkeypatch):
             patch.setattr(type(path), "open", full)
             writer.write(3, {"loss": 3.0}, prefix="train")
             writer.write(4, {"loss": 4.0}, prefix="train")
-        assert len(notes) == 1
-        assert "metrics cannot be written" in notes[0]
+        assert len(messages) == 1
+        assert "No space left on device" in messages[0]
         writer.write(5, {"loss": 5.0}, prefix="train")
     assert read_metrics(path)["train/loss"] == {step: float(step) for step in range(1, 6)}
 
@@ -226,15 +242,15 @@ def _encode(image):
 def damaged_batches(every, *, batches, max_damaged=0.2, workers=0):
     """Counts what batches of 16 of a source of 400 have, and what was said."""
     source = sources.EncodedSource(PartlyDamaged(400, every), ("a", "b"), skip_damaged=True)
-    notes, counter = [], health.ImageCounter(max_damaged, note=lambda note: notes.append(note))
+    counter = ImageCounter(max_damaged)
     loaded = batching.make_train_batches(source, lambda record, _: record, batch_size=16, seed=0, workers=workers)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, collect_logs() as messages:
         warnings.simplefilter("always")
         sources._warn_once.cache_clear()
-        for _, batch in zip(range(batches), loaded, strict=False):
-            counter.count(batch)
+        for step, batch in zip(range(batches), loaded, strict=False):
+            counter.on_batch(step, batch)
             assert set(batch) == {"image", "label"}
-    return counter.summary(), notes, [str(warning.message) for warning in caught]
+    return counter.on_log(0, []), messages, [str(warning.message) for warning in caught]
 
 
 def test_damaged_images_are_skipped_counted_and_named():
@@ -259,21 +275,15 @@ def test_a_run_names_the_images_of_a_batch_as_it_loads_them():
 
 
 def test_a_stalled_pipeline_says_so():
-    notes, finished = [], []
-
-    def batches():
-        try:
-            yield {"n": 0}
-            time.sleep(0.35)
-            yield {"n": 1}
-        finally:
-            finished.append(True)
-
-    watched = health.watch(batches(), seconds=0.1, note=notes.append)
-    assert [batch["n"] for batch in watched] == [0, 1]
-    assert 2 <= len(notes) <= 4
-    assert "has given no batch for 0 s" in notes[0]
-    assert finished == [True]
+    hook = StallWarning(0.1)
+    with collect_logs() as messages:
+        for seconds in (0.0, 0.35, 0.0):
+            hook.before_batch(1)
+            time.sleep(seconds)
+            hook.on_batch(1, {})
+        time.sleep(0.2)
+    assert 2 <= len(messages) <= 4
+    assert "has not delivered a batch for 0 s" in messages[0]
 
 
 def test_a_killed_worker_is_said_and_not_waited_for():

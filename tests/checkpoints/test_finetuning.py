@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from dat_jax.checkpoints import loading as pretrained
+from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.data import sources
 from dat_jax.errors import UserError
 from dat_jax.training import loop
-from dat_jax.training.run import make_run, start_state
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
+from tests.helpers.logs import collect_logs
 
 
 def with_values(**values):
@@ -53,10 +55,10 @@ def test_weights_without_a_work_directory_are_evaluated(finished, tmp_path):
 
 def test_a_run_starts_from_the_weights_with_a_new_head(finished, three_classes, tmp_path, capsys):
     config = with_values(**{"init_from": str(finished[0]), "data.name": "thirds", "epochs": 1, "ema_decay": 0.5})
-    run = make_run(config)
-    notes = []
-    state = start_state(run, note=notes.append)
-    assert notes == [
+    trainer = Trainer(config)
+    with collect_logs() as messages:
+        state = initialize_state(trainer.config, **loop._state_options(trainer))
+    assert messages == [
         f"Starting from the weights of {finished[0]}.",
         "The head of 3 classes is new: the loaded one has 2.",
     ]

@@ -17,6 +17,7 @@ from dat_jax.checkpoints import manager as checkpoint
 from dat_jax.checkpoints.manager import Checkpoints, DamagedError, compute_digests
 from dat_jax.errors import UserError
 from dat_jax.training.state import TrainState
+from tests.helpers.logs import collect_logs
 
 METADATA = {"examples": 8, "config": {"batch_size": 4, "model": {"dims": [1, 2]}}}
 
@@ -37,11 +38,10 @@ def abstract(state):
 
 
 def save(directory, scores: dict[int, float | None], **options) -> list[str]:
-    notes = []
-    with Checkpoints(directory, metric="score", note=notes.append, **options) as checkpoints:
+    with collect_logs() as messages, Checkpoints(directory, metric="score", **options) as checkpoints:
         for step, score in scores.items():
             checkpoints.save(make_state(step), metadata=METADATA, metrics=None if score is None else {"score": score})
-    return notes
+    return messages
 
 
 def assert_is_of_step(state, step):
@@ -52,8 +52,7 @@ def assert_is_of_step(state, step):
 
 def restore_newest(directory) -> tuple[int | None, list[str]]:
     """The step that is gone on from, its numbers compared, and what was said."""
-    notes = []
-    with Checkpoints(directory, metric="score", note=notes.append) as checkpoints:
+    with collect_logs() as notes, Checkpoints(directory, metric="score") as checkpoints:
         found = checkpoints.restore_newest(abstract(make_state(0)))
     if found is None:
         return None, notes
@@ -181,8 +180,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, monkeypa
         await asyncio.sleep(0.5)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    notes = []
-    with Checkpoints(tmp_path, metric="score", note=notes.append) as checkpoints:
+    with collect_logs() as notes, Checkpoints(tmp_path, metric="score") as checkpoints:
         assert checkpoints.save(make_state(1), metadata=METADATA, metrics={"score": 0.1})
         checkpoints.wait()
         monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "async_save", full)
@@ -192,7 +190,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, monkeypa
         assert checkpoints.steps() == [1]
         assert len(notes) == 1
         assert notes[0] == (
-            "WARNING: step 2 could not be saved: No space left on device. The checkpoint of step 1 is untouched, and the "
+            "Step 2 could not be saved: No space left on device. The checkpoint of step 1 is untouched, and the "
             "next one will be tried."
         )
         assert checkpoints.save(make_state(3), metadata=METADATA, metrics={"score": 0.3})

@@ -18,7 +18,7 @@ from dat_jax.conversion.detectors import read_detector_options
 from dat_jax.conversion.segmentors import trace_segmentor
 from dat_jax.conversion.settings import COUNT, RATE, Settings, list_of
 from dat_jax.errors import UserError
-from dat_jax.tasks.detection.detector import default_settings
+from dat_jax.tasks.detection.objective import default_settings
 from tests.helpers.published_configs import FILES, YAMLS, make_config, make_yaml
 
 NAMES = (*FILES, *YAMLS)

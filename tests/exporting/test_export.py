@@ -23,7 +23,7 @@ from dat_jax.checkpoints.loading import export_model
 from dat_jax.conversion import to_official
 from dat_jax.errors import UserError
 from dat_jax.exporting import check_files, make_program
-from dat_jax.tasks.classification import normalize
+from dat_jax.tasks.preprocessing import normalize
 from tests.helpers.photographs import photographs
 from tests.helpers.tiny_classification import random_classifier
 from tests.helpers.tiny_segmentation import random_segmentor

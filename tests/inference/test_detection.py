@@ -15,8 +15,8 @@ from dat_jax.data import coco_names
 from dat_jax.data.detection_transforms import make_detection_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.ops.detection.masks import paste_masks
-from dat_jax.tasks.classification import normalize
-from dat_jax.tasks.detection.detector import default_settings, make_detection_task
+from dat_jax.tasks.detection.objective import default_settings, make_detection_objective
+from dat_jax.tasks.preprocessing import normalize
 from tests.helpers import tiny_detection
 from tests.helpers.photographs import photographs
 
@@ -34,7 +34,7 @@ def detect(trained, image, *, scale=(64, 64), **settings):
     model, variables = dat_jax.load_pretrained(trained)
     record = make_detection_eval_transform(scale=scale)({"image": image})
     batch = {name: record[name][None] for name in ("image", "valid", "scale")}
-    task = make_detection_task(model, settings=dataclasses.replace(default_settings(model), **settings))
+    task = make_detection_objective(model, settings=dataclasses.replace(default_settings(model), **settings))
     found = {name: np.asarray(values[0]) for name, values in jax.jit(task.predict)(variables, batch).items()}
     found = {name: values[found["valid"]] for name, values in found.items()}
     if "masks" in found:

@@ -25,7 +25,7 @@ from dat_jax.data import ade20k
 from dat_jax.data.coco import decode_mask
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
 from dat_jax.evaluation.segmentation import make_segmenter
-from dat_jax.tasks.segmentation import make_segmentation_task
+from dat_jax.tasks.segmentation.objective import make_segmentation_objective
 from dat_jax.training.state import TrainState
 from tests.helpers import tiny_detection, tiny_segmentation
 from tests.helpers.photographs import photographs
@@ -120,7 +120,7 @@ def expected(trained, path, *, long_side=64, short_side=64, ratios=(1.0,), **opt
         image = np.array(opened.convert("RGB"))
     transform = make_segmentation_eval_transform(scale=(long_side, short_side), ratios=ratios)
     views = transform({"image": image, "label": np.zeros(image.shape[:2], np.uint8)})
-    segment = make_segmenter(make_segmentation_task(model, auxiliary_weight=0.0).predict, **options)
+    segment = make_segmenter(make_segmentation_objective(model, auxiliary_weight=0.0).predict, **options)
     seen = [views[f"view_{index}"][None] for index in range(len(ratios))]
     labels, _ = segment(variables, seen, np.array([image.shape[:2]]), image.shape[:2])
     return np.array(labels[0])

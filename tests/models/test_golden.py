@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dat_jax import conversion
-from dat_jax.tasks.classification import smooth_labels, soft_cross_entropy
+from dat_jax.tasks.classification.objective import smooth_labels, soft_cross_entropy
 from tests.helpers.golden_files import Golden, relative_error
 
 # Of recorded quantities: float64 ones, ones stored in float32, gradient norms, full gradients.

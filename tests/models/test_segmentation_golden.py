@@ -13,7 +13,7 @@ from dat_jax.data.segmentation_transforms import make_segmentation_eval_transfor
 from dat_jax.evaluation.segmentation import make_segmenter
 from dat_jax.models.backbone import Backbone
 from dat_jax.ops.layers.resize import resize_bilinear
-from dat_jax.tasks.segmentation import make_segmentation_task, segmentation_loss
+from dat_jax.tasks.segmentation.objective import make_segmentation_objective, segmentation_loss
 from tests.helpers.golden_files import Golden, channels_last, relative_error
 
 HEADS = ["sem_fpn_mini", "upernet_mini"]
@@ -211,7 +211,7 @@ def test_the_task_is_what_was_recorded():
     batch["label"][0, :, 40:], batch["label"][1, 50:] = 255, 255
     images = (batch["image"] - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
     images[0, :, 40:], images[1, 50:] = 0, 0
-    task = make_segmentation_task(model, auxiliary_weight=0.4)
+    task = make_segmentation_objective(model, auxiliary_weight=0.4)
     value, metrics, state = jax.jit(task.loss)(variables, batch, jax.random.key(0))
 
     def directly(variables, images):

@@ -18,7 +18,7 @@ from dat_jax.ops import dispatch
 from dat_jax.profiling import step_report
 from dat_jax.profiling import topologies as targets
 from dat_jax.profiling.flops import count_product_flops
-from dat_jax.training import run as run_lib
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -70,8 +70,8 @@ def test_what_is_compiled_for_another_platform_is_what_it_would_run():
     donated = {}
     for platform in ("cpu", "tpu"):
         with dispatch.compiling_for(platform):
-            run = run_lib.make_run(config)
-            step, arguments, _ = step_report.step_function(run, "train")
+            trainer = Trainer(config)
+            step, arguments, _ = step_report.step_function(trainer, "train")
             lowered = step.lower(*arguments)
             donated[platform] = {leaf.donated for leaf in jax.tree.leaves(lowered.args_info[0][0])}
             assert ("bf16" in lowered.as_text()) == (platform == "tpu")
@@ -123,8 +123,8 @@ def test_a_step_fits_where_its_peak_is_at_most_the_memory_of_the_chip(monkeypatc
     """The search is told by the batch alone: here 48 examples a chip have room."""
     seen, notes = [], []
 
-    def report_step(run, step, *, chip, top):
-        batch = run.config.batch_size // run.mesh.size
+    def report_step(trainer, step, *, chip, top):
+        batch = trainer.config.batch_size // trainer.mesh.size
         seen.append(batch)
         return {"fits": batch <= 48, "memory": {"peak": 2**20 * batch}}
 
@@ -153,8 +153,8 @@ def test_accumulated_parts_are_all_counted():
     for parts in (1, 2):
         config = tiny_config.get_config(stages=("D",)).unlock()
         config.accumulate_steps = parts
-        run = run_lib.make_run(config)
-        step, arguments, _ = step_report.step_function(run, "train")
+        trainer = Trainer(config)
+        step, arguments, _ = step_report.step_function(trainer, "train")
         flops[parts] = count_product_flops(step.trace(*arguments).jaxpr.jaxpr)
     assert math.isclose(flops[1], flops[2], rel_tol=0.05)
 

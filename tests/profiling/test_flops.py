@@ -7,7 +7,7 @@ import pytest
 from configs import dat_pp_t
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.profiling.step_report import StandIn
-from dat_jax.training import run as run_lib
+from dat_jax.training.trainer import Trainer
 
 
 def test_products_in_loops_and_branches_count_as_often_as_they_run():
@@ -33,6 +33,6 @@ def test_model_flops_do_not_depend_on_how_they_are_computed():
     """4.26 G multiply-adds forward, as the papers count them, whatever is recomputed, scanned or accumulated."""
     config = dat_pp_t.get_config().unlock()
     config.accumulate_steps = 2
-    run = run_lib.make_run(config, sources=(StandIn(2048, tuple(map(str, range(1000)))),) * 2)
-    assert run.config.model.remat == "blocks"
-    assert run_lib.count_model_flops(run) == pytest.approx(3 * 2 * 4.26e9, rel=1e-3)
+    trainer = Trainer(config, sources=(StandIn(2048, tuple(map(str, range(1000)))),) * 2)
+    assert trainer.config.model.remat == "blocks"
+    assert trainer.count_model_flops() == pytest.approx(3 * 2 * 4.26e9, rel=1e-3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from dat_jax.training.compiler_options import known_options
+from dat_jax.training.compilation import known_options
 
 
 def compiler_options():

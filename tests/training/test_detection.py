@@ -8,11 +8,10 @@ from PIL import Image
 from dat_jax import conversion
 from dat_jax.checkpoints.loading import load_trained, read_class_names
 from dat_jax.errors import UserError
-from dat_jax.parallel import sharding
-from dat_jax.training import run as run_lib
+from dat_jax.tasks.detection import task as setup
 from dat_jax.training.loop import evaluate, train
 from dat_jax.training.monitoring.metrics import read_metrics
-from dat_jax.training.setups import detection as setup
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_detection
 
 
@@ -51,12 +50,11 @@ def test_weights_go_to_published_names_and_back(workdir):
 
 def two_steps(config, devices):
     """Metrics of two steps, BatchNorm's statistics after them, and detections of four images."""
-    run = run_lib.make_run(config, devices=devices)
-    state, step = run_lib.initialize(run), run_lib.make_jitted_step(run)
-    batches, found = run_lib.train_batches(run, start_step=0), []
+    trainer = Trainer(config, devices=devices)
+    state, batches, found = trainer.initialize(), trainer.train_batches(start_step=0), []
     for _ in range(2):
         batch = {name: array for name, array in next(batches).items() if name not in ("damaged", "dropped")}
-        state, metrics = step(state, sharding.put_batch(batch, run.mesh))
+        state, metrics = trainer.train_step(state, trainer.put_batch(batch))
         found.append(jax.device_get(metrics))
     return found, jax.device_get(state.model_state)
 

@@ -1,5 +1,6 @@
 """Whole runs in a work directory: files, resuming, going on, evaluation, and what stops a run."""
 
+import itertools
 import json
 import re
 import shutil
@@ -72,29 +73,24 @@ def test_more_epochs_go_on_from_the_last_step(finished, tmp_path, capsys, monkey
     loop.train(with_values(epochs=3, profile=2), str(directory))
     printed = capsys.readouterr().out
     assert "Resumed at step 20 of 30" in printed
-    assert "Profile of the steps 24 to 25 in" in printed
+    assert "Profile of steps 24 to 25 in" in printed
     assert traced == [str(directory / "profile"), "stop"]
     assert list(read_metrics(directory / "metrics.jsonl")["eval/top1"]) == [10, 20, 30]
 
 
 def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch, it repeats that epoch from the checkpoint of the first."""
-    original = loop.make_jitted_step
+    original = loop.Trainer
 
-    def stop_at_15(run):
-        step = original(run)
+    class StopsAt15(original):
+        def train_batches(self, *, start_step):
+            yield from itertools.islice(super().train_batches(start_step=start_step), 15 - start_step)
+            raise KeyboardInterrupt
 
-        def stopping(state, batch):
-            if int(state.step) == 15:
-                raise KeyboardInterrupt
-            return step(state, batch)
-
-        return stopping
-
-    monkeypatch.setattr(loop, "make_jitted_step", stop_at_15)
+    monkeypatch.setattr(loop, "Trainer", StopsAt15)
     with pytest.raises(KeyboardInterrupt):
         loop.train(tiny_config.get_config(), str(tmp_path))
-    monkeypatch.setattr(loop, "make_jitted_step", original)
+    monkeypatch.setattr(loop, "Trainer", original)
     assert loop.train(tiny_config.get_config(), str(tmp_path)) == finished[1]
     whole, resumed = (read_metrics(path / "metrics.jsonl")["train/loss"] for path in (finished[0], tmp_path))
     assert resumed == whole
@@ -131,7 +127,7 @@ def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
         ({"batch_size": 41}, "batch_size 41 is not a multiple of 8: 8 devices times 1"),
         ({"accumulate_steps": 3}, "batch_size 16 is not a multiple of 24: 8 devices times 3"),
         ({"eval.batch_size": 100}, "eval.batch_size 100 is not a multiple of 8 devices"),
-        ({"batch_size": 168}, "more than the 160 training examples"),
+        ({"batch_size": 168}, "larger than the 160 training examples"),
         ({"mesh.data": 3}, "data=3 x fsdp=1 does not make up 8 devices"),
         ({"mesh.fsdp": 3}, "does not make up 8 devices"),
         ({"data.name": "mnist"}, "Unknown data set 'mnist'; choose one of mnist5k, halves"),

@@ -11,13 +11,14 @@ from PIL import Image
 import dat_jax
 from dat_jax import conversion
 from dat_jax.checkpoints.loading import export_model, load_trained, read_class_names
+from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.errors import UserError
-from dat_jax.parallel import sharding
-from dat_jax.training import run as run_lib
-from dat_jax.training.loop import evaluate, train
+from dat_jax.training.loop import _state_options, evaluate, train
 from dat_jax.training.monitoring.metrics import read_metrics
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config, tiny_segmentation
+from tests.helpers.logs import collect_logs
 from tests.helpers.random_variables import random_variables
 
 
@@ -69,11 +70,10 @@ def test_batch_norm_is_of_the_whole_batch_on_every_mesh(head):
     for devices, mesh in ((1, {"data": 1, "fsdp": 1}), (8, {"data": 4, "fsdp": 2})):
         config = tiny_segmentation.get_config(head).unlock()
         config.mesh = mesh
-        run = run_lib.make_run(config, devices=jax.devices()[:devices])
-        state, step = run_lib.initialize(run), run_lib.make_jitted_step(run)
-        losses = []
-        for batch in itertools.islice(run_lib.train_batches(run, start_step=0), 3):
-            state, metrics = step(state, sharding.put_batch(batch, run.mesh))
+        trainer = Trainer(config, devices=jax.devices()[:devices])
+        state, losses = trainer.initialize(), []
+        for batch in itertools.islice(trainer.train_batches(start_step=0), 3):
+            state, metrics = trainer.train_step(state, trainer.put_batch(batch))
             losses.append(float(metrics["loss"]))
         found[devices] = losses, jax.device_get(state.model_state["batch_stats"])
     np.testing.assert_allclose(found[8][0], found[1][0], rtol=1e-5)
@@ -132,9 +132,9 @@ def test_an_export_comes_back(workdir, tmp_path):
         np.testing.assert_array_equal(flat(loaded)[name], array, err_msg=name)
     config = tiny_config.get_config().unlock()
     config.init_from = str(tmp_path / "export")
-    run = run_lib.make_run(config)
+    trainer = Trainer(config)
     with pytest.raises(UserError, match="classifier starts from those of a classifier"):
-        run_lib.start_state(run, note=print)
+        initialize_state(trainer.config, **_state_options(trainer))
 
 
 def test_it_starts_from_a_classifier(tmp_path):
@@ -143,15 +143,16 @@ def test_it_starts_from_a_classifier(tmp_path):
     export_model(tmp_path / "classifier", model=classifier, variables=weights)
     config = tiny_segmentation.get_config().unlock()
     config.init_from = str(tmp_path / "classifier")
-    run, notes = run_lib.make_run(config), []
-    state = run_lib.start_state(run, note=notes.append)
-    assert "The backbone is that of a classifier; norms of its maps, and heads, are new." in notes
+    trainer = Trainer(config)
+    with collect_logs() as messages:
+        state = initialize_state(trainer.config, **_state_options(trainer))
+    assert any("backbone" in message and "classifier" in message for message in messages)
     backbone = flat(jax.device_get(state.params["backbone"]["dat"]))
     wanted = {name: array for name, array in flat(weights["params"]).items() if not name.startswith("cls_")}
     assert backbone.keys() == wanted.keys()
     for name, array in wanted.items():
         np.testing.assert_array_equal(backbone[name], array, err_msg=name)
-    fresh = run_lib.initialize(run)
+    fresh = trainer.initialize()
     np.testing.assert_array_equal(
         state.params["neck"]["lateral_convs_0"]["kernel"], fresh.params["neck"]["lateral_convs_0"]["kernel"]
     )
@@ -186,4 +187,4 @@ def test_mistakes_are_said(key, value, message):
     with group.ignore_type():
         group[last] = value
     with pytest.raises(UserError, match=message):
-        run_lib.make_run(config)
+        Trainer(config)

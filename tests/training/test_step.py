@@ -14,12 +14,12 @@ from configs import common
 from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo
 from dat_jax.profiling.step_report import StandIn
-from dat_jax.tasks import Task
-from dat_jax.training import run as run_lib
+from dat_jax.tasks.objective import Objective
+from dat_jax.tasks.registry import TASKS
 from dat_jax.training.optimizer import clip_by_global_norm, global_norm
-from dat_jax.training.setups import SETUPS
-from dat_jax.training.state import TrainState, init_state, own_memory
+from dat_jax.training.state import TrainState, copy_state, init_state
 from dat_jax.training.step import make_train_step
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
 
 CONFIGS = sorted(
@@ -36,11 +36,10 @@ def losses_on(mesh: dict[str, int], devices, monkeypatch) -> tuple[list[float], 
     recipe = common.get_config().augmentation  # what is drawn must not depend on the mesh either
     for name in ("erasing_probability", "mixup_alpha", "cutmix_alpha"):
         config.augmentation[name] = recipe[name]
-    run = run_lib.make_run(config)
-    state, step = run_lib.initialize(run), run_lib.make_jitted_step(run)
-    losses = []
-    for batch in itertools.islice(run_lib.train_batches(run, start_step=0), 5):
-        state, metrics = step(state, batch)
+    trainer = Trainer(config)
+    state, losses = trainer.initialize(), []
+    for batch in itertools.islice(trainer.train_batches(start_step=0), 5):
+        state, metrics = trainer.train_step(state, batch)
         losses.append(float(metrics["loss"]))
     return losses, state
 
@@ -61,7 +60,7 @@ def test_five_steps_are_the_same_on_every_mesh(monkeypatch):
         assert state.params["cls_head"]["bias"].addressable_shards[0].data.shape == (2,)
 
 
-def linear_task():
+def linear_objective():
     """loss = mean of (w . x - y)^2, with a count of calls as model state and noise from the key as a metric."""
 
     def init(key, batch):
@@ -72,15 +71,17 @@ def linear_task():
         value = (error**2).mean()
         return value, {"loss": value, "draw": jax.random.uniform(key)}, {"calls": variables["calls"] + 1}
 
-    return Task(init=init, loss=loss, predict=lambda variables, batch: {})
+    return Objective(init=init, loss=loss, predict=lambda variables, batch: {})
 
 
 def run_steps(count, **options):
-    task, optimizer = linear_task(), optax.sgd(0.1)
+    objective, optimizer = linear_objective(), optax.sgd(0.1)
     rng = np.random.default_rng(0)
     batch = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=8), jnp.float32)}
-    state = init_state(jax.random.key(0), batch, task=task, optimizer=optimizer, ema="ema_decay" in options)
-    step = jax.jit(make_train_step(task=task, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, **options))
+    state = init_state(jax.random.key(0), batch, objective=objective, optimizer=optimizer, ema="ema_decay" in options)
+    step = jax.jit(
+        make_train_step(objective=objective, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, **options)
+    )
     states, metrics = [state], []
     for _ in range(count):
         state, values = step(states[-1], batch)
@@ -109,12 +110,14 @@ def test_averaged_weights_follow_the_weights_and_are_what_is_evaluated():
 
 def test_a_step_that_is_not_finite_only_counts():
     """A loss of infinity in the third of four steps: the fourth goes on from the second."""
-    task, optimizer = linear_task(), optax.adam(0.1)
+    objective, optimizer = linear_objective(), optax.adam(0.1)
     rng = np.random.default_rng(0)
     batch = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=8), jnp.float32)}
     bad = batch | {"y": batch["y"].at[2].set(jnp.inf)}
-    state = init_state(jax.random.key(0), batch, task=task, optimizer=optimizer, ema=True)
-    step = jax.jit(make_train_step(task=task, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, ema_decay=0.5))
+    state = init_state(jax.random.key(0), batch, objective=objective, optimizer=optimizer, ema=True)
+    step = jax.jit(
+        make_train_step(objective=objective, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, ema_decay=0.5)
+    )
     states, counts = [state], []
     for which in (batch, batch, bad, bad, batch):
         state, metrics = step(states[-1], which)
@@ -151,11 +154,11 @@ def test_the_norm_is_that_of_all_leaves_whatever_their_names():
     np.testing.assert_allclose(global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
 
 
-def test_own_memory_is_shared_with_nothing():
+def test_a_copied_state_shares_no_memory():
     weights = np.zeros(64, np.float32)
     params = {"w": jax.device_put(weights)}
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, model_state={}, opt_state=(), ema_params=params)
-    own = own_memory(state)
+    own = copy_state(state)
     places = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((own.params, own.ema_params))}
     assert len(places) == 2
     assert not places & {weights.ctypes.data, params["w"].unsafe_buffer_pointer()}
@@ -165,19 +168,19 @@ def stand_in(config):
     """In the place of a data set that is not there; the embedded ones themselves."""
     if not config.data.directory:
         return None
-    return (StandIn(2048, tuple(map(str, range(SETUPS[config.task].CLASSES)))),) * 2
+    return (StandIn(2048, tuple(map(str, range(TASKS[config.task].published_classes)))),) * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_step_of_every_configuration_has_consistent_shapes(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    run = run_lib.make_run(config, sources=stand_in(config))
-    run_lib.check_train_batch(run)
-    batch = run.setup.example_batch(config, config.batch_size)
-    state, metrics = jax.eval_shape(run_lib.make_jitted_step(run), run.abstract_state, batch)
+    trainer = Trainer(config, sources=stand_in(config))
+    trainer.check_train_batch()
+    batch = trainer.task.example_batch(config.batch_size)
+    state, metrics = jax.eval_shape(trainer.train_step, trainer.abstract_state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), run.abstract_state
+        lambda x: (x.shape, x.dtype), trainer.abstract_state
     )
     of_task = {"classification": {"top1"}, "segmentation": {"accuracy"}, "detection": {"class_loss", "box_loss"}}[
         config.task
@@ -198,15 +201,15 @@ def test_devices_exchange_parameters_and_gradients_only(data, fsdp):
     config = tiny_config.get_config(dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
     config.mesh = {"data": data, "fsdp": fsdp}
     config.batch_size = 64  # so that activations are larger than parameters
-    run = run_lib.make_run(config)
-    where = sharding.batch_sharding(run.mesh)
+    trainer = Trainer(config)
+    where = sharding.batch_sharding(trainer.mesh)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        for name, leaf in run.setup.example_batch(config, 64).items()
+        for name, leaf in trainer.task.example_batch(64).items()
     }
-    compiled = run_lib.make_jitted_step(run).lower(run.abstract_state, batch).compile()
+    compiled = trainer.train_step.lower(trainer.abstract_state, batch).compile()
     found = hlo.collectives(hlo.parse(compiled.as_text()))
-    size = sum(4 * leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(trainer.abstract_state.params))
     allowed = {"all-reduce": 2 * size, "reduce-scatter": size} | ({"all-gather": size} if fsdp > 1 else {})
     assert set(found) <= set(allowed), found
     assert ("all-gather" in found) == (fsdp > 1)

@@ -1,18 +1,20 @@
-"""Twenty recorded steps of the published model, through this project's loss, schedule and optimizer."""
+"""Twenty recorded steps of the published model, through this project's training step."""
 
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import dat_jax
 from dat_jax import conversion
-from dat_jax.tasks.classification import soft_cross_entropy
+from dat_jax.tasks.classification.objective import soft_cross_entropy
+from dat_jax.tasks.objective import Objective
 from dat_jax.training.optimizer import decay_matrices, make_optimizer
 from dat_jax.training.schedule import warmup_cosine, warmup_poly, warmup_step
+from dat_jax.training.state import init_state
+from dat_jax.training.step import make_train_step
 from tests.helpers.golden_files import Golden
 
 
@@ -37,24 +39,23 @@ def check_training(dtype: str, *, loss_tolerance: float, norm_tolerance: float, 
         decay_rule="matrices",
         clip_norm=hyper["clip_norm"],
     )
-    images, targets = jnp.asarray(golden.images), jnp.asarray(golden.arrays["targets"], dtype)
+    batch = {"image": jnp.asarray(golden.images), "targets": jnp.asarray(golden.arrays["targets"], dtype)}
 
-    @jax.jit
-    def step(params, opt_state):
-        def loss(params):
-            return soft_cross_entropy(model.apply({"params": params}, images, train=True), targets)
+    def loss(variables, batch, key):
+        value = soft_cross_entropy(model.apply(variables, batch["image"], train=True), batch["targets"])
+        return value, {"loss": value}, {}
 
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value, optax.tree.norm(gradients)
-
-    params, opt_state = variables["params"], optimizer.init(variables["params"])
+    objective = Objective(init=lambda key, batch: variables, loss=loss, predict=model.apply)
+    state = init_state(jax.random.key(0), batch, objective=objective, optimizer=optimizer, ema=False)
+    step = jax.jit(make_train_step(objective=objective, optimizer=optimizer, schedule=schedule, seed=0))
     for index in range(20):
+        state, metrics = step(state, batch)
         np.testing.assert_allclose(schedule(index), golden.arrays["lr"][index], rtol=1e-6)
-        params, opt_state, loss, norm = step(params, opt_state)
-        np.testing.assert_allclose(loss, golden.arrays["loss"][index], rtol=loss_tolerance, err_msg=f"step {index}")
-        np.testing.assert_allclose(norm, golden.arrays["grad_norm"][index], rtol=norm_tolerance)
-    ours, final = conversion.to_official(model, params), golden.group("final_norm.")
+        np.testing.assert_allclose(
+            metrics["loss"], golden.arrays["loss"][index], rtol=loss_tolerance, err_msg=f"step {index}"
+        )
+        np.testing.assert_allclose(metrics["grad_norm"], golden.arrays["grad_norm"][index], rtol=norm_tolerance)
+    ours, final = conversion.to_official(model, state.params), golden.group("final_norm.")
     assert set(final) == set(ours)
     for name, wanted in final.items():
         if not name.endswith("proj_k.bias"):  # its gradient is only rounding, which Adam amplifies

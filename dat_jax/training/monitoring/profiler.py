@@ -1,60 +1,59 @@
-"""A trace of some steps, for TensorBoard's profiler or https://ui.perfetto.dev."""
+"""A profile of some training steps, for TensorBoard's profiler or https://ui.perfetto.dev."""
 
+import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-WARM_UP_STEPS = 3  # of this process, before the trace: the first compiles, and the loader fills up
+from dat_jax.training.monitoring.hooks import Hook
+
+logger = logging.getLogger(__name__)
+WARM_UP_STEPS = 3  # before the trace: the first step compiles, and the loader fills its buffers
 
 
-class StepProfiler:
-    """Traces consecutive steps of a run into ``directory``. Use as a context manager around the loop.
+class StepProfiler(Hook):
+    """Traces consecutive steps with ``jax.profiler``.
 
-    An evaluation that falls between two of the traced steps is in the trace too. Only the first process traces: all of
-    them run the same program, and its devices stand for the others'.
+    An evaluation between two traced steps is part of the trace. Only the first process traces, since all processes run the
+    same program.
 
     Args:
-      directory: for plugins/profile/<time>/.
-      steps: how many; 0 for none.
-      start_step, total_steps: finished steps, and those of the run when it is done.
-      note: is told where the trace is, or that the run is too short for one.
+      directory: parent of plugins/profile/<time>/.
+      steps: number of steps to trace; 0 disables the profiler.
+      start_step: number of finished steps.
+      total_steps: number of steps of the whole run. A run that is too short for a trace logs a warning.
     """
 
-    def __init__(
-        self, directory: pathlib.Path, *, steps: int, start_step: int, total_steps: int, note: Callable[[str], None]
-    ):
-        self._directory, self._note, self._running = directory, note, False
+    def __init__(self, directory: pathlib.Path, *, steps: int, start_step: int, total_steps: int):
+        self._directory, self._running = directory, False
         self._first = start_step + WARM_UP_STEPS + 1
         self._last = self._first + steps - 1
-        self._wanted = steps > 0 and jax.process_index() == 0
-        if self._wanted and self._last > total_steps:
-            self._wanted = False
-            note(
-                f"No profile: {steps} steps after {WARM_UP_STEPS} of warm-up want {steps + WARM_UP_STEPS} steps, the run "
-                f"has {total_steps - start_step} left."
+        self._enabled = steps > 0 and jax.process_index() == 0
+        if self._enabled and self._last > total_steps:
+            self._enabled = False
+            logger.warning(
+                "No profile: %d steps after %d warm-up steps need %d steps, but only %d are left.",
+                *(steps, WARM_UP_STEPS, steps + WARM_UP_STEPS, total_steps - start_step),
             )
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._running:  # stopped by an error: what there is may say why
-            self._stop()
-
-    def before(self, step: int) -> None:
-        """To be called before the step, counted from 1."""
-        if self._wanted and step == self._first:
+    def on_batch(self, step: int, batch: dict[str, Any]) -> None:
+        """Start the trace before its first step."""
+        del batch
+        if self._enabled and step == self._first:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
 
-    def after(self, step: int, results) -> None:
-        """To be called after the step; waits for its results where it is the last one."""
+    def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Stop the trace once its last step has finished."""
         if self._running and step == self._last:
-            jax.block_until_ready(results)
-            self._stop()
-            self._note(f"Profile of the steps {self._first} to {self._last} in {self._directory}.")
+            jax.block_until_ready(metrics)
+            self.close()
+            logger.info("Profile of steps %d to %d in %s.", self._first, self._last, self._directory)
 
-    def _stop(self):
-        jax.profiler.stop_trace()
-        self._running = False
+    def close(self) -> None:
+        """Stop a running trace; after an error it may show the reason."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

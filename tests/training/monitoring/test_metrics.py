@@ -5,14 +5,8 @@ import types
 import jax
 import pytest
 
-from dat_jax.training.monitoring.metrics import (
-    MetricWriter,
-    Progress,
-    Usage,
-    format_duration,
-    peak_host_memory,
-    read_metrics,
-)
+from dat_jax.training.monitoring.metrics import MetricWriter, read_metrics
+from dat_jax.training.monitoring.throughput import Progress, Usage, format_duration, peak_host_memory
 
 
 def test_what_is_written_is_read_back_and_the_last_of_a_repeated_step_counts(tmp_path):

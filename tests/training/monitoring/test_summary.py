@@ -17,15 +17,15 @@ SERIES = {
 def format_one(**changes):
     given = dict(
         name="run",
-        described={"model": "a | b"},
+        description={"model": "a | b"},
         step=20,
         total_steps=20,
         steps_per_epoch=10,
-        ended=None,
+        ended_by=None,
         series=SERIES,
         metric="top1",
         seconds=3723.4,
-        pictures=["curves.png"],
+        figures=["curves.png"],
         commands={"To evaluate it": "python -m dat_jax.main --mode=eval"},
     )
     return summary.format_summary(**{**given, **changes})
@@ -40,7 +40,7 @@ def test_a_finished_run():
         "| done | 20 of 20 steps, 2 of 2 epochs |",
         "| wall time of the last call | 1:02:03 |",
         "| images/s, median | 120.0 |",
-        "| peak memory of a process | 2.50 GiB |",
+        "| peak memory per process | 2.50 GiB |",
         "| | best top1 (step) | last (step) |",
         "| eval/top1 | 80 (10) | 70 (20) |",
         "| eval/loss | 0.5 (10) | 0.25 (20) |",
@@ -52,18 +52,16 @@ def test_a_finished_run():
 
 
 def test_an_unfinished_run_without_metrics():
-    text = format_one(step=3, ended="SIGTERM", series={}, seconds=None, pictures=[])
+    text = format_one(step=3, ended_by="SIGTERM", series={}, seconds=None, figures=[])
     assert "Unfinished: ended by SIGTERM at step 3 of 20." in text
-    assert "## Pictures" not in text
+    assert "## Figures" not in text
     assert "images/s" not in text
 
 
-def test_commands_are_those_of_the_task():
-    commands = summary.list_commands("detection", "a b", command_flags="--config=c.py").values()
+def test_commands_quote_the_work_directory():
+    commands = summary.list_commands("a b", command_flags="--config=c.py").values()
     assert "python -m dat_jax.main --config=c.py --workdir='a b' --mode=eval" in commands
-    assert "python -m dat_jax.predict 'a b' IMAGE... --output=DIR" in commands
-    commands = summary.list_commands("classification", "d", command_flags="").values()
-    assert "python -m dat_jax.predict d IMAGE..." in commands  # a classifier draws nothing
+    assert "python -m dat_jax.predict 'a b' IMAGE... --output=predictions" in commands
 
 
 def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from dat_jax.evaluation.detection import to_original
 from dat_jax.models import rpn
 from dat_jax.models.retinanet import STRIDES, RetinaNet
 from dat_jax.tasks.detection.anchors import assign_anchors, level_shapes, make_level_anchors
-from dat_jax.tasks.detection.detector import default_settings
+from dat_jax.tasks.detection.objective import default_settings
 from dat_jax.tasks.detection.rcnn import choose_boxes, choose_proposals, rcnn_detect, rcnn_loss
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
 from tests.helpers.golden_files import channels_last, load, relative_error

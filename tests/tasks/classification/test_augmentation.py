@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dat_jax.tasks.augmentation import draw_erased_box, erase_randomly, mix
+from dat_jax.tasks.classification.augmentation import draw_erased_box, erase_randomly, mix
 from tests.reference.augmentation import draw_boxes
 
 P_VALUE = 1e-3  # of each statistical test; the draws are seeded, so that a pass stays a pass

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dat_jax.training import run as run_lib
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_detection
 
 
@@ -12,16 +12,18 @@ from tests.helpers import tiny_detection
 def test_images_without_objects_and_odd_boxes_give_finite_losses_and_gradients(head):
     config = tiny_detection.get_config(head).unlock()
     config.mesh.data = config.mesh.fsdp = 1
-    run = run_lib.make_run(config, devices=jax.devices()[:1])
-    state = run_lib.initialize(run)
-    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.setup.example_batch(config, 2))
+    trainer = Trainer(config, devices=jax.devices()[:1])
+    state = trainer.initialize()
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), trainer.task.example_batch(2))
     batch["valid"][:] = [[64, 64], [40, 33]]
     batch["boxes"][:] = np.nan
 
     @jax.jit
     def losses(batch):
         def loss(params):
-            value, metrics, _ = run.task.loss({"params": params, **state.model_state}, batch, jax.random.key(0))
+            value, metrics, _ = trainer.objective.loss(
+                {"params": params, **state.model_state}, batch, jax.random.key(0)
+            )
             return value, metrics
 
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)

@@ -1,7 +1,8 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard's files, and Weights & Biases. ``config.logs`` chooses."""
+"""Sinks of metrics beside metrics.jsonl, chosen by ``config.logs``: TensorBoard and Weights & Biases."""
 
 import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
 import secrets
@@ -16,52 +17,52 @@ from tensorboardX.proto import event_pb2
 
 from dat_jax.errors import UserError
 
-WANDB_ID = "wandb_id.txt"  # in the work directory: the run there that a resumed run goes on in
-_PROJECT = "dat_jax"  # unless WANDB_PROJECT says another
+logger = logging.getLogger(__name__)
+WANDB_ID = "wandb_id.txt"  # in the work directory: id of the Weights & Biases run that a resumed run continues
+_PROJECT = "dat_jax"  # unless WANDB_PROJECT is set
 _FINISH_SECONDS = 60.0
 
 
-class Log(Protocol):
-    """Takes metrics. An OSError says that they could not be written."""
+class Sink(Protocol):
+    """Takes metrics. Methods raise an OSError if they cannot be written."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of a step, by their whole names."""
+        """Write the metrics of a step, named with their prefixes."""
 
     def close(self) -> None:
-        """The last call."""
+        """Write what is pending and close."""
 
 
-class TensorBoardLog:
-    """Files in ``directory``/tensorboard, flushed at each call."""
+class TensorBoardSink:
+    """Event files in ``directory``/tensorboard, flushed at each write."""
 
     def __init__(self, directory: pathlib.Path):
         (directory / "tensorboard").mkdir(exist_ok=True)
-        # Not its SummaryWriter, whose thread dies of a full disk, upon which everything waits for it.
+        # Not tensorboardX.SummaryWriter: its thread dies when the disk is full, and then every call blocks.
         self._events = event_file_writer.EventsWriter(str(directory / "tensorboard" / "events"))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See ``Log``."""
+        """See ``Sink``."""
         for name, value in metrics.items():
             event = event_pb2.Event(step=step, wall_time=time.time(), summary=summary.scalar(name, value))
             self._events.write_event(event)
         self._events.flush()
 
     def close(self) -> None:
-        """See ``Log``."""
+        """See ``Sink``."""
         self._events.close()
 
 
-class WandbLog:
-    """A run of Weights & Biases, named as the work directory, that a resumed run goes on in.
+class WandbSink:
+    """A run of Weights & Biases with the name of the work directory. A resumed run continues the same one.
 
-    Nothing that fails there ends the training run: it is said once, and nothing more is sent. Steps are logged as a value of
-    their own, since those that a resumed run repeats would be dropped otherwise.
+    A failure never ends the training run: it is logged once, and nothing more is sent. The step is logged as a metric,
+    because wandb drops values of its own step counter that a resumed run repeats.
 
     Args:
-      directory: the work directory; the run's id and wandb's own files are kept in it.
-      config: of the run.
-      note: is told what failed.
-      finish_seconds: the longest that the last metrics are waited for.
+      directory: the work directory, which also gets the run's id and wandb's files.
+      config: configuration of the run.
+      finish_seconds: longest time to wait for the last metrics to be sent.
     """
 
     def __init__(
@@ -69,27 +70,26 @@ class WandbLog:
         directory: pathlib.Path,
         *,
         config: Mapping[str, Any],
-        note: Callable[[str], None],
         finish_seconds: float = _FINISH_SECONDS,
     ):
-        import wandb  # late: an extra, and it takes long
+        import wandb  # an optional dependency that is slow to import
 
-        self._note, self._run, self._finish_seconds = note, None, finish_seconds
+        self._run, self._finish_seconds = None, finish_seconds
         options = dict(project=os.environ.get("WANDB_PROJECT") or _PROJECT, name=directory.resolve().name)
-        with self._given_up_on_failure():
+        with self._disabled_on_failure():
             identifier = _read_id(directory / WANDB_ID)
             self._run = wandb.init(**options, id=identifier, resume="allow", dir=str(directory), config=dict(config))
             for group in ("train", "eval"):
                 self._run.define_metric(f"{group}/*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See ``Log``."""
+        """See ``Sink``."""
         if self._run is not None:
-            with self._given_up_on_failure():
+            with self._disabled_on_failure():
                 self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
-        """Waits until all was sent, but not for ever."""
+        """Wait until everything was sent, at most ``finish_seconds``."""
         if self._run is None:
             return
         run, failed = self._run, []
@@ -105,43 +105,45 @@ class WandbLog:
         thread.join(self._finish_seconds)
         if thread.is_alive() or failed:
             reason = _first_line(failed[0]) if failed else f"it took more than {self._finish_seconds:g} s"
-            self._note(
-                f"WARNING: Weights & Biases may lack the last metrics: {reason}. `wandb sync` sends what is kept."
+            logger.warning(
+                "Weights & Biases may lack the last metrics: %s. `wandb sync` sends those that are stored locally.",
+                reason,
             )
 
     @contextlib.contextmanager
-    def _given_up_on_failure(self):
+    def _disabled_on_failure(self):
         try:
             yield
-        except Exception as error:  # whatever its network and its server make of it
+        except Exception as error:  # its network and server fail in many ways
             self._run = None
-            self._note(
-                f"WARNING: Weights & Biases gets no more metrics of this run: {_first_line(error)}. metrics.jsonl has all; "
-                "WANDB_MODE=offline keeps them for `wandb sync`."
+            logger.warning(
+                "Weights & Biases gets no more metrics of this run: %s. metrics.jsonl has all of them; "
+                "WANDB_MODE=offline stores them for `wandb sync`.",
+                _first_line(error),
             )
 
 
-def check_logs(names: Sequence[str]) -> None:
-    """UserError where one is not installed. It is said before a run starts."""
+def check_sinks(names: Sequence[str]) -> None:
+    """Raise a UserError if the package of a sink is not installed."""
     if "wandb" in names and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            "config.logs has wandb, which is not installed: `pip install wandb`, or take it out of config.logs."
+            "config.logs contains wandb, which is not installed: run `pip install wandb`, or remove it from config.logs."
         )
 
 
-def choose_logs(
-    names: Sequence[str], directory: pathlib.Path, *, config: Mapping[str, Any], note: Callable[[str], None]
-) -> list[Callable[[], Log]]:
-    """Functions that make the logs of ``config.logs``, for a ``MetricWriter``."""
-    known = {
-        "tensorboard": lambda: TensorBoardLog(directory),
-        "wandb": lambda: WandbLog(directory, config=config, note=note),
+def sink_factories(
+    names: Sequence[str], directory: pathlib.Path, *, config: Mapping[str, Any]
+) -> list[Callable[[], Sink]]:
+    """Functions that make the sinks of ``config.logs``, for a ``MetricWriter``."""
+    factories = {
+        "tensorboard": lambda: TensorBoardSink(directory),
+        "wandb": lambda: WandbSink(directory, config=config),
     }
-    return [known[name] for name in dict.fromkeys(names)]
+    return [factories[name] for name in dict.fromkeys(names)]
 
 
 def _read_id(path: pathlib.Path) -> str:
-    """Of an earlier call, else a new one, which is kept."""
+    """Read the id that an earlier call wrote, or write a new one."""
     if path.is_file() and (identifier := path.read_text().strip()):
         return identifier
     identifier = secrets.token_hex(8)

@@ -8,8 +8,9 @@ import types
 import pytest
 
 from dat_jax.errors import UserError
-from dat_jax.training.monitoring.logs import WandbLog, check_logs, choose_logs
 from dat_jax.training.monitoring.metrics import MetricWriter
+from dat_jax.training.monitoring.sinks import WandbSink, check_sinks, sink_factories
+from tests.helpers.logs import collect_logs
 
 
 class FakeRun:
@@ -49,51 +50,51 @@ def wandb(monkeypatch):
     return module
 
 
-def write(directory, notes, names=("wandb",)):
-    logs = choose_logs(names, directory, config={"seed": 0}, note=notes.append)
-    with MetricWriter(directory, logs=logs, note=notes.append) as writer:
+def write(directory, names=("wandb",)) -> list[str]:
+    """Write two steps; returns the logged messages."""
+    sinks = sink_factories(names, directory, config={"seed": 0})
+    with collect_logs() as messages, MetricWriter(directory, sinks=sinks) as writer:
         writer.write(5, {"loss": 2.0}, prefix="train")
         writer.write(10, {"loss": 1.0}, prefix="train")
+    return messages
 
 
-def test_a_resumed_run_goes_on_in_the_same_run(wandb, tmp_path):
-    notes = []
-    write(tmp_path, notes)
-    write(tmp_path, notes)
+def test_a_resumed_run_continues_the_same_run(wandb, tmp_path):
+    assert write(tmp_path) == []
+    assert write(tmp_path) == []
     first, second = wandb.runs
     assert first.logged == second.logged == [{"step": 5, "train/loss": 2.0}, {"step": 10, "train/loss": 1.0}]
     assert first.options == second.options
     assert (first.options["resume"], first.options["config"]) == ("allow", {"seed": 0})
     assert first.options["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert first.finished
-    assert notes == []
     assert not (tmp_path / "tensorboard").exists()
     (tmp_path / "other").mkdir()
-    write(tmp_path / "other", notes, ("tensorboard",))
+    write(tmp_path / "other", ("tensorboard",))
     assert len(wandb.runs) == 2
     assert (tmp_path / "other" / "tensorboard").exists()
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
-def test_what_fails_there_is_said_once_and_the_run_goes_on(wandb, tmp_path, fails):
-    wandb.fails, notes = fails, []
-    write(tmp_path, notes)
-    assert len(notes) == 1
-    assert notes[0].startswith("WARNING: Weights & Biases")
-    assert "\n" not in notes[0]
+def test_a_failure_is_logged_once_and_does_not_end_the_run(wandb, tmp_path, fails):
+    wandb.fails = fails
+    (message,) = write(tmp_path)
+    assert message.startswith("Weights & Biases")
+    assert "\n" not in message
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 10]
 
 
-def test_a_network_that_hangs_is_not_waited_for(wandb, tmp_path):
-    wandb.fails, notes = "hang", []
-    WandbLog(tmp_path, config={}, note=notes.append, finish_seconds=0.05).close()
-    assert "it took more than 0.05 s" in notes[0]
+def test_a_network_that_hangs_does_not_block_the_run(wandb, tmp_path):
+    wandb.fails = "hang"
+    with collect_logs() as messages:
+        WandbSink(tmp_path, config={}, finish_seconds=0.05).close()
+    assert "it took more than 0.05 s" in messages[0]
 
 
-def test_a_missing_package_is_said_at_once(monkeypatch):
+def test_a_missing_package_is_refused(monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="config.logs has wandb, which is not installed"):
-        check_logs(("tensorboard", "wandb"))
-    check_logs(("tensorboard",))
+    with pytest.raises(UserError, match="config.logs .*wandb.* not installed"):
+        check_sinks(("tensorboard", "wandb"))
+    check_sinks(("tensorboard",))

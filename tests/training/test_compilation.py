@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and that a second process finds them."""
+"""The cache of compiled programs, and compiler options that a version of XLA may not have."""
 
 import os
 import pathlib
@@ -8,7 +8,9 @@ import sys
 import jax
 import pytest
 
-from dat_jax.training import compilation_cache
+from dat_jax.training.compilation import enable_cache, known_options
+from tests.helpers.logs import collect_logs
+from tests.helpers.xla_flags import is_known
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,46 +25,41 @@ def enabled():
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def no_note(text):
-    raise AssertionError(text)
-
-
 def test_where_programs_are_kept(enabled, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert compilation_cache.enable("", note=no_note) is None
+    assert enable_cache("") is None
     assert jax.config.jax_compilation_cache_dir is None
-    directory = compilation_cache.enable(str(tmp_path / "given"), note=no_note)
+    directory = enable_cache(str(tmp_path / "given"))
     assert directory.parent == tmp_path / "given"
     assert directory.name.startswith("cpu-")  # of this machine's processor
     assert jax.config.jax_compilation_cache_dir == str(directory)
-    assert compilation_cache.enable("auto", note=no_note) == directory  # as if the user's environment had set it
+    assert enable_cache("auto") == directory  # as if the user's environment had set it
     jax.config.update("jax_compilation_cache_dir", None)
-    assert compilation_cache.enable("auto", note=no_note).parent == tmp_path / "xdg" / "dat_jax"
+    assert enable_cache("auto").parent == tmp_path / "xdg" / "dat_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path / "home")
     jax.config.update("jax_compilation_cache_dir", None)
-    assert compilation_cache.enable("auto", note=no_note).parent == tmp_path / "home" / ".cache" / "dat_jax"
+    assert enable_cache("auto").parent == tmp_path / "home" / ".cache" / "dat_jax"
 
 
 def test_a_directory_that_cannot_be_written_is_a_warning(enabled, tmp_path):
     (tmp_path / "file").write_text("")
-    notes = []
-    assert compilation_cache.enable(str(tmp_path / "file" / "cache"), note=notes.append) is None
-    assert len(notes) == 1
-    assert notes[0].startswith("Warning: compiled programs are not kept, ")
-    assert notes[0].endswith("cannot be written: Not a directory.")
+    with collect_logs() as messages:
+        assert enable_cache(str(tmp_path / "file" / "cache")) is None
+    assert len(messages) == 1
+    assert messages[0].endswith("cannot be written: Not a directory.")
     assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_where_the_user_turned_it_off_it_stays_off(tmp_path):
-    assert compilation_cache.enable(str(tmp_path / "given"), note=no_note) is None
+    assert enable_cache(str(tmp_path / "given")) is None
     assert not (tmp_path / "given").exists()
 
 
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     program = (
-        "import jax, jax.numpy as jnp; from dat_jax.training import compilation_cache;"
-        f"compilation_cache.enable({str(tmp_path)!r}, note=print);"
+        "import jax, jax.numpy as jnp; from dat_jax.training.compilation import enable_cache;"
+        f"enable_cache({str(tmp_path)!r});"
         "found = []; jax.monitoring.register_event_listener(lambda name, **_: found.append(name));"
         "print(jax.jit(lambda x: jnp.sin(x).sum())(jnp.ones(3)));"
         "print(sum(name.endswith('cache_hits') for name in found))"
@@ -78,3 +75,22 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     assert first == second
     assert int(hits_first) == 0
     assert int(hits_second) > 0
+
+
+def test_options_that_this_version_lacks_are_left_out():
+    options = {"xla_backend_optimization_level": 0, "xla_no_version_has_this_option": True}
+    assert known_options(options) == {"xla_backend_optimization_level": 0}
+
+
+def test_no_options_are_none():
+    assert known_options({}) is None
+
+
+def test_a_wrong_value_of_a_known_option_is_an_error():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_backend_optimization_level"):
+        known_options({"xla_backend_optimization_level": "fast"})
+
+
+def test_flags_are_tried_in_another_process_before_they_are_set():
+    assert is_known("--xla_backend_optimization_level=0")
+    assert not is_known("--xla_no_version_has_this_flag=true")

@@ -1,0 +1,102 @@
+"""Weights and state that a run starts or continues from."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dat_jax.checkpoints import compatibility
+from dat_jax.checkpoints.loading import load_for_finetuning
+from dat_jax.checkpoints.manager import Checkpoints
+from dat_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def restore_or_initialize(
+    checkpoints: Checkpoints, config: ConfigDict, *, classes: int, abstract_state: Any, initialize: Callable[[], Any]
+) -> Any:
+    """Return the state that training starts from.
+
+    In this order:
+
+    1. Resume: the newest intact checkpoint of the work directory. Damaged ones are set aside.
+    2. Fine-tuning: a new state with the weights that ``config.init_from`` names, adapted to the model.
+    3. From scratch: a new state.
+
+    Args:
+      checkpoints: checkpoints of the work directory.
+      config: configuration of the run.
+      classes: number of classes of the model.
+      abstract_state: shapes, dtypes and shardings of the state.
+      initialize: makes a new state.
+
+    Raises:
+      UserError: the checkpoint is of another model or of other data, or the weights are missing, damaged or do not fit.
+    """
+    restored = checkpoints.restore_newest(abstract_state)
+    if restored is None:
+        return initialize_state(config, classes=classes, abstract_state=abstract_state, initialize=initialize)
+    state, metadata = restored
+    compatibility.check(metadata, config, classes=classes)
+    return state
+
+
+def initialize_state(config: ConfigDict, *, classes: int, abstract_state: Any, initialize: Callable[[], Any]) -> Any:
+    """Return a new state, with the weights that ``config.init_from`` names if it is not "".
+
+    Args and errors are those of ``restore_or_initialize``.
+    """
+    head_rows = _read_head_rows(config, classes)
+    state = initialize()
+    if not config.init_from:
+        return state
+    variables, adaptations = load_for_finetuning(
+        config.init_from,
+        fresh_variables={"params": state.params, **state.model_state},
+        deformable_form=config.model.deformable_form,
+        head_rows=head_rows,
+    )
+    for sentence in [f"Starting from the weights of {config.init_from}.", *adaptations]:
+        logger.info(sentence)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    params = jax.device_put(variables.pop("params"), places.params)
+    model_state = jax.device_put(variables, places.model_state)
+    ema_params = None if state.ema_params is None else params
+    return state.replace(params=params, model_state=model_state, ema_params=ema_params)
+
+
+def restore_for_evaluation(
+    checkpoints: Checkpoints, config: ConfigDict, *, classes: int, abstract_state: Any
+) -> tuple[Any, int]:
+    """Return the state of the checkpoint that ``config.eval.checkpoint`` selects ("best" or "latest"), and its step.
+
+    Raises:
+      UserError: there is no complete checkpoint, it is damaged, or it is of another model.
+    """
+    best = config.eval.checkpoint == "best"
+    step = checkpoints.best_step() if best else checkpoints.latest_step()
+    if step is None:
+        raise UserError(f"There is no complete checkpoint in {checkpoints.directory}.")
+    state, metadata = checkpoints.restore(step, abstract_state)
+    compatibility.check_model(metadata, config, classes=classes)
+    return state, step
+
+
+def _read_head_rows(config: ConfigDict, classes: int) -> np.ndarray | None:
+    """Rows of the loaded head for each class, from the file that ``config.init_head_rows`` names."""
+    if not config.get("init_head_rows"):  # only classification has this key
+        return None
+    try:
+        rows = np.loadtxt(config.init_head_rows, dtype=np.int64, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.init_head_rows {config.init_head_rows} cannot be read: {error}.") from error
+    if len(rows) != classes:
+        raise UserError(
+            f"config.init_head_rows: expected a number for each of the {classes} classes, got {len(rows)} in "
+            f"{config.init_head_rows}."
+        )
+    return rows

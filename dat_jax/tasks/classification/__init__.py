@@ -1,0 +1,1 @@
+"""Image classification: loss with mixed and erased images, accuracy, and figures of predictions."""

@@ -1,0 +1,78 @@
+"""Loss and prediction of an image classifier."""
+
+import jax
+import optax
+
+from dat_jax.models.dat import DAT
+from dat_jax.models.key_positions import name_positions
+from dat_jax.tasks.classification.augmentation import erase_randomly, mix
+from dat_jax.tasks.objective import Objective
+from dat_jax.tasks.preprocessing import normalize
+
+
+def smooth_labels(labels: jax.Array, *, num_classes: int, smoothing: float) -> jax.Array:
+    """Label smoothing.
+
+    Args:
+      labels: (B,) int.
+      num_classes: number of classes K.
+      smoothing: s, from 0 to below 1.
+
+    Returns:
+      (B, K) probabilities: 1 - s + s / K for the label's class, s / K for the others.
+    """
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over the batch of -sum(targets * log_softmax(logits)).
+
+    Args:
+      logits: (B, K).
+      targets: (B, K) probabilities.
+    """
+    return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def make_classification_objective(
+    model: DAT,
+    *,
+    label_smoothing: float,
+    erasing_probability: float = 0.0,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+) -> Objective:
+    """Make a classifier's objective: cross-entropy on smoothed labels of randomly erased and mixed images.
+
+    Batches hold "image", (B, H, W, 3) uint8, and "label", (B,) int. ``predict`` returns "logits", (B, K), and "positions"
+    and "map_shapes" of ``name_positions``.
+
+    Args:
+      model: the classifier.
+      label_smoothing: see ``smooth_labels``.
+      erasing_probability: see ``erase_randomly``; 0 disables it.
+      mixup_alpha, cutmix_alpha: see ``mix``; 0 disables that kind.
+    """
+
+    def init(key, batch):
+        return model.init(key, normalize(batch["image"]))
+
+    def loss(variables, batch, key):
+        dropout_key, erasing_key, mixing_key = jax.random.split(key, 3)
+        images = normalize(batch["image"])
+        targets = smooth_labels(batch["label"], num_classes=model.num_classes, smoothing=label_smoothing)
+        if erasing_probability > 0:
+            images = erase_randomly(images, erasing_key, probability=erasing_probability)
+        images, targets = mix(images, targets, mixing_key, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+        logits = model.apply(variables, images, train=True, rngs={"dropout": dropout_key})
+        value = soft_cross_entropy(logits, targets)
+        # The class of a mixed image is that of its larger part.
+        top1 = 100 * (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=logits.dtype)
+        return value, {"loss": value, "top1": top1}, {}
+
+    def predict(variables, batch):
+        images = normalize(batch["image"])
+        logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+        return {"logits": logits, **name_positions(state.get("intermediates", {}), model, images.shape[1:3])}
+
+    return Objective(init=init, loss=loss, predict=predict)

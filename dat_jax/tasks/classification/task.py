@@ -1,0 +1,121 @@
+"""Image classification as a task."""
+
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dat_jax.data import batching
+from dat_jax.data.eval_sets import load_eval_sets
+from dat_jax.data.sources import SPLITS, load_source
+from dat_jax.data.transforms import make_eval_transform, make_train_transform
+from dat_jax.evaluation import classification as evaluation
+from dat_jax.models.registry import create_model
+from dat_jax.ops.dispatch import compute_dtype
+from dat_jax.tasks.classification.objective import make_classification_objective
+from dat_jax.tasks.objective import Objective
+from dat_jax.tasks.task import Evaluator, Source, Task
+
+_FIGURE_EXAMPLES = 32
+
+
+class ClassificationTask(Task):
+    """A label per image. Batches hold "image", (B, S, S, 3) uint8, and "label", (B,) int32."""
+
+    name = "classification"
+    metric = evaluation.METRIC
+    published_classes = 1000  # ImageNet-1k
+
+    def load_sources(self) -> tuple[Source, Source]:
+        """See ``Task``."""
+        data = self.config.data
+        train, validation = (load_source(data.name, directory=data.directory, split=split) for split in SPLITS)
+        return train, validation
+
+    def load_extra_eval_sets(self) -> Mapping[str, tuple[Source, Any]]:
+        """See ``Task``."""
+        return load_eval_sets(self.config.eval.sets.to_dict(), self.eval_source)
+
+    def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
+        """See ``Task``."""
+        config, augmentation = self.config, self.config.augmentation
+        transform = make_train_transform(
+            image_size=config.data.image_size,
+            min_crop_area=augmentation.min_crop_area,
+            max_crop_aspect=augmentation.max_crop_aspect,
+            flip_probability=augmentation.flip_probability,
+            rand_augment_count=augmentation.rand_augment_count,
+            rand_augment_magnitude=augmentation.rand_augment_magnitude,
+            rand_augment_std=augmentation.rand_augment_std,
+        )
+        return batching.make_train_batches(
+            self.train_source,
+            transform,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            rows=rows,
+            workers=config.data.workers,
+        )
+
+    def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
+        """See ``Task``. Any examples can share a batch, so each process takes its own part of the source."""
+        del rows
+        return batching.make_eval_batches(
+            source,
+            self._eval_transform(),
+            batch_size=self.config.eval.batch_size // jax.process_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self.config.data.workers,
+        )
+
+    def example_indices(self, step: int) -> list[int]:
+        """See ``Task``."""
+        config = self.config
+        return batching.example_indices(
+            len(self.train_source), seed=config.seed, step=step, batch_size=config.batch_size
+        )
+
+    def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+        """See ``Task``."""
+        del train
+        side = self.config.data.image_size
+        return {
+            "image": jax.ShapeDtypeStruct((size, side, side, 3), "uint8"),
+            "label": jax.ShapeDtypeStruct((size,), "int32"),
+        }
+
+    def describe_images(self) -> str:
+        """See ``Task``."""
+        return f"{self.config.data.image_size} x {self.config.data.image_size}"
+
+    def make_objective(self, **backbone: Any) -> Objective:
+        """See ``Task``."""
+        settings = self.config.model.to_dict() | backbone
+        dtype = compute_dtype(settings.pop("dtype"))
+        augmentation = self.config.augmentation
+        return make_classification_objective(
+            create_model(settings.pop("name"), dtype=dtype, num_classes=len(self.class_names), **settings),
+            label_smoothing=self.config.loss.label_smoothing,
+            erasing_probability=augmentation.erasing_probability,
+            mixup_alpha=augmentation.mixup_alpha,
+            cutmix_alpha=augmentation.cutmix_alpha,
+        )
+
+    def make_evaluator(self, predict: Callable) -> Evaluator:
+        """See ``Task`` and ``evaluation.classification``."""
+        return evaluation.make_evaluator(predict)
+
+    def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
+        """See ``Task``. The examples are spread over the source, since some sources are sorted by class."""
+        source, transform = self.eval_source, self._eval_transform()
+        indices = np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int)
+        records = [transform(source[int(index)]) for index in np.random.default_rng(0).permutation(indices)]
+        batch = {key: np.stack([record[key] for record in records]) for key in records[0]}
+        evaluation.save_pictures(predict, variables, batch, class_names=source.class_names, directory=directory)
+
+    def _eval_transform(self):
+        return make_eval_transform(resize=self.config.data.eval_resize, image_size=self.config.data.image_size)

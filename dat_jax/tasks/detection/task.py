@@ -1,0 +1,176 @@
+"""Object detection and instance segmentation as a task."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from dat_jax.data import batching
+from dat_jax.data.ade20k import make_palette
+from dat_jax.data.coco import decode_mask, load_detection_source, to_coco_ground_truth
+from dat_jax.data.detection_transforms import (
+    BUCKETS,
+    make_detection_eval_transform,
+    make_detection_train_transform,
+    parse_buckets,
+)
+from dat_jax.data.sources import SPLITS
+from dat_jax.errors import UserError, name_some
+from dat_jax.evaluation import detection as evaluation
+from dat_jax.models.registry import create_detector
+from dat_jax.models.retinanet import RetinaNet
+from dat_jax.ops.dispatch import compute_dtype
+from dat_jax.tasks.detection.objective import default_settings, make_detection_objective
+from dat_jax.tasks.objective import Objective
+from dat_jax.tasks.task import Evaluator, Source, Task
+
+_FIGURE_EXAMPLES = 8
+
+
+class DetectionTask(Task):
+    """Boxes, classes and, except for RetinaNet, masks of objects. Batches are those of ``tasks.detection.objective``."""
+
+    name = "detection"
+    metric = evaluation.METRIC
+    published_classes = 80  # COCO
+
+    def load_sources(self) -> tuple[Source, Source]:
+        """See ``Task``."""
+        data = self.config.data
+        train, validation = (
+            load_detection_source(data.name, split=split, directory=data.directory) for split in SPLITS
+        )
+        train_categories, validation_categories = (
+            (source.category_ids, source.class_names) for source in (train, validation)
+        )
+        if train_categories != validation_categories:
+            raise UserError(
+                "Expected the same categories in the training and the validation annotations, got "
+                f"{_format_categories(train_categories)} and {_format_categories(validation_categories)}."
+            )
+        return train, validation
+
+    def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
+        """See ``Task``."""
+        config = self.config
+        if self._has_masks and not self.train_source.has_masks:
+            raise UserError(
+                f"config.head.name {config.head.name} learns masks, but the annotations have none: expected a segmentation "
+                "of every object. Boxes alone train config.head.name=retinanet."
+            )
+        return batching.make_detection_train_batches(
+            self.train_source,
+            self._train_transform(),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            rows=rows,
+            workers=config.data.workers,
+        )
+
+    def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
+        """See ``Task``. The images of a batch are padded to the same shape."""
+        config = self.config
+        return batching.make_detection_eval_batches(
+            source, self._eval_transform(), batch_size=config.eval.batch_size, rows=rows, workers=config.data.workers
+        )
+
+    def example_indices(self, step: int) -> list[int]:
+        """See ``Task``."""
+        options = dict(seed=self.config.seed, step=step, batch_size=self.config.batch_size)
+        return batching.detection_example_indices(self.train_source, self._train_transform(), **options)
+
+    def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+        """See ``Task``. The shape is that of the largest bucket."""
+        height, width = max(self._buckets(), key=np.prod)
+        count = self.config.data.max_boxes
+        shapes = {"image": ((height, width, 3), "uint8"), "valid": ((2,), "int32")}
+        if train:
+            shapes |= {"boxes": ((count, 4), "float32"), "labels": ((count,), "int32"), "box_mask": ((count,), "bool")}
+            if self._has_masks:
+                shapes["masks"] = ((count, height, width // 8), "uint8")
+        else:
+            shapes["scale"] = ((4,), "float32")
+        return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+    def describe_images(self) -> str:
+        """See ``Task``."""
+        data = self.config.data
+        short = f"{min(data.short_sides)} to {max(data.short_sides)}"
+        return f"{short} x {data.long_side} to train, {data.test_short_side} x {data.test_long_side} to evaluate"
+
+    def make_objective(self, **backbone: Any) -> Objective:
+        """See ``Task``."""
+        config = self.config
+        model = create_detector(
+            **config.head.to_dict(),
+            backbone={**config.model.to_dict(), "dtype": compute_dtype(config.model.dtype), **backbone},
+            num_classes=len(self.class_names),
+        )
+        sampling = config.sampling.to_dict()
+        settings = {name: config.eval[name] for name in ("score_threshold", "iou_threshold", "max_detections")}
+        if isinstance(model, RetinaNet):
+            settings["candidates"] = sampling["test_candidates"]
+        else:
+            settings |= sampling
+        return make_detection_objective(model, settings=dataclasses.replace(default_settings(model), **settings))
+
+    def make_evaluator(self, predict: Callable) -> Evaluator:
+        """See ``Task`` and ``evaluation.detection``."""
+        source = self.eval_source
+        return evaluation.make_evaluator(
+            predict,
+            load_ground_truth=lambda: to_coco_ground_truth(source),
+            category_ids=source.category_ids,
+            masks=self._has_masks and source.has_masks,
+        )
+
+    def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
+        """See ``Task``."""
+        source, transform = self.eval_source, self._eval_transform()
+        examples = []
+        for index in np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int):
+            record = source[int(index)]
+            masks = np.stack([decode_mask(mask) for mask in record["masks"]]).astype(bool) if record["masks"] else None
+            examples.append(({**record, "masks": masks}, transform(record)))
+        evaluation.save_pictures(
+            predict,
+            variables,
+            examples,
+            class_names=source.class_names,
+            palette=make_palette(len(source.class_names) + 1)[1:],  # the first color is black
+            masks=self._has_masks,
+            directory=directory,
+        )
+
+    @property
+    def _has_masks(self) -> bool:
+        return self.config.head.name != "retinanet"
+
+    def _buckets(self):
+        return parse_buckets(self.config.data.buckets) if self.config.data.buckets else BUCKETS
+
+    def _train_transform(self):
+        data, augmentation = self.config.data, self.config.augmentation
+        return make_detection_train_transform(
+            short_sides=data.short_sides,
+            long_side=data.long_side,
+            flip_probability=augmentation.flip_probability,
+            crop_probability=augmentation.crop_probability,
+            first_short_sides=augmentation.first_short_sides,
+            crop_sides=(augmentation.crop_min, augmentation.crop_max),
+            buckets=self._buckets(),
+            max_boxes=data.max_boxes,
+            masks=self._has_masks,
+        )
+
+    def _eval_transform(self):
+        scale = (self.config.data.test_long_side, self.config.data.test_short_side)
+        return make_detection_eval_transform(scale=scale, multiple=self.config.eval.multiple)
+
+
+def _format_categories(categories) -> str:
+    return name_some([f"{number} {name}" for number, name in zip(*categories, strict=True)])

@@ -1,0 +1,1 @@
+"""Semantic segmentation: losses, mean intersection over union, and figures of predictions."""

@@ -1,0 +1,127 @@
+"""Semantic segmentation as a task."""
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from dat_jax.data import batching
+from dat_jax.data.ade20k import make_palette_for
+from dat_jax.data.segmentation_sources import load_segmentation_source
+from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
+from dat_jax.data.sources import SPLITS
+from dat_jax.evaluation import segmentation as evaluation
+from dat_jax.models.registry import create_segmentor
+from dat_jax.ops.dispatch import compute_dtype
+from dat_jax.tasks.objective import Objective
+from dat_jax.tasks.segmentation.objective import make_segmentation_objective
+from dat_jax.tasks.task import Evaluator, Source, Task
+
+_FIGURE_EXAMPLES = 8
+
+
+class SegmentationTask(Task):
+    """A class per pixel. Batches are those of ``make_segmentation_objective``."""
+
+    name = "segmentation"
+    metric = evaluation.METRIC
+    published_classes = 150  # ADE20K
+
+    def load_sources(self) -> tuple[Source, Source]:
+        """See ``Task``."""
+        data = self.config.data
+        options = dict(directory=data.directory, zero_is_ignored=data.zero_is_ignored)
+        train, validation = (load_segmentation_source(data.name, split=split, **options) for split in SPLITS)
+        return train, validation
+
+    def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
+        """See ``Task``."""
+        config, data, augmentation = self.config, self.config.data, self.config.augmentation
+        transform = make_segmentation_train_transform(
+            scale=(data.long_side, data.short_side),
+            min_ratio=augmentation.min_ratio,
+            max_ratio=augmentation.max_ratio,
+            crop_size=data.crop_size,
+            max_class_ratio=augmentation.max_class_ratio,
+            flip_probability=augmentation.flip_probability,
+            distort=augmentation.distort,
+        )
+        return batching.make_train_batches(
+            self.train_source,
+            transform,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            rows=rows,
+            workers=data.workers,
+        )
+
+    def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
+        """See ``Task``. The images of a batch have the same size."""
+        config = self.config
+        return batching.make_sized_eval_batches(
+            source, self._eval_transform(), batch_size=config.eval.batch_size, rows=rows, workers=config.data.workers
+        )
+
+    def example_indices(self, step: int) -> list[int]:
+        """See ``Task``."""
+        config = self.config
+        return batching.example_indices(
+            len(self.train_source), seed=config.seed, step=step, batch_size=config.batch_size
+        )
+
+    def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+        """See ``Task``."""
+        del train
+        side = self.config.data.crop_size
+        return {
+            "image": jax.ShapeDtypeStruct((size, side, side, 3), "uint8"),
+            "label": jax.ShapeDtypeStruct((size, side, side), "uint8"),
+            "valid": jax.ShapeDtypeStruct((size, 2), "int32"),
+        }
+
+    def describe_images(self) -> str:
+        """See ``Task``."""
+        data = self.config.data
+        return f"crops of {data.crop_size} x {data.crop_size}, whole images into {data.long_side} x {data.short_side}"
+
+    def make_objective(self, **backbone: Any) -> Objective:
+        """See ``Task``."""
+        config = self.config
+        return make_segmentation_objective(
+            create_segmentor(
+                **config.head.to_dict(),
+                backbone={**config.model.to_dict(), "dtype": compute_dtype(config.model.dtype), **backbone},
+                num_classes=len(self.class_names),
+            ),
+            auxiliary_weight=config.loss.auxiliary_weight,
+        )
+
+    def make_evaluator(self, predict: Callable) -> Evaluator:
+        """See ``Task`` and ``evaluation.segmentation``."""
+        return evaluation.make_evaluator(predict, **self._inference_options())
+
+    def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
+        """See ``Task``. Each example has its own size."""
+        source, transform = self.eval_source, self._eval_transform()
+        indices = np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int)
+        evaluation.save_pictures(
+            evaluation.make_segmenter(predict, **self._inference_options()),
+            variables,
+            [transform(source[int(index)]) | {"image": source[int(index)]["image"]} for index in indices],
+            class_names=source.class_names,
+            palette=make_palette_for(len(source.class_names)),
+            directory=directory,
+        )
+
+    def _eval_transform(self):
+        data = self.config.data
+        return make_segmentation_eval_transform(
+            scale=(data.long_side, data.short_side), ratios=tuple(self.config.eval.ratios)
+        )
+
+    def _inference_options(self):
+        evaluation_config = self.config.eval
+        return dict(flip=evaluation_config.flip, window=evaluation_config.window, stride=evaluation_config.stride)

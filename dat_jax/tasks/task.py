@@ -1,0 +1,114 @@
+"""The interface of a task. The trainer, checkpoints, tools and reports know nothing else of it."""
+
+import abc
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+from ml_collections import ConfigDict
+
+from dat_jax.tasks.objective import Objective
+
+# Random-access data set: len(source), source[index] -> record (a dict of numpy arrays), source.class_names.
+Source = Any
+Evaluator = Callable[..., dict[str, float]]  # evaluate(variables, batches, *, classes=None) -> metrics
+
+
+class Task(abc.ABC):
+    """Data, model, loss, prediction, evaluation and figures of one task, as a configuration describes them.
+
+    A batch is a dict of arrays whose first axis is the batch. On the host it holds the rows of this process.
+
+    Attributes:
+      name: value of ``config.task`` that selects this task.
+      metric: evaluation metric that decides which checkpoint is the best one; larger is better.
+      published_classes: number of classes of the data set of the published models.
+      config: the configuration.
+      train_source, eval_source: training and validation data.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    published_classes: ClassVar[int]
+
+    def __init__(self, config: ConfigDict, *, sources: tuple[Source, Source] | None = None):
+        """Read the data sets that ``config.data`` names, unless ``sources`` (training, validation) are passed."""
+        self.config = config
+        self.train_source, self.eval_source = sources or self.load_sources()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their labels."""
+        return tuple(self.train_source.class_names)
+
+    # Data
+
+    @abc.abstractmethod
+    def load_sources(self) -> tuple[Source, Source]:
+        """Open the training and the validation data.
+
+        Raises:
+          UserError: they are missing, damaged or do not fit together.
+        """
+
+    def load_extra_eval_sets(self) -> Mapping[str, tuple[Source, Any]]:
+        """Further evaluation sets: name -> (source, indices of the classes it has, or None for all)."""
+        return {}
+
+    @abc.abstractmethod
+    def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
+        """Endless training batches on the host, each a pure function of the seed and the step.
+
+        Args:
+          start_step: number of finished steps.
+          rows: indices, within the global batch of ``config.batch_size`` examples, of the examples of this process.
+        """
+
+    @abc.abstractmethod
+    def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
+        """Batches on the host that hold every example of a source exactly once, padded and masked.
+
+        Args:
+          source: data to evaluate on.
+          rows: as in ``make_train_batches``, within ``config.eval.batch_size`` examples.
+        """
+
+    @abc.abstractmethod
+    def example_indices(self, step: int) -> list[int]:
+        """Indices into ``train_source`` of the examples of a step's global batch."""
+
+    @abc.abstractmethod
+    def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch of ``size`` examples for training, or for prediction."""
+
+    @abc.abstractmethod
+    def describe_images(self) -> str:
+        """Sizes of training and evaluation images in words, for the console."""
+
+    # Model
+
+    @abc.abstractmethod
+    def make_objective(self, **backbone: Any) -> Objective:
+        """Make the model with its loss and prediction.
+
+        Args:
+          **backbone: attributes of the backbone (``DAT``) that override those of ``config.model``.
+
+        Raises:
+          ValueError, TypeError: settings that do not fit together.
+        """
+
+    # Evaluation
+
+    @abc.abstractmethod
+    def make_evaluator(self, predict: Callable) -> Evaluator:
+        """Make ``evaluate(variables, batches, *, classes=None) -> metrics`` from an ``Objective.predict``."""
+
+    @abc.abstractmethod
+    def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
+        """Save figures of predictions for some validation examples.
+
+        Raises:
+          OSError: they cannot be written.
+        """

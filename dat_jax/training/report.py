@@ -1,0 +1,104 @@
+"""What a run leaves for people: figures, summary.md and the table of results."""
+
+import logging
+import pathlib
+from collections.abc import Mapping
+
+import jax
+from rich.console import Console
+
+from dat_jax.cli.console import make_console, print_table
+from dat_jax.training.monitoring import summary as summary_lib
+from dat_jax.training.monitoring.metrics import read_metrics
+from dat_jax.training.state import TrainState
+from dat_jax.training.trainer import Trainer
+from dat_jax.visualization import charts
+
+logger = logging.getLogger(__name__)
+
+
+def save_figures(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> None:
+    """Save learning curves, by the first process, and the task's figures. A failure to write is logged as a warning."""
+    try:
+        if jax.process_index() == 0:
+            charts.save_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"))
+        if jax.process_count() == 1:  # with several processes, none has all of the weights
+            trainer.task.save_figures(trainer.objective.predict, jax.device_get(state.eval_variables), workdir)
+    except OSError as error:
+        logger.warning("The figures could not be saved in %s: %s.", workdir, error.strerror)
+
+
+def save_summary(
+    trainer: Trainer,
+    workdir: pathlib.Path,
+    *,
+    step: int,
+    ended_by: str | None,
+    seconds: float,
+    description: Mapping[str, str],
+    command_flags: str,
+) -> None:
+    """Save summary.md, by the first process. A failure to write is logged as a warning.
+
+    Args:
+      trainer: the run.
+      workdir: the work directory.
+      step: number of finished steps.
+      ended_by: name of the signal that ended the run before its last step, or None.
+      seconds: duration of this call.
+      description: rows of the table at the start of the run.
+      command_flags: command line flags of the configuration.
+    """
+    if jax.process_index() > 0:
+        return
+    text = summary_lib.format_summary(
+        name=workdir.resolve().name,
+        description={"configuration": command_flags, **description},
+        step=step,
+        total_steps=trainer.total_steps,
+        steps_per_epoch=trainer.steps_per_epoch,
+        ended_by=ended_by,
+        series=read_metrics(workdir / "metrics.jsonl"),
+        metric=trainer.task.metric,
+        seconds=seconds,
+        figures=summary_lib.find_figures(workdir),
+        commands=summary_lib.list_commands(str(workdir), command_flags=command_flags),
+    )
+    try:
+        summary_lib.write_summary(workdir, text)
+    except OSError as error:
+        logger.warning("The summary could not be written in %s: %s.", workdir, error.strerror)
+
+
+def print_result(console: Console, metrics: Mapping[str, float], *, weights: str) -> None:
+    """Print the metrics of an evaluation, in one line if the console is quiet, by the first process.
+
+    Args:
+      console: the console of the run.
+      metrics: name -> value.
+      weights: which weights were evaluated.
+    """
+    rows = {name: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for name, value in metrics.items()}
+    if console.quiet:
+        line = "  ".join([*(" ".join(row) for row in rows.items()), weights])
+        make_console(quiet=jax.process_index() > 0).print(line)
+    else:
+        print_table(console, "Result", {**rows, "weights": weights})
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Format as "loss 0.1234  top1 98.7 ...", in the order of the metrics."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def write_description(trainer: Trainer, workdir: pathlib.Path, *, class_names_file: str) -> None:
+    """Write config.json and the names of the classes. A failure to write is logged as a warning."""
+    texts = {
+        "config.json": trainer.config.to_json_best_effort(indent=2) + "\n",
+        class_names_file: "".join(f"{name}\n" for name in trainer.task.class_names),
+    }
+    for name, text in texts.items():
+        try:
+            (workdir / name).write_text(text)
+        except OSError as error:
+            logger.warning("%s could not be written: %s.", workdir / name, error.strerror)

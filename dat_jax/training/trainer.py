@@ -1,0 +1,230 @@
+"""Everything that a configuration determines before the first step."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dat_jax.config import validate
+from dat_jax.errors import UserError
+from dat_jax.models.registry import create_model
+from dat_jax.ops.dispatch import compute_dtype, target_platform
+from dat_jax.parallel import sharding
+from dat_jax.profiling.flops import count_product_flops
+from dat_jax.tasks.registry import make_task
+from dat_jax.training.compilation import known_options
+from dat_jax.training.optimizer import make_optimizer
+from dat_jax.training.schedule import make_schedule
+from dat_jax.training.state import TrainState, init_state
+from dat_jax.training.step import make_train_step
+
+_INIT_STREAM = 0  # random keys: fold_in(seed, stream)
+
+
+class Trainer:
+    """Builds what a configuration determines, once, in this order: mesh, task and data, schedule, optimizer, model, state.
+
+    Attributes:
+      config: the configuration, checked, with ``model.deformable_form`` resolved.
+      mesh: devices of the run.
+      task: data, model, evaluation and figures, see ``tasks.task.Task``.
+      steps_per_epoch, total_steps: number of steps per epoch and of the whole run.
+      eval_steps: number of steps between evaluations.
+      schedule: number of finished steps -> learning rate.
+      optimizer: the optimizer.
+      objective: the model's init, loss and predict on the mesh, see ``tasks.objective.Objective``.
+      state_sharding: placement of the training state, with the structure of a TrainState.
+      abstract_state: shapes, dtypes and placement of the training state (ShapeDtypeStructs).
+      extra_eval_sets: further evaluation sets, name -> (source, indices of its classes or None for all).
+    """
+
+    def __init__(
+        self, config: ConfigDict, *, devices: Sequence[jax.Device] | None = None, sources: tuple[Any, Any] | None = None
+    ):
+        """Build everything and check that it fits together.
+
+        Args:
+          config: a configuration, see dat_jax.config.
+          devices: devices of the mesh; by default all devices of the platform.
+          sources: training and validation data; by default those that ``config.data`` names.
+
+        Raises:
+          UserError: names what does not fit.
+        """
+        validate(config)
+        self.config = config = _resolve_deformable_form(config)
+        self.mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+        self.task = make_task(config, sources=sources)
+        _check_eval_batch(config, self.mesh)
+        self.steps_per_epoch = _count_steps_per_epoch(config, self.task)
+        self.total_steps = config.steps or config.epochs * self.steps_per_epoch
+        self.eval_steps = config.eval.every_steps or config.eval.every * self.steps_per_epoch
+
+        self.schedule = make_schedule(config, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+        self.optimizer = make_optimizer(self.schedule, **config.optimizer.to_dict())
+        try:
+            objective = self.task.make_objective()
+            # Kernels need at least one example per device; without them the same parameters need one example.
+            objective = dataclasses.replace(objective, init=self.task.make_objective(implementation="auto").init)
+            abstract = jax.eval_shape(self._make_init(objective), jax.random.key(0))
+        except (ValueError, TypeError) as error:  # settings that do not fit together, or images the model cannot take
+            raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
+        self.state_sharding = sharding.state_sharding(abstract, self.mesh)
+        self.abstract_state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract,
+            self.state_sharding,
+        )
+        predict, loss = (
+            sharding.with_whole_params(function, self.state_sharding.params, self.mesh)
+            for function in (objective.predict, objective.loss)
+        )
+        self.objective = dataclasses.replace(
+            objective, predict=sharding.with_split_kernels(predict, self.mesh), loss=loss
+        )
+        self.extra_eval_sets = self.task.load_extra_eval_sets()
+
+    def initialize(self) -> TrainState:
+        """Make the state before the first step, on the mesh."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), _INIT_STREAM)
+        # It runs once and mostly draws random numbers: on CPU, optimizing it would take half of its compile time.
+        on_cpu = jax.default_backend() == "cpu"
+        options = known_options({"xla_backend_optimization_level": 0}) if on_cpu else None
+        init = jax.jit(self._make_init(self.objective), out_shardings=self.state_sharding, compiler_options=options)
+        return init(key)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+        """The jitted training step on the mesh: (state, batch) -> (state, metrics). It donates the state's memory."""
+        config = self.config
+        step = make_train_step(
+            objective=self.objective,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            seed=config.seed,
+            accumulate_steps=config.accumulate_steps,
+            ema_decay=config.ema_decay,
+        )
+        on_cpu = target_platform() == "cpu"
+        # By default XLA's CPU backend starts ops as early as possible, without regard to the memory this takes.
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+        # On one CPU device jax 0.7.2 computes other losses from the second step on if the state is donated.
+        donate = () if on_cpu and jax.__version_info__ < (0, 9, 1) else 0
+        return jax.jit(
+            sharding.with_split_kernels(step, self.mesh),  # around the step, since the backward pass is traced in it
+            in_shardings=(self.state_sharding, sharding.batch_sharding(self.mesh)),
+            out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
+            donate_argnums=donate,
+            compiler_options=known_options(options),
+        )
+
+    def train_batches(self, *, start_step: int) -> Iterator[dict]:
+        """Endless training batches of this process (numpy), after ``start_step`` finished steps."""
+        rows = sharding.local_rows(self.config.batch_size, self.mesh)
+        return self.task.make_train_batches(start_step=start_step, rows=rows)
+
+    def put_batch(self, batch: dict) -> dict:
+        """Place this process's batch (numpy) on the mesh."""
+        return sharding.put_batch(batch, self.mesh)
+
+    def evaluate(self, variables: Any, *, source: Any = None, classes: Any = None) -> dict[str, float]:
+        """Evaluate on a whole data set.
+
+        Args:
+          variables: variables of the model.
+          source: by default the validation data.
+          classes: indices of the classes that can be predicted; by default all.
+
+        Returns:
+          Metrics; those of ``task.metric`` decide which checkpoint is best.
+        """
+        rows = sharding.local_rows(self.config.eval.batch_size, self.mesh)
+        batches = self.task.make_eval_batches(self.task.eval_source if source is None else source, rows=rows)
+        options = {} if classes is None else {"classes": classes}
+        return self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
+
+    @functools.cached_property
+    def _evaluator(self):
+        return self.task.make_evaluator(self.objective.predict)
+
+    def check_train_batch(self) -> None:
+        """Raise a UserError if the training batch cannot be split over devices and accumulated steps."""
+        config = self.config
+        parts = self.mesh.size * config.accumulate_steps
+        if config.batch_size % parts:
+            raise UserError(
+                f"config.batch_size {config.batch_size} is not a multiple of {parts}: {self.mesh.size} devices times "
+                f"{config.accumulate_steps} accumulated steps."
+            )
+
+    def count_model_flops(self) -> float:
+        """Count the FLOPs of a training step per image as model FLOPs utilization (MFU) does.
+
+        That is three times the matrix products and convolutions of the forward pass: one for it and two for the backward
+        pass. Recomputation (``remat``) and products that only a fast algorithm has are not counted: the model is traced
+        with its plain implementations.
+        """
+        objective = self.task.make_objective(implementation="plain", remat="none")
+        batch = self.task.example_batch(1)
+        traced = jax.make_jaxpr(objective.loss)(self.abstract_state.eval_variables, batch, jax.random.key(0))
+        return 3 * count_product_flops(traced.jaxpr)
+
+    def describe(self) -> dict[str, str]:
+        """Describe the run in the rows of a table."""
+        config, task, devices = self.config, self.task, jax.devices()
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
+        skipped = getattr(task.train_source, "skipped", {})
+        changes = ", ".join(f"{count:,} {name}" for name, count in skipped.items() if count)
+        train, validation = len(task.train_source), len(task.eval_source)
+        return {
+            "model": f"{config.model.name}, {parameters:,} parameters, {compute_dtype(config.model.dtype)}",
+            "data": f"{config.data.name}: {train:,} to train, {validation:,} to validate, {task.describe_images()}",
+            **({"skipped or repaired": changes} if changes else {}),
+            "devices": f"{len(devices)} x {devices[0].device_kind}",
+            "mesh": " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
+            "batch": f"{config.batch_size} in {config.accumulate_steps} part(s), {self.steps_per_epoch} steps per epoch",
+            "length": f"{self.total_steps / self.steps_per_epoch:.4g} epochs, {self.total_steps} steps",
+        }
+
+    def _make_init(self, objective):
+        image = self.task.example_batch(1)["image"]
+
+        def init(key):
+            batch = {"image": jnp.zeros(image.shape, image.dtype)}
+            return init_state(key, batch, objective=objective, optimizer=self.optimizer, ema=self.config.ema_decay > 0)
+
+        return init
+
+
+def _resolve_deformable_form(config: ConfigDict) -> ConfigDict:
+    """Replace ``model.deformable_form`` "auto" by that of the named model.
+
+    It is recorded with the run because the parameters do not show with which form they were trained.
+    """
+    if config.model.get("deformable_form", "auto") != "auto":
+        return config
+    try:
+        form = create_model(config.model.name).deformable_form
+    except ValueError as error:
+        raise UserError(f"config.model cannot be built: {error}") from error
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.deformable_form = form
+    return config
+
+
+def _check_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    if config.eval.batch_size % mesh.size:
+        raise UserError(f"config.eval.batch_size {config.eval.batch_size} is not a multiple of {mesh.size} devices.")
+
+
+def _count_steps_per_epoch(config: ConfigDict, task) -> int:
+    examples = len(task.train_source)
+    if config.batch_size > examples:
+        raise UserError(f"config.batch_size {config.batch_size} is larger than the {examples} training examples.")
+    return examples // config.batch_size
