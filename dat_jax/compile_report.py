@@ -174,7 +174,7 @@ def main(_):
 def _make_report(values: flags.FlagValues, console: Console) -> dict:
     from dat_jax.profiling import step_report
     from dat_jax.profiling.topologies import TARGET_CONFIG, find_devices
-    from dat_jax.tasks.registry import TASKS
+    from dat_jax.tasks.registry import get_task_class
 
     if not values.steps or not set(values.steps) <= set(step_report.STEPS):
         choices = ", ".join(step_report.STEPS)
@@ -182,7 +182,7 @@ def _make_report(values: flags.FlagValues, console: Console) -> dict:
     validate(values.config)
     target_config = values.target_config or TARGET_CONFIG
     find_devices(values.topology, target_config=target_config)  # its mistakes before data are read
-    classes = values.classes or TASKS[values.config.task].published_classes
+    classes = values.classes or get_task_class(values.config.task).published_classes
     sources = step_report.make_sources(values.config, classes=classes, examples=values.examples)
     options = dict(topology=values.topology, sources=sources, target_config=target_config, top=values.top)
     if not values.find_batch:

@@ -1,15 +1,22 @@
-"""The tasks by name."""
+"""Tasks by name."""
 
+import importlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dat_jax.tasks.classification.task import ClassificationTask
-from dat_jax.tasks.detection.task import DetectionTask
-from dat_jax.tasks.segmentation.task import SegmentationTask
 from dat_jax.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, SegmentationTask, DetectionTask)}
+
+def get_task_class(name: str) -> type[Task]:
+    """Return the class of a task: ``TASK`` of the module dat_jax.tasks.<name>.task.
+
+    Only this task is imported, since tasks need different packages.
+
+    Args:
+      name: a value of ``config.task``, see ``dat_jax.config.TASKS``.
+    """
+    return importlib.import_module(f"dat_jax.tasks.{name}.task").TASK
 
 
 def make_task(config: ConfigDict, *, sources: tuple[Any, Any] | None = None) -> Task:
@@ -22,4 +29,4 @@ def make_task(config: ConfigDict, *, sources: tuple[Any, Any] | None = None) -> 
     Raises:
       UserError: the data cannot be read.
     """
-    return TASKS[config.task](config, sources=sources)
+    return get_task_class(config.task)(config, sources=sources)

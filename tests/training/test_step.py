@@ -15,7 +15,7 @@ from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo
 from dat_jax.profiling.step_report import StandIn
 from dat_jax.tasks.objective import Objective
-from dat_jax.tasks.registry import TASKS
+from dat_jax.tasks.registry import get_task_class
 from dat_jax.training.optimizer import clip_by_global_norm, global_norm
 from dat_jax.training.state import TrainState, copy_state, init_state
 from dat_jax.training.step import make_train_step
@@ -168,7 +168,7 @@ def stand_in(config):
     """In the place of a data set that is not there; the embedded ones themselves."""
     if not config.data.directory:
         return None
-    return (StandIn(2048, tuple(map(str, range(TASKS[config.task].published_classes)))),) * 2
+    return (StandIn(2048, tuple(map(str, range(get_task_class(config.task).published_classes)))),) * 2
 
 
 @pytest.mark.slow

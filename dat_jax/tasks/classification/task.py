@@ -119,3 +119,6 @@ class ClassificationTask(Task):
 
     def _eval_transform(self):
         return make_eval_transform(resize=self.config.data.eval_resize, image_size=self.config.data.image_size)
+
+
+TASK = ClassificationTask

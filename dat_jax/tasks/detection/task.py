@@ -174,3 +174,6 @@ class DetectionTask(Task):
 
 def _format_categories(categories) -> str:
     return name_some([f"{number} {name}" for number, name in zip(*categories, strict=True)])
+
+
+TASK = DetectionTask

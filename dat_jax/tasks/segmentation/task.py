@@ -125,3 +125,6 @@ class SegmentationTask(Task):
     def _inference_options(self):
         evaluation_config = self.config.eval
         return dict(flip=evaluation_config.flip, window=evaluation_config.window, stride=evaluation_config.stride)
+
+
+TASK = SegmentationTask
