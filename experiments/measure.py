@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, fresh processes, tables, plots, and what they ran on."""
+"""Shared helpers of the benchmarks: timing, fresh processes, tables, plots and a description of the machine."""
 
 import argparse
 import importlib
@@ -22,20 +22,21 @@ ROOT = pathlib.Path(__file__).parents[1]
 _RESULT = "result of the fresh process: "
 
 
-_SETTLE_SECONDS = 0.2  # after another call, whose memory the system takes back meanwhile
+_SETTLE_SECONDS = 0.2  # pause in which the system reclaims the memory of the previous call
 
 
 def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int, min_seconds: float) -> dict[str, float]:
-    """Median over rounds of the seconds that a call takes.
+    """Median over rounds of the seconds per call.
 
-    All calls are measured in every round, in random order, each after a pause and as many calls that are not timed: what the
-    machine does in between hits all of them, and none finds the caches and the free memory as the same other left them.
-    (Neighborhood attention took 34 ms instead of 20 whenever it came after a call that had freed 1 GB.)
+    Every round measures all calls in random order. Each measurement follows a pause and the same number of calls that are not
+    timed. Other load on the machine then affects all calls, and no call always follows the same other call, whose effect on
+    caches and free memory it would measure. (Neighborhood attention took 34 ms instead of 20 whenever it followed a call that
+    had freed 1 GB.)
 
     Args:
-      calls: each starts a computation and returns its arrays, which are waited for. They have been called before.
-      repeats: rounds.
-      min_seconds: a measurement calls as often as that takes.
+      calls: name -> function that starts a computation and returns its arrays. Each has been called before.
+      repeats: Number of rounds.
+      min_seconds: Minimum duration of one measurement, which repeats the call accordingly.
     """
     import jax
 
@@ -57,7 +58,7 @@ def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int, mi
 
 
 def time_matrix_product() -> float:
-    """Seconds of the product of two matrices 1024 x 1024 in float32: how fast the machine is at the moment."""
+    """Seconds for the product of two 1024 x 1024 float32 matrices, as a check of the machine's current speed."""
     import jax
     import jax.numpy as jnp
 
@@ -68,18 +69,18 @@ def time_matrix_product() -> float:
 
 
 def describe_machine(*, product_seconds: Sequence[float]) -> str:
-    """Versions and the device, in a sentence or two, with the matrix product's time at the start and at the end."""
+    """Sentences with the versions, the device, and the time of the matrix product before and after a measurement."""
     import jax
     import jaxlib
     import numpy
 
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{os.cpu_count()} CPU cores ({_processor()})"
-    milliseconds = ", then ".join(f"{1e3 * seconds:.1f}" for seconds in product_seconds)
+    before, after = (f"{1e3 * product_seconds[index]:.1f} ms" for index in (0, -1))
     return (
         f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, numpy {numpy.__version__}, Python "
-        f"{platform.python_version()}, on {kind}. Machines drift: a product of two 1024 x 1024 float32 matrices took "
-        f"{milliseconds} ms while this was measured."
+        f"{platform.python_version()}, on {kind}. A product of two 1024 x 1024 float32 matrices, as a check of the machine's "
+        f"speed, took {before} before and {after} after the measurement."
     )
 
 
@@ -95,14 +96,14 @@ def _processor() -> str:
 
 
 def run_fresh(target: str, **arguments) -> dict[str, Any]:
-    """Calls a function in a process of its own.
+    """Call a function in a new process.
 
     Args:
-      target: "package.module:function"; the function returns a dict that JSON can hold.
-      arguments: likewise.
+      target: "package.module:function". The function returns a dict that JSON can represent.
+      **arguments: Its arguments, which JSON can represent.
 
     Returns:
-      What it returned, or {"failed": why} where the process ended before that.
+      The function's result, or {"failed": reason} if the process ended before it returned.
     """
     command = [sys.executable, "-m", "experiments.measure", target, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -110,19 +111,20 @@ def run_fresh(target: str, **arguments) -> dict[str, Any]:
         if line.startswith(_RESULT):
             return json.loads(line.removeprefix(_RESULT))
     if done.returncode < 0:
-        return {"failed": f"ended by {signal.Signals(-done.returncode).name}"}  # SIGKILL: the machine's memory was full
+        return {"failed": f"ended by {signal.Signals(-done.returncode).name}"}  # SIGKILL: usually out of memory
     return {"failed": (done.stderr.strip().splitlines() or ["without a message"])[-1][:300]}
 
 
 def compile_then_run(target: str, **arguments) -> dict[str, Any]:
-    """Calls a function in two fresh processes, the second of which finds what the first compiled.
+    """Call a function in two new processes, so that the second reads the programs that the first compiled.
 
-    The compiler's own memory would hide a program's. The function takes ``cache``, a directory for ``use_cache``, and
-    ``repeats``, which is 0 in the first process: run once, for the peak of memory.
+    The compiler's memory would otherwise hide that of the program. The function takes ``cache``, a directory for
+    ``use_cache``, and ``repeats``. In the first process ``repeats`` is 0, and the function runs the program once, to measure
+    the peak memory.
 
     Returns:
-      What the second returned, but "compile_seconds" of the first, and its "whole_peak_bytes" as "compiling_peak_bytes"; or
-      {"failed": why}.
+      The second result, with "compile_seconds" of the first, and "whole_peak_bytes" of the first as "compiling_peak_bytes"; or
+      {"failed": reason}.
     """
     with tempfile.TemporaryDirectory() as cache:
         first = run_fresh(target, cache=cache, **{**arguments, "repeats": 0})
@@ -137,7 +139,7 @@ def compile_then_run(target: str, **arguments) -> dict[str, Any]:
 
 
 def use_cache(directory: str) -> None:
-    """Has jax keep every compiled program in a directory. To be called before the first is compiled."""
+    """Cache all compiled programs in a directory. Call this before the first compilation."""
     import jax
 
     jax.config.update("jax_enable_compilation_cache", True)
@@ -146,7 +148,7 @@ def use_cache(directory: str) -> None:
 
 
 def _serve() -> None:
-    """The fresh process."""
+    """Entry point of the new process."""
     target, arguments = sys.argv[1:]
     module, _, function = target.partition(":")
     result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
@@ -157,14 +159,14 @@ def _serve() -> None:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with the columns of the first row."""
+    """Markdown table with the columns of the first row."""
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def format_number(value: float | None) -> str:
-    """Three digits or all before the point, without an exponent; "-" for None."""
+    """At least three significant digits, without an exponent; "-" for None."""
     if value is None:
         return "-"
     decimals = next((d for limit, d in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if abs(value) >= limit), 4)
@@ -172,12 +174,12 @@ def format_number(value: float | None) -> str:
 
 
 def format_gib(size: float | None) -> str:
-    """Bytes as GiB."""
+    """Bytes in GiB."""
     return "-" if size is None else f"{size / 2**30:.{2 if size > 2**27 else 3}f}"
 
 
 def write_results(directory: pathlib.Path, *, title: str, sections: Mapping[str, str], name: str = "results") -> None:
-    """``name``.md with a title, and sections by their heads ("" for none); printed too."""
+    """Write and print ``name``.md with a title and sections by heading ("" for no heading)."""
     parts = [f"# {title}"]
     for head, text in sections.items():
         parts += [f"## {head}", text] if head else [text]
@@ -190,7 +192,7 @@ def write_results(directory: pathlib.Path, *, title: str, sections: Mapping[str,
 def save_lines(
     path: pathlib.Path, panels: Mapping[str, Mapping[str, Mapping[float, float]]], *, x_label: str, y_label: str
 ) -> None:
-    """A PNG of panels, title -> line -> {x: y}, with logarithmic axes."""
+    """Plot panels, title -> line -> {x: y}, with logarithmic axes, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
@@ -213,7 +215,7 @@ def save_lines(
 def save_bars(
     path: pathlib.Path, panels: Mapping[str, Mapping[str, float]], *, x_label: str, log: bool = False
 ) -> None:
-    """A PNG of panels of horizontal bars, title -> name -> length."""
+    """Plot panels of horizontal bars, title -> name -> length, as a PNG file."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -229,52 +231,55 @@ def save_bars(
         axes.invert_yaxis()
         axes.tick_params(labelsize=7)
         if log:
-            axes.set_xlim(10 ** np.floor(np.log10(min(bars.values()))))  # a whole decade, so that ticks have room
+            axes.set_xlim(
+                10 ** np.floor(np.log10(min(bars.values())))
+            )  # start at a power of ten, to leave room for ticks
         axes.set(title=title, xlabel=x_label, xscale="log" if log else "linear")
         axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=80)
 
 
-# Arguments that all benchmarks take
+# Arguments of all benchmarks
 
 
 class _Parser(argparse.ArgumentParser):
-    """Keeps what was called, but for where its results go."""
+    """Parser that records the command without its ``--output``."""
 
     def parse_args(self, args=None, namespace=None):
         options = super().parse_args(args, namespace)
-        place = argparse.ArgumentParser(add_help=False)
-        place.add_argument("--output")
-        _, given = place.parse_known_args(args)
-        options.command = f"`{shlex.join(('python', '-m', self.name, *given))}`: {self.measured}"
+        output_parser = argparse.ArgumentParser(add_help=False)
+        output_parser.add_argument("--output")
+        _, others = output_parser.parse_known_args(args)
+        options.command = f"`{shlex.join(('python', '-m', self.name, *others))}`\n\n{self.explanation}"
         return options
 
 
 def make_parser(module: str, description: str, *, repeats: int, min_seconds: float) -> argparse.ArgumentParser:
-    """--output, --repeats, --min-seconds; and ``command`` of what it parses, which is for the head of the results.
+    """Parser with --output, --repeats and --min-seconds. Its options have ``command``, text for the head of the results.
 
     Args:
-      module: the benchmark's file; its folder is where results go by default.
-      description: the benchmark's docstring, whose third paragraph says what is measured.
-      repeats, min_seconds: defaults.
+      module: File of the benchmark. By default, results are written to its folder.
+      description: Docstring of the benchmark: a title, the usage, and an explanation in Markdown.
+      repeats: Default of --repeats.
+      min_seconds: Default of --min-seconds.
     """
     path = pathlib.Path(module)
     parser = _Parser(description=description.strip().partition("\n")[0])
     parser.name = f"{path.parents[1].name}.{path.parent.name}.{path.stem}"
-    parser.measured = " ".join(description.strip().split("\n\n")[2].split())
-    parser.add_argument("--output", type=pathlib.Path, default=path.parent, help="folder of the results")
-    parser.add_argument("--repeats", type=int, default=repeats, help="measurements, of which the median counts")
-    parser.add_argument("--min-seconds", type=float, default=min_seconds, help="of one measurement, at least")
+    parser.explanation = description.strip().split("\n\n", 2)[2]
+    parser.add_argument("--output", type=pathlib.Path, default=path.parent, help="folder for the results")
+    parser.add_argument("--repeats", type=int, default=repeats, help="number of measurements; results are their median")
+    parser.add_argument("--min-seconds", type=float, default=min_seconds, help="minimum duration of one measurement")
     return parser
 
 
 def words(text: str) -> list[str]:
-    """Of an argument: words divided by commas."""
+    """Split a comma-separated argument into words."""
     return [word for word in text.split(",") if word]
 
 
 def numbers(text: str) -> list[int]:
-    """Of an argument: whole numbers divided by commas."""
+    """Split a comma-separated argument into integers."""
     return [int(word) for word in words(text)]
 
 

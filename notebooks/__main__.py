@@ -1,4 +1,7 @@
-"""Makes the .ipynb files of the sources beside this one, always the same bytes: python -m notebooks"""
+"""Generate the .ipynb files from the .py sources in this folder: python -m notebooks
+
+The output is deterministic.
+"""
 
 import hashlib
 import pathlib
@@ -10,10 +13,10 @@ SOURCES = sorted(pathlib.Path(__file__).parent.glob("[!_]*.py"))
 
 
 def make_notebook(source: pathlib.Path) -> str:
-    """The text of the .ipynb of a jupytext percent source. A cell's id comes from what it says, and so stays with it."""
+    """Text of the .ipynb file of a source in jupytext's percent format. The id of a cell is a hash of its source."""
     notebook = jupytext.read(source)
-    del notebook.metadata["jupytext"]  # of the source's header only
-    notebook.nbformat_minor = 5  # the first with ids
+    del notebook.metadata["jupytext"]  # describes the source file only
+    notebook.nbformat_minor = 5  # the first version with cell ids
     for cell in notebook.cells:
         cell.id = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
     nbformat.validate(notebook)

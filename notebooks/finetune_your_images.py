@@ -12,61 +12,64 @@
 # %% [markdown]
 # # Fine-tuning on your own images
 #
-# A folder of images becomes a classifier that says what is in a new one, on a free GPU (in Colab: *Runtime, Change runtime type,
-# T4 GPU*). As it stands every cell runs in order on digits that come with a package. It has not run on a GPU yet.
+# This notebook trains a classifier on a folder of images, on a free GPU, and applies it to a new image. In Colab, first
+# choose *Runtime, Change runtime type, T4 GPU*. Without changes, all cells run in order on embedded digits.
+#
+# **It has not been run on a GPU.**
 
 # %% [markdown]
 # ## Install
 #
-# `REPOSITORY` is where dat_jax is: an address that `git clone` takes, or a folder with a copy of it that was uploaded. Nothing
-# is installed where this notebook lies in such a copy, whose requirements are there already. Colab's own jax and flax (0.7.2 and
-# 0.11.2, or newer) stay as they are.
+# `REPOSITORY` is the location of dat_jax: a URL for `git clone`, or a folder with an uploaded copy. If this notebook is
+# inside a clone of the repository, nothing is installed, and its requirements must be installed already. Colab's jax and
+# flax (0.7.2 and 0.11.2, or newer) are kept.
 
 # %%
 import pathlib
 import subprocess
 import sys
 
-REPOSITORY = ""  # an address, or a folder such as "/content/dat_jax"
+REPOSITORY = ""  # a URL, or a folder such as "/content/dat_jax"
 
 here = pathlib.Path.cwd()
-root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "common.py").is_file()), None)
+root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "quickstart.py").is_file()), None)
 if root is None:
-    assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository, or to a folder with a copy of it."
+    assert REPOSITORY, "Set REPOSITORY to the URL of the dat_jax repository, or to a folder with a copy of it."
     root = pathlib.Path(REPOSITORY)
     if not root.is_dir():
         root = here / "dat_jax"
         if not root.is_dir():
             subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-r", root / "requirements.txt"], check=True)
-sys.path.insert(0, str(root))  # configs/ are files of the repository
+sys.path.insert(0, str(root))  # configs/ is imported from the repository
 
 # %% [markdown]
 # ## Settings
 #
 # `IMAGES` is a folder in one of two layouts:
 #
-# - `train/<class>/` and `val/<class>/`, each with image files: taken as it is;
-# - `<class>/` with image files: a fifth of each class is put aside, at random, to measure with.
+# - `train/<class>/` and `val/<class>/` with image files, which are used as they are;
+# - `<class>/` with image files, of which a random fifth of each class is held out for validation.
 #
-# `WEIGHTS` is where the training starts: a published `.pth` or `.safetensors` file, or what `python -m dat_jax.conversion` or
-# an earlier run has left. With `""` a small model starts from nothing, on 48 x 48 pixels, which is enough for digits and the
-# like. For photographs take weights: some dozens of images a class are then enough, from scratch thousands are few.
+# `WEIGHTS` are the initial weights: a published `.pth` or `.safetensors` file, an export of `python -m dat_jax.conversion`,
+# or the work directory of another run. `""` trains a small model from scratch on 48 x 48 pixels, which is enough for digits.
+# Use weights for photographs: a few dozen images per class are then enough, whereas training from scratch needs many
+# thousands.
 
 # %%
 import os
 
-IMAGES = ""  # such as "/content/drive/MyDrive/my_images"; "": digits, written as PNG files
-WEIGHTS = ""  # such as "/content/drive/MyDrive/dat_pp_tiny.pth"; "": from scratch
-MODEL = "dat_pp_tiny"  # the one of the weights
+IMAGES = ""  # such as "/content/drive/MyDrive/my_images"; "" writes digits as PNG files
+WEIGHTS = ""  # such as "/content/drive/MyDrive/dat_pp_tiny.pth"; "" trains from scratch
+MODEL = "dat_pp_tiny"  # the model of WEIGHTS
 WORKDIR = "runs/finetune"
-SAVE_TO = ""  # such as "/content/drive/MyDrive/my_classifier": what is kept at the end
-EPOCHS, BATCH_SIZE, DIGITS_A_CLASS = 10, 32, 100
+SAVE_TO = ""  # such as "/content/drive/MyDrive/my_classifier"; folder for the trained model
+EPOCHS, BATCH_SIZE, DIGITS_PER_CLASS = 10, 32, 100
 
-small = os.environ.get("DAT_JAX_SMALL") == "1"  # the tests: a few steps of a smaller model
+small = os.environ.get("DAT_JAX_SMALL") == "1"  # used by the tests: a few steps of a small model
 if small:
     WORKDIR = os.environ["DAT_JAX_WORKDIR"]
-    EPOCHS, BATCH_SIZE, DIGITS_A_CLASS = 1, 16, 10
+    EPOCHS, BATCH_SIZE, DIGITS_PER_CLASS = 1, 16, 10
 
 if any("/drive/" in place for place in (IMAGES, WEIGHTS, SAVE_TO)):
     from google.colab import drive
@@ -76,8 +79,8 @@ if any("/drive/" in place for place in (IMAGES, WEIGHTS, SAVE_TO)):
 # %% [markdown]
 # ## The images
 #
-# Training never sees the images of `val/`: what is measured there is what to expect of new ones, if they are like them.
-# Pictures of one thing taken in a row belong into the same half.
+# Images in `val/` are not used for training, so the accuracy on them is what to expect on similar new images. Put images of
+# one object that were taken in a row into the same split.
 
 # %%
 import random
@@ -90,8 +93,8 @@ from dat_jax.data.embedded import read_mnist5k
 
 
 def write_digits(folder):
-    """A few of the embedded digits as folder/train/<digit>/*.png and folder/val/<digit>/*.png."""
-    for split, name, count in (("train", "train", DIGITS_A_CLASS), ("validation", "val", DIGITS_A_CLASS // 2)):
+    """Write some of the embedded digits to folder/train/<digit>/*.png and folder/val/<digit>/*.png."""
+    for split, name, count in (("train", "train", DIGITS_PER_CLASS), ("validation", "val", DIGITS_PER_CLASS // 2)):
         images, labels, class_names = read_mnist5k(split)
         for label, class_name in enumerate(class_names):
             place = folder / name / class_name
@@ -101,7 +104,7 @@ def write_digits(folder):
 
 
 def split_classes(source, folder):
-    """Copies source/<class>/* to folder/train/<class> and, a fifth of each class, to folder/val/<class>."""
+    """Copy a fifth of source/<class>/* to folder/val/<class>, and the rest to folder/train/<class>."""
     for place in sorted(path for path in source.iterdir() if path.is_dir()):
         files = sorted(path for path in place.iterdir() if path.is_file())
         random.Random(0).shuffle(files)
@@ -112,7 +115,9 @@ def split_classes(source, folder):
                 shutil.copy(file, folder / name / place.name)
 
 
-data = pathlib.Path(WORKDIR) / (f"images_{zlib.crc32(IMAGES.encode())}" if IMAGES else "images")  # a folder for each
+data = pathlib.Path(WORKDIR) / (
+    f"images_{zlib.crc32(IMAGES.encode())}" if IMAGES else "images"
+)  # one folder per IMAGES
 if not IMAGES:
     write_digits(data)
 elif (pathlib.Path(IMAGES) / "train").is_dir():
@@ -130,7 +135,7 @@ for split in ("train", "val"):
 # %% [markdown]
 # ## The weights
 #
-# Published weights are converted once: their names are checked, and so is that every one has found its place.
+# Published weights are converted once. The conversion checks that names and shapes match the model.
 
 # %%
 weights = WEIGHTS
@@ -142,18 +147,20 @@ if WEIGHTS.endswith((".pth", ".pt", ".safetensors")):
 # %% [markdown]
 # ## The configuration
 #
-# `configs/finetune.py` has the rates for training on from weights, `configs/quickstart.py` those of a small model from scratch.
-# A T4 has no arithmetic in bfloat16, which `dtype="auto"` takes on every GPU, and emulates it: float32 is what it wants.
-# Batches of 32 images of 224 x 224 should fit into its 15 GiB well: 128 of them in bfloat16 are compiled to 3.3 GiB on an H100.
-# `data.workers` are processes that read images, as many as a Colab machine has cores.
+# - `configs/finetune.py` has the learning rates for fine-tuning, `configs/quickstart.py` those for a small model from
+#   scratch.
+# - `dtype="auto"` is bfloat16 on every GPU. A T4 has no bfloat16 arithmetic and emulates it, so float32 is set there.
+# - Batches of 32 images of 224 x 224 should fit into the 15 GiB of a T4: the compiler estimates 3.3 GiB for 128 of them in
+#   bfloat16 on an H100.
+# - `data.workers` is the number of processes that read images, here the number of cores of a Colab machine.
 
 # %%
 import jax
 
 from configs import finetune, quickstart, tiny
 
-chosen = tiny if small else finetune if weights else quickstart
-config = chosen.get_config().unlock()
+module = tiny if small else finetune if weights else quickstart
+config = module.get_config().unlock()
 config.data.name, config.data.directory = "folders", str(data)
 config.data.workers = 0 if small else 2
 config.init_from = weights
@@ -162,20 +169,20 @@ config.batch_size, config.eval.batch_size = BATCH_SIZE, BATCH_SIZE
 config.schedule.warmup_epochs = EPOCHS / 10
 if weights:
     config.model.name = MODEL
-    config.schedule.reference_batch_size = BATCH_SIZE  # the rate is not made smaller with the batch: the steps are few
+    config.schedule.reference_batch_size = BATCH_SIZE  # keep the rate for a small batch: there are few steps
 if "T4" in jax.devices()[0].device_kind:
     config.model.dtype = "float32"
 config = config.lock()
 
 # %% [markdown]
-# With weights the recipe mirrors images, crops them and changes colours. Where left and right, or colours, tell the classes
-# apart, take that out before training: `config.augmentation.flip_probability = 0.0`,
+# The recipe for fine-tuning flips and crops images and changes colors. If left and right, or colors, distinguish the
+# classes, disable this before training: `config.augmentation.flip_probability = 0.0`,
 # `config.augmentation.rand_augment_count = 0`.
 #
 # ## Train
 #
-# *Interrupt execution* saves and ends; the same cell goes on from there. `top1` is the percentage of the images in `val/` that
-# are named rightly.
+# *Interrupt execution* saves a checkpoint and stops. Run the cell again to resume. `top1` is the percentage of images in
+# `val/` that are classified correctly.
 
 # %%
 from dat_jax.training import loop
@@ -189,10 +196,10 @@ ipython.display(ipython.Image(f"{WORKDIR}/curves.png"))
 ipython.display(ipython.Image(f"{WORKDIR}/predictions.png"))
 
 # %% [markdown]
-# ## What is mixed up
+# ## Confusion matrix
 #
-# The best checkpoint as a function of images. A row of the matrix is what an image is, a column what the model says. Rows whose
-# diagonal is dark are the classes that want more images, or are not to be told apart.
+# `inference.load` loads the best checkpoint as a function of images. A row of the matrix is the true class, a column the
+# predicted class. A dark diagonal entry marks a class that needs more images, or that cannot be distinguished from another.
 
 # %%
 import numpy as np
@@ -207,49 +214,51 @@ files = [file for name in names for file in find_images([data / "val" / name])]
 confusion = np.zeros((len(names), len(names)), int)
 for start in range(0, len(files), BATCH_SIZE):
     batch = files[start : start + BATCH_SIZE]
-    found = classifier.classify([read_image(file) for file in batch], pad_to=BATCH_SIZE)  # one size, compiled once
-    for file, probabilities in zip(batch, found, strict=True):
+    predictions = classifier.classify(
+        [read_image(file) for file in batch], pad_to=BATCH_SIZE
+    )  # one batch size, compiled once
+    for file, probabilities in zip(batch, predictions, strict=True):
         confusion[names.index(file.parent.name), probabilities.argmax()] += 1
 
 figure, axes = plt.subplots(figsize=(5, 5))
 axes.imshow(confusion / confusion.sum(axis=1, keepdims=True), vmin=0, vmax=1)
-axes.set(xlabel="said", ylabel="is", xticks=range(len(names)), yticks=range(len(names)))
+axes.set(xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))
 axes.set_xticklabels(names, rotation=90)
 axes.set_yticklabels(names)
 plt.show()
 
 mistakes = confusion * (1 - np.eye(len(names), dtype=int))
 for place in np.argsort(-mistakes, axis=None)[:3]:
-    label, said = np.unravel_index(place, mistakes.shape)
-    print(f"{names[label]} taken for {names[said]}: {mistakes[label, said]} times")
-print(f"right: {np.trace(confusion)} of {confusion.sum()}")
+    label, prediction = np.unravel_index(place, mistakes.shape)
+    print(f"{names[label]} predicted as {names[prediction]}: {mistakes[label, prediction]} times")
+print(f"correct: {np.trace(confusion)} of {confusion.sum()}")
 
 # %% [markdown]
 # ## A new image
 #
-# Any image will do; it always gets some class of these, whatever it shows. In a terminal
-# `python -m dat_jax.predict runs/finetune photos/ --csv=found.csv` does so with a whole folder. Where the model looks is shown
-# by `python -m dat_jax.visualize runs/finetune photo.jpg --output=shown --html`, and by the notebook `inspect_points`.
+# The classifier assigns one of its classes to any image, whatever it shows. In a terminal, `python -m dat_jax.predict
+# runs/finetune photos/ --csv=found.csv` classifies a whole folder, and `python -m dat_jax.visualize runs/finetune photo.jpg
+# --output=shown --html` shows where the model attends. The notebook `inspect_points` shows the same.
 
 # %%
-NEW_IMAGE = ""  # a file; "": one of val/
+NEW_IMAGE = ""  # a file; "" takes one of val/
 
 image = read_image(pathlib.Path(NEW_IMAGE or files[0]))
 ipython.display(Image.fromarray(image).resize((192, 192)))
 print(classifier.describe(classifier(image)))
 
 # %% [markdown]
-# ## Keep it
+# ## Save the model
 #
-# The model without the optimizer's state, with the names of its classes: a folder that `dat_jax.load`, `inference.load` and the
-# tools take. A Colab machine's own disk is gone after the session.
+# This writes the model with the names of its classes, without the optimizer state. `dat_jax.load`, `inference.load` and the
+# tools read the folder. Save it to a mounted drive: the disk of a Colab machine is deleted after the session.
 
 # %%
 import dat_jax
 
 exported = pathlib.Path(SAVE_TO or f"{WORKDIR}/export")
 if exported.exists():
-    print(f"{exported} exists already; name another place.")
+    print(f"{exported} exists already; set SAVE_TO to another folder.")
 else:
     dat_jax.export_model(
         exported,
@@ -258,5 +267,5 @@ else:
         classes=names,
         options={name: classifier.options[name] for name in ("image_size", "resize")},
     )
-    again = inference.load(exported)
-    print(f"{exported} says {again.describe(again(image))}")
+    restored = inference.load(exported)
+    print(f"{exported} predicts {restored.describe(restored(image))}")

@@ -12,51 +12,52 @@
 # %% [markdown]
 # # Pretraining on a Colab TPU
 #
-# From the images to a trained classifier, and how the same run goes to a pod. As it stands, every cell runs in order: without a
-# data set of yours it trains a small DAT++ on digits that come with a package.
+# This notebook trains a classifier, and shows how to start the same run on a pod. In Colab, first choose *Runtime, Change
+# runtime type, v5e-1 TPU*. Without changes, all cells run in order and train a small DAT++ on embedded digits.
 #
-# In Colab choose *Runtime, Change runtime type, v5e-1 TPU* first. None of this has run on a TPU yet.
+# **It has not been run on a TPU.**
 
 # %% [markdown]
 # ## Install
 #
-# `REPOSITORY` is where dat_jax is: an address that `git clone` takes, or a folder with a copy of it that was uploaded. Nothing
-# is installed where this notebook lies in such a copy, whose requirements are there already. Colab's own jax and flax (0.7.2 and
-# 0.11.2, or newer) stay as they are.
+# `REPOSITORY` is the location of dat_jax: a URL for `git clone`, or a folder with an uploaded copy. If this notebook is
+# inside a clone of the repository, nothing is installed, and its requirements must be installed already. Colab's jax and
+# flax (0.7.2 and 0.11.2, or newer) are kept.
 
 # %%
 import pathlib
 import subprocess
 import sys
 
-REPOSITORY = ""  # an address, or a folder such as "/content/dat_jax"
+REPOSITORY = ""  # a URL, or a folder such as "/content/dat_jax"
 
 here = pathlib.Path.cwd()
-root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "common.py").is_file()), None)
+root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "quickstart.py").is_file()), None)
 if root is None:
-    assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository, or to a folder with a copy of it."
+    assert REPOSITORY, "Set REPOSITORY to the URL of the dat_jax repository, or to a folder with a copy of it."
     root = pathlib.Path(REPOSITORY)
     if not root.is_dir():
         root = here / "dat_jax"
         if not root.is_dir():
             subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-r", root / "requirements.txt"], check=True)
-sys.path.insert(0, str(root))  # configs/ are files of the repository
+sys.path.insert(0, str(root))  # configs/ is imported from the repository
 
 # %% [markdown]
 # ## Settings
 #
-# `DATA` is a folder in one of two layouts: what `python -m dat_jax.data.prepare` or TFDS writes (array_record), or
-# `train/<class>/` and `val/<class>/` of image files. `CONFIG` is a file of `configs/`; `OVERRIDES` are keys of it, those that
-# `--config.KEY=VALUE` sets on a command line. `configs/common.py` says what each key means, `dat_jax.list_models("dat_pp*")`
-# which models there are.
+# - `DATA` is a folder in one of two layouts: array_record, as `python -m dat_jax.data.prepare` or TFDS writes it, or
+#   `train/<class>/` and `val/<class>/` with image files.
+# - `CONFIG` is the name of a file in `configs/`.
+# - `OVERRIDES` sets keys of the configuration, like `--config.KEY=VALUE` on a command line. The files of `dat_jax/config/`
+#   define all keys. `dat_jax.list_models("dat_pp*")` lists models.
 
 # %%
 import os
 import shutil
 
-DATA = ""  # such as "/content/drive/MyDrive/imagenet"; "": the embedded digits
-WORKDIR = "runs/pretrain"  # on the mounted drive it outlives the session: "/content/drive/MyDrive/runs/dat_pp_t"
+DATA = ""  # such as "/content/drive/MyDrive/imagenet"; "" takes the embedded digits
+WORKDIR = "runs/pretrain"  # use a mounted drive to keep it after the session: "/content/drive/MyDrive/runs/dat_pp_t"
 BUCKET = ""  # name of a Google Cloud Storage bucket to mount at /content/bucket
 MOUNT_DRIVE = False
 
@@ -67,13 +68,13 @@ else:
     CONFIG = "quickstart"
     OVERRIDES = {"epochs": 6}
 
-if os.environ.get("DAT_JAX_SMALL") == "1":  # the tests: a few steps of a smaller model
+if os.environ.get("DAT_JAX_SMALL") == "1":  # used by the tests: a few steps of a small model
     CONFIG, OVERRIDES, WORKDIR = "tiny", {"seed": 1}, os.environ["DAT_JAX_WORKDIR"]
 
 # %% [markdown]
 # ## Devices
 #
-# A free Colab TPU is one v5e chip with 16 GiB, a Kaggle or larger one eight chips: the mesh takes them all.
+# A free Colab TPU is one v5e chip with 16 GiB. Kaggle and larger machines have eight chips. The mesh uses all of them.
 
 # %%
 import jax
@@ -83,9 +84,9 @@ print(f"jax {jax.__version__}: {jax.device_count()} x {jax.devices()[0].device_k
 # %% [markdown]
 # ## Mount the data
 #
-# Drive and a bucket are slow for many small files and good for few large ones: write ImageNet once as array_record, from its two
-# archives (`python -m dat_jax.data.prepare --train=ILSVRC2012_img_train.tar --validation=ILSVRC2012_img_val.tar --output=DIR`),
-# and copy it to the machine's disk if it fits there. The work directory may lie on either.
+# Drive and buckets are slow for many small files and fast for a few large ones. Convert ImageNet once to array_record, from
+# its two archives: `python -m dat_jax.data.prepare --train=ILSVRC2012_img_train.tar --validation=ILSVRC2012_img_val.tar
+# --output=DIR`. Copy the result to the machine's disk if it fits there. The work directory may be on Drive or in a bucket.
 
 # %%
 if MOUNT_DRIVE:
@@ -113,7 +114,7 @@ if BUCKET:
 # %% [markdown]
 # ## The configuration
 #
-# A configuration is a Python object with every value in sight. What it comes to is known before anything is trained.
+# A configuration is a Python object that lists every value. Model, data and cost of the run are known before training.
 
 # %%
 import importlib
@@ -129,22 +130,22 @@ for name, value in trainer.describe().items():
     print(f"{name:8} {value}")
 state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainer.abstract_state))
 flops = trainer.count_model_flops()
-print(f"training state {state_bytes / 2**30:.3f} GiB, {flops / 1e9:.3g} GFLOPs an image and step")
+print(f"training state {state_bytes / 2**30:.3f} GiB, {flops / 1e9:.3g} GFLOPs per image and step")
 
 # %% [markdown]
-# Activations come on top of the training state, and what the compiler needs. `python -m dat_jax.compile_report` compiles a step
-# for a chip that is not there and says whether it fits; in `docs/` and the README are its figures for every configuration.
-# Where memory is short, `accumulate_steps` splits a batch.
+# **Memory.** Activations and temporaries of the compiler are added to the training state. `python -m dat_jax.compile_report`
+# compiles a step for a chip that is not attached and reports whether it fits. `docs/benchmarks.md` has its estimates for
+# every configuration. To save memory, split the batch with `accumulate_steps`.
 #
-# How long: an epoch of ImageNet is 1.28 million images. At 1,000 images/s on a chip, about the most that the memory of a v5e
-# allows, 300 epochs are four and a half days, longer than a session lasts. One chip is for short runs and for trying; the
-# whole recipe is for a pod, below.
+# **Time.** An epoch of ImageNet has 1.28 million images. The memory bandwidth of a v5e allows about 1,000 images/s per chip
+# at most. At that rate, 300 epochs take four and a half days, which is longer than a session. Use one chip for short runs,
+# and a pod for the full recipe (below).
 
 # %% [markdown]
 # ## Train
 #
-# The run leaves checkpoints, `metrics.jsonl` and pictures in `WORKDIR`. *Interrupt execution* saves the next step and ends;
-# after that, and in a new session with the same `WORKDIR`, the same cell goes on where it stopped.
+# The run writes checkpoints, `metrics.jsonl` and figures into `WORKDIR`. *Interrupt execution* saves the next step and
+# stops. Run the cell again to resume, also in a new session with the same `WORKDIR`.
 
 # %%
 import shlex
@@ -161,10 +162,10 @@ display(Image(f"{WORKDIR}/curves.png"))
 display(Image(f"{WORKDIR}/sampled_points.png"))
 
 # %% [markdown]
-# ## Go on
+# ## Resume for more epochs
 #
-# More epochs of the same run: the state, the data's order and the random numbers are those of a run that was never stopped.
-# The learning rate follows the new length.
+# The state, the order of the data and the random numbers are the same as in an uninterrupted run. The learning rate follows
+# the new length.
 
 # %%
 with config.unlocked():
@@ -177,14 +178,14 @@ result = loop.train(config, WORKDIR, command_flags=flags)
 # %% [markdown]
 # ## Evaluate
 #
-# The best checkpoint on every validation image once. ImageNet's other sets are added by `config.eval.sets`.
+# This evaluates the best checkpoint on every validation image once. `config.eval.sets` adds other sets, such as ImageNet-V2.
 
 # %%
 metrics = loop.evaluate(config, WORKDIR)
 print(f"top-1 {metrics['top1']:.1f} % of {metrics['examples']} images")
 
 # %% [markdown]
-# In a terminal these are:
+# The same commands in a terminal:
 #
 # ```
 # python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/pretrain --config.epochs=6
@@ -192,21 +193,21 @@ print(f"top-1 {metrics['top1']:.1f} % of {metrics['examples']} images")
 # python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/pretrain --mode=eval
 # ```
 #
-# ## The whole recipe on a pod
+# ## The full recipe on a pod
 #
-# Every host of a pod slice runs the same command; `--distributed=on` lets jax find the others. The batch is that of all devices
-# together, 1,024 in the recipe. The data and the work directory lie where all hosts see them, such as a bucket mounted on each:
+# **This has not been run on a pod.** Every host of a pod slice runs the same command. With `--distributed=on`, jax finds the
+# other hosts. The batch is the total over all devices, 1,024 in the recipe. Data and work directory must be visible to all
+# hosts, for example in a mounted bucket:
 #
 # ```
 # python -m dat_jax.main --distributed=on --config=configs/dat_pp_t.py --workdir=/mnt/bucket/runs/dat_pp_t \
 #     --config.data.directory=/mnt/bucket/imagenet
 # ```
 #
-# `docs/launch/tpu_pod.sh` installs on all hosts and runs it there, from your own machine; `docs/many_hosts.md` also has GKE and
-# SLURM. Interrupted, the same command goes on, also on a slice of another size. Whether a step fits is known without a pod:
+# `docs/launch/tpu_pod.sh` installs the package on all hosts and starts the run, from your own machine. `docs/many_hosts.md`
+# also covers GKE and SLURM. Rerun the command to resume, also on a slice of another size. To check without a pod that a step
+# fits:
 #
 # ```
 # python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=v5e:16x16 --steps=train --config.batch_size=4096
 # ```
-#
-# None of this has run on a pod yet.

@@ -36,8 +36,11 @@ pytestmark = pytest.mark.slow
 RULES = (
     (r"make (test|test-all|lint|docs)$", "ci"),
     (INSTALLS, "new user"),
-    (r"pre-commit |python -m (notebooks|tests\.models\.test_registry|pytest tests/ops/test_depthwise\.py)\b", "copy"),
-    (r"python -m pytest tests/ops/test_pooling\.py|python -c .*NM", "page"),
+    (
+        r"pre-commit |python -m (notebooks|tests\.models\.test_registry|pytest tests/ops/layers/test_depthwise\.py)\b",
+        "copy",
+    ),
+    (r"python -m pytest tests/ops/layers/test_pooling\.py|python -c .*NM", "page"),
     (r"python -m dat_jax\.(conversion|data\.prepare|compile_report)( --steps=\w+)?$", "help"),
     (r"python -m dat_jax\.compile_report (?!.*--topology)", "help"),
     (r"python -m (dat_jax( |$)|dat_jax\.predict --help)", "program"),

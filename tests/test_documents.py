@@ -13,6 +13,7 @@ import sys
 import pytest
 import yaml
 
+import dat_jax
 from dat_jax.__main__ import TOOLS
 from dat_jax.config.validation import make_schema
 from dat_jax.conversion import backbone_settings, official
@@ -176,6 +177,16 @@ def test_features_are_true_by_what_they_name():
             with contextlib.chdir(ROOT):
                 parse_config(tool, words[3:])
     assert "2026-11" in text
+
+
+def test_the_api_reference_has_every_public_name():
+    pages = (ROOT / "docs/api.md", *(ROOT / "docs/api").glob("*.md"))
+    text = "".join(path.read_text() for path in pages)
+    documented = set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
+    public = {f"dat_jax.{name}" for name in dat_jax.__all__} | {
+        f"dat_jax.conversion.{name}" for name in dat_jax.conversion.__all__
+    }
+    assert public - documented == {"dat_jax.VARIANTS", "dat_jax.conversion", "dat_jax.inference", "dat_jax.load"}
 
 
 def test_the_citation_is_whole():

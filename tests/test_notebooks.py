@@ -53,21 +53,21 @@ def test_a_run_is_pretrained_and_its_points_are_inspected(tmp_path):
     assert "stages_0/blocks_0: map (8, 8), positions (1, 64, 2), weights (1, 64, 64)" in text
     assert text.count("of group") == 5
     assert "srcdoc" in shown[-1]["text/html"]
-    assert "even or odd, right" in text
+    assert "even or odd: accuracy" in text
 
 
 def test_images_in_folders_are_trained_on(tmp_path):
     text, shown = run("finetune_your_images", tmp_path / "run")
     assert count_pictures(shown) == 4
     assert "100 to train, 50 to validate" in text
-    assert "of 50" in re.search(r"right: .*", text)[0]
+    assert "of 50" in re.search(r"correct: .*", text)[0]
     assert json.loads((tmp_path / "run" / "export" / "model.json").read_text())["classes"] == list("0123456789")
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_ipynb_is_what_the_source_gives(source):
     text = source.with_suffix(".ipynb").read_text(encoding="utf-8")
-    assert text == make_notebook(source), "python -m notebooks makes them anew"
+    assert text == make_notebook(source), "regenerate with: python -m notebooks"
     notebook = nbformat.reads(text, as_version=4)
     nbformat.validate(notebook)
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a TPU pod slice: docs/launch/tpu_pod.sh NAME ZONE CONFIG WORKDIR [--config.KEY=VALUE ...]
-# NAME: of the TPU VM. WORKDIR: on a disk that all hosts see, such as a mounted bucket (gcsfuse) or Filestore.
+# Train on all hosts of a TPU pod slice: docs/launch/tpu_pod.sh NAME ZONE CONFIG WORKDIR [--config.KEY=VALUE ...]
+# NAME is the TPU VM. WORKDIR must be visible to all hosts, such as a mounted bucket (gcsfuse) or Filestore.
 set -euo pipefail
 name=$1 zone=$2 config=$3 workdir=$4
 shift 4
@@ -11,5 +11,5 @@ on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=
 
 on_all_hosts "test -d dat_jax || git clone --depth=1 ${REPOSITORY:?the address of this repository} dat_jax"
 on_all_hosts "cd dat_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
-# Every host runs the same command; on a TPU jax finds the other hosts by itself, which --distributed=on asks for.
+# Every host runs the same command. With --distributed=on, jax gets the addresses of the other hosts from the TPU.
 on_all_hosts "cd dat_jax && .venv/bin/python -m dat_jax.main --distributed=on --config=$(printf %q "$config") --workdir=$(printf %q "$workdir")$flags"

@@ -1,6 +1,6 @@
-"""Draws the pictures of docs/attention.md from the ops themselves: python -m experiments.attention_pictures.draw [--output=docs]
+"""Draw the figures of docs/attention.md with the ops: python -m experiments.attention_pictures.draw [--output=docs]
 
-No network is trained here: offsets and tables are made up, what is done with them is not.
+Offsets and tables are made up. No network is trained.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from dat_jax.ops.attention import deformable as deformable_attention
 from dat_jax.ops.attention import grid_sample, neighborhood_tiles, position_bias
 
-_COLOURS = ("tab:orange", "tab:blue")
+_COLORS = ("tab:orange", "tab:blue")
 
 
 def make_figure(panels: int, *, height: float = 3.2) -> tuple[Figure, list]:
@@ -31,7 +31,7 @@ def make_figure(panels: int, *, height: float = 3.2) -> tuple[Figure, list]:
 
 
 def make_offsets(shape: tuple[int, int]) -> np.ndarray:
-    """(2 groups, Hk, Wk, 2), (dy, dx) normalised: the first group goes to a point, the second turns around the middle."""
+    """Normalized offsets (2 groups, Hk, Wk, 2), (dy, dx): one group moves to a point, the other rotates about the center."""
     rows, columns = np.meshgrid(np.linspace(-1, 1, shape[0]), np.linspace(-1, 1, shape[1]), indexing="ij")
     to_a_point = 0.5 * np.stack([-0.3 - rows, 0.2 - columns], axis=-1)
     around = 0.25 * np.stack([columns, -rows], axis=-1)
@@ -39,15 +39,15 @@ def make_offsets(shape: tuple[int, int]) -> np.ndarray:
 
 
 def draw_offsets() -> Figure:
-    """Reference points, and where the keys of two groups are sampled."""
+    """Draw the reference points and the keys of two groups."""
     map_shape = (28, 28)
     key_shape = deformable_attention.key_grid_shape(map_shape, kernel_size=7, stride=4)
     offsets = make_offsets(key_shape)[None]
-    reference, moved = (
+    reference, keys = (
         np.asarray(
-            grid_sample.to_pixels(deformable_attention.key_positions(jnp.asarray(given), range_factor=-1), map_shape)
+            grid_sample.to_pixels(deformable_attention.key_positions(jnp.asarray(deltas), range_factor=-1), map_shape)
         )[0]
-        for given in (np.zeros_like(offsets), offsets)
+        for deltas in (np.zeros_like(offsets), offsets)
     )
     figure, axes = make_figure(3)
     titles = (f"reference points, {key_shape[0]} x {key_shape[1]}", "keys of group 1", "keys of group 2")
@@ -57,18 +57,18 @@ def draw_offsets() -> Figure:
         start = reference[0].reshape(-1, 2)
         axis.plot(start[:, 1], start[:, 0], "o", color="0.6", markersize=4)
         if index:
-            end, colour = moved[index - 1].reshape(-1, 2), _COLOURS[index - 1]
+            end, color = keys[index - 1].reshape(-1, 2), _COLORS[index - 1]
             for (y, x), (to_y, to_x) in zip(start, end, strict=True):
-                axis.plot([x, to_x], [y, to_y], color=colour, linewidth=0.6)
-            axis.plot(end[:, 1], end[:, 0], "o", color=colour, markersize=4)
+                axis.plot([x, to_x], [y, to_y], color=color, linewidth=0.6)
+            axis.plot(end[:, 1], end[:, 0], "o", color=color, markersize=4)
     return figure
 
 
 def draw_hats() -> Figure:
-    """The weights of a point between pixels are the product of a hat over rows and a hat over columns."""
+    """Draw the weights of a point between pixels: a hat over rows times a hat over columns."""
     size, (y, x) = 7, (2.3, 4.6)
     rows, columns = (np.asarray(grid_sample.linear_weights(jnp.float32(at), size)) for at in (y, x))
-    # What the op itself does: the gradient of a sampled value is its weights, here by sampling one bright pixel at a time.
+    # Get the op's weights by sampling maps with a single bright pixel.
     bright = jnp.eye(size * size, dtype=jnp.float32).reshape(1, size, size, size * size)
     sampled = grid_sample.grid_sample(bright, jnp.asarray([[[[y, x]]]], jnp.float32), implementation="plain")
     weights = np.asarray(sampled).reshape(size, size)
@@ -76,31 +76,31 @@ def draw_hats() -> Figure:
         raise AssertionError("The product of the hats is not what the op samples.")
     figure, axes = make_figure(2)
     line = np.linspace(0, size - 1, 400)
-    for at, name, colour in ((y, "rows, y = 2.3", _COLOURS[0]), (x, "columns, x = 4.6", _COLOURS[1])):
+    for at, name, color in ((y, "rows, y = 2.3", _COLORS[0]), (x, "columns, x = 4.6", _COLORS[1])):
         hat = np.maximum(0, 1 - np.abs(line - at))
-        axes[0].plot(line, hat, color=colour, label=name)
-        axes[0].plot(np.arange(size), np.maximum(0, 1 - np.abs(np.arange(size) - at)), "o", color=colour)
+        axes[0].plot(line, hat, color=color, label=name)
+        axes[0].plot(np.arange(size), np.maximum(0, 1 - np.abs(np.arange(size) - at)), "o", color=color)
     axes[0].set(title="hat(i - y) at the pixels", xticks=range(size), ylim=(-0.05, 1.35))
     axes[0].legend(loc="upper center", ncols=2, fontsize=8)
     axes[1].imshow(weights, cmap="Greys", vmin=0, vmax=1)
     axes[1].plot(x, y, "x", color="tab:red")
     for i, j in np.argwhere(weights > 1e-6):
-        colour = "white" if weights[i, j] > 0.5 else "black"
-        axes[1].text(j, i, f"{weights[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        color = "white" if weights[i, j] > 0.5 else "black"
+        axes[1].text(j, i, f"{weights[i, j]:.2f}", ha="center", va="center", fontsize=8, color=color)
     axes[1].set_title("their product: the weights of the map")
     return figure
 
 
 def draw_bias() -> Figure:
-    """The bias of one key over all queries is one window of the table, moved by the key's position."""
+    """Draw the bias of one key over all queries: a window of the table, shifted by the position of the key."""
     side, (y, x) = 14, (3.4, 9.7)
     axis = np.arange(2 * side - 1) - (side - 1)
     table = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / 30) + 0.25 * np.cos(axis[:, None] / 2) * np.cos(axis / 3)
     points = jnp.asarray([[[[y, x]]]], jnp.float32)
-    given = dict(map_shape=(side, side))
+    options = dict(map_shape=(side, side))
     table_array = jnp.asarray(table[None], jnp.float32)
-    plain = position_bias.table_position_bias(table_array, points, **given, implementation="gather")
-    sliced = position_bias.table_position_bias(table_array, points, **given, implementation="slice")
+    plain = position_bias.table_position_bias(table_array, points, **options, implementation="gather")
+    sliced = position_bias.table_position_bias(table_array, points, **options, implementation="slice")
     if not np.allclose(plain, sliced, atol=1e-5):
         raise AssertionError("The slice is not the lookup.")
     figure, axes = make_figure(2)
@@ -117,7 +117,7 @@ def draw_bias() -> Figure:
 
 
 def draw_tiles() -> Figure:
-    """Windows move inward at the border; the windows of a tile of queries lie in one halo of keys."""
+    """Draw windows, which move inward at the border, and the halo of keys that contains all windows of a tile."""
     size, kernel, tile = 21, 7, 7
     starts = neighborhood_tiles.window_starts(size, kernel)
     first, index = neighborhood_tiles.tile_line(size, tile, kernel)
@@ -128,20 +128,20 @@ def draw_tiles() -> Figure:
         axis.set_yticks(np.arange(size) - 0.5, labels=[])
         axis.grid(color="0.9", linewidth=0.5)
         axis.tick_params(length=0)
-    for (i, j), colour in (((1, 2), _COLOURS[0]), ((12, 14), _COLOURS[1])):
-        axes[0].add_patch(Rectangle((starts[j] - 0.5, starts[i] - 0.5), kernel, kernel, color=colour, alpha=0.35))
-        axes[0].plot(j, i, "o", color=colour)
+    for (i, j), color in (((1, 2), _COLORS[0]), ((12, 14), _COLORS[1])):
+        axes[0].add_patch(Rectangle((starts[j] - 0.5, starts[i] - 0.5), kernel, kernel, color=color, alpha=0.35))
+        axes[0].plot(j, i, "o", color=color)
     axes[0].set_title("windows of two queries, 7 x 7")
     halo = index.shape[-1]
-    axes[1].add_patch(Rectangle((first[1] - 0.5, first[1] - 0.5), halo, halo, color=_COLOURS[1], alpha=0.25))
-    axes[1].add_patch(Rectangle((tile - 0.5, tile - 0.5), tile, tile, color=_COLOURS[1], alpha=0.7))
+    axes[1].add_patch(Rectangle((first[1] - 0.5, first[1] - 0.5), halo, halo, color=_COLORS[1], alpha=0.25))
+    axes[1].add_patch(Rectangle((tile - 0.5, tile - 0.5), tile, tile, color=_COLORS[1], alpha=0.7))
     axes[1].set_title(f"a tile of 7 x 7 queries, its halo of {halo} x {halo} keys")
     axes[2].imshow(index[1] >= 0, cmap="Greys", aspect="equal")
     axes[2].set(title="one axis: which key is in which window", xlabel=f"{halo} keys", ylabel=f"{tile} queries")
     return figure
 
 
-PICTURES = {
+FIGURES = {
     "attention_offsets": draw_offsets,
     "attention_hats": draw_hats,
     "attention_bias": draw_bias,
@@ -150,12 +150,12 @@ PICTURES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes a PNG for each of ``PICTURES``."""
+    """Write a PNG file for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs"), help="the folder to write to")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs"), help="folder for the figures")
     output = parser.parse_args(arguments).output
     output.mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
+    for name, draw in FIGURES.items():
         draw().savefig(output / f"{name}.png", dpi=90)
 
 

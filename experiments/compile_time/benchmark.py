@@ -1,10 +1,12 @@
-"""How long a configuration's training step takes to compile, with and without loops over blocks, cold and from the cache.
+"""Compile time of training steps, with and without loops over blocks, cold and from the cache.
 
 python -m experiments.compile_time.benchmark [--configs=quickstart,dat_pp_t] [--topologies=cpu,v5e:1x1] [--batch=8]
 
-Writes results.md and results.png. Every compilation is in a process of its own. "cold" compiles and fills a persistent cache,
-"warm" finds the program there; tracing and lowering are in neither and are done both times. On a TPU, which is not there, the
-compiler alone runs (pip install libtpu), without a cache.
+Every compilation runs in its own process.
+
+- "cold" compiles and fills a persistent cache. "warm" reads the program from that cache. Neither includes tracing and lowering,
+  which run both times.
+- For a TPU, which is not attached, only the compiler runs (`pip install libtpu`), without a cache.
 """
 
 import importlib
@@ -19,7 +21,7 @@ from experiments import measure
 def measure_compilation(
     *, config: str, topology: str, scan_blocks: bool, batch: int, cache: str | None = None
 ) -> dict[str, Any]:
-    """In a fresh process: {"lower_seconds", "compile_seconds", "temporary_bytes", "peak_bytes", "code_bytes"}."""
+    """Compile in this process: {"lower_seconds", "compile_seconds", "temporary_bytes", "peak_bytes", "code_bytes"}."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
@@ -45,7 +47,7 @@ def measure_compilation(
 
 
 def run_case(config: str, topology: str, scan_blocks: bool, batch: int) -> dict[str, Any]:
-    """The cold compilation, with "warm_seconds" and "cached_bytes" on CPU; or {"failed": why}."""
+    """Result of the cold compilation, with "warm_seconds" and "cached_bytes" on a CPU; or {"failed": reason}."""
     target = "experiments.compile_time.benchmark:measure_compilation"
     arguments = dict(config=config, topology=topology, scan_blocks=scan_blocks, batch=batch)
     if topology != "cpu":
@@ -61,28 +63,28 @@ def run_case(config: str, topology: str, scan_blocks: bool, batch: int) -> dict[
     return {**cold, "warm_seconds": warm["compile_seconds"], "cached_bytes": size}
 
 
-def format_row(config: str, topology: str, scan_blocks: bool, found: dict[str, Any]) -> dict[str, str]:
-    """Of the table."""
+def format_row(config: str, topology: str, scan_blocks: bool, result: dict[str, Any]) -> dict[str, str]:
+    """Row of the table."""
     row = {"configuration": config, "for": topology, "scan_blocks": str(scan_blocks)}
     columns = (
         *("traced and lowered, s", "compiled, cold, s", "warm, s", "in the cache, MB"),
         *("step's temporaries, GiB", "peak of the compiling process, GiB"),
     )
-    if "failed" in found:
-        return row | dict.fromkeys(columns, "-") | {columns[0]: found["failed"]}
+    if "failed" in result:
+        return row | dict.fromkeys(columns, "-") | {columns[0]: result["failed"]}
     values = (
-        f"{found['lower_seconds']:.1f}",
-        f"{found['compile_seconds']:.1f}",
-        f"{found['warm_seconds']:.1f}" if "warm_seconds" in found else "-",
-        f"{found['cached_bytes'] / 1e6:.1f}" if "cached_bytes" in found else "-",
-        measure.format_gib(found["temporary_bytes"]),
-        measure.format_gib(found["peak_bytes"]),
+        f"{result['lower_seconds']:.1f}",
+        f"{result['compile_seconds']:.1f}",
+        f"{result['warm_seconds']:.1f}" if "warm_seconds" in result else "-",
+        f"{result['cached_bytes'] / 1e6:.1f}" if "cached_bytes" in result else "-",
+        measure.format_gib(result["temporary_bytes"]),
+        measure.format_gib(result["peak_bytes"]),
     )
     return row | dict(zip(columns, values, strict=True))
 
 
 def parse(arguments: list[str] | None = None):
-    """The options; topologies whose compiler is not installed are left out unless they are asked for."""
+    """Parse the options. The default topologies are those whose compiler is installed."""
     parser = measure.make_parser(__file__, __doc__, repeats=1, min_seconds=0.0)
     default = ["cpu", "v5e:1x1"] if importlib.util.find_spec("libtpu") else ["cpu"]
     parser.add_argument("--configs", type=measure.words, default=["quickstart", "dat_pp_t"], help="names in configs/")
@@ -92,19 +94,19 @@ def parse(arguments: list[str] | None = None):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compiles everything that was asked for."""
+    """Compile the selected configurations and write the results."""
     options = parse(arguments)
     product, rows, bars = [measure.time_matrix_product()], [], {}
     for config in options.configs:
         for topology in options.topologies:
             for scan_blocks in (False, True):
-                found = run_case(config, topology, scan_blocks, options.batch)
-                rows.append(format_row(config, topology, scan_blocks, found))
+                result = run_case(config, topology, scan_blocks, options.batch)
+                rows.append(format_row(config, topology, scan_blocks, result))
                 print(rows[-1], flush=True)
                 name = f"{topology}, {'loops' if scan_blocks else 'every block'}"
                 for key, label in (("compile_seconds", "cold"), ("warm_seconds", "warm")):
-                    if key in found:
-                        bars.setdefault(config, {})[f"{name}, {label}"] = found[key]
+                    if key in result:
+                        bars.setdefault(config, {})[f"{name}, {label}"] = result[key]
     product.append(measure.time_matrix_product())
     notes = f"Batch {options.batch}. {measure.describe_machine(product_seconds=product)}"
     sections = {"": "\n\n".join((notes, options.command, measure.format_table(rows)))}

@@ -1,9 +1,9 @@
-"""What the host's part of the recipe costs: decode, crop, flip and RandAugment of 500 x 375 JPEGs, on one core.
+"""Cost of the host's part of the recipe: decode, crop, flip and RandAugment of 500 x 375 JPEG files, on one core.
 
 python -m experiments.input_pipeline.benchmark
 
-Prints the tables of README.md beside it. Medians over rounds, all columns measured in turn in every round, so that a ratio
-does not depend on what the machine does in between. Photographs: those that scikit-learn and matplotlib carry.
+Prints the tables of README.md in this folder. Values are medians over rounds. Every round measures all columns in turn, so that
+other load on the machine does not change their ratio. The photographs are those of scikit-learn and matplotlib.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ PHOTOGRAPHS = (
 
 
 def load_photographs() -> list[np.ndarray]:
-    """Twelve cuts of three photographs, uint8 (375, 500, 3)."""
+    """Twelve crops of three photographs, uint8 (375, 500, 3)."""
     rng, cuts = np.random.default_rng(0), []
     for index in range(12):
         package, path = PHOTOGRAPHS[index % 3]
@@ -52,14 +52,14 @@ def load_photographs() -> list[np.ndarray]:
 
 
 def encode(image: np.ndarray) -> bytes:
-    """A JPEG of quality 95."""
+    """Encode an image as JPEG with quality 95."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
 def pillow_pipeline(data: bytes, rng: np.random.Generator) -> np.ndarray:
-    """The same recipe with Pillow alone: the same draws, every resampling Pillow's."""
+    """The same recipe with Pillow only: the same random numbers, with Pillow's resampling."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     x, y, w, h = transforms.draw_crop(rng, width=image.width, height=image.height, min_area=0.08, max_aspect=4 / 3)
     image = image.crop((x, y, x + w, y + h)).resize((224, 224), Image.Resampling.BICUBIC)
@@ -82,11 +82,11 @@ def _pillow_operation(image: Image.Image, name: str, argument: float) -> Image.I
         return image.rotate(argument, **resampled)
     if name in matrices:
         return image.transform(image.size, Image.Transform.AFFINE, matrices[name], **resampled)
-    return Image.fromarray(apply_operation(np.asarray(image), name, argument))  # Pillow's already
+    return Image.fromarray(apply_operation(np.asarray(image), name, argument))  # identical to Pillow
 
 
 def measure(columns: dict[str, Callable[[int], object]], count: int) -> dict[str, float]:
-    """Median over rounds of the milliseconds a call takes, the columns in turn; each is called with 0 .. count - 1."""
+    """Median over rounds of the milliseconds per call. Each column is called with 0 .. count - 1 in every round."""
     seconds = {name: [] for name in columns}
     for _ in range(ROUNDS):
         for name, function in columns.items():
@@ -98,37 +98,37 @@ def measure(columns: dict[str, Callable[[int], object]], count: int) -> dict[str
 
 
 def table(title: str, rows: dict[str, tuple]) -> None:
-    """Prints rows of a Markdown table, heads divided by |."""
+    """Print a Markdown table. ``title`` has its heads, separated by |."""
     print(f"\n| {title} |\n|{'---|' * title.count('|')}---|")
     for name, values in rows.items():
         print(f"| {name} | {' | '.join(str(value) for value in values)} |")
 
 
 def measure_pipeline(photographs: list[np.ndarray], files: list[bytes]) -> None:
-    """The whole, against decoding alone and against Pillow."""
+    """Measure the whole pipeline, decoding only, and the pipeline with Pillow."""
     transform = transforms.make_train_transform(**SETTINGS)
 
-    def ours(index):
+    def run(index):
         image = images.decode_image(files[index % 12], name="")
         return transform({"image": image}, np.random.default_rng(index))
 
     milliseconds = measure(
         {
-            "decode alone": lambda i: images.decode_image(files[i % 12], name=""),
-            "decode, crop, flip, RandAugment": ours,
+            "decode only": lambda i: images.decode_image(files[i % 12], name=""),
+            "decode, crop, flip, RandAugment": run,
             "the same with Pillow": lambda i: pillow_pipeline(files[i % 12], np.random.default_rng(i)),
         },
         count=120,
     )
     whole = milliseconds["decode, crop, flip, RandAugment"]
     rows = {name: (f"{ms:.2f}", f"{1e3 / ms:.0f}", f"{ms / whole:.2f}") for name, ms in milliseconds.items()}
-    table("one core | ms an image | images/s | time, ours = 1", rows)
+    table("one core | ms per image | images/s | relative time", rows)
 
 
 def measure_resizing(photographs: list[np.ndarray]) -> None:
-    """Time and distance from Pillow's bicubic, mean of |difference| in 1/255, by how far the image shrinks."""
+    """Measure time, and mean absolute difference from Pillow's bicubic in 1/255, for several reductions."""
     ways = {
-        "ours: blur, then cubic": lambda x: images.resize_bicubic(x, width=224, height=224),
+        "dat_jax: blur, then OpenCV cubic": lambda x: images.resize_bicubic(x, width=224, height=224),
         "OpenCV cubic": lambda x: cv2.resize(x, (224, 224), interpolation=cv2.INTER_CUBIC),
         "OpenCV area": lambda x: cv2.resize(x, (224, 224), interpolation=cv2.INTER_AREA),
         "Pillow": lambda x: np.asarray(Image.fromarray(x).resize((224, 224), Image.Resampling.BICUBIC)),
@@ -147,7 +147,7 @@ def measure_resizing(photographs: list[np.ndarray]) -> None:
 
 
 def measure_operations(photographs: list[np.ndarray]) -> None:
-    """Every RandAugment operation at magnitude 9."""
+    """Measure every RandAugment operation at magnitude 9."""
     small = [images.resize_bicubic(image, width=224, height=224) for image in photographs]
     arguments = {name: 0.9 for name in OPERATIONS}
     arguments |= {"Rotate": 27.0, "Posterize": 1, "Solarize": 26, "SolarizeAdd": 99, "Color": 1.81, "ShearX": 0.27}
@@ -160,7 +160,7 @@ def measure_operations(photographs: list[np.ndarray]) -> None:
 
 
 class _Files:
-    """A source of the encoded photographs, 100,000 long."""
+    """Source of 100,000 records that repeat the encoded photographs."""
 
     class_names = ("any",)
 
@@ -175,13 +175,13 @@ class _Files:
 
 
 def measure_batches(files: list[bytes]) -> None:
-    """Batches of 128 as training takes them, on all cores of the machine."""
+    """Measure loading of training batches of 128, on all cores of the machine."""
     rows = {}
     for workers in (0, 1, os.cpu_count()):
         batches = batching.make_train_batches(
             _Files(files), transforms.make_train_transform(**SETTINGS), batch_size=128, seed=0, workers=workers
         )
-        for _ in itertools.islice(batches, 8):  # what was loaded ahead, and the start of the workers
+        for _ in itertools.islice(batches, 8):  # skip prefetched batches and the start of the workers
             pass
         start = time.perf_counter()
         for _ in itertools.islice(batches, 24):
@@ -193,7 +193,7 @@ def measure_batches(files: list[bytes]) -> None:
 
 
 def main() -> None:
-    """Prints every table."""
+    """Print all tables."""
     photographs = load_photographs()
     files = [encode(image) for image in photographs]
     print(f"{os.cpu_count()} cores; JPEGs of {np.mean([len(file) for file in files]) / 1e3:.0f} kB")

@@ -1,13 +1,15 @@
-"""Forward and training steps of whole models: images a second, compile time, memory, and where the time goes.
+"""Evaluation and training steps of whole models: images/s, compile time, memory, and time per module.
 
 JAX_PLATFORMS=cpu python -m experiments.model.benchmark [--models=dat_pp_tiny:1,8,16;dat_pp_small:1,8] [--remat=blocks] ...
 JAX_PLATFORMS=cpu python -m experiments.model.benchmark --profile [--models=dat_pp_tiny:8]
 
-The first writes results.md and results.png, the second profile.md and profile.png. The steps are the project's own: "eval"
-are the logits of a batch, "train" is forward, backward and AdamW with the recipe's mixing and erasing on the device. Each is
-compiled in one process and run in another that finds the compiled program, because the compiler's own memory would hide the
-step's. "resident before" is what that process holds before the first step: Python, jax, the program, the state and a batch; the
-peak while it runs has the step's own memory on top. The peak with compiling is the first process's.
+- The steps are those of the package. "eval" computes the logits of a batch. "train" is forward, backward and AdamW, with mixing
+  and erasing on the device.
+- Each step is compiled in one process and run in another that reads the compiled program, because the compiler's memory would
+  hide that of the step.
+- "resident before" is the memory of the second process before the first step: Python, jax, the program, the state and a batch.
+  "peak while it runs" adds the memory of the step. "peak with compiling" is that of the first process.
+- With `--profile`, profile.md and profile.png are written instead of results.md and results.png.
 """
 
 import pathlib
@@ -28,25 +30,25 @@ def parse_models(text: str) -> dict[str, list[int]]:
     return {name: measure.numbers(batches) for name, _, batches in pairs}
 
 
-def format_row(variant: str, batch: int, step: str, found: dict[str, Any]) -> dict[str, str]:
-    """Of the table."""
+def format_row(variant: str, batch: int, step: str, result: dict[str, Any]) -> dict[str, str]:
+    """Row of the table."""
     row = {"model": variant, "batch": str(batch), "step": step}
     columns = (
         *("s", "images/s", "traced and lowered, s", "compiled, s", "temporaries, GiB"),
         *("resident before, GiB", "peak while it runs, GiB", "peak with compiling, GiB"),
     )
-    if "failed" in found:
-        return row | dict.fromkeys(columns, "-") | {"s": found["failed"]}
+    if "failed" in result:
+        return row | dict.fromkeys(columns, "-") | {"s": result["failed"]}
     values = (
-        *(measure.format_number(found["seconds"]), measure.format_number(batch / found["seconds"])),
-        *(f"{found[name]:.1f}" for name in ("lower_seconds", "compile_seconds")),
-        *(measure.format_gib(found[f"{name}_bytes"]) for name in ("temporary", "resident", "peak", "compiling_peak")),
+        *(measure.format_number(result["seconds"]), measure.format_number(batch / result["seconds"])),
+        *(f"{result[name]:.1f}" for name in ("lower_seconds", "compile_seconds")),
+        *(measure.format_gib(result[f"{name}_bytes"]) for name in ("temporary", "resident", "peak", "compiling_peak")),
     )
     return row | dict(zip(columns, values, strict=True))
 
 
 def profile_step(*, variant: str, batch: int, step: str, image_side: int, model: dict[str, Any]) -> dict[str, Any]:
-    """In a fresh process: {"places": [module, kind, direction, ms a step], "seconds": a step, "threads"}."""
+    """Profile in this process: {"places": [module, kind, direction, ms per step], "seconds": per step, "threads"}."""
     import os
     import time
 
@@ -82,11 +84,11 @@ def profile_step(*, variant: str, batch: int, step: str, image_side: int, model:
 
 
 def format_profile(
-    found: dict[str, Any], column: int, *, rows: int = 30
+    result: dict[str, Any], column: int, *, rows: int = 30
 ) -> tuple[list[dict[str, str]], dict[str, float]]:
-    """A table of the largest by module (column 0) or kind of op (1), and its bars in ms."""
+    """Table of the largest entries by module (column 0) or kind of op (column 1), and its bars in ms."""
     forward, backward, total = Counter(), Counter(), Counter()
-    for *place, milliseconds in found["places"]:
+    for *place, milliseconds in result["places"]:
         (backward if place[2] == "backward" else forward)[place[column]] += milliseconds
         total[place[column]] += milliseconds
     whole = sum(total.values())
@@ -106,43 +108,43 @@ def format_profile(
 
 
 def run_profile(options) -> None:
-    """Writes profile.md and profile.png."""
+    """Write profile.md and profile.png."""
     product = [measure.time_matrix_product()]
     sections, bars = {"": ""}, {}
     for variant, batches in options.models.items():
         for batch in batches:
             for step in options.steps:
                 arguments = dict(variant=variant, batch=batch, step=step, image_side=options.image_side)
-                found = measure.run_fresh("experiments.model.benchmark:profile_step", **arguments, model=options.model)
+                result = measure.run_fresh("experiments.model.benchmark:profile_step", **arguments, model=options.model)
                 name = f"{variant}, batch {batch}, {step}"
-                if "failed" in found:
-                    sections[name] = found["failed"]
+                if "failed" in result:
+                    sections[name] = result["failed"]
                     continue
-                named = sum(place[-1] for place in found["places"]) / 1e3
+                named = sum(place[-1] for place in result["places"]) / 1e3
                 text = (
-                    f"{found['seconds']:.3f} s a step while traced, on {found['threads']} cores; ops are named for {named:.3f} "
-                    "s of the threads' time. The rest is their parallel parts on other threads, and waiting."
+                    f"{result['seconds']:.3f} s per step while tracing, on {result['threads']} cores. Named ops account for "
+                    f"{named:.3f} s of the threads' time. The rest is parallel parts of these ops on other threads, and waiting."
                 )
-                tables = [format_profile(found, column) for column in (0, 1)]
+                tables = [format_profile(result, column) for column in (0, 1)]
                 sections[name] = "\n\n".join([text, *(measure.format_table(table) for table, _ in tables)])
                 bars[name] = tables[0][1]
     product.append(measure.time_matrix_product())
     sections[""] = (
-        f"Milliseconds a step of ops that were named in a trace of {PROFILED_STEPS} steps, by the module that they come from. "
+        f"Milliseconds per step of the ops named in a trace of {PROFILED_STEPS} steps, by the module they come from. "
         f"{options.described}{measure.describe_machine(product_seconds=product)}\n\n{options.command}"
     )
-    measure.write_results(options.output, title="Where the time goes", sections=sections, name="profile")
+    measure.write_results(options.output, title="Time per module", sections=sections, name="profile")
     if bars:
-        measure.save_bars(options.output / "profile.png", bars, x_label="ms a step")
+        measure.save_bars(options.output / "profile.png", bars, x_label="ms per step")
 
 
 def run_benchmark(options) -> None:
-    """Writes results.md and results.png."""
+    """Write results.md and results.png."""
     product, rows, lines = [measure.time_matrix_product()], [], {step: {} for step in options.steps}
     for variant, batches in options.models.items():
         for step in options.steps:
             for batch in batches:
-                found = measure.compile_then_run(
+                result = measure.compile_then_run(
                     "experiments.steps:measure_step",
                     variant=variant,
                     batch=batch,
@@ -153,10 +155,10 @@ def run_benchmark(options) -> None:
                     max_gib=options.max_gib,
                     model=options.model,
                 )
-                rows.append(format_row(variant, batch, step, found))
+                rows.append(format_row(variant, batch, step, result))
                 print(rows[-1], flush=True)
-                if "seconds" in found:
-                    lines[step].setdefault(variant, {})[batch] = batch / found["seconds"]
+                if "seconds" in result:
+                    lines[step].setdefault(variant, {})[batch] = batch / result["seconds"]
     product.append(measure.time_matrix_product())
     notes = f"{options.described}{measure.describe_machine(product_seconds=product)}"
     sections = {"": "\n\n".join((notes, options.command, measure.format_table(rows)))}
@@ -167,18 +169,18 @@ def run_benchmark(options) -> None:
 
 
 def parse(arguments: list[str] | None = None):
-    """The options; ``model`` holds the attributes that all models are given."""
+    """Parse the options. ``model`` has the attributes that are set on all models."""
     parser = measure.make_parser(__file__, __doc__, repeats=7, min_seconds=0.5)
     parser.add_argument("--models", type=parse_models, help=f"default: {DEFAULT_MODELS}; dat_pp_tiny:8 to profile")
     parser.add_argument("--steps", type=measure.words, default=list(STEPS))
     parser.add_argument("--image-side", type=int, default=224)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--scan-blocks", action="store_true")
-    parser.add_argument("--max-gib", type=float, default=12.0, help="of temporaries; a larger step is not run")
+    parser.add_argument("--max-gib", type=float, default=12.0, help="skip steps with more temporaries")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(arguments)
     if unknown := set(options.steps) - set(STEPS):
-        parser.error(f"--steps wants some of {', '.join(STEPS)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"--steps: expected some of {', '.join(STEPS)}, got {', '.join(sorted(unknown))}")
     options.models = options.models or parse_models("dat_pp_tiny:8" if options.profile else DEFAULT_MODELS)
     options.model = dict(remat=options.remat, scan_blocks=options.scan_blocks)
     options.described = (
@@ -189,7 +191,7 @@ def parse(arguments: list[str] | None = None):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures or profiles."""
+    """Run the benchmark, or the profile with --profile."""
     options = parse(arguments)
     (run_profile if options.profile else run_benchmark)(options)
 

@@ -1,4 +1,4 @@
-"""Where the time of a compiled program goes, from a trace of the profiler."""
+"""Time per module of a compiled program, from a trace of the profiler."""
 
 import gzip
 import json
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from dat_jax.profiling import hlo
 
-_WAITING = {"while", "call", "conditional"}  # what runs inside has events of its own
+_WAITING = {"while", "call", "conditional"}  # the ops inside have their own events
 
 
 class Place(NamedTuple):
-    """Where an op comes from: module, such as "N attention: qkv"; kind of op; forward or backward."""
+    """Origin of an op: module, such as "N attention: qkv"; kind of op; forward or backward."""
 
     module: str
     kind: str
@@ -22,21 +22,21 @@ class Place(NamedTuple):
 
 
 def read_events(directory: pathlib.Path) -> list[dict]:
-    """The events of the newest trace in a directory that ``jax.profiler`` wrote to."""
+    """Events of the newest trace in a directory that ``jax.profiler`` wrote to."""
     path = max(directory.glob("plugins/profile/*/*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
 def self_times(events: Iterable[Mapping]) -> dict[str, float]:
-    """HLO instruction -> milliseconds on all threads, without what ran inside of it on the same thread."""
+    """HLO instruction -> milliseconds on all threads, without instructions inside it on the same thread."""
     threads = defaultdict(list)
     for event in events:
         if event.get("ph") == "X" and "hlo_op" in event.get("args", {}) and not event["name"].startswith("end: "):
             threads[event["pid"], event["tid"]].append(event)
     total = Counter()
-    for own in threads.values():
-        open_events = []  # those that the next one may lie in
-        for event in sorted(own, key=lambda event: (event["ts"], -event["dur"])):
+    for thread in threads.values():
+        open_events = []  # events that may contain the next one
+        for event in sorted(thread, key=lambda event: (event["ts"], -event["dur"])):
             while open_events and open_events[-1]["ts"] + open_events[-1]["dur"] <= event["ts"]:
                 open_events.pop()
             if open_events:
@@ -52,10 +52,10 @@ def attribute(
     """Milliseconds by place.
 
     Args:
-      times: of ``self_times``.
-      module: the program's text.
-      stages: the model's block types, such as ("ND", "NDND").
-      names: of the modules in its blocks; other scopes, such as an einsum's, are not told apart.
+      times: Result of ``self_times``.
+      module: Parsed text of the program.
+      stages: Block types of the model, such as ("ND", "NDND").
+      names: Names of the modules in its blocks. Other scopes, such as that of an einsum, are not distinguished.
     """
     instructions = {instruction.name: instruction for _, instruction in module}
     total = Counter()
@@ -77,7 +77,7 @@ def _kind(module, instruction) -> str:
 
 
 def name_module(op_name: str, *, stages: tuple[str, ...], names: set[str]) -> str:
-    """jit(step)/.../stages_2/blocks_1/attn/proj_q/dot_general -> "D attention: proj_q", whatever stage and block."""
+    """jit(step)/.../stages_2/blocks_1/attn/proj_q/dot_general -> "D attention: proj_q", for any stage and block."""
     if not op_name:
         return "(the compiler's own)"
     stage, *rest = hlo.module_path(op_name, depth=4).split("/")

@@ -1,8 +1,8 @@
-"""Parameters and multiply-adds of every variant, beside the published ones: python -m experiments.multiply_adds.count
+"""Parameters and multiply-adds of every model, with the published ones: python -m experiments.multiply_adds.count
 
-Counted from the traced program of the plain implementations, for one image: every convolution and every matrix product,
-attention's two products and the one-by-one products of neighborhood attention's windows included. Not counted: what is not
-a product of sums (norms, GELU, softmax, biases, sampling of features and tables).
+They are counted in the traced program of the plain implementations, for one image. Counted are all convolutions and matrix
+products, including both products of attention and those of the windows of neighborhood attention. Norms, GELU, softmax, biases,
+and sampling of features and tables are not counted.
 """
 
 import math
@@ -15,7 +15,7 @@ from rich.table import Table
 import dat_jax
 from dat_jax.profiling.flops import count_product_flops
 
-# Multiply-adds in billions at this image side, as the papers give them: DAT++ (2309.01430), DAT v1 (CVPR 2022).
+# Published multiply-adds in billions at this image side: DAT++ (2309.01430), DAT v1 (CVPR 2022).
 PUBLISHED = {
     ("dat_pp_tiny", 224): 4.3,
     ("dat_pp_small", 224): 9.4,
@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 def count(name: str, side: int) -> tuple[int, int]:
-    """Parameters, and multiply-adds of one image of side x side, of a model."""
+    """Parameters of a model, and its multiply-adds for one image of side x side."""
     model = dat_jax.create_model(name, implementation="plain")
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -40,7 +40,7 @@ def count(name: str, side: int) -> tuple[int, int]:
 
 
 def main():
-    """Prints the table."""
+    """Print the table."""
     table = Table("model", "image", "parameters", "multiply-adds, G", "published, G")
     for (name, side), published in PUBLISHED.items():
         parameters, counted = count(name, side)

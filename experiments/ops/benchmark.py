@@ -1,11 +1,11 @@
-"""Every implementation of every op, forward and gradient, on the maps that dat_pp_tiny has at 224 x 224.
+"""Times of every implementation of every op, forward and gradient, on the maps of dat_pp_tiny at 224 x 224.
 
 JAX_PLATFORMS=cpu python -m experiments.ops.benchmark [--ops=NAMES] [--stages=0,1,2,3] [--batch=8] [--output=DIR]
 
-Writes results.md and results.png. The implementations are those of dat_jax.ops.dispatch, "plain" and "auto" included. A
-gradient is the output, and the gradient with respect to every input of its product with random numbers. Within an op and a map
-all implementations and both directions are measured in every round, in random order, each after as many calls that are not
-timed.
+- The implementations are those of `dat_jax.ops.dispatch`, including "plain" and "auto".
+- "gradient" is the time of the output and of the gradient of its product with random numbers, with respect to every input.
+- For each op and map, every round measures all implementations and both directions in random order. Each measurement follows
+  the same number of calls that are not timed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from experiments import measure
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """side: of the square map; keys: on a side of the key grid."""
+    """Sizes of a stage. ``side`` is that of the square map, ``keys`` that of the key grid."""
 
     side: int
     channels: int
@@ -41,7 +41,7 @@ class Stage:
 
 
 def make_stages(name: str = "dat_pp_tiny", image_side: int = 224) -> list[Stage]:
-    """Those of a model."""
+    """Stages of a model."""
     model, stages = dat_jax.create_model(name), []
     for index, channels in enumerate(model.dims):
         shape = model.map_shape((image_side, image_side), stage=index)
@@ -53,11 +53,11 @@ def make_stages(name: str = "dat_pp_tiny", image_side: int = 224) -> list[Stage]
     return stages
 
 
-# What is measured: (stage, batch, random numbers) -> (function of an implementation's name, its arguments)
+# Cases: (stage, batch, random generator) -> (function of the implementation's name and the arguments, the arguments)
 
 
 def _points(stage, batch, rng):
-    """Key positions all over the map, with fractions."""
+    """Random fractional key positions over the whole map."""
     points = rng.uniform(0, stage.side - 1, (batch, stage.groups, stage.keys**2, 2))
     return jnp.asarray(points, jnp.float32)
 
@@ -90,7 +90,7 @@ def _grid_sample(stage, batch, rng):
 
 
 def _deformable_core(stage, batch, rng):
-    """Sampling, position bias and attention, without projections; an op that lacks the implementation takes its fastest."""
+    """Sampling, position bias and attention, without projections. An op without the implementation uses "auto"."""
 
     def function(implementation, features, query, points, table):
         def of(*ops):
@@ -130,7 +130,7 @@ def _neighborhood_attention(stage, batch, rng):
 
 
 def _depthwise_conv(stage, batch, rng):
-    """3 x 3 at four times the channels, as in the MLPs."""
+    """3 x 3 convolution with four times the channels, as in the MLPs."""
 
     def function(implementation, x, kernel):
         return depthwise.depthwise_conv(x, kernel, padding=1, implementation=implementation)
@@ -146,7 +146,7 @@ def _layer_norm(stage, batch, rng):
 
 
 def _gelu(stage, batch, rng):
-    """At four times the channels, as in the MLPs."""
+    """GELU with four times the channels, as in the MLPs."""
     return lambda _, x: activation.gelu(x), (_map(stage, batch, rng, times=4),)
 
 
@@ -161,7 +161,10 @@ def _conv_mlp(stage, batch, rng):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """make: see above. ops: whose implementations are tried, keys of the dispatch table; none for as the model has it."""
+    """A function ``make`` of a stage, and the ops of the dispatch table whose implementations are measured.
+
+    Without ``ops``, the model's own implementation is measured.
+    """
 
     make: Callable
     ops: tuple[str, ...]
@@ -180,11 +183,11 @@ CASES = {
 
 
 def implementations(case: Case) -> list[str]:
-    """Names to try, "plain" first. A Pallas kernel runs on a CPU by interpretation only, which is no measure."""
+    """Names of implementations to measure, "plain" first. Pallas kernels are left out on a CPU, which interprets them."""
     names = [name for op in case.ops for name in dispatch.IMPLEMENTATIONS.get(op, ())]
     left_out = {"pallas"} if dispatch.target_platform() == "cpu" else set()
     if len(case.ops) == 1:
-        left_out.add(dispatch.PLAIN[case.ops[0]])  # is measured as "plain"
+        left_out.add(dispatch.PLAIN[case.ops[0]])  # measured as "plain"
     names = [name for name in dict.fromkeys(names) if name not in left_out]
     return ["plain", "auto", *names] if case.ops else ["model's own"]
 
@@ -195,9 +198,9 @@ def uncovered_ops() -> set[str]:
 
 
 def measure_case(case: Case, stage: Stage, *, batch: int, repeats: int, min_seconds: float) -> list[dict]:
-    """A row for each implementation: "implementation", and by direction ("forward", "gradient") seconds and temporary bytes.
+    """One row per implementation: its name, and seconds and temporary bytes for "forward" and "gradient".
 
-    An implementation that refuses the map has None for them.
+    They are None if the implementation does not support the map.
     """
     rng = np.random.default_rng(0)
     function, arguments = case.make(stage, batch, rng)
@@ -235,41 +238,43 @@ def measure_case(case: Case, stage: Stage, *, batch: int, repeats: int, min_seco
 
 
 def format_rows(stage: Stage, rows: list[dict]) -> list[dict[str, str]]:
-    """Milliseconds, and how many times as fast as the first row, which is the plain one."""
+    """Rows with milliseconds, and the speedup relative to the first row, which is the plain implementation."""
     formatted = []
     for row in rows:
-        found = {"map": str(stage), "implementation": row["implementation"]}
+        cells = {"map": str(stage), "implementation": row["implementation"]}
         for direction in ("forward", "gradient"):
             seconds, plain = row[direction], rows[0][direction]
-            found[f"{direction}, ms"] = measure.format_number(seconds and 1e3 * seconds)
-            found[f"plain / this, {direction}"] = measure.format_number(seconds and plain and plain / seconds)
+            cells[f"{direction}, ms"] = measure.format_number(seconds and 1e3 * seconds)
+            cells[f"plain / this, {direction}"] = measure.format_number(seconds and plain and plain / seconds)
         size = row["gradient temporaries"]
-        formatted.append({**found, "gradient's temporaries, MB": "-" if size is None else f"{size / 1e6:.1f}"})
+        formatted.append({**cells, "gradient's temporaries, MB": "-" if size is None else f"{size / 1e6:.1f}"})
     return formatted
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures what was asked for."""
+    """Measure the selected ops and write the results."""
     parser = measure.make_parser(__file__, __doc__, repeats=11, min_seconds=0.1)
-    parser.add_argument("--ops", type=measure.words, default=list(CASES), help="names divided by commas")
-    parser.add_argument("--stages", type=measure.numbers, default=[0, 1, 2, 3], help="of the model")
+    parser.add_argument("--ops", type=measure.words, default=list(CASES), help="names, separated by commas")
+    parser.add_argument("--stages", type=measure.numbers, default=[0, 1, 2, 3], help="indices of stages")
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(CASES):
-        parser.error(f"--ops wants some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"--ops: expected some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
     stages, product = make_stages(), [measure.time_matrix_product()]
     sections, bars = {}, {}
     for op in options.ops:
         rows, bars[op] = [], {}
         for stage in (stages[index] for index in options.stages):
-            # A map of one window is padded to it and is no neighborhood any more.
+            # A map that is not larger than the window has a single window, and nothing to select.
             if op == "neighborhood_attention" and stage.side <= stage.window:
                 continue
             timing = dict(repeats=options.repeats, min_seconds=options.min_seconds)
-            found = measure_case(CASES[op], stage, batch=options.batch, **timing)
-            print(f"{op}, {stage}: {len(found)} implementations", flush=True)
-            rows += format_rows(stage, found)
-            bars[op] |= {f"{stage.side}: {r['implementation']}": 1e3 * r["gradient"] for r in found if r["gradient"]}
+            measurements = measure_case(CASES[op], stage, batch=options.batch, **timing)
+            print(f"{op}, {stage}: {len(measurements)} implementations", flush=True)
+            rows += format_rows(stage, measurements)
+            bars[op] |= {
+                f"{stage.side}: {r['implementation']}": 1e3 * r["gradient"] for r in measurements if r["gradient"]
+            }
         if rows:
             sections[op] = measure.format_table(rows)
     product.append(measure.time_matrix_product())

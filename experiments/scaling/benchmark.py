@@ -1,15 +1,22 @@
-"""What larger images and batches cost: the backbone, the training step, and single attention modules.
+"""Cost of larger images and batches: the backbone, the training step, and single attention modules.
 
 JAX_PLATFORMS=cpu python -m experiments.scaling.benchmark [--parts=images,batches,modules,large,chip] [--model=dat_pp_tiny] ...
 
-Writes results.md and results.png. images: one square image of every side, features of the backbone, and a training step up to
-its own sides. batches: the same at 224. modules: the attention of an N and of a D block of every stage, with the slope of
-log(seconds) against log(pixels) between one map and the next: 1 is linear. At a fixed stride the keys of a D block grow with
-the pixels as the queries do, so its products grow with the square. large: one 800 x 1333 image, as detection has it, with the
-scores of deformable attention in tiles of rows and over the whole map. chip: what the compiler says of the backbone's forward
-and backward pass in bfloat16 on a chip that is not there (pip install libtpu). Other programs are compiled in one process and
-run in another that finds them: "resident before" is what the latter holds before the first run (Python, jax, the program,
-weights, images), the peak while it runs has the program's own memory on top, the peak with compiling is the first process's.
+The parts are:
+
+- **batches**: features of the backbone and a training step, for several batch sizes at 224 x 224.
+- **images**: the same for one square image of several sizes.
+- **modules**: the attention of an N and of a D block of every stage. The slope is that of log(seconds) against log(pixels)
+  between one map and the next; 1 is linear. At a fixed stride, the keys of a D block grow with the pixels as its queries do, so
+  its products grow with the square.
+- **large**: one 800 x 1333 image, as in detection, with the scores of deformable attention in tiles of rows and over the whole
+  map.
+- **chip**: compiler estimates for the forward and backward pass of the backbone in bfloat16, on a chip that is not attached
+  (`pip install libtpu`).
+
+Except for "chip", programs are compiled in one process and run in another that reads them. "resident before" is the memory of
+the second process before the first run: Python, jax, the program, weights and images. "peak while it runs" adds the memory of
+the program. "peak with compiling" is that of the first process.
 """
 
 import functools
@@ -34,9 +41,9 @@ def measure_features(
     min_seconds: float,
     max_gib: float,
 ) -> dict[str, Any]:
-    """For ``measure.compile_then_run``: the four maps of a backbone, as ``steps.measure_step`` measures.
+    """Measure the four feature maps of a backbone like ``steps.measure_step``, for ``measure.compile_then_run``.
 
-    whole_map: the scores of deformable attention stand in memory whole, whatever their size.
+    With ``whole_map``, scores of deformable attention are never split into tiles.
     """
     import jax
     import jax.numpy as jnp
@@ -66,8 +73,12 @@ def measure_features(
 def compile_features(
     *, variant: str, batch: int, height: int, width: int, whole_map: bool, topology: str, model: dict[str, Any]
 ) -> dict[str, Any]:
-    """In a fresh process, for a chip that is not there: what ``steps.compile_step`` and the compiler say of the gradient
-    of all weights, of the product of the four maps of a backbone with given ones, in bfloat16.
+    """Compile the gradient of a backbone in bfloat16 for a chip that is not attached, in this process.
+
+    The gradient is that of the product of the four feature maps with fixed arrays, with respect to all weights.
+
+    Returns:
+      The report of ``steps.compile_step``, and "peak_bytes".
     """
     import jax
     import jax.numpy as jnp
@@ -101,10 +112,10 @@ def compile_features(
 
 
 def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int, min_seconds: float) -> dict[str, Any]:
-    """In a fresh process: the attention of an N and of a D block of a stage, on maps as images of these sides have them.
+    """Measure the attention of an N and of a D block of a stage in this process, on the maps of images of several sizes.
 
     Returns:
-      {"rows": [kind, map side, keys of a query, seconds, temporary bytes]}.
+      {"rows": [kind, map side, keys per query, seconds, temporary bytes]}.
     """
     import jax
     import jax.numpy as jnp
@@ -116,7 +127,7 @@ def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int,
 
     model, rng = dat_jax.create_model(variant), np.random.default_rng(0)
     heads, channels, window = model.num_heads[stage], model.dims[stage], model.neighborhood_sizes[stage]
-    own = (model.image_size,) * 2 if isinstance(model.image_size, int) else model.image_size
+    table_image = (model.image_size,) * 2 if isinstance(model.image_size, int) else model.image_size
     modules = {
         "N": attention.NeighborhoodAttention(heads, window),
         "D": attention.DeformableAttention(
@@ -127,10 +138,10 @@ def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int,
             offset_range_factor=model.offset_range_factors[stage],
             position_bias=model.position_bias[stage],
             use_offsets=model.use_offsets[stage],
-            table_shape=model.map_shape(own, stage=stage),
+            table_shape=model.map_shape(table_image, stage=stage),
         ),
     }
-    calls, found = {}, {}
+    calls, sizes = {}, {}
     for image_side in sides:
         side = model.map_shape((image_side, image_side), stage=stage)[0]
         x = jnp.asarray(rng.standard_normal((1, side, side, channels), np.float32))
@@ -145,36 +156,36 @@ def measure_modules(*, variant: str, stage: int, sides: list[int], repeats: int,
             jax.block_until_ready(compiled(variables, x))
             calls[kind, side] = functools.partial(compiled, variables, x)
             keys = math.prod(grid) if kind == "D" else window**2
-            found[kind, side] = keys, compiled.memory_analysis().temp_size_in_bytes
+            sizes[kind, side] = keys, compiled.memory_analysis().temp_size_in_bytes
     seconds = measure.time_interleaved(calls, repeats=repeats, min_seconds=min_seconds)
-    return {"rows": [[*name, keys, seconds[name], size] for name, (keys, size) in sorted(found.items())]}
+    return {"rows": [[*name, keys, seconds[name], size] for name, (keys, size) in sorted(sizes.items())]}
 
 
 def slope(before: tuple[float, float], after: tuple[float, float]) -> float:
-    """Of log(y) against log(x), between two points (x, y)."""
+    """Slope of log(y) against log(x) between two points (x, y)."""
     return math.log(after[1] / before[1]) / math.log(after[0] / before[0])
 
 
-def format_step(row: dict[str, str], found: dict[str, Any], *, batch: int = 1) -> dict[str, str]:
-    """A row of the tables of steps, with what identifies it."""
+def format_step(row: dict[str, str], result: dict[str, Any], *, batch: int = 1) -> dict[str, str]:
+    """Row of a table of steps: ``row`` identifies it, and the results are added."""
     columns = (
         *("s", "images/s", "temporaries, GiB", "resident before, GiB", "peak while it runs, GiB"),
         *("peak with compiling, GiB", "compiled, s"),
     )
-    if "failed" in found:
-        return row | dict.fromkeys(columns, "-") | {"s": found["failed"]}
+    if "failed" in result:
+        return row | dict.fromkeys(columns, "-") | {"s": result["failed"]}
     values = (
-        *(measure.format_number(found["seconds"]), measure.format_number(batch / found["seconds"])),
-        *(measure.format_gib(found[f"{name}_bytes"]) for name in ("temporary", "resident", "peak", "compiling_peak")),
-        f"{found['compile_seconds']:.1f}",
+        *(measure.format_number(result["seconds"]), measure.format_number(batch / result["seconds"])),
+        *(measure.format_gib(result[f"{name}_bytes"]) for name in ("temporary", "resident", "peak", "compiling_peak")),
+        f"{result['compile_seconds']:.1f}",
     )
     return row | dict(zip(columns, values, strict=True))
 
 
 def _measure_steps(options, name: str, *, sizes, train_sizes, arguments_of) -> tuple[list[dict], dict]:
-    """Rows of features and training steps, and their lines size -> seconds.
+    """Rows for features and training steps, and their lines size -> seconds.
 
-    arguments_of: size -> (batch, image side).
+    ``arguments_of`` maps a size to (batch, image side).
     """
     rows, lines = [], {"features": {}, "training step": {}}
     timing = dict(repeats=options.repeats, min_seconds=options.min_seconds, max_gib=options.max_gib)
@@ -188,16 +199,16 @@ def _measure_steps(options, name: str, *, sizes, train_sizes, arguments_of) -> t
             else:
                 target = "experiments.steps:measure_step"
                 arguments |= dict(step="train", image_side=side, model=dict(remat=options.remat))
-            found = measure.compile_then_run(target, **arguments)
-            rows.append(format_step({name: str(size), "program": kind}, found, batch=batch))
+            result = measure.compile_then_run(target, **arguments)
+            rows.append(format_step({name: str(size), "program": kind}, result, batch=batch))
             print(rows[-1], flush=True)
-            if "seconds" in found:
-                lines[kind][size] = found["seconds"]
+            if "seconds" in result:
+                lines[kind][size] = result["seconds"]
     return rows, lines
 
 
 def run_images(options) -> tuple[str, dict]:
-    """A table, and panels of a plot."""
+    """Table, and panels of a plot."""
     rows, lines = _measure_steps(
         options,
         "image side",
@@ -209,7 +220,7 @@ def run_images(options) -> tuple[str, dict]:
 
 
 def run_batches(options) -> tuple[str, dict]:
-    """A table, and panels of a plot."""
+    """Table, and panels of a plot."""
     rows, lines = _measure_steps(
         options,
         "batch",
@@ -221,19 +232,19 @@ def run_batches(options) -> tuple[str, dict]:
 
 
 def run_modules(options) -> tuple[str, dict]:
-    """A table, and panels of a plot."""
+    """Table, and panels of a plot."""
     import dat_jax
 
     rows, lines = [], {}
     for stage in range(len(dat_jax.create_model(options.model).dims)):
         timing = dict(repeats=options.repeats, min_seconds=min(options.min_seconds, 0.1))
         arguments = dict(variant=options.model, stage=stage, sides=options.module_sides, **timing)
-        found = measure.run_fresh("experiments.scaling.benchmark:measure_modules", **arguments)
-        if "failed" in found:
-            rows.append({"stage": str(stage), "block": found["failed"]})
+        result = measure.run_fresh("experiments.scaling.benchmark:measure_modules", **arguments)
+        if "failed" in result:
+            rows.append({"stage": str(stage), "block": result["failed"]})
             continue
         previous = None
-        for kind, side, keys, seconds, temporaries in found["rows"]:
+        for kind, side, keys, seconds, temporaries in result["rows"]:
             point = (side**2, seconds)
             same = previous is not None and previous[0] == kind
             rows.append(
@@ -241,7 +252,7 @@ def run_modules(options) -> tuple[str, dict]:
                     "stage": str(stage),
                     "block": kind,
                     "queries": f"{side} x {side}",
-                    "keys of a query": str(keys),
+                    "keys per query": str(keys),
                     "ms": measure.format_number(1e3 * seconds),
                     "slope from the last": f"{slope(previous[1], point):.2f}" if same else "",
                     "temporaries, MB": f"{temporaries / 1e6:.1f}",
@@ -254,10 +265,10 @@ def run_modules(options) -> tuple[str, dict]:
 
 
 def run_large(options) -> tuple[str, dict]:
-    """A table; nothing to plot."""
+    """Table, without a plot."""
     rows = []
     for name, whole_map in (("in tiles", False), ("over the whole map", True)):
-        found = measure.compile_then_run(
+        result = measure.compile_then_run(
             "experiments.scaling.benchmark:measure_features",
             variant=options.model,
             batch=1,
@@ -268,20 +279,20 @@ def run_large(options) -> tuple[str, dict]:
             min_seconds=options.min_seconds,
             max_gib=options.max_gib,
         )
-        rows.append(format_step({f"scores, {options.large[0]} x {options.large[1]}": name}, found))
+        rows.append(format_step({f"scores, {options.large[0]} x {options.large[1]}": name}, result))
         print(rows[-1], flush=True)
     return measure.format_table(rows), {}
 
 
 def run_chip(options) -> tuple[str, dict]:
-    """A table; nothing to plot."""
+    """Table, without a plot."""
     rows = []
     for (height, width), whole_map in (
         (tuple(side // 2 for side in options.chip_image), False),
         (options.chip_image, False),
         (options.chip_image, True),
     ):
-        found = measure.run_fresh(
+        result = measure.run_fresh(
             "experiments.scaling.benchmark:compile_features",
             variant=options.model,
             batch=options.chip_batch,
@@ -296,43 +307,45 @@ def run_chip(options) -> tuple[str, dict]:
             "scores": "over the whole map" if whole_map else "in tiles",
         }
         columns = ("temporaries, GiB", "peak, GiB", "compiled, s")
-        if "failed" in found:
-            rows.append(row | dict.fromkeys(columns, "-") | {columns[0]: found["failed"]})
+        if "failed" in result:
+            rows.append(row | dict.fromkeys(columns, "-") | {columns[0]: result["failed"]})
         else:
-            sizes = (measure.format_gib(found[f"{name}_bytes"]) for name in ("temporary", "peak"))
-            rows.append(row | dict(zip(columns, (*sizes, f"{found['compile_seconds']:.0f}"), strict=True)))
+            sizes = (measure.format_gib(result[f"{name}_bytes"]) for name in ("temporary", "peak"))
+            rows.append(row | dict(zip(columns, (*sizes, f"{result['compile_seconds']:.0f}"), strict=True)))
         print(rows[-1], flush=True)
     return measure.format_table(rows), {}
 
 
 def parse(arguments: list[str] | None = None):
-    """The options."""
+    """Parse the options."""
     parser = measure.make_parser(__file__, __doc__, repeats=5, min_seconds=0.3)
     parser.add_argument("--parts", type=measure.words, default=list(PARTS))
     parser.add_argument("--model", default="dat_pp_tiny")
-    parser.add_argument("--remat", default="none", help="of the training steps")
+    parser.add_argument("--remat", default="none", help="remat of the training steps")
     parser.add_argument("--sides", type=measure.numbers, default=[224, 448, 672, 896, 1120, 1344])
     parser.add_argument("--train-sides", type=measure.numbers, default=[224, 448, 672, 896])
     parser.add_argument("--batches", type=measure.numbers, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--train-batches", type=measure.numbers, default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--batch-side", type=int, default=224, help="of the images of the batches")
-    parser.add_argument("--module-sides", type=measure.numbers, default=[224, 448, 896], help="of images, for modules")
+    parser.add_argument("--batch-side", type=int, default=224, help="image side for the batches")
+    parser.add_argument(
+        "--module-sides", type=measure.numbers, default=[224, 448, 896], help="image sides for the modules"
+    )
     parser.add_argument("--large", type=measure.numbers, default=list(LARGE), help="height,width of the large image")
     parser.add_argument(
-        "--chip-image", type=measure.numbers, default=[800, 1344], help="height,width; and half of both"
+        "--chip-image", type=measure.numbers, default=[800, 1344], help="height,width; half of both is also compiled"
     )
     parser.add_argument("--chip-batch", type=int, default=2)
     parser.add_argument("--chip-remat", default="blocks")
     parser.add_argument("--topology", default="v5e:1x1")
-    parser.add_argument("--max-gib", type=float, default=12.0, help="of temporaries; a larger step is not run")
+    parser.add_argument("--max-gib", type=float, default=12.0, help="skip steps with more temporaries")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"--parts wants some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"--parts: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures the parts that were asked for."""
+    """Measure the selected parts and write the results."""
     options = parse(arguments)
     product = [measure.time_matrix_product()]
     sections, panels = {"": ""}, {}

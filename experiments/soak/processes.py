@@ -1,4 +1,4 @@
-"""Runs started by their command line, as one process or several on this machine."""
+"""Start runs by their command line, as one process or several on this machine."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEVICES = 8  # virtual ones, of all processes together
+DEVICES = 8  # virtual devices of all processes together
 
 
 def start(
@@ -19,19 +19,19 @@ def start(
     devices: int = DEVICES,
     xla_flags: str = "",
 ) -> list[subprocess.Popen]:
-    """The processes of a run on virtual CPU devices, with what they print as one text stream each.
+    """Start the processes of a run on virtual CPU devices. Each has its output as one text stream.
 
     Args:
-      config: file of configs/, from the project's root.
-      workdir: of the run.
-      values: of keys of the configuration.
-      processes: how many; they meet at a free port of this machine.
-      devices: of all processes together.
-      xla_flags: more of them.
+      config: Configuration, as passed to ``--config``.
+      workdir: Work directory of the run.
+      values: Values of keys of the configuration.
+      processes: Number of processes, which connect through a free port of this machine.
+      devices: Number of devices of all processes together.
+      xla_flags: Further XLA flags.
     """
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as free_socket:
+        free_socket.bind(("localhost", 0))
+        port = free_socket.getsockname()[1]
     flags = f"{xla_flags} --xla_force_host_platform_device_count={devices // processes}"
     command = [sys.executable, "-u", "-m", "dat_jax.main", f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
@@ -51,10 +51,11 @@ def start(
 
 
 def finish(running: list[subprocess.Popen], *, seconds: float) -> list[str]:
-    """What they printed.
+    """Wait for processes and return their outputs.
 
     Raises:
-      RuntimeError: one ended with another status than 0, or did not end in time; with what was printed.
+      RuntimeError: A process exited with a status other than 0. The message has the outputs.
+      subprocess.TimeoutExpired: A process did not exit in time.
     """
     try:
         printed = [process.communicate(timeout=seconds)[0] for process in running]
@@ -63,5 +64,5 @@ def finish(running: list[subprocess.Popen], *, seconds: float) -> list[str]:
             process.kill()
     statuses = [process.returncode for process in running]
     if any(statuses):
-        raise RuntimeError(f"ended with {statuses}:\n" + "\n".join(printed))
+        raise RuntimeError(f"exited with status {statuses}:\n" + "\n".join(printed))
     return printed

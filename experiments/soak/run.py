@@ -1,12 +1,14 @@
-"""Runs of configs/quickstart.py that are killed, stopped, starved of disk, split over processes, and watched for leaks.
+"""Recovery of quickstart runs from kills, signals and a full disk; several processes; memory leaks.
 
 JAX_PLATFORMS=cpu python -m experiments.soak.run [--parts=kills,signal,processes,disk,memory] [--output=DIR]
 
-Writes results.md. kills: a run of 200 steps is killed at random moments, some while it saves or starts, and started again
-each time; its last state is compared with that of a run that was left alone, bit for bit. signal: SIGTERM to one of two
-processes. processes: two processes of four virtual devices and one of eight, the losses of 30 steps, and both evaluations of
-a checkpoint that the other layout wrote. disk: a file system of 20 MB (tmpfs, which wants root) that fills up. memory: 2,000
-steps and 20 evaluations, resident memory and open files once a second.
+- **kills**: a run of 200 steps is killed at random times, some of them while it saves or starts, and is restarted each time. Its
+  last state is compared bit for bit with that of an uninterrupted run.
+- **signal**: SIGTERM is sent to one of two processes.
+- **processes**: two processes with four virtual devices each, and one process with eight. The losses of 30 steps are compared,
+  and both evaluations of a checkpoint that the other layout wrote.
+- **disk**: a file system of 20 MB fills up (tmpfs, which requires root).
+- **memory**: resident memory and open files are recorded once per second during 2,000 steps and 20 evaluations.
 """
 
 import collections
@@ -40,12 +42,12 @@ _WAIT_SECONDS = 900
 
 
 def start(workdir: pathlib.Path, cache: pathlib.Path, values: dict, **options) -> list[subprocess.Popen]:
-    """A run of the quickstart, its programs kept in ``cache``."""
+    """Start a run of the quickstart with its compilation cache in ``cache``."""
     return processes.start(CONFIG, workdir, values={**values, "compilation_cache": cache}, **options)
 
 
 def read_state(workdir: pathlib.Path, values: dict, step: int):
-    """The state of a checkpoint, on the host."""
+    """State of a checkpoint, on the host."""
     import jax
 
     from configs import quickstart
@@ -60,7 +62,7 @@ def read_state(workdir: pathlib.Path, values: dict, step: int):
 
 
 def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed: int) -> dict[str, str]:
-    """See above."""
+    """Kill and restart a run, and compare its last state with that of an uninterrupted run."""
     import jax
 
     rng = random.Random(seed)
@@ -69,17 +71,17 @@ def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed:
     moments, resumed, set_aside, done = collections.Counter(), [], 0, 0
     while done < kills:
         (running,) = start(killed, cache, ONE_EPOCH, devices=1)
-        moment = ("while it trains", "while it saves", "while it trains", "while it saves", "as it starts")[done % 5]
-        if moment == "as it starts":
+        moment = ("during training", "during saving", "during training", "during saving", "during start")[done % 5]
+        if moment == "during start":
             time.sleep(rng.uniform(0, 8))
-        elif moment == "while it trains":
+        elif moment == "during training":
             _wait_for_lines(killed, _count_lines(killed) + rng.randint(1, 18), [running])
             time.sleep(rng.uniform(0, 0.05))
         else:
             while running.poll() is None and not any((killed / "checkpoints").glob("*orbax-checkpoint-tmp*")):
                 time.sleep(0.001)
         if running.poll() is not None:
-            raise RuntimeError(f"ended before it was killed:\n{running.communicate()[0]}")
+            raise RuntimeError(f"exited before it was killed:\n{running.communicate()[0]}")
         running.kill()
         printed = running.communicate()[0]
         moments[moment] += 1
@@ -87,19 +89,19 @@ def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed:
         set_aside += printed.count("moved to")
         done += 1
     (printed,) = processes.finish(start(killed, cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
-    left, wanted = (read_state(path, ONE_EPOCH, 200) for path in (killed, alone))
-    leaves = list(zip(jax.tree.leaves(left), jax.tree.leaves(wanted), strict=True))
+    restarted, uninterrupted = (read_state(path, ONE_EPOCH, 200) for path in (killed, alone))
+    leaves = list(zip(jax.tree.leaves(restarted), jax.tree.leaves(uninterrupted), strict=True))
     equal = sum(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in leaves)
     return {
         "kills": f"{done}: " + ", ".join(f"{count} {moment}" for moment, count in moments.items()),
-        "resumed at": ", ".join(map(str, resumed)),
-        "unfinished or damaged, set aside": str(set_aside),
+        "resumed at step": ", ".join(map(str, resumed)),
+        "unfinished or damaged checkpoints, set aside": str(set_aside),
         "arrays of the last state equal, bit for bit": f"{equal} of {len(leaves)}",
     }
 
 
 def run_signal(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
-    """See above."""
+    """Send SIGTERM to one of two processes."""
     workdir = directory / "signal"
     running = start(workdir, cache, {**ONE_EPOCH, "batch_size": 16, "eval.batch_size": 200}, processes=2)
     _wait_for_lines(workdir, 20, running)
@@ -107,58 +109,58 @@ def run_signal(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
     printed = processes.finish(running, seconds=_WAIT_SECONDS)
     step = re.search(r"Ended by .* at step (\d+)\.", printed[0])[1]
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    return {"SIGTERM to the second of two processes": f"both ended with 0 at step {step}; checkpoints {saved}"}
+    return {"SIGTERM to the second of two processes": f"both exited with status 0 at step {step}; checkpoints {saved}"}
 
 
 def run_processes(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
-    """See above."""
+    """Compare two processes with one."""
     from dat_jax.training.monitoring.metrics import read_metrics
 
     values = {"epochs": 1, "batch_size": 128, "log_every": 1, "schedule.warmup_epochs": 0.2}  # 31 steps
-    found = {}
+    series_by_count = {}
     for count in (1, 2):
         processes.finish(start(directory / f"of_{count}", cache, values, processes=count), seconds=_WAIT_SECONDS)
-        found[count] = read_metrics(directory / f"of_{count}" / "metrics.jsonl")
-    losses = {count: series["train/loss"] for count, series in found.items()}
+        series_by_count[count] = read_metrics(directory / f"of_{count}" / "metrics.jsonl")
+    losses = {count: series["train/loss"] for count, series in series_by_count.items()}
     difference = max(abs(losses[1][step] - losses[2][step]) for step in range(1, 31))
     evaluations = {
         count: {name: list(values.values()) for name, values in series.items() if name.startswith("eval/")}
-        for count, series in found.items()
+        for count, series in series_by_count.items()
     }
     more = {**values, "epochs": 2}
     continued = {}
-    for count in (1, 2):  # each goes on from what the other one wrote
+    for count in (1, 2):  # each resumes from the checkpoint of the other layout
         (first, *_) = processes.finish(
             start(directory / f"of_{3 - count}", cache, more, processes=count), seconds=_WAIT_SECONDS
         )
         assert "Resumed at step 31 of 62" in first, first
         continued[count] = read_metrics(directory / f"of_{3 - count}" / "metrics.jsonl")["train/loss"][62]
     return {
-        "largest difference of the losses of 30 steps, two processes and one": f"{difference:.1e}",
-        "evaluation of one, of two": f"{evaluations[1]}, {evaluations[2]}",
-        "loss of step 62, after each went on from the other's checkpoint": f"{continued[1]:.6f}, {continued[2]:.6f}",
+        "largest difference between the losses of 30 steps of two processes and of one": f"{difference:.1e}",
+        "evaluation of one process, of two": f"{evaluations[1]}, {evaluations[2]}",
+        "loss of step 62, after each resumed from the other's checkpoint": f"{continued[1]:.6f}, {continued[2]:.6f}",
     }
 
 
 def run_disk(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
-    """See above."""
+    """Fill up the disk of a run."""
     with _small_disk(directory / "disk", megabytes=20) as disk:
         if disk is None:
-            return {"a disk of 20 MB": "not run: tmpfs wants root"}
+            return {"a disk of 20 MB": "not run: tmpfs requires root"}
         (printed,) = processes.finish(start(disk / "run", cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
         warnings = re.findall(r"WARNING: step \d+ could not be saved: [^.]*\.", printed)
         steps = sorted(int(path.name) for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdigit())
         lines = _count_lines(disk / "run")
         state = read_state(disk / "run", ONE_EPOCH, steps[-1])
         return {
-            "a disk of 20 MB": f"ended with 0, {len(warnings)} saves refused, {lines} lines of metrics; checkpoints "
-            f"{steps}, the newest read: step {int(state.step)}",
+            "a disk of 20 MB": f"exited with status 0; {len(warnings)} saves failed; {lines} lines of metrics; checkpoints "
+            f"{steps}; latest readable checkpoint: step {int(state.step)}",
             "the first warning": warnings[0] if warnings else "none",
         }
 
 
 def run_memory(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
-    """See above."""
+    """Record memory and open files of a run."""
     values = {"epochs": 20, "batch_size": 40, "checkpoint.every": 50}
     (running,) = start(directory / "memory", cache, values, devices=1)
     samples = []
@@ -178,9 +180,9 @@ def run_memory(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
     )
     return {
         "resident memory after warm-up, at the end, GiB": f"{first[0]:.3f}, {last[0]:.3f}",
-        "change": f"{100 * (last[0] / first[0] - 1):+.1f} %",
+        "change of resident memory": f"{100 * (last[0] / first[0] - 1):+.1f} %",
         "open files after warm-up, at the end": f"{first[1]:.0f}, {last[1]:.0f}",
-        "steps, evaluations, seconds watched": f"2000, 20, {samples[-1][0] - samples[0][0]:.0f}",
+        "steps, evaluations, seconds observed": f"2000, 20, {samples[-1][0] - samples[0][0]:.0f}",
     }
 
 
@@ -203,22 +205,22 @@ def _count_lines(workdir):
 
 
 def _wait_for_lines(workdir, count, running):
-    """Until there are so many lines of metrics."""
+    """Wait until the metrics have ``count`` lines."""
     while _count_lines(workdir) < count:
         if any(process.poll() is not None for process in running):
-            raise RuntimeError(f"ended before {count} lines:\n" + "\n".join(processes.finish(running, seconds=10)))
+            raise RuntimeError(f"exited before {count} lines:\n" + "\n".join(processes.finish(running, seconds=10)))
         time.sleep(0.01)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs what was asked for."""
+    """Run the selected parts and write the results."""
     parser = measure.make_parser(__file__, __doc__, repeats=1, min_seconds=0.0)
     parser.add_argument("--parts", type=measure.words, default=list(PARTS))
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the times of the kills")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"--parts wants some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"--parts: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     parts = {
         "kills": functools.partial(run_kills, kills=options.kills, seed=options.seed),
         "signal": run_signal,
@@ -230,12 +232,13 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         cache = pathlib.Path(directory) / "cache"
         for name in options.parts:
-            found = parts[name](pathlib.Path(directory), cache)
-            print(name, found, flush=True)
-            sections[name] = measure.format_table([{"what": what, "found": value} for what, value in found.items()])
+            results = parts[name](pathlib.Path(directory), cache)
+            print(name, results, flush=True)
+            rows = [{"measurement": label, "result": value} for label, value in results.items()]
+            sections[name] = measure.format_table(rows)
     product.append(measure.time_matrix_product())
     head = f"{measure.describe_machine(product_seconds=product)}\n\n{options.command}"
-    measure.write_results(options.output, title="What a run survives", sections={"": head, **sections})
+    measure.write_results(options.output, title="Recovery of a run from failures", sections={"": head, **sections})
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_mistakes_are_refused_with_the_choices(program, argument, capsys):
     with pytest.raises(SystemExit):
         program.main([argument])
     message = capsys.readouterr().err
-    assert "wants some of" in message
+    assert "expected some of" in message
     assert f"got {argument.partition('=')[2]}" in message
 
 

@@ -128,4 +128,4 @@ def test_results_name_the_call_but_not_their_place(tmp_path):
     for output in ([f"--output={tmp_path}"], ["--output", str(tmp_path)]):
         options = parser.parse_args(["--repeats=5", *output])
         assert (options.repeats, options.output) == (5, tmp_path)
-        assert options.command == "`python -m experiments.ops.benchmark --repeats=5`: What is measured."
+        assert options.command == "`python -m experiments.ops.benchmark --repeats=5`\n\nWhat is\nmeasured."
