@@ -28,7 +28,7 @@ import sys
 REPOSITORY = ""  # an address, or a folder such as "/content/dat_jax"
 
 here = pathlib.Path.cwd()
-root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "common.py").is_file()), None)
+root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "quickstart.py").is_file()), None)
 if root is None:
     assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository, or to a folder with a copy of it."
     root = pathlib.Path(REPOSITORY)

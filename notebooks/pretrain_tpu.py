@@ -32,7 +32,7 @@ import sys
 REPOSITORY = ""  # an address, or a folder such as "/content/dat_jax"
 
 here = pathlib.Path.cwd()
-root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "common.py").is_file()), None)
+root = next((folder for folder in (here, *here.parents) if (folder / "configs" / "quickstart.py").is_file()), None)
 if root is None:
     assert REPOSITORY, "Set REPOSITORY to the address of the dat_jax repository, or to a folder with a copy of it."
     root = pathlib.Path(REPOSITORY)
@@ -48,7 +48,7 @@ sys.path.insert(0, str(root))  # configs/ are files of the repository
 #
 # `DATA` is a folder in one of two layouts: what `python -m dat_jax.data.prepare` or TFDS writes (array_record), or
 # `train/<class>/` and `val/<class>/` of image files. `CONFIG` is a file of `configs/`; `OVERRIDES` are keys of it, those that
-# `--config.KEY=VALUE` sets on a command line. `configs/common.py` says what each key means, `dat_jax.list_models("dat_pp*")`
+# `--config.KEY=VALUE` sets on a command line. `dat_jax/config/` says what each key means, `dat_jax.list_models("dat_pp*")`
 # which models there are.
 
 # %%
