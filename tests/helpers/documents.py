@@ -86,6 +86,14 @@ def copy_project(place: pathlib.Path) -> None:
     """What is needed to use it, to a folder that is there: without recorded arrays and what runs have left."""
     for name in ("dat_jax", "configs", "docs", "experiments", "notebooks", "tests"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-    for name in ("Makefile", "README.md", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+    for name in (
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "requirements.txt",
+        "requirements-dev.txt",
+        "setup.py",
+    ):
         shutil.copy(ROOT / name, place)
     shutil.copy(ROOT / ".pre-commit-config.yaml", place)
