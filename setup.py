@@ -1,4 +1,7 @@
-"""Packages of the distribution: dat_jax, with configs/ installed as dat_jax/configs. Metadata is in pyproject.toml."""
+"""Packages of the distribution: dat_jax, with configs/ installed as dat_jax/configs.
+
+Everything else is in pyproject.toml.
+"""
 
 from setuptools import find_packages, setup
 

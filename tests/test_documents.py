@@ -201,3 +201,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert 'href="../experiments/ops/results/"' in page
     outside = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="https?://')
     assert [found for found in outside.findall(page) if "canonical" not in found] == []
+
+
+def test_commands_are_read_as_modules():
+    split = documents.split_command
+    assert split(".venv/bin/python -m dat_jax.main --quiet  # a comment") == ["python", "-m", "dat_jax.main", "--quiet"]
+    assert split("dat-jax train --config=tiny") == ["python", "-m", "dat_jax.main", "--config=tiny"]
+    assert split("dat-jax models 'dat_pp*'") == ["python", "-m", "dat_jax", "models", "dat_pp*"]
+    assert split("dat-jax") == ["python", "-m", "dat_jax"]
+    assert split("# nothing") == []

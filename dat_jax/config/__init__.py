@@ -3,14 +3,12 @@
 from dat_jax.config.classification import get_classification_config
 from dat_jax.config.detection import get_detection_config
 from dat_jax.config.files import choose, list_configs, load_config
-from dat_jax.config.keys import flatten_keys
 from dat_jax.config.segmentation import get_segmentation_config
 from dat_jax.config.validation import TASKS, get_keys, validate
 
 __all__ = [
     "TASKS",
     "choose",
-    "flatten_keys",
     "get_classification_config",
     "get_detection_config",
     "get_keys",

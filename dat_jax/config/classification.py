@@ -48,11 +48,17 @@ KEYS = merge_keys(
         "schedule": common.make_schedule_keys("cosine"),
         "eval": {
             "sets": {
-                "v2": Key(str, "", "ImageNet-V2, evaluated too by --mode=eval: class folders or TFDS array_record."),
-                "a": Key(str, "", "ImageNet-A; predictions are restricted to its 200 classes."),
-                "r": Key(str, "", "ImageNet-R; predictions are restricted to its 200 classes."),
-                "sketch": Key(str, "", "ImageNet-Sketch."),
-                "real": Key(str, "", "The file real.json of the Reassessed Labels, for the validation images."),
+                "v2": Key(
+                    str,
+                    "",
+                    "Directory of ImageNet-V2, evaluated too by --mode=eval: class folders or TFDS array_record.",
+                ),
+                "a": Key(str, "", "Directory of ImageNet-A, as `v2`; predictions are restricted to its 200 classes."),
+                "r": Key(str, "", "Directory of ImageNet-R, as `v2`; predictions are restricted to its 200 classes."),
+                "sketch": Key(str, "", "Directory of ImageNet-Sketch, as `v2`."),
+                "real": Key(
+                    str, "", "File real.json of the Reassessed Labels, evaluated too for the validation images."
+                ),
             },
         },
     },

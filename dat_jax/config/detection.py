@@ -26,9 +26,13 @@ KEYS = merge_keys(
             required=("name",),
             help="Name and attributes of the detector. Any attribute of dat_jax.RetinaNet or dat_jax.RCNN can be added.",
         ),
-        # Directories have the layout of COCO: train2017/, val2017/, annotations/instances_train2017.json and
-        # annotations/instances_val2017.json.
         "data": {
+            "directory": Key(
+                str,
+                "",
+                "Directory with the layout of COCO: train2017/, val2017/, annotations/instances_train2017.json and "
+                "annotations/instances_val2017.json. Empty: embedded data.",
+            ),
             "long_side": Key(
                 int,
                 1333,

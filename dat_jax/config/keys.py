@@ -6,7 +6,7 @@ The keys of a task are nested dicts of ``Key``; see ``common.py``, ``classificat
 
 import dataclasses
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -153,13 +153,3 @@ def make_config(keys: Keys) -> ConfigDict:
         else:
             config[name] = make_config(key.keys if isinstance(key, OpenGroup) else key)
     return config
-
-
-def flatten_keys(keys: Keys, prefix: str = "") -> Iterator[tuple[str, "Key | OpenGroup"]]:
-    """(path with dots, key) of every key, in the order of their declaration; open groups before their keys."""
-    for name, key in keys.items():
-        path = f"{prefix}{name}"
-        if isinstance(key, Key | OpenGroup):
-            yield path, key
-        if not isinstance(key, Key):
-            yield from flatten_keys(key.keys if isinstance(key, OpenGroup) else key, f"{path}.")

@@ -33,9 +33,14 @@ KEYS = merge_keys(
             required=("name",),
             help="Name and attributes of the head. Any attribute of dat_jax.Segmentor can be added.",
         ),
-        # Directories have images/ and annotations/, each with training/ and validation/ (as ADEChallengeData2016) or train/ and
-        # val/, labels as PNG files of the images' names, and a classes.txt unless they are ADE20K.
         "data": {
+            "directory": Key(
+                str,
+                "",
+                "Directory with images/ and annotations/, each with training/ and validation/ (as ADEChallengeData2016) or "
+                "train/ and val/; labels are PNG files named as the images. classes.txt is required unless the data are "
+                "ADE20K. Empty: embedded data.",
+            ),
             "zero_is_ignored": Key(
                 bool,
                 False,

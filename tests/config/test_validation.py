@@ -4,7 +4,6 @@ import pytest
 
 from dat_jax.config import (
     TASKS,
-    flatten_keys,
     get_classification_config,
     get_detection_config,
     get_keys,
@@ -12,19 +11,26 @@ from dat_jax.config import (
     validate,
 )
 from dat_jax.config.common import SCHEDULES
-from dat_jax.config.keys import Key
+from dat_jax.config.keys import Key, OpenGroup
 from dat_jax.errors import UserError
 
 
 def test_every_key_is_explained_and_its_default_is_allowed():
     for task in TASKS:
         for kind in SCHEDULES:
-            for path, key in flatten_keys(get_keys(task, kind)):
-                assert key.help.endswith((".", "`.")), path
-                assert "\n" not in key.help
-                if isinstance(key, Key):
-                    assert key.accepts(key.default), path
-                    assert type(key.default) is key.type, path
+            check_keys(get_keys(task, kind), task)
+
+
+def check_keys(keys, path):
+    for name, key in keys.items():
+        if isinstance(key, Key | OpenGroup):
+            assert key.help.endswith("."), (path, name)
+            assert "\n" not in key.help, (path, name)
+        if isinstance(key, Key):
+            assert key.accepts(key.default), (path, name)
+            assert type(key.default) is key.type, (path, name)
+        else:
+            check_keys(key.keys if isinstance(key, OpenGroup) else key, f"{path}.{name}")
 
 
 @pytest.mark.parametrize(
