@@ -91,7 +91,7 @@ def test_the_resolved_configuration_is_printed_without_jax(form):
     wrong = run(["-m", "dat_jax.main"], "--config=configs/quickstart.py", "--config.logs=('csv',)", form)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith(
-        "error: config.logs must be a tuple of tensorboard, wandb, such as ('tensorboard',), got"
+        "error: config.logs must be a tuple with some of tensorboard, wandb, such as ('tensorboard',), got"
     )
 
 

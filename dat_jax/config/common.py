@@ -74,7 +74,9 @@ KEYS: dict[str, Any] = {
                 "Compute type; auto is bfloat16 on TPU and GPU and float32 on CPU.",
                 choices=("auto", "float32", "bfloat16"),
             ),
-            "drop_path_rate": Key(float, 0.2, "Stochastic depth rate of the last block; it grows linearly from 0."),
+            "drop_path_rate": Key(
+                float, 0.2, "Stochastic depth rate of the last block; it grows linearly from 0.", minimum=0, below=1
+            ),
         },
         required=("name", "dtype"),
         help="Name and attributes of the model. Any attribute of dat_jax.DAT can be added: remat='blocks' (less memory), "

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+_ABSTRACT_TYPES = {int: numbers.Integral, float: numbers.Real}
 _NOUNS = {int: "an integer", float: "a number", str: "a string"}
 _ITEM_NOUNS = {int: "integers", float: "numbers"}
 
@@ -50,9 +51,9 @@ class Key:
             return "True or False"
         if self.type is tuple:
             if self.choices:
-                return f"a tuple of {', '.join(self.choices)}, such as {self.choices[:1]!r}"
-            amount = "" if self.can_be_empty else "at least one of "
-            return f"a tuple of {amount}{_ITEM_NOUNS[self.items]}{self._describe_bounds()}, such as {self.default!r}"
+                return f"a tuple with some of {', '.join(self.choices)}, such as {self.choices[:1]!r}"
+            noun = "a tuple" if self.can_be_empty else "a non-empty tuple"
+            return f"{noun} of {_ITEM_NOUNS[self.items]}{self._describe_bounds()}, such as {self.default!r}"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         alternative = "" if self.or_value is None else f", or {self.or_value}"
@@ -78,14 +79,12 @@ class Key:
             bounds.append(f"below {self.below}")
         if self.maximum is not None:
             bounds.append(f"of at most {self.maximum}")
-        return "".join(f" {bound}" for bound in (" and ".join(bounds),) if bound)
+        return " " + " and ".join(bounds) if bounds else ""
 
     def _accepts_one(self, value: Any, kind: type) -> bool:
         if kind is bool:
             return isinstance(value, bool)
-        if isinstance(value, bool) or not isinstance(
-            value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-        ):
+        if isinstance(value, bool) or not isinstance(value, _ABSTRACT_TYPES.get(kind, kind)):
             return False
         if self.choices and value not in self.choices:
             return False

@@ -27,8 +27,8 @@ KEYS = merge_keys(
             {
                 "name": Key(str, "upernet", "upernet or sem_fpn."),
                 "channels": Key(int, 512, "Channels of the head.", minimum=1),
-                "auxiliary_channels": Key(int, 256, "Channels of the auxiliary head of UperNet.", minimum=1),
-                "dropout": Key(float, 0.1, "Dropout rate before the classifier.", minimum=0, below=1),
+                "auxiliary_channels": Key(int, 256, "Channels of the auxiliary head of UperNet; 0: none.", minimum=0),
+                "dropout": Key(float, 0.1, "Dropout rate before the classifier.", minimum=0, maximum=1),
             },
             required=("name",),
             help="Name and attributes of the head. Any attribute of dat_jax.Segmentor can be added.",

@@ -49,13 +49,13 @@ def check_keys(keys, path):
         (Key(str, "a", "", choices=("a", "b")), "one of a, b", ["b"], ["c", 1]),
         (
             Key(tuple, (8,), "", items=int, above=0, can_be_empty=False),
-            "a tuple of at least one of integers above 0, such as (8,)",
+            "a non-empty tuple of integers above 0, such as (8,)",
             [(1, 2), [3]],
             [(), (0,), (1.5,), 3, "12"],
         ),
         (
             Key(tuple, (), "", items=str, choices=("a", "b")),
-            "a tuple of a, b, such as ('a',)",
+            "a tuple with some of a, b, such as ('a',)",
             [(), ("b", "a")],
             ["a", ("c",)],
         ),
@@ -105,7 +105,7 @@ def test_values_that_a_key_accepts(key, phrase, accepted, refused):
         ("schedule.kind", "exponential", "config.schedule.kind must be one of cosine, poly, step, got 'exponential'"),
         ("model.dtype", "float16", "config.model.dtype must be one of auto, float32, bfloat16, got 'float16'"),
         ("model", {"name": "dat_pp_tiny"}, "config.model must be a group with at least name and dtype"),
-        ("logs", ("csv",), "config.logs must be a tuple of tensorboard, wandb"),
+        ("logs", ("csv",), "config.logs must be a tuple with some of tensorboard, wandb"),
         ("data", "mnist5k", "config.data must be a group with the keys name, directory"),
     ],
 )
@@ -119,15 +119,15 @@ def test_errors_of_a_classifier(key, value, message):
         (
             "data.short_sides",
             (),
-            r"config.data.short_sides must be a tuple of at least one of integers above 0, .*, got \(\)",
+            r"config.data.short_sides must be a non-empty tuple of integers above 0, .*, got \(\)",
         ),
         (
             "data.short_sides",
             (480, 0),
-            r"config.data.short_sides must be a tuple .*, got \(480, 0\)",
+            r"config.data.short_sides must be a non-empty tuple .*, got \(480, 0\)",
         ),
-        ("data.short_sides", 480, r"config.data.short_sides must be a tuple .*, got 480"),
-        ("data.short_sides", (480.5,), r"config.data.short_sides must be a tuple .*, got \(480.5,\)"),
+        ("data.short_sides", 480, r"config.data.short_sides must be a non-empty tuple .*, got 480"),
+        ("data.short_sides", (480.5,), r"config.data.short_sides must be a non-empty tuple .*, got \(480.5,\)"),
         ("data.long_side", 799, "config.data.long_side must be at least the largest of short_sides 800, got 799"),
         ("data.test_long_side", 600, "config.data.test_long_side must be at least test_short_side 800, got 600"),
         ("data.max_boxes", 0, "config.data.max_boxes must be an integer of at least 1, got 0"),
@@ -160,7 +160,7 @@ def test_errors_of_a_detector(key, value, message):
         ("augmentation.min_ratio", 3.0, "config.augmentation.min_ratio must be at most max_ratio 2.0, got 3.0"),
         ("augmentation.min_ratio", 0.0, "config.augmentation.min_ratio must be a number above 0, got 0.0"),
         ("data.zero_is_ignored", 1, "config.data.zero_is_ignored must be True or False, got 1"),
-        ("eval.ratios", (), r"config.eval.ratios must be a tuple of at least one of numbers above 0, such as \(1.0,\)"),
+        ("eval.ratios", (), r"config.eval.ratios must be a non-empty tuple of numbers above 0, such as \(1.0,\)"),
     ],
 )
 def test_errors_of_a_segmentor(key, value, message):
