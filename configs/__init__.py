@@ -1,1 +1,1 @@
-"""One ml_collections file a run; common.py holds what they share."""
+"""Configurations of runs: one file per run, or per family of runs that differ in the backbone."""

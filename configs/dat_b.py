@@ -6,32 +6,13 @@ Hardware: any number of devices that divides the batch; published with 128 image
 --config.accumulate_steps. Published: 84.0 % top-1. Not trained with this code yet.
 """
 
-from ml_collections import ConfigDict
-
-from configs import common
+from dat_jax.config import get_classification_config
 
 
-def get_config() -> ConfigDict:
-    config = common.get_config()
-    config.model = ConfigDict(
-        dict(
-            name="dat_base",
-            deformable_form="auto",
-            dtype="auto",
-            drop_path_rate=0.5,
-            remat="blocks",
-            scan_blocks=True,
-            implementation="auto",
-        )
-    )
-    config.data.name = "imagenet"
-    config.data.directory = "data/imagenet"
-    config.data.image_size = 224
-    config.data.eval_resize = 256
-    config.data.workers = 8
-    config.epochs = 300
-    config.batch_size = 1024
+def get_config():
+    config = get_classification_config()
+    config.model.update(name="dat_base", drop_path_rate=0.5, remat="blocks", scan_blocks=True, implementation="auto")
+    config.data.update(directory="data/imagenet", workers=8)
     config.optimizer.clip_norm = 1.0
-    config.schedule.base_lr = 4e-4
-    config.schedule.warmup_epochs = 50.0
+    config.schedule.update(base_lr=4e-4, warmup_epochs=50.0)
     return config.lock()

@@ -2,35 +2,15 @@
 
 python -m dat_jax.main --config=configs/dat_pp_b.py --workdir=runs/dat_pp_b --config.data.directory=/data/imagenet
 
-Hardware: any number of devices that divides the batch; published with 64 images a device. Where memory is short, set
+Hardware: any number of devices that divides the batch; published with 64 images per device. If memory is short, set
 --config.accumulate_steps. Published: 84.9 % top-1. Not trained with this code yet.
 """
 
-from ml_collections import ConfigDict
-
-from configs import common
+from dat_jax.config import get_classification_config
 
 
-def get_config() -> ConfigDict:
-    config = common.get_config()
-    config.model = ConfigDict(
-        dict(
-            name="dat_pp_base",
-            deformable_form="auto",
-            dtype="auto",
-            drop_path_rate=0.7,
-            remat="blocks",
-            scan_blocks=True,
-            implementation="auto",
-        )
-    )
-    config.data.name = "imagenet"
-    config.data.directory = "data/imagenet"
-    config.data.image_size = 224
-    config.data.eval_resize = 256
-    config.data.workers = 8
-    config.epochs = 300
-    config.batch_size = 1024
-    config.schedule.base_lr = 5e-4
-    config.schedule.warmup_epochs = 20.0
+def get_config():
+    config = get_classification_config()
+    config.model.update(name="dat_pp_base", drop_path_rate=0.7, remat="blocks", scan_blocks=True, implementation="auto")
+    config.data.update(directory="data/imagenet", workers=8)
     return config.lock()

@@ -2,35 +2,17 @@
 
 python -m dat_jax.main --config=configs/dat_pp_s.py --workdir=runs/dat_pp_s --config.data.directory=/data/imagenet
 
-Hardware: any number of devices that divides the batch; published with 128 images a device. Where memory is short, set
+Hardware: any number of devices that divides the batch; published with 128 images per device. If memory is short, set
 --config.accumulate_steps. Published: 84.6 % top-1. Not trained with this code yet.
 """
 
-from ml_collections import ConfigDict
-
-from configs import common
+from dat_jax.config import get_classification_config
 
 
-def get_config() -> ConfigDict:
-    config = common.get_config()
-    config.model = ConfigDict(
-        dict(
-            name="dat_pp_small",
-            deformable_form="auto",
-            dtype="auto",
-            drop_path_rate=0.4,
-            remat="blocks",
-            scan_blocks=True,
-            implementation="auto",
-        )
+def get_config():
+    config = get_classification_config()
+    config.model.update(
+        name="dat_pp_small", drop_path_rate=0.4, remat="blocks", scan_blocks=True, implementation="auto"
     )
-    config.data.name = "imagenet"
-    config.data.directory = "data/imagenet"
-    config.data.image_size = 224
-    config.data.eval_resize = 256
-    config.data.workers = 8
-    config.epochs = 300
-    config.batch_size = 1024
-    config.schedule.base_lr = 5e-4
-    config.schedule.warmup_epochs = 20.0
+    config.data.update(directory="data/imagenet", workers=8)
     return config.lock()

@@ -18,13 +18,13 @@ import pathlib
 from collections import Counter
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
 from dat_jax.cli.console import format_size, make_console
 from dat_jax.cli.flags import fail, run_tool
-from dat_jax.config.validation import validate
+from dat_jax.config import validate
+from dat_jax.config.files import define_config_flag
 from dat_jax.errors import UserError
 
 
@@ -125,8 +125,7 @@ def _column(found: dict) -> dict[str, str]:
 def define_flags(values: flags.FlagValues) -> None:
     """Only where this is the program: dat_jax.main has a flag of the same name."""
     own = {"flag_values": values}
-    help_text = "The run, a file of configs/; --config.KEY=VALUE sets a key of it."
-    config_flags.DEFINE_config_file("config", None, help_text, lock_config=True, **own)
+    define_config_flag(values)
     help_text = "What to compile for: v5e:2x2, v6e:2x2, v5p:2x2x1 and other sizes, h100, cpu."
     flags.DEFINE_string("topology", None, help_text, **own)
     flags.DEFINE_list("steps", ["train", "eval"], "Which steps, of train and eval.", **own)
@@ -144,7 +143,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 _FLAGS = {
-    "What is compiled, and what for": ("config=FILE", "topology=NAME", "steps=train,eval", "find_batch"),
+    "What is compiled, and what for": ("config=CONFIG", "topology=NAME", "steps=train,eval", "find_batch"),
     "What is said": ("json=FILE", "top=ROWS"),
     "What is not read": ("classes=N", "examples=N", "target_config=FILE"),
 }
@@ -154,9 +153,7 @@ def main(_):
     """One call, and its mistakes as one sentence."""
     values = flags.FLAGS
     if values.config is None or not values.topology:
-        fail("Wanted: --config=FILE --topology=NAME, such as --config=configs/dat_pp_t.py --topology=v5e:2x2.")
-    if not isinstance(values.config, ConfigDict):
-        fail(f"There is no configuration at {values['config'].config_filename}.")
+        fail("Expected --config=CONFIG --topology=NAME, such as --config=dat_pp_t --topology=v5e:2x2.")
     import jax  # late, as it takes long
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device

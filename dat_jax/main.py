@@ -1,13 +1,14 @@
-"""Trains or evaluates: python -m dat_jax.main --config=FILE --workdir=DIR [--mode=eval] [--config.KEY=VALUE ...]
+"""Trains or evaluates: python -m dat_jax.main --config=CONFIG --workdir=DIR [--mode=eval] [--config.KEY=VALUE ...]
 
-A small DAT++ on embedded digits; more epochs of the same run; its evaluation; what a configuration comes to:
+CONFIG is a name, such as dat_pp_s or upernet:dat_pp_s, or a file. Examples: a small DAT++ on embedded digits, the same run
+with more epochs, its evaluation, and a configuration with all its values:
 
   python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
   python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --config.epochs=10
   python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --mode=eval
   python -m dat_jax.main --config=configs/dat_pp_s.py --config.data.directory=/data/imagenet --print_config
 
-DIR gets checkpoints, metrics, pictures and a summary. The same command goes on where an interrupted run ended.
+DIR receives checkpoints, metrics, figures and a summary. Repeat the command to resume an interrupted run.
 """
 
 import shlex
@@ -18,28 +19,30 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dat_jax.cli.flags import fail, run_tool
-from dat_jax.config.validation import validate
+from dat_jax.config import validate
+from dat_jax.config.files import define_config_flag
 from dat_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run, a file of configs/; --config.KEY=VALUE sets a key of it.", lock_config=True
+_CONFIG = define_config_flag()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of checkpoints, metrics and figures. A run in it is resumed."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go; a run in it goes on.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "on", "off"],
-    "Whether this is one process of several: on lets jax find the others, as on a TPU pod; auto where variables say so.",
+    "Whether this is one of several processes. on: jax detects the others, as on a TPU pod; auto: decided by environment "
+    "variables.",
 )
-_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where nothing else says it.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has, likewise.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, likewise.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, if jax cannot detect it.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if jax cannot detect it.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0, if jax cannot detect it.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint of the work directory.")
-_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Prints the configuration, checked, and ends.")
-_QUIET = flags.DEFINE_bool("quiet", False, "Says warnings, errors and the result only.", short_name="q")
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Check the configuration, print it as YAML and exit.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Print only warnings, errors and the result.", short_name="q")
 _FLAGS = {
-    "The run": ("config=FILE", "workdir=DIR", "mode=train|eval"),
-    "What is said": ("quiet", "print_config"),
+    "Run": ("config=CONFIG", "workdir=DIR", "mode=train|eval"),
+    "Output": ("quiet", "print_config"),
     "Several processes": (
         *("distributed=auto|on|off", "coordinator_address=HOST:PORT", "num_processes=N", "process_id=N"),
     ),
@@ -52,45 +55,45 @@ def format_config(config: ConfigDict) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=False, width=120)
 
 
-def describe_flags(config_file: str, overrides: dict) -> str:
-    """--config=FILE --config.KEY=VALUE ..., as a shell takes it."""
-    given = [f"--config={config_file}", *(f"--config.{key}={value}" for key, value in overrides.items())]
-    return " ".join(map(shlex.quote, given))
+def format_command_flags(config_name: str, overrides: dict) -> str:
+    """--config=CONFIG --config.KEY=VALUE ..., quoted for a shell."""
+    words = [f"--config={config_name}", *(f"--config.{key}={value}" for key, value in overrides.items())]
+    return " ".join(map(shlex.quote, words))
 
 
 def main(_):
-    """One call, and its mistakes as one sentence."""
+    """Parses flags and makes one call; a UserError is printed as one sentence."""
     if _CONFIG.value is None or not (_WORKDIR.value or _PRINT_CONFIG.value):
-        fail("Wanted: --config=FILE --workdir=DIR, such as --config=configs/quickstart.py --workdir=runs/quickstart.")
-    if not isinstance(_CONFIG.value, ConfigDict):
-        fail(f"There is no configuration at {flags.FLAGS['config'].config_filename}.")
-    if _PRINT_CONFIG.value:
-        try:
-            validate(_CONFIG.value)
-        except UserError as error:
-            fail(str(error))
-        print(format_config(_CONFIG.value), end="")
-        return
-    from dat_jax.parallel import multihost as distributed
-    from dat_jax.training import loop  # late, so that a mistake in the flags is said at once
-
+        fail("Expected --config=CONFIG --workdir=DIR, such as --config=quickstart --workdir=runs/quickstart.")
     try:
-        distributed.start(
-            mode=_DISTRIBUTED.value,
-            coordinator_address=_COORDINATOR.value,
-            num_processes=_PROCESSES.value,
-            process_id=_PROCESS.value,
-        )
-        if _MODE.value == "eval":
-            loop.evaluate(_CONFIG.value, _WORKDIR.value, quiet=_QUIET.value)
-            return
-        flag = flags.FLAGS["config"]
-        how = describe_flags(flag.config_filename, config_flags.get_override_values(flag))
-        loop.train(_CONFIG.value, _WORKDIR.value, quiet=_QUIET.value, command_flags=how)
+        if _PRINT_CONFIG.value:
+            validate(_CONFIG.value)
+            print(format_config(_CONFIG.value), end="")
+        else:
+            _run(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
         fail(str(error))
 
 
+def _run(config: ConfigDict, workdir: str) -> None:
+    # Imported here, so that --help and errors in the flags do not wait for jax.
+    from dat_jax.parallel import multihost
+    from dat_jax.training import loop
+
+    multihost.start(
+        mode=_DISTRIBUTED.value,
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_PROCESSES.value,
+        process_id=_PROCESS.value,
+    )
+    if _MODE.value == "eval":
+        loop.evaluate(config, workdir, quiet=_QUIET.value)
+        return
+    flag = flags.FLAGS["config"]
+    command_flags = format_command_flags(flag.config_filename, config_flags.get_override_values(flag))
+    loop.train(config, workdir, quiet=_QUIET.value, command_flags=command_flags)
+
+
 if __name__ == "__main__":
     sys.argv[:] = ["--print_config" if argument in _PRINT_FORMS else argument for argument in sys.argv]
-    run_tool(main, groups=_FLAGS, interrupted="Interrupted: the same command goes on from the last checkpoint.")
+    run_tool(main, groups=_FLAGS, interrupted="Interrupted. Repeat the command to resume from the last checkpoint.")

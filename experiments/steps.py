@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
+from dat_jax.config import get_classification_config
 from dat_jax.models.registry import VARIANTS
 from dat_jax.profiling.step_report import StandIn, step_function
 from dat_jax.training.monitoring.metrics import peak_host_memory
@@ -23,7 +23,7 @@ CLASSES = 1000
 
 def make_config(variant: str, *, batch: int, image_side: int, dtype: str = "float32", **model) -> ConfigDict:
     """The shared recipe with a variant, as it is trained; attributes of the model may follow."""
-    config = common.get_config()
+    config = get_classification_config()
     rate = VARIANTS[variant].get("drop_path_rate", 0.0)
     config.model = ConfigDict(dict(name=variant, dtype=dtype, drop_path_rate=rate) | model)
     config.data.image_size = image_side

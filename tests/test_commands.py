@@ -119,7 +119,7 @@ def test_tools_that_are_named_without_arguments(command):
 @commands_of("program")
 def test_the_list_of_tools(command):
     printed = run_program(shlex.split(command)[1:], cwd=ROOT)
-    assert ("dat_pp_nano" if "--list_models" in command else "python -m dat_jax") in printed
+    assert ("dat_pp_nano" if "models" in command else "python -m dat_jax") in printed
 
 
 @commands_of("copy")

@@ -15,7 +15,7 @@ import yaml
 
 import dat_jax
 from dat_jax.__main__ import TOOLS
-from dat_jax.config.validation import make_schema
+from dat_jax.config import TASKS, get_keys
 from dat_jax.conversion import backbone_settings, official
 from dat_jax.conversion.detector_settings import trace_detector
 from dat_jax.conversion.segmentors import trace_segmentor
@@ -69,10 +69,9 @@ def test_inline_code_names_what_there_is():
 def test_flags_in_the_prose_are_of_some_tool():
     """Of commands in blocks test_commands.py parses all. Two pages name the flags of other projects beside ours."""
     known = {"help", "version", "list_models", "profile"}  # of all tools, of the list of tools, of a benchmark
-    for tool in (*TOOLS, "conversion.__main__"):
-        if tool != "conversion":
-            with contextlib.chdir(ROOT):
-                known |= set(parse_flags(tool, ["--config=configs/tiny.py"] if tool == "main" else [])[0])
+    for module in (tool.module for tool in TOOLS.values() if tool.module):
+        arguments = ["--config=tiny"] if module == "main" else []
+        known |= set(parse_flags("conversion.__main__" if module == "conversion" else module, arguments)[0])
     wrong = set()
     for path in DOCUMENTS:
         if path.stem not in ("migration", "features"):
@@ -85,15 +84,15 @@ def known_keys():
     """Of any task and schedule, groups too, with dots."""
     found = set()
 
-    def add(schema, prefix):
-        for key, value in schema.items():
+    def add(keys, prefix):
+        for key, value in keys.items():
             found.add(prefix + key)
             if isinstance(value, dict):
                 add(value, f"{prefix}{key}.")
 
-    for task in ("classification", "segmentation", "detection"):
+    for task in TASKS:
         for kind in ("cosine", "poly", "step"):
-            add(make_schema({"task": task, "schedule": {"kind": kind}}), "")
+            add(get_keys(task, kind), "")
     return found
 
 
@@ -172,7 +171,7 @@ def test_features_are_true_by_what_they_name():
             continue
         words = shlex.split(evidence)
         tool = words[2].removeprefix("dat_jax.")
-        assert words[2] == "dat_jax" or tool in TOOLS
+        assert words[2] == "dat_jax" or tool in {tool.module for tool in TOOLS.values()}
         if words[3:]:
             with contextlib.chdir(ROOT):
                 parse_config(tool, words[3:])
@@ -213,3 +212,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert 'href="../experiments/ops/results/"' in page
     outside = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="https?://')
     assert [found for found in outside.findall(page) if "canonical" not in found] == []
+
+
+def test_commands_are_read_as_modules():
+    split = documents.split_command
+    assert split(".venv/bin/python -m dat_jax.main --quiet  # a comment") == ["python", "-m", "dat_jax.main", "--quiet"]
+    assert split("dat-jax train --config=tiny") == ["python", "-m", "dat_jax.main", "--config=tiny"]
+    assert split("dat-jax models 'dat_pp*'") == ["python", "-m", "dat_jax", "models", "dat_pp*"]
+    assert split("dat-jax") == ["python", "-m", "dat_jax"]
+    assert split("# nothing") == []

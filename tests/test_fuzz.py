@@ -13,15 +13,20 @@ import pytest
 from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ml_collections import config_flags
 from PIL import Image
 
-from configs import common
 from dat_jax.checkpoints import compatibility as continuation
 from dat_jax.checkpoints import integrity as manifest
 from dat_jax.checkpoints import manager as checkpoint
 from dat_jax.cli.flags import parse_flags
-from dat_jax.config.validation import make_schema, validate
+from dat_jax.config import (
+    get_classification_config,
+    get_detection_config,
+    get_keys,
+    get_segmentation_config,
+    validate,
+)
+from dat_jax.config.files import define_config_flag
 from dat_jax.conversion.files import read_weights, write_safetensors
 from dat_jax.data.images import check_image, decode_image
 from dat_jax.errors import UserError
@@ -160,9 +165,9 @@ VALUES = st.one_of(
 
 
 MAKERS = {
-    "classification": common.get_config,
-    "segmentation": common.get_segmentation_config,
-    "detection": common.get_detection_config,
+    "classification": get_classification_config,
+    "segmentation": get_segmentation_config,
+    "detection": get_detection_config,
 }
 
 
@@ -171,7 +176,7 @@ MAKERS = {
 @given(data=st.data())
 def test_configurations(task, data):
     config = MAKERS[task]().unlock()
-    keys = st.sampled_from(sorted(paths(make_schema(config))))
+    keys = st.sampled_from(sorted(paths(get_keys(task))))
     changes = data.draw(st.lists(st.tuples(keys, VALUES), min_size=1, max_size=3))
     for (*groups, last), value in changes:
         group = config
@@ -204,7 +209,7 @@ RUN_BY_CODE = pathlib.Path(tempfile.gettempdir()) / f"run-by-a-command-line-{os.
 
 @always_the_same(300)
 @given(
-    key=st.sampled_from([".".join(path) for path in paths(make_schema(common.get_config()))]) | st.text(max_size=12),
+    key=st.sampled_from([".".join(path) for path in paths(get_keys("classification"))]) | st.text(max_size=12),
     value=st.text(max_size=16)
     | st.sampled_from(
         [f"__import__('pathlib').Path({str(RUN_BY_CODE)!r}).touch()", "1e999", "(1,", "[[", "0x", "{", "None"]
@@ -213,16 +218,16 @@ RUN_BY_CODE = pathlib.Path(tempfile.gettempdir()) / f"run-by-a-command-line-{os.
 def test_what_stands_on_a_command_line(key, value):
     """Of a run: read without running what stands there, refused in one sentence or checked like any configuration."""
     values, printed = flags.FlagValues(), io.StringIO()
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    define_config_flag(values)
     with contextlib.redirect_stderr(printed), contextlib.suppress(SystemExit):
-        parse_flags(["main", f"--config={common.__file__}", f"--config.{key}={value}"], values)
+        parse_flags(["main", "--config=finetune", f"--config.{key}={value}"], values)
         check_validated(values.config)
     said = printed.getvalue()
     assert not said or (said.startswith("error: Flags: ") and said.endswith("\n") and said.count("\n") == 1)
     assert not RUN_BY_CODE.exists()
 
 
-CONFIG = common.get_config()
+CONFIG = get_classification_config()
 METADATA = json.dumps({"examples": 4, "config": CONFIG.to_dict(), "classes": 2}).encode()
 
 

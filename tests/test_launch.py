@@ -38,7 +38,7 @@ def check_main(words, *, config, workdir):
 
 def test_all_hosts_of_a_tpu_pod_run_one_command(tmp_path):
     """Spaces and parentheses arrive as they were given."""
-    config, workdir = "configs/upernet_dat_pp_s.py", "/mnt/our runs/s"
+    config, workdir = "configs/upernet.py:dat_pp_s", "/mnt/our runs/s"
     arguments = ["pod", "us-east1-d", config, workdir, "--config.batch_size=32", "--config.eval.ratios=(0.5, 1.0)"]
     options = dict(program="gcloud", tmp_path=tmp_path, REPOSITORY="https://example.org/dat_jax")
     calls, status, said = run_script("tpu_pod.sh", *arguments, **options)
@@ -48,7 +48,7 @@ def test_all_hosts_of_a_tpu_pod_run_one_command(tmp_path):
         assert words[5:7] == ["--zone=us-east1-d", "--worker=all"]
     cloned, installed, started = (words[7].removeprefix("--command=") for words in calls)
     assert "git clone --depth=1 https://example.org/dat_jax dat_jax" in cloned
-    assert installed.endswith("install --quiet '.[tpu]'")
+    assert installed.endswith("install --quiet '.[train,tpu]'")
     values, found = check_main(shlex.split(started), config=config, workdir=workdir)
     assert values.distributed == "on"
     assert (found.batch_size, found.eval.ratios) == (32, (0.5, 1.0))

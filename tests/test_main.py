@@ -19,15 +19,15 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Wanted: --config=FILE --workdir=DIR"),
-        (["--config=configs/quickstart.py"], "Wanted: --config=FILE --workdir=DIR"),
+        ([], "Expected --config=CONFIG --workdir=DIR"),
+        (["--config=configs/quickstart.py"], "Expected --config=CONFIG --workdir=DIR"),
         (
             ["--config=configs/quickstart.py", "--config.batchsize=4"],
             'Did you mean "batch_size" instead of "batchsize"',
         ),
         (["--config=configs/quickstart.py", "--config.batch_size=many"], "invalid literal for int"),
         (["--config={tmp}/broken.py", "--workdir={tmp}"], "invalid syntax"),
-        (["--config=configs/nothing.py", "--workdir={tmp}"], "no configuration at configs/nothing.py"),
+        (["--config=configs/nothing.py", "--workdir={tmp}"], "no configuration configs/nothing.py. Similar names: "),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--mode=predict"], "should be one of"),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--config.batch_size=60"], "60 is not a multiple of 8"),
         (["--config=configs/quickstart.py", "--workdir={tmp}/file/run"], "cannot be written: Not a directory"),

@@ -102,6 +102,8 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     try:
         return values(argv)
     except Exception as error:  # of the flags, and whatever a configuration's own code raises
+        if isinstance(error.__context__, UserError):  # raised while the value of a flag was parsed
+            fail(str(error.__context__))
         # ml_collections says an unknown key as '\'key\'\nDid you mean ...'
         message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
         fail(f"Flags: {message.strip(chr(34))}")

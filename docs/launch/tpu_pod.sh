@@ -10,6 +10,6 @@ if (($#)); then flags=$(printf " %q" "$@"); fi
 on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
 on_all_hosts "test -d dat_jax || git clone --depth=1 ${REPOSITORY:?the address of this repository} dat_jax"
-on_all_hosts "cd dat_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
+on_all_hosts "cd dat_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[train,tpu]'"
 # Every host runs the same command. With --distributed=on, jax gets the addresses of the other hosts from the TPU.
 on_all_hosts "cd dat_jax && .venv/bin/python -m dat_jax.main --distributed=on --config=$(printf %q "$config") --workdir=$(printf %q "$workdir")$flags"

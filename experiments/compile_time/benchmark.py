@@ -9,7 +9,6 @@ Every compilation runs in its own process.
 - For a TPU, which is not attached, only the compiler runs (`pip install libtpu`), without a cache.
 """
 
-import importlib
 import importlib.util
 import pathlib
 import tempfile
@@ -25,6 +24,7 @@ def measure_compilation(
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    from dat_jax.config import load_config
     from dat_jax.ops.dispatch import compiling_for
     from dat_jax.profiling.topologies import find_devices
     from dat_jax.training.monitoring.metrics import peak_host_memory
@@ -33,7 +33,7 @@ def measure_compilation(
     if cache:
         measure.use_cache(cache)
     chip, devices = find_devices(topology)
-    settings = importlib.import_module(f"configs.{config}").get_config().unlock()
+    settings = load_config(config).unlock()
     settings.batch_size = settings.eval.batch_size = batch
     settings.model.scan_blocks = scan_blocks
     with compiling_for(chip.platform):
@@ -87,7 +87,12 @@ def parse(arguments: list[str] | None = None):
     """Parse the options. The default topologies are those whose compiler is installed."""
     parser = measure.make_parser(__file__, __doc__, repeats=1, min_seconds=0.0)
     default = ["cpu", "v5e:1x1"] if importlib.util.find_spec("libtpu") else ["cpu"]
-    parser.add_argument("--configs", type=measure.words, default=["quickstart", "dat_pp_t"], help="names in configs/")
+    parser.add_argument(
+        "--configs",
+        type=measure.words,
+        default=["quickstart", "dat_pp_t"],
+        help="names of configurations",
+    )
     parser.add_argument("--topologies", type=measure.words, default=default, help="see dat_jax.compile_report")
     parser.add_argument("--batch", type=int, default=8)
     return parser.parse_args(arguments)

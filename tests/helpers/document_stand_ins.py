@@ -22,12 +22,13 @@ import numpy as np
 import yaml
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from PIL import Image
 
 import dat_jax
 from dat_jax.checkpoints.loading import export_model
-from dat_jax.config.validation import validate
+from dat_jax.config import validate
+from dat_jax.config.files import define_config_flag
 from dat_jax.conversion import detector_to_official, segmentor_to_official, to_official
 from dat_jax.data import segmentation_sources
 from dat_jax.models.registry import VARIANTS, create_segmentor
@@ -67,7 +68,7 @@ _RUNS = {  # a work directory -> the configuration that it comes from
     "runs/mine": "configs/finetune.py",
     "runs/quickstart_segmentation": "configs/quickstart_segmentation.py",
     "runs/quickstart_detection": "configs/quickstart_detection.py",
-    "runs/upernet_dat_pp_s": "configs/upernet_dat_pp_s.py",
+    "runs/upernet_dat_pp_s": "configs/upernet.py:dat_pp_s",
 }
 _OF_MAPS = "_of_maps"  # weights of the backbone that small segmentors and detectors have
 _PATHS = re.compile(r"^(/data/|data/|runs/|weights/|exported/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)")
@@ -77,7 +78,7 @@ def parse_flags(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, list
     """The flags of ``python -m dat_jax.TOOL`` and what is none of them; raises what absl raises."""
     module, values = importlib.import_module(f"dat_jax.{tool}"), flags.FlagValues()
     if tool == "main":
-        config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+        define_config_flag(values)
         for flag in flags.FLAGS.get_flags_for_module("dat_jax.main"):
             if flag.name != "config" and flag.name not in values:
                 values[flag.name] = copy.deepcopy(flag)

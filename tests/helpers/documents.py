@@ -6,11 +6,13 @@ import re
 import shlex
 import shutil
 
+from dat_jax.__main__ import TOOLS
+
 ROOT = pathlib.Path(__file__).parents[2]
 WALKTHROUGH = "docs/add_stage_type.md"
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 _FENCE = re.compile(r"^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-_CALLED = re.compile(r"(\.venv/bin/)?(python3? -m|pip install|make|pre-commit) \S")
+_CALLED = re.compile(r"(\.venv/bin/)?(python3? -m|dat-jax|pip install|make|pre-commit) \S")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,15 @@ def all_blocks() -> list[Block]:
 
 
 def split_command(line: str) -> list[str]:
-    """A line as a shell takes it, without a comment, python being that of any environment."""
+    """A line as a shell takes it, without a comment, python being that of any environment; dat-jax TOOL as its module."""
     words = shlex.split(line, comments=True)
-    return [re.sub(r"^\.venv/bin/", "", words[0]), *words[1:]] if words else []
+    if words:
+        words[0] = words[0].removeprefix(".venv/bin/")
+    if words[:1] == ["dat-jax"]:
+        tool = TOOLS.get(words[1]) if len(words) > 1 else None
+        module = [f"dat_jax.{tool.module}", *words[2:]] if tool and tool.module else ["dat_jax", *words[1:]]
+        words = ["python", "-m", *module]
+    return words
 
 
 def commands() -> list[str]:
@@ -86,6 +94,14 @@ def copy_project(place: pathlib.Path) -> None:
     """What is needed to use it, to a folder that is there: without recorded arrays and what runs have left."""
     for name in ("dat_jax", "configs", "docs", "experiments", "notebooks", "tests"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-    for name in ("Makefile", "README.md", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+    for name in (
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "requirements.txt",
+        "requirements-dev.txt",
+        "setup.py",
+    ):
         shutil.copy(ROOT / name, place)
     shutil.copy(ROOT / ".pre-commit-config.yaml", place)

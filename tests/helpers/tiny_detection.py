@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
+from dat_jax.config import get_detection_config
 from dat_jax.data.coco import DigitsSource
 from dat_jax.models.registry import create_detector
 from tests.helpers.random_variables import random_variables
@@ -28,7 +28,7 @@ def head_settings(name: str) -> dict:
 
 def get_config(head: str = "mask_rcnn"):
     """Eight steps of eight images of 64 x 64; evaluated twice, on 200 images."""
-    config = common.get_detection_config()
+    config = get_detection_config()
     config.model = ConfigDict(dict(name="dat_pp_nano", dtype="float32", drop_path_rate=0.1, **BACKBONE))
     config.head = ConfigDict(dict(name=head, **head_settings(head)))
     config.data.name = "digits_on_photographs"

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
+from dat_jax.config import get_segmentation_config
 from dat_jax.data import segmentation_sources
 from dat_jax.data.segmentation_sources import SegmentationArraySource
 from dat_jax.models.registry import create_segmentor
@@ -44,7 +44,7 @@ segmentation_sources._SOURCES["squares"] = _load_squares
 
 def get_config(head: str = "sem_fpn"):
     """Twelve steps of eight images of 64 x 64."""
-    config = common.get_segmentation_config()
+    config = get_segmentation_config()
     config.model = ConfigDict(dict(name="dat_pp_nano", dtype="float32", drop_path_rate=0.1, **BACKBONE))
     width = dict(neck_channels=16) if head == "sem_fpn" else dict(auxiliary_channels=8)
     config.head = ConfigDict(dict(name=head, channels=16, dropout=0.1, **width))

@@ -176,7 +176,7 @@ def test_mistakes_are_said_in_one_sentence(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/quickstart.py", "--find-batch"], "Wanted: --config=FILE --topology=NAME"),
+        (["--config=configs/quickstart.py", "--find-batch"], "Expected --config=CONFIG --topology=NAME"),
         (["--config=configs/dat_pp_t.py", "--topology=cpu", "--config.batch_size=60"], "60 is not a multiple of 8"),
     ],
 )

@@ -1,8 +1,6 @@
 """The training step: meshes agree, parts of a batch add up, averages follow, draws differ by step."""
 
-import importlib
 import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
+from dat_jax.config import get_classification_config, list_configs, load_config
 from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo
 from dat_jax.profiling.step_report import StandIn
@@ -22,18 +20,12 @@ from dat_jax.training.step import make_train_step
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
 
-CONFIGS = sorted(
-    path.stem
-    for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
-    if path.stem not in ("__init__", "common")
-)
-
 
 def losses_on(mesh: dict[str, int], devices, monkeypatch) -> tuple[list[float], object]:
     monkeypatch.setattr(jax, "devices", lambda: devices)
     config = tiny_config.get_config(stages=("D",), dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
     config.mesh = mesh
-    recipe = common.get_config().augmentation  # what is drawn must not depend on the mesh either
+    recipe = get_classification_config().augmentation  # what is drawn must not depend on the mesh either
     for name in ("erasing_probability", "mixup_alpha", "cutmix_alpha"):
         config.augmentation[name] = recipe[name]
     trainer = Trainer(config)
@@ -172,9 +164,9 @@ def stand_in(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", list_configs())
 def test_the_step_of_every_configuration_has_consistent_shapes(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = load_config(name)
     trainer = Trainer(config, sources=stand_in(config))
     trainer.check_train_batch()
     batch = trainer.task.example_batch(config.batch_size)

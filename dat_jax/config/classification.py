@@ -1,0 +1,79 @@
+"""Keys of classification, with the recipe for ImageNet-1k at 224 x 224 as defaults."""
+
+from ml_collections import ConfigDict
+
+from dat_jax.config import common
+from dat_jax.config.keys import Key, make_config, merge_keys
+from dat_jax.errors import UserError
+
+KEYS = merge_keys(
+    common.KEYS,
+    {
+        "task": Key(str, "classification", "Task of the run.", choices=("classification",)),
+        "init_head_rows": Key(
+            str,
+            "",
+            "File with one number per class: the row of the classification head of `init_from` that initializes the class. "
+            "Empty: the head is reused if the number of classes is the same, else initialized randomly.",
+        ),
+        "data": {
+            "image_size": Key(int, 224, "Side of the square images, in pixels.", minimum=1),
+            "eval_resize": Key(
+                int, 256, "Evaluation resizes images to this side and takes the central `image_size` crop.", minimum=1
+            ),
+        },
+        "augmentation": {
+            "min_crop_area": Key(
+                float, 0.08, "Smallest area of a random crop as a fraction of the image.", minimum=0, maximum=1
+            ),
+            "max_crop_aspect": Key(
+                float, 4 / 3, "Largest ratio of the longer to the shorter side of a crop.", minimum=1
+            ),
+            "flip_probability": Key(float, 0.5, "Probability of a horizontal flip.", minimum=0, maximum=1),
+            "rand_augment_count": Key(
+                int, 2, "RandAugment operations per image, each applied with probability 1/2; 0 disables it.", minimum=0
+            ),
+            "rand_augment_magnitude": Key(float, 9.0, "Mean magnitude of RandAugment, on a scale to 10.", minimum=0),
+            "rand_augment_std": Key(float, 0.5, "Standard deviation of the magnitude.", minimum=0),
+            "erasing_probability": Key(float, 0.25, "Probability of random erasing.", minimum=0, maximum=1),
+            "mixup_alpha": Key(float, 0.8, "Parameter of mixup's beta distribution; 0 disables mixup.", minimum=0),
+            "cutmix_alpha": Key(
+                float,
+                1.0,
+                "Parameter of cutmix's beta distribution; 0 disables cutmix. With mixup too, each gets half of the batches.",
+                minimum=0,
+            ),
+        },
+        "loss": {"label_smoothing": Key(float, 0.1, "Label smoothing of the cross-entropy.", minimum=0, below=1)},
+        "schedule": common.make_schedule_keys("cosine"),
+        "eval": {
+            "sets": {
+                "v2": Key(
+                    str,
+                    "",
+                    "Directory of ImageNet-V2, evaluated too by --mode=eval: class folders or TFDS array_record.",
+                ),
+                "a": Key(str, "", "Directory of ImageNet-A, as `v2`; predictions are restricted to its 200 classes."),
+                "r": Key(str, "", "Directory of ImageNet-R, as `v2`; predictions are restricted to its 200 classes."),
+                "sketch": Key(str, "", "Directory of ImageNet-Sketch, as `v2`."),
+                "real": Key(
+                    str, "", "File real.json of the Reassessed Labels, evaluated too for the validation images."
+                ),
+            },
+        },
+    },
+)
+
+
+def get_classification_config() -> ConfigDict:
+    """The default configuration of a classifier, unlocked."""
+    return make_config(KEYS)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for values that do not fit each other."""
+    if config.data.eval_resize < config.data.image_size:
+        raise UserError(
+            f"config.data.eval_resize must be at least config.data.image_size {config.data.image_size}, got "
+            f"{config.data.eval_resize}."
+        )

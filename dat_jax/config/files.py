@@ -1,0 +1,133 @@
+"""Configuration files: packaged ones by name, and any others by path.
+
+A configuration file is a Python file with a function ``get_config()``. A family of configurations has a dict ``CHOICES`` and a
+function ``get_config(choice)``; the choice follows the name and a colon, such as ``upernet:dat_pp_s``.
+"""
+
+import difflib
+import importlib.machinery
+import importlib.util
+import inspect
+import pathlib
+import types
+from collections.abc import Mapping
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dat_jax.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+# In an installed package, and in the repository (also after `pip install -e .`).
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+flags.disclaim_key_flags()  # --config belongs to the module that calls define_config_flag
+
+
+def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
+    """Defines --config and --config.KEY; the value is a locked ConfigDict, whose file is found by ``find_config``."""
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration: a name, such as dat_pp_s or upernet:dat_pp_s, or a file. --config.KEY=VALUE overrides a key.",
+        flag_values=flag_values,
+    )
+    flag_values["config"].parser = _ConfigParser()
+    return holder
+
+
+def load_config(name: str) -> ConfigDict:
+    """The configuration of a name or a path, locked.
+
+    Args:
+      name: see ``find_config``; the choice of a family follows a colon.
+
+    Raises:
+      UserError: no such file, an unknown or missing choice, or a file that is not a configuration.
+    """
+    place, colon, choice = name.partition(":")
+    path = find_config(place)
+    get_config = getattr(_import_file(path), "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{path} is not a configuration: expected a function get_config().")
+    takes_choice = bool(inspect.signature(get_config).parameters)
+    if colon and not takes_choice:
+        raise UserError(f"{path} takes no choice after a colon, got {choice!r}.")
+    config = get_config(choice) if takes_choice and colon else get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() of {path} must return a ConfigDict, got {type(config).__name__}.")
+    return config.lock()
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file of a configuration, without a choice.
+
+    Args:
+      name: a path, with or without ".py", or the name of a packaged configuration, optionally after "configs/". A file that
+        exists takes precedence over a packaged one.
+
+    Raises:
+      UserError: there is none; names the most similar packaged configurations.
+    """
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    folder, stem = str(path.parent), path.name.removesuffix(".py")
+    if folder != "." and path.with_name(f"{stem}.py").is_file():
+        return path.with_name(f"{stem}.py")
+    if folder in (".", "configs") and stem in _list_files():
+        return _list_files()[stem]
+    nearest = difflib.get_close_matches(stem, list_configs(), n=3, cutoff=0)
+    raise UserError(f"There is no configuration {name}. Similar names: {', '.join(nearest)}.")
+
+
+def list_configs() -> list[str]:
+    """Names of all packaged configurations, families with each of their choices."""
+    names = []
+    for stem, path in _list_files().items():
+        choices = getattr(_import_file(path), "CHOICES", None)
+        names += [stem] if choices is None else [f"{stem}:{choice}" for choice in choices]
+    return names
+
+
+def choose(choices: Mapping[str, object], choice: str, *, family: str) -> object:
+    """The value of a choice of a family.
+
+    Args:
+      choices: choice -> value.
+      choice: the key; "" if there was none on the command line.
+      family: name of the configuration file, for the message.
+
+    Raises:
+      UserError: the choice is missing or unknown.
+    """
+    if choice not in choices:
+        raise UserError(
+            f"{family} must be followed by a colon and one of {', '.join(choices)}, such as {family}:{next(iter(choices))}; "
+            f"got {choice or 'none'}."
+        )
+    return choices[choice]
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Parses the value of --config with ``load_config``."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        return load_config(argument)
+
+    def flag_type(self) -> str:
+        return "configuration"
+
+
+def _list_files() -> dict[str, pathlib.Path]:
+    """Name -> file of the packaged configurations, by name."""
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
+    files = [] if folder is None else sorted(folder.glob("*.py"))
+    return {path.stem: path for path in files if path.stem != "__init__"}
+
+
+def _import_file(path: pathlib.Path) -> types.ModuleType:
+    loader = importlib.machinery.SourceFileLoader(f"dat_jax_config_{path.stem}", str(path))  # any suffix
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
