@@ -56,6 +56,7 @@ ALLOWED = {
     },
     "dat_jax.exporting": {
         *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints.loading", "dat_jax.conversion.command"),
+        "dat_jax.cli",
         *("dat_jax.errors", "dat_jax.inference", "dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.storage"),
         *("dat_jax.tasks", "etils", "jax", "jax2onnx"),
     },
@@ -79,9 +80,7 @@ ALLOWED = {
     "dat_jax.predict": {
         *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.inference", "PIL", "absl", "rich"),
     },
-    "dat_jax.export": {
-        *("dat_jax.cli", "dat_jax.errors", "dat_jax.exporting", "dat_jax.inference", "dat_jax.storage", "absl"),
-    },
+    "dat_jax.export": {"dat_jax.cli", "dat_jax.errors", "dat_jax.exporting", "absl"},
     "dat_jax.visualize": {
         *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
         *("dat_jax.predict", "dat_jax.visualization", "absl"),

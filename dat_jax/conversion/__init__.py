@@ -1,4 +1,8 @@
-"""Published PyTorch configurations and weights to ours, and weights back. As a command: ``__main__``."""
+"""Conversion between published PyTorch configurations and weights and the models and variables of this package.
+
+``python -m dat_jax.conversion`` is the command. "official" in names stands for the published code of LeapLabTHU (DAT,
+DAT-Detection and DAT-Segmentation); a state dict is a mapping from its parameter names to arrays in PyTorch's layouts.
+"""
 
 from etils import epy
 

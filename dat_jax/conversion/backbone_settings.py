@@ -1,4 +1,4 @@
-"""Keys of a published backbone: which values they may have, and which have no effect."""
+"""Settings of a published backbone: the values that each key may have, and the keys that have no effect."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from dat_jax.models.dat import STAGE_TYPES
 
 _UNUSED_BLOCK = "it belongs to a kind of block that no published model contains"
 _UNUSED = "the published code accepts it and does not use it"
-# Key -> why it has no effect on the function.
+# Key -> reason why it has no effect on the model.
 IGNORED = {
     "heads_q": _UNUSED_BLOCK,
     "nqs": _UNUSED_BLOCK,
@@ -54,42 +54,45 @@ _VALUES_PER_STAGE: dict[str, Kind] = {
     "use_lpus": kinds.FLAG,
     "log_cpb": kinds.FLAG,
 }
-_MOST_STAGES, _MOST_BLOCKS = 64, 1000  # blocks per stage
+_MAX_STAGES, _MAX_BLOCKS = 64, 1000  # blocks per stage
 _POSITIVE_WITH_D = ("groups", "strides")  # the published code cannot build D blocks with -1
 _POSITION_TABLES = ("dwc_pes", "fixed_pes", "log_cpb")  # each replaces the plain table of use_pes
 
 
 def read_backbone(settings: Settings, *, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a published backbone, every one with a value.
+    """Read the settings of a published backbone.
 
     Args:
-      settings: the backbone's mapping; the keys that only dense prediction has are read before.
-      defaults: of the published constructor.
+      settings: settings of the backbone. Keys that only segmentors and detectors have are read before.
+      defaults: defaults of the published constructor.
+
+    Returns:
+      Value of every key that the model depends on.
 
     Raises:
-      ValueError: a value is of the wrong kind, was never published, or contradicts another one.
+      ValueError: a value is of the wrong kind, is not in any published configuration, or contradicts another one.
     """
     settings.ignore_all(IGNORED)
     for key, value in FIXED.items():
-        settings.check(key, value, default=value, note=_NOT_PUBLISHED)
+        settings.check(key, value, default=value, reason=_NOT_PUBLISHED)
     block = Kind("the name of a kind of block", lambda value: isinstance(value, str))
-    blocks = list_of(list_of(block, longest=_MOST_BLOCKS), longest=_MOST_STAGES)
+    blocks = list_of(list_of(block, longest=_MAX_BLOCKS), longest=_MAX_STAGES)
     stages = settings.take("stage_spec", blocks, default=defaults["stage_spec"])
     for kind in (kind for stage in stages for kind in stage):
         if kind not in STAGE_TYPES:
-            known = ", ".join(f"{name} ({words})" for name, words in STAGE_TYPES.items())
+            known = ", ".join(f"{name} ({description})" for name, description in STAGE_TYPES.items())
             raise ValueError(
-                f"{settings.path_of('stage_spec')}: Unknown block type {kinds.short(kind)}; expected some of {known}."
+                f"{settings.path_of('stage_spec')}: unknown block type {kinds.short(kind)}; expected some of {known}."
             )
     count = len(stages)
     for key, value in _FIXED_PER_STAGE.items():
-        settings.check(key, (value,) * count, default=(value,) * count, note=_NOT_PUBLISHED)
+        settings.check(key, (value,) * count, default=(value,) * count, reason=_NOT_PUBLISHED)
     config = {key: settings.take(key, kind, default=defaults[key]) for key, kind in _VALUES.items()}
     for key, kind in _VALUES_PER_STAGE.items():
         config[key] = settings.take(key, list_of(kind, length=count), default=defaults[key])
     depths = tuple(map(len, stages))
-    note = f"Other depths do not count the blocks of {settings.path_of('stage_spec')}."
-    settings.check("depths", depths, default=defaults["depths"], note=note)
+    reason = f"Other depths do not count the blocks of {settings.path_of('stage_spec')}."
+    settings.check("depths", depths, default=defaults["depths"], reason=reason)
     _check_deformable_stages(settings, config, stages, defaults)
     _check_position_tables(settings, config)
     return {**config, "stage_spec": stages}
@@ -98,7 +101,7 @@ def read_backbone(settings: Settings, *, defaults: Mapping[str, Any]) -> dict[st
 def _check_deformable_stages(
     settings: Settings, config: Mapping[str, Any], stages: tuple[tuple[str, ...], ...], defaults: Mapping[str, Any]
 ) -> None:
-    """-1, which the published files have for stages without D blocks, is refused for stages with them."""
+    """Refuse -1, which the published files have for stages without D blocks, in stages with D blocks."""
     for key in _POSITIVE_WITH_D:
         for stage, (value, blocks) in enumerate(zip(config[key], stages, strict=True)):
             if value < 1 and "D" in blocks:
@@ -109,12 +112,12 @@ def _check_deformable_stages(
 
 
 def _check_position_tables(settings: Settings, config: Mapping[str, Any]) -> None:
-    """Position tables that would be ignored silently are refused."""
+    """Refuse position tables that the published code would silently ignore."""
     for stage, used in enumerate(config["use_pes"]):
-        chosen = [key for key in _POSITION_TABLES if config[key][stage]]
-        if chosen and not used:
+        enabled = [key for key in _POSITION_TABLES if config[key][stage]]
+        if enabled and not used:
             switch = settings.path_of("use_pes")
-            raise settings.error(chosen[0], f"expected False for stage {stage}, where {switch} is False, got True")
-        if len(chosen) > 1:
-            others = " and ".join(map(settings.path_of, chosen[1:]))
-            raise settings.error(chosen[0], f"expected False for stage {stage}, where {others} is True, got True")
+            raise settings.error(enabled[0], f"expected False for stage {stage}, where {switch} is False, got True")
+        if len(enabled) > 1:
+            others = " and ".join(map(settings.path_of, enabled[1:]))
+            raise settings.error(enabled[0], f"expected False for stage {stage}, where {others} is True, got True")

@@ -1,4 +1,4 @@
-"""Published YAML configurations of classifiers: the network, and the size of the images that it is evaluated on."""
+"""Settings of published YAML configurations of classifiers: the network, and the image size of its evaluation."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ _BUILT_FROM_DAT = "the published code builds the model from MODEL.DAT alone"
 _WEIGHTS = "the weights come from the file that is converted"
 _DATA = "it concerns how images are stored and loaded"
 _RUN = "it concerns the output of a run, not the model"
-# Key -> why it has no effect on the model.
+# Key -> reason why it has no effect on the model.
 _IGNORED = {
     "TRAIN": _TRAINING,
     "AUG": _TRAINING,
@@ -36,7 +36,7 @@ _IGNORED_OF_DATA = dict.fromkeys(("BATCH_SIZE", "DATA_PATH", "DATASET", "NUM_WOR
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, whose errors name the line: values such as ``2024-13-45`` or ``!!int x`` raise others."""
+    """PyYAML's safe loader with errors that name the line, also for values such as ``2024-13-45`` or ``!!int x``."""
 
     def construct_object(self, node, deep=False):
         try:
@@ -49,10 +49,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
-    """The model of a published YAML file, and the options of ``inference.load`` that it sets.
+    """Read a published YAML file.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The model, and the options of ``inference.load`` that the file sets: "image_size" and "resize" in pixels.
 
     Raises:
-      UserError: the file cannot be read, or describes no supported model; one sentence names the key.
+      UserError: the file cannot be read, or does not describe a supported model; the key is named.
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
@@ -63,7 +69,7 @@ def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
         config = yaml.load(text, Loader=_Loader)
     except RecursionError as error:
         raise UserError(f"{path} cannot be read: it is too deeply nested.") from error
-    except Exception as error:  # PyYAML raises others than its own
+    except Exception as error:  # PyYAML raises more types than its own
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
     model = config.get("MODEL") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("DAT"), dict):
@@ -76,17 +82,19 @@ def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
 
 
 def trace_classifier(config: Mapping[str, Any]) -> tuple[DAT, dict[str, Any], dict[str, str]]:
-    """The model, the options, and how each key was used (``Settings.uses``).
+    """As ``read_yaml_config``, for a mapping, and also how each key was used (``Settings.uses``).
 
     Args:
-      config: a published YAML file's mapping, with MODEL.DAT.
+      config: mapping of a published YAML file, with MODEL.DAT.
 
     Raises:
-      ValueError: names the key that is unknown or whose value is not supported.
+      ValueError: a key is unknown or its value is not supported; the key is named.
     """
     settings = Settings(config)
     settings.ignore_all(_IGNORED)
-    settings.check("BASE", "", [""], [], None, default=[""], note="Other files are not merged; write all keys in one.")
+    settings.check(
+        "BASE", "", [""], [], None, default=[""], reason="Other files are not merged; write all keys in one."
+    )
     section = settings.section("MODEL")
     section.check("TYPE", "dat", default="dat")
     section.ignore_all(_IGNORED_OF_MODEL)
@@ -98,7 +106,10 @@ def trace_classifier(config: Mapping[str, Any]) -> tuple[DAT, dict[str, Any], di
 
 
 def _read_sizes(settings: Settings, model: DAT) -> dict[str, int]:
-    """Options about the size of images, complete: the defaults of ``inference.load`` depend on the model's form."""
+    """Options "image_size" and "resize" of ``inference.load``.
+
+    Both are always set, because their defaults depend on the form of deformable attention.
+    """
     data, test = settings.optional_section("DATA"), settings.optional_section("TEST")
     size, crop = model.image_size, True
     if data is not None:

@@ -1,4 +1,7 @@
-"""What `python -m dat_jax.conversion` does: files with published names to exports, and exports to files."""
+"""The command ``python -m dat_jax.conversion``: published weights to a folder of weights, and back.
+
+A folder of weights (an "export" of ``dat_jax.checkpoints.exports``) has model.json and params/.
+"""
 
 import functools
 import pathlib
@@ -9,10 +12,12 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import numpy as np
+from rich.console import Console
 
 from dat_jax.checkpoints.exports import load_export
 from dat_jax.checkpoints.loading import export_model, load_trained
 from dat_jax.checkpoints.manager import checksum
+from dat_jax.cli.console import make_console, print_table
 from dat_jax.conversion import detectors, segmentors, selection
 from dat_jax.conversion.classifier_settings import read_yaml_config
 from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
@@ -24,25 +29,40 @@ from dat_jax.models.registry import Detector, create_model, list_models, name_de
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.storage import refuse_existing
 
-_FORM = "deformable_form"  # in the metadata of a .safetensors file
+Model = DAT | Segmentor | Detector
+
+_FORM = "deformable_form"  # key in the metadata of a .safetensors file
 _FORM_ROW = "deformable form"
+_LONGEST_ERROR = 600  # characters of a list of names in an error message
 
 
-class _Dense(NamedTuple):
-    """Models around a backbone, one of which is called ``word``: the functions of ``conversion`` for them."""
+class _Family(NamedTuple):
+    """Functions of this package for one kind of model around a backbone.
+
+    Attributes:
+      word: name of the kind for messages.
+      members: names of its models for messages.
+      has_names: published names -> whether they belong to such a model.
+      guess: (state dict, backbone name) -> model.
+      find: (state dict, backbones=) -> (backbone name, model), or None.
+      to_variables: (model, state dict) -> variables.
+      to_official: (model, variables) -> state dict.
+      title: model -> its name.
+      read_config: published configuration -> (model, options of inference).
+    """
 
     word: str
-    known: str
+    members: str
     has_names: Callable[..., bool]
     guess: Callable
     find: Callable
     to_variables: Callable
     to_official: Callable
     title: Callable[..., str]
-    read: Callable[..., tuple]
+    read_config: Callable[..., tuple]
 
 
-_SEGMENTORS = _Dense(
+_SEGMENTORS = _Family(
     "segmentor",
     "SemanticFPN or UperNet",
     segmentors.is_segmentor,
@@ -53,7 +73,7 @@ _SEGMENTORS = _Dense(
     lambda model: model.head,
     segmentors.read_segmentor,
 )
-_DETECTORS = _Dense(
+_DETECTORS = _Family(
     "detector",
     "RetinaNet, Mask R-CNN or Cascade Mask R-CNN",
     detectors.is_detector,
@@ -66,7 +86,39 @@ _DETECTORS = _Dense(
 )
 
 
-def import_weights(
+def run(
+    weights: str,
+    out: str,
+    *,
+    model: str | None = None,
+    yaml_file: str | None = None,
+    which: str = "auto",
+    form: str | None = None,
+) -> None:
+    """Convert in the direction that ``weights`` implies, a file or a folder, and print what was written.
+
+    The arguments are those of ``convert_from_official``.
+
+    Raises:
+      UserError: as ``convert_from_official`` and ``convert_to_official``, or arguments for a file although ``weights`` is
+        a folder.
+    """
+    if not pathlib.Path(weights).is_dir():
+        rows = convert_from_official(weights, out, model=model, yaml_file=yaml_file, which=which, form=form)
+    elif model is None and yaml_file is None and which == "auto":
+        rows = convert_to_official(weights, out, form=form)
+    else:
+        raise UserError(
+            f"--model, --yaml and --weights are for a file of weights; the folder {weights} describes its model."
+        )
+    console = make_console()
+    if console.is_terminal:
+        width = max(map(len, rows.values())) + 20  # paths and checksums stay on one line, so that they can be copied
+        console = Console(highlight=False, width=width)
+    print_table(console, "Converted", rows)
+
+
+def convert_from_official(
     weights: str,
     out: str,
     *,
@@ -75,202 +127,262 @@ def import_weights(
     which: str = "auto",
     form: str | None = None,
 ) -> dict[str, str]:
-    """A file with published names -> an export.
+    """Convert a file of published weights to a folder of weights, which is written atomically.
+
+    With neither ``model`` nor ``yaml_file`` the registry is searched for a model with the names and shapes of the weights.
 
     Args:
-      weights: a file that ``read_weights`` reads.
-      out: the folder to make.
-      model: a name of the registry, of the backbone where there is one; the class count is that of the weights.
-      yaml_file: a published configuration, instead: YAML for a classifier, Python (.py) for a segmentor or a detector. With
-        neither the registry is searched for names and shapes.
-      which: the weights to take, "auto", "ema" or "raw", see ``read_weights``.
-      form: of deformable attention, see ``DAT.deformable_form``. None takes the form that the file records, or else that
-        of the model or configuration: weights of DAT v1 are those of its release.
+      weights: file that ``read_weights`` reads.
+      out: folder to create.
+      model: registered name of the model, or of the backbone of a segmentor or detector. The number of classes is that of
+        the weights.
+      yaml_file: published configuration: a YAML file for a classifier, a Python file (.py) for a segmentor or a detector.
+      which: weights to take, "auto", "ema" or "raw", see ``read_weights``.
+      form: form of deformable attention, see ``DAT.deformable_form``. None takes the form that the file records, or else
+        that of the model or configuration: "cvpr2022" for DAT v1.
 
     Returns:
-      Rows of a table: what was written.
+      Table rows that describe what was written.
 
     Raises:
-      UserError: damage, weights of another model, or ``out`` exists. Nothing is written then.
+      UserError: the file is damaged or has weights of another model, or ``out`` exists. Nothing is written then.
     """
     refuse_existing(out)
     if pathlib.Path(out).suffix in SUFFIXES:
-        raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
+        raise UserError(f"OUT must be the name of a new folder if WEIGHTS is a file, got {out}.")
     state_dict, source, metadata = read_checkpoint(weights, weights=which)
-    dense = next((kind for kind in (_SEGMENTORS, _DETECTORS) if kind.has_names(state_dict)), None)
-    note = "" if dense else selection.describe_partial_prefix(state_dict)
-    label = f"{weights} ({note})" if note else weights
-    options: dict[str, Any] = {}
-    if dense:
-        if yaml_file is not None:
-            name, (found, options) = yaml_file, _dense_from_python(dense, yaml_file, weights)
-        else:
-            name, found = _name_dense(dense, state_dict, model) if model else _find_dense(dense, state_dict, weights)
-        found = _choose_form(found, asked=form, recorded=metadata.get(_FORM), weights=weights)
-        convert = functools.partial(dense.to_variables, found)
-    else:
-        if yaml_file is not None:
-            name, (found, options) = yaml_file, _model_from_yaml(yaml_file, weights)
-        elif model is not None:
-            name, found = model, _with_classes_of(state_dict, model)
-        else:
-            name, found = _find_model(state_dict, label)
-        found = _choose_form(found, asked=form, recorded=metadata.get(_FORM), weights=weights)
-        convert = lambda arrays: {"params": params_from_official(found, arrays)}  # noqa: E731
+    family = next((family for family in (_SEGMENTORS, _DETECTORS) if family.has_names(state_dict)), None)
+    prefix_note = "" if family else selection.describe_partial_prefix(state_dict)
+    label = f"{weights} ({prefix_note})" if prefix_note else weights
+    name, network, options = _choose_model(state_dict, family, weights=label, model=model, yaml_file=yaml_file)
+    network = _set_form(network, requested=form, recorded=metadata.get(_FORM), weights=weights)
     try:
-        variables = convert(state_dict)
+        variables = _to_variables(network, state_dict)
     except ValueError as error:
-        raise UserError(f"{label} and {name}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
-    export_model(out, model=found, variables=variables, options=options)
-    written, description = load_export(out)
-    wanted = variables if dense else variables["params"]
-    rows = _rows(name, found, written, description["checksum"], wanted=wanted, where=out)
+        reason = textwrap.shorten(str(error), _LONGEST_ERROR, placeholder=" ...")
+        raise UserError(f"{label} and {name}: {reason}") from error
+    export_model(out, model=network, variables=variables, options=options)
+    restored, description = load_export(out)
+    expected = variables["params"] if isinstance(network, DAT) else variables
+    rows = _verify(name, network, restored, description["checksum"], expected=expected, path=out)
     if rows.get(_FORM_ROW, "").startswith("cvpr2022") and form is None and _FORM not in metadata:
-        rows[_FORM_ROW] += "; --form=dat_pp is for weights of the code published with DAT++"
+        rows[_FORM_ROW] += "; for weights trained with the code published with DAT++, use --form=dat_pp"
     return {"taken from": source} | rows
 
 
-def export_weights(trained: str, out: str, *, form: str | None = None) -> dict[str, str]:
-    """An export, or a run's work directory -> a .safetensors file with published names, float32.
+def convert_to_official(trained: str, out: str, *, form: str | None = None) -> dict[str, str]:
+    """Convert a folder of weights or the work directory of a run to a .safetensors file with published names, float32.
 
-    ``form`` of deformable attention is for a DAT v1 that does not record it, see ``load_pretrained``.
+    Args:
+      trained: the folder.
+      out: file to create, atomically.
+      form: form of deformable attention, for a DAT v1 that does not record it, see ``load_pretrained``.
 
     Returns:
-      Rows of a table: what was written.
+      Table rows that describe what was written.
 
     Raises:
-      UserError: damage, or ``out`` exists. Nothing is written then.
+      UserError: the folder is damaged, records another form, or ``out`` exists. Nothing is written then.
     """
     refuse_existing(out)
     if pathlib.Path(out).suffix != ".safetensors":
-        raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
+        raise UserError(f"OUT must end in .safetensors if WEIGHTS is a folder, got {out}.")
     model, variables = load_trained(trained, deformable_form=form)
-    dat = model if isinstance(model, DAT) else model.dat
-    if form not in (None, dat.deformable_form):
-        raise UserError(f"{trained} records the form {dat.deformable_form} of deformable attention, got --form={form}.")
-    return write_weights(out, model=model, variables=variables, name=trained)
+    recorded = _get_backbone(model).deformable_form
+    if form not in (None, recorded):
+        raise UserError(f"{trained} records the form {recorded} of deformable attention, got --form={form}.")
+    return write_official_weights(out, model=model, variables=variables, name=trained)
 
 
-def write_weights(
-    out: str, *, model: DAT | Segmentor | Detector, variables: Mapping[str, Any], name: str
-) -> dict[str, str]:
-    """A trained model -> a .safetensors file with published names, float32. ``name`` is what the rows call it.
+def write_official_weights(out: str, *, model: Model, variables: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Write a trained model to a .safetensors file with published names, float32, atomically.
+
+    Args:
+      out: file to create.
+      model: the model.
+      variables: its variables.
+      name: what the rows and errors call the model.
 
     Returns:
-      Rows of a table: what was written.
+      Table rows that describe what was written.
 
     Raises:
       UserError: ``out`` exists, or a module has no published name.
     """
     try:
-        if not isinstance(model, DAT):
-            dense = _SEGMENTORS if isinstance(model, Segmentor) else _DETECTORS
-            state_dict, wanted = dense.to_official(model, variables), variables
-            read = functools.partial(dense.to_variables, model)
-        else:
-            state_dict, wanted = to_official(model, variables["params"]), variables["params"]
-            read = functools.partial(params_from_official, model)
+        state_dict = _to_state_dict(model, variables)
     except KeyError as error:
         raise UserError(f"{name} has weights without a published name: {error.args[0]}") from error
-    dat = model if isinstance(model, DAT) else model.dat
-    metadata = {_FORM: dat.deformable_form} if "D" in "".join(dat.stages) else {}
-    write_safetensors(out, {**state_dict, **_fixed_kernels(state_dict)}, metadata=metadata)
-    # Read as anyone's weights are read.
-    return _rows(name, model, read(read_weights(out)), _checksum(wanted), wanted=wanted, where=out)
+    dat = _get_backbone(model)
+    metadata = {_FORM: dat.deformable_form} if _has_deformable_blocks(dat) else {}
+    write_safetensors(out, {**state_dict, **_make_fixed_kernels(state_dict)}, metadata=metadata)
+    # Verify with the reader of published files, as users of the file will read it.
+    restored = _to_variables(model, read_weights(out))
+    if isinstance(model, DAT):
+        restored, variables = restored["params"], variables["params"]
+    return _verify(name, model, restored, _checksum(variables), expected=variables, path=out)
 
 
-def _choose_form(found, *, asked: str | None, recorded: str | None, weights: str) -> DAT | Segmentor | Detector:
-    """The model with the form of deformable attention that was asked for or that the file records.
+def _get_backbone(model: Model) -> DAT:
+    return model if isinstance(model, DAT) else model.dat
 
-    Otherwise the model keeps the form of its name or configuration, see ``DAT.deformable_form``.
+
+def _get_family(model: Segmentor | Detector) -> _Family:
+    return _SEGMENTORS if isinstance(model, Segmentor) else _DETECTORS
+
+
+def _has_deformable_blocks(dat: DAT) -> bool:
+    return "D" in "".join(dat.stages)
+
+
+def _to_variables(model: Model, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    if isinstance(model, DAT):
+        return {"params": params_from_official(model, state_dict)}
+    return _get_family(model).to_variables(model, state_dict)
+
+
+def _to_state_dict(model: Model, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if isinstance(model, DAT):
+        return to_official(model, variables["params"])
+    return _get_family(model).to_official(model, variables)
+
+
+def _choose_model(
+    state_dict: Mapping[str, np.ndarray],
+    family: _Family | None,
+    *,
+    weights: str,
+    model: str | None,
+    yaml_file: str | None,
+) -> tuple[str, Model, dict[str, Any]]:
+    """The model of published weights.
+
+    Args:
+      state_dict: the weights.
+      family: kind of the model; None for a classifier.
+      weights: what errors call the file.
+      model: registered name, if the user specified one.
+      yaml_file: published configuration, if the user specified one.
+
+    Returns:
+      Its name for messages, the model, and the options of inference that the configuration sets.
     """
-    if asked and recorded and asked != recorded:
-        raise UserError(f"{weights} records the form {recorded} of deformable attention, got --form={asked}.")
-    dat = found if isinstance(found, DAT) else found.dat
-    form = asked or recorded or dat.deformable_form
+    if yaml_file is not None:
+        read = _read_classifier_config if family is None else functools.partial(_read_dense_config, family)
+        return yaml_file, *read(yaml_file, weights)
+    if family is None:
+        name, network = _find_classifier(state_dict, weights) if model is None else (model, _create(state_dict, model))
+    elif model is None:
+        name, network = _find_dense(family, state_dict, weights)
+    else:
+        name, network = _guess_dense(family, state_dict, model)
+    return name, network, {}
+
+
+def _set_form(model: Model, *, requested: str | None, recorded: str | None, weights: str) -> Model:
+    """The model with the form of deformable attention that the user requested or that the file records.
+
+    Otherwise it keeps the form of its name or configuration, see ``DAT.deformable_form``.
+    """
+    if requested and recorded and requested != recorded:
+        raise UserError(f"{weights} records the form {recorded} of deformable attention, got --form={requested}.")
+    dat = _get_backbone(model)
+    form = requested or recorded or dat.deformable_form
     if form not in DEFORMABLE_FORMS:
         raise UserError(
             f"{weights} records the unknown form {form!r} of deformable attention; known: {', '.join(DEFORMABLE_FORMS)}."
         )
     dat = dat.clone(deformable_form=form)
-    return dat if isinstance(found, DAT) else found.clone(dat=dat)
+    return dat if isinstance(model, DAT) else model.clone(dat=dat)
 
 
-def _describe_form(model: DAT | Segmentor | Detector) -> dict[str, str]:
-    """The row about the form of D blocks, if there are any."""
-    dat = model if isinstance(model, DAT) else model.dat
-    if "D" not in "".join(dat.stages):
+def _describe_form(model: Model) -> dict[str, str]:
+    """The table row about the form of deformable attention; empty for a model without D blocks."""
+    dat = _get_backbone(model)
+    if not _has_deformable_blocks(dat):
         return {}
-    what = {
+    descriptions = {
         "cvpr2022": "cvpr2022, DAT v1 as it was released",
         "dat_pp": "dat_pp, as published with DAT++",
     }
-    return {_FORM_ROW: what[dat.deformable_form]}
+    return {_FORM_ROW: descriptions[dat.deformable_form]}
 
 
-def _model_from_yaml(path: str, weights: str) -> tuple[DAT, dict[str, Any]]:
+def _read_classifier_config(path: str, weights: str) -> tuple[DAT, dict[str, Any]]:
     """The classifier of a published YAML file, and the options of inference that the file sets."""
     if pathlib.Path(path).suffix == ".py":
         raise UserError(f"{weights} has the weights of a classifier: expected a YAML file as --yaml, got {path}.")
     return read_yaml_config(path)
 
 
-def _dense_from_python(dense: _Dense, path: str, weights: str) -> tuple[Segmentor | Detector, dict[str, Any]]:
+def _read_dense_config(family: _Family, path: str, weights: str) -> tuple[Segmentor | Detector, dict[str, Any]]:
     """The segmentor or detector of a published Python file, and the options of inference that the file sets."""
     if pathlib.Path(path).suffix != ".py":
         raise UserError(
-            f"{weights} has the weights of a {dense.word}: expected a Python configuration (.py) as --yaml, got {path}."
+            f"{weights} has the weights of a {family.word}: expected a Python configuration (.py) as --yaml, got {path}."
         )
     config = read_python_config(path)
     try:
-        return dense.read(config)
+        return family.read_config(config)
     except ValueError as error:
-        raise UserError(f"{path} does not describe a supported {dense.word}: {error}") from error
+        raise UserError(f"{path} does not describe a supported {family.word}: {error}") from error
 
 
-def _with_classes_of(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:
-    head = np.shape(state_dict.get("cls_head.weight"))
+def _create(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:
+    """A registered classifier with the number of classes of the weights."""
+    head_shape = np.shape(state_dict.get("cls_head.weight"))
     try:
-        return create_model(name, **({"num_classes": head[0]} if head else {}))
+        return create_model(name, **({"num_classes": head_shape[0]} if head_shape else {}))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _find_model(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, DAT]:
-    """The first of the registry with these names and shapes. Those of the same shapes differ in drop path only."""
+def _find_classifier(state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, DAT]:
+    """The first registered classifier with these names and shapes. Those with equal shapes differ only in drop path."""
     shapes = {name: array.shape for name, array in state_dict.items()}
     for name in list_models():
-        model = _with_classes_of(state_dict, name)
-        if shapes.get("cls_norm.norm.weight") == (model.dims[-1],):  # shapes of all take seconds
-            wanted = official_shapes(model)
-            if all(shapes.get(key) == shape for key, shape in wanted.items()):
+        model = _create(state_dict, name)
+        # The width is compared first, as the shapes of all parameters of all models take seconds.
+        if shapes.get("cls_norm.norm.weight") == (model.dims[-1],):
+            expected = official_shapes(model)
+            if all(shapes.get(key) == shape for key, shape in expected.items()):
                 return name, model
     raise UserError(
-        f"{weights} has names or shapes of no known model; say --yaml=FILE, the published configuration, or --model=NAME, "
-        f"one of {', '.join(list_models())}, to see what differs."
+        f"{weights} has names or shapes of no known model; set --yaml=FILE, the published configuration, or set --model=NAME, "
+        f"one of {', '.join(list_models())}, to see the differences."
     )
 
 
-def _name_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], backbone: str) -> tuple[str, Segmentor | Detector]:
+def _guess_dense(
+    family: _Family, state_dict: Mapping[str, np.ndarray], backbone: str
+) -> tuple[str, Segmentor | Detector]:
+    """The segmentor or detector of the weights on a registered backbone."""
     try:
-        found = dense.guess(state_dict, backbone)
+        model = family.guess(state_dict, backbone)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return f"{dense.title(found)} on {backbone}", found
+    return f"{family.title(model)} on {backbone}", model
 
 
-def _find_dense(dense: _Dense, state_dict: Mapping[str, np.ndarray], weights: str) -> tuple[str, Segmentor | Detector]:
-    found = dense.find(state_dict, backbones={name: create_model(name) for name in list_models()})
-    if found is None:
+def _find_dense(
+    family: _Family, state_dict: Mapping[str, np.ndarray], weights: str
+) -> tuple[str, Segmentor | Detector]:
+    """The segmentor or detector with these names and shapes on any registered backbone."""
+    match = family.find(state_dict, backbones={name: create_model(name) for name in list_models()})
+    if match is None:
         raise UserError(
-            f"{weights} has names or shapes of no known {dense.word}: wanted {dense.known} on a known model; say "
-            f"--model=NAME, one of {', '.join(list_models())}, to see what differs."
+            f"{weights} has names or shapes of no known {family.word}: expected {family.members} on a known backbone; set "
+            f"--model=NAME, one of {', '.join(list_models())}, to see the differences."
         )
-    return f"{dense.title(found[1])} on {found[0]}", found[1]
+    backbone, model = match
+    return f"{family.title(model)} on {backbone}", model
 
 
-def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Slide attention's first convolution, (9 D, 1, 3, 3): channel c * 9 + j takes tap j. Ours has no array for it."""
+def _make_fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fixed kernels (9 D, 1, 3, 3) of slide attention, which the published files have and our parameters do not.
+
+    Channel c * 9 + j selects tap j.
+    """
     taps = np.eye(9, dtype=np.float32).reshape(9, 1, 3, 3)
     suffix = ".dep_conv1.weight"
     return {
@@ -280,22 +392,20 @@ def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     }
 
 
-def _checksum(params) -> str:
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+def _checksum(variables: Mapping[str, Any]) -> str:
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
     return checksum({name: np.asarray(array) for name, array in flat.items()})
 
 
-def _rows(
-    name: str, model: DAT | Segmentor | Detector, written, written_checksum: str, *, wanted: Any, where: str
-) -> dict[str, str]:
-    """What the table says, once what was read back is what was meant."""
-    if not _checksum(written) == written_checksum == _checksum(wanted):
-        raise UserError(f"{where} was written, but other numbers were read back; do not use it.")
+def _verify(name: str, model: Model, restored, restored_checksum: str, *, expected, path: str) -> dict[str, str]:
+    """Table rows about a file, after a check that the arrays read back from it are the expected ones."""
+    if not _checksum(restored) == restored_checksum == _checksum(expected):
+        raise UserError(f"{path} was written, but reading it back gave different numbers; do not use it.")
     return {
         "model": name,
-        "parameters": f"{sum(array.size for array in jax.tree.leaves(written.get('params', written))):,}",
+        "parameters": f"{sum(array.size for array in jax.tree.leaves(restored.get('params', restored))):,}",
         **_describe_form(model),
         "classes": str(model.num_classes),
-        "checksum": written_checksum,
-        "written": where,
+        "checksum": restored_checksum,
+        "written": path,
     }

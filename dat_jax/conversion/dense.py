@@ -1,4 +1,4 @@
-"""What published segmentors and detectors have in common: a backbone with output norms, and heads by tables of names."""
+"""Shared conversion code for segmentors and detectors: a backbone with output norms, and heads described by tables of names."""
 
 import functools
 import re
@@ -12,33 +12,37 @@ import numpy as np
 
 from dat_jax.conversion.official import (
     CONV,
-    SAME,
+    IDENTITY,
     Entries,
     Entry,
     Transform,
     assemble,
     is_ignored,
     model_from_official,
-    published,
+    name_parameter,
 )
 from dat_jax.conversion.settings import COUNT, Settings
 from dat_jax.models.dat import DAT
 
 INITIAL_WEIGHTS = "the weights come from the checkpoint that is converted"
-_MEMORY = "it saves memory in training and leaves the function unchanged; ours is the attribute remat"
+_MEMORY = "it saves memory in training and leaves the function unchanged; the attribute remat does the same here"
 _LATER_GENERATION = "It belongs to MMDetection 3 or MMSegmentation 1; supported are MMDetection 2 and MMSegmentation 0."
 _NORMS = ("BN", "SyncBN")  # SyncBN normalizes as BN does; only training on several devices differs
-_COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm, without effect where it has a momentum
-# Our leaf -> the published one.
+_COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; it has no effect with a momentum
+# Our name of an array in a module -> the published one.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
-# A row: a pattern of our module, or of a parameter that is no module's, and the published name with the pattern's groups.
-# Names that end in .weight or .bias are those of a parameter. A transform for kernels may follow.
+# Rows of (pattern, published name, optional transform of the kernel). The name is formatted with the groups of the pattern. If
+# it ends in .weight or .bias, the pattern is that of a single parameter; otherwise it is that of a module.
 Table = tuple[tuple[Any, ...], ...]
 
 
 def open_config(config: Mapping[str, Any]) -> Settings:
-    """A published ``model`` mapping to read, its keys that every kind of model has read already."""
+    """Settings of a published ``model`` mapping, after the keys that all kinds of models share are read.
+
+    Raises:
+      ValueError: the configuration belongs to MMDetection 3 or MMSegmentation 1.
+    """
     settings = Settings(config)
     for key in ("data_preprocessor", "preprocess_cfg"):
         settings.refuse(key, _LATER_GENERATION)
@@ -47,15 +51,18 @@ def open_config(config: Mapping[str, Any]) -> Settings:
 
 
 def read_backbone(settings: Settings, *, out_indices: tuple[int, ...], **overrides) -> DAT:
-    """The DAT of the section ``backbone``.
+    """Read the section ``backbone``.
 
     Args:
-      settings: the whole model's.
-      out_indices: the feature maps that the heads use.
-      **overrides: attributes of ``DAT``.
+      settings: settings of the whole model.
+      out_indices: indices of the feature maps that the heads use.
+      **overrides: attributes of ``DAT`` that replace the configured ones.
+
+    Returns:
+      The backbone.
 
     Raises:
-      ValueError: names the key that is unknown or whose value is not supported.
+      ValueError: a key is unknown or its value is not supported; the key is named.
     """
     backbone = settings.section("backbone")
     backbone.check("type", "DAT")
@@ -66,17 +73,20 @@ def read_backbone(settings: Settings, *, out_indices: tuple[int, ...], **overrid
 
 
 def read_neck(settings: Settings, dat: DAT, *, levels: int, start_level: int = 0, extra: Any = False) -> int:
-    """Width of the feature pyramid in the section ``neck``.
+    """Read the section ``neck``, a feature pyramid.
 
     Args:
-      settings: the whole model's.
+      settings: settings of the whole model.
       dat: the backbone.
-      levels: number of maps that come out.
-      start_level: the first map of the backbone that goes in.
-      extra: supported value of add_extra_convs.
+      levels: expected number of output maps.
+      start_level: expected index of the first backbone map that is used.
+      extra: expected value of add_extra_convs.
+
+    Returns:
+      Number of channels of the output maps.
 
     Raises:
-      ValueError: names the key that is missing or whose value is not supported.
+      ValueError: a key is missing or its value is not supported; the key is named.
     """
     neck = settings.section("neck")
     neck.check("type", "FPN")
@@ -93,13 +103,13 @@ def read_neck(settings: Settings, dat: DAT, *, levels: int, start_level: int = 0
 
 
 def check_plain(settings: Settings, *keys: str, value: Any) -> None:
-    """Checks that keys are missing or have the value that the published code has by default."""
+    """Check that keys are missing or have ``value``, the default of the published code."""
     for key in keys:
         settings.check(key, value, default=value)
 
 
 def check_batch_norm(settings: Settings) -> None:
-    """Checks that the section ``norm_cfg`` is a batch normalization as PyTorch has it by default."""
+    """Check that the section ``norm_cfg`` is a batch normalization with PyTorch's defaults."""
     norm = settings.section("norm_cfg")
     norm.check("type", *_NORMS)
     norm.check("eps", 1e-5, default=1e-5)
@@ -107,19 +117,24 @@ def check_batch_norm(settings: Settings) -> None:
     norm.check("requires_grad", True, default=True)
 
 
-def check_loss(settings: Settings, key: str, *, kind: str, weight: float = 1.0, note: str = "", **values: Any) -> None:
-    """Checks that the section of a loss is the published one, which the training task computes.
+def check_loss(
+    settings: Settings, key: str, *, kind: str, weight: float = 1.0, reason: str = "", **values: Any
+) -> None:
+    """Check that the section of a loss is the published one, which the training task computes.
 
     Args:
-      settings: the head's.
-      key: of the loss.
-      kind: its type.
-      weight: its loss_weight.
-      note: a sentence for the error message about its type.
-      **values: other keys with their values, which are required.
+      settings: settings of the head.
+      key: key of the loss.
+      kind: expected type.
+      weight: expected loss_weight.
+      reason: sentence appended to the error message about the type.
+      **values: other required keys with their expected values.
+
+    Raises:
+      ValueError: a key is missing or its value is not supported; the key is named.
     """
     loss = settings.section(key)
-    loss.check("type", kind, note=note)
+    loss.check("type", kind, reason=reason)
     loss.check("loss_weight", weight, default=1.0)
     for name, value in values.items():
         loss.check(name, value)
@@ -127,22 +142,33 @@ def check_loss(settings: Settings, key: str, *, kind: str, weight: float = 1.0, 
 
 
 def to_variables(model, table: Table, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Published weights as {"params", and "batch_stats" where the model has them}.
+    """Convert published weights to variables.
+
+    Args:
+      model: segmentor or detector that the weights belong to.
+      table: names of its heads.
+      state_dict: published name -> array, in PyTorch's layouts. Buffers and counters of BatchNorm may be missing.
+
+    Returns:
+      {"params": ...}, with "batch_stats" if the model has BatchNorm, in float32 or float64.
 
     Raises:
-      ValueError: names every unknown, missing and mis-shaped weight at once.
+      ValueError: weights do not fit the model. One message names all unknown, missing and mis-shaped weights.
     """
 
-    def ignored(name):
+    def is_ignored_name(name: str) -> bool:
         if name.endswith(f".bn.{_COUNTER}"):
             return True
         return name.startswith("backbone.") and is_ignored(name.removeprefix("backbone."), model.dat)
 
-    return assemble(state_dict, make_entries(model, table), is_ignored=ignored)
+    return assemble(state_dict, make_entries(model, table), is_ignored=is_ignored_name)
 
 
 def to_official(model, table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our variables with published names and layouts; counters of BatchNorm, which we do not have, are 0."""
+    """Convert variables to a state dict with published names and layouts.
+
+    Counters of BatchNorm, which our variables do not have, are 0.
+    """
     flat = flax.traverse_util.flatten_dict(dict(variables))
     entries = make_entries(model, table)
     state_dict = {entry.name: entry.transform.to_official(np.asarray(flat[entry.path])) for entry in entries}
@@ -151,12 +177,12 @@ def to_official(model, table: Table, variables: Mapping[str, Any]) -> dict[str, 
 
 
 def official_shapes(model, table: Table) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of every parameter and statistic of the model."""
+    """Published name -> published shape, for every parameter and statistic of a model."""
     return {entry.name: entry.official_shape() for entry in make_entries(model, table)}
 
 
 def read_width(state_dict: Mapping[str, np.ndarray], layer: str, *, axis: int, default: int) -> int:
-    """The length of an axis of a published layer's weights; ``default`` where there is none."""
+    """Length of an axis of the weights of a published layer; ``default`` if the weights or the axis are missing or empty."""
     array = state_dict.get(f"{layer}.weight")
     shape = () if array is None else np.shape(array)
     return shape[axis] if len(shape) > axis and shape[axis] else default
@@ -165,18 +191,21 @@ def read_width(state_dict: Mapping[str, np.ndarray], layer: str, *, axis: int, d
 def find(
     state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, DAT], guess: Callable, shapes_of: Callable
 ) -> tuple[str, Any] | None:
-    """The model on one of the backbones, by name, that has just these names and shapes; None if none has.
+    """Find the model whose parameters have the names and shapes of published weights.
 
     Args:
-      state_dict: published weights.
-      backbones: of the registry.
-      guess: (state_dict, name of a backbone) -> the model that the weights may be of.
+      state_dict: published name -> array.
+      backbones: registered name -> backbone, the candidates in order.
+      guess: (state_dict, backbone name) -> model whose widths agree with the weights.
       shapes_of: model -> its published names and shapes.
+
+    Returns:
+      Name of the backbone, and the model; None if no model fits.
     """
     shapes = {name: np.shape(array) for name, array in state_dict.items()}
     width = shapes.get("backbone.norms.3.norm.weight")
     for name, dat in backbones.items():
-        if (dat.dims[-1],) == width:  # shapes of all take seconds
+        if (dat.dims[-1],) == width:  # compared first, as the shapes of all parameters take seconds
             model = guess(state_dict, name)
             if all(shapes.get(key) == shape for key, shape in shapes_of(model).items()):
                 return name, model
@@ -185,7 +214,7 @@ def find(
 
 @functools.lru_cache(maxsize=8)  # tracing a large model takes seconds
 def make_entries(model, table: Table) -> Entries:
-    """Of every parameter and statistic, in one fixed order."""
+    """Entries of all parameters and statistics of a model, in a fixed order."""
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     flat = flax.traverse_util.flatten_dict(variables)
@@ -193,19 +222,28 @@ def make_entries(model, table: Table) -> Entries:
 
 
 def name_entry(path: tuple[str, ...], dat: DAT, table: Table) -> tuple[str, Transform]:
-    """The published name of an array by its path without the collection, and how its axes are ordered."""
+    """Published name and transform of an array.
+
+    Args:
+      path: path of the array in the variables, without the collection.
+      dat: the backbone of the model.
+      table: names of the heads of the model.
+
+    Raises:
+      KeyError: the module is not in the table.
+    """
     *module, leaf = path
     if module[:2] == ["backbone", "dat"]:
-        name, transform = published((*module[2:], leaf), dat)
+        name, transform = name_parameter((*module[2:], leaf), dat)
         return f"backbone.{name}", transform
     module = "/".join(module)
     if match := re.fullmatch(r"backbone/norms_(\d+)", module):
-        return f"backbone.norms.{match[1]}.norm.{_LEAVES[leaf]}", SAME
+        return f"backbone.norms.{match[1]}.norm.{_LEAVES[leaf]}", IDENTITY
     for pattern, template, *transform in table:
-        whole = template.endswith((".weight", ".bias"))
-        match = re.fullmatch(pattern, f"{module}/{leaf}" if whole else module)
+        is_parameter = template.endswith((".weight", ".bias"))
+        match = re.fullmatch(pattern, f"{module}/{leaf}" if is_parameter else module)
         if match:
             name = template.format(**match.groupdict())
             kernel = transform[0] if transform else CONV
-            return name if whole else f"{name}.{_LEAVES[leaf]}", kernel if leaf == "kernel" else SAME
-    raise KeyError(f"No published name for {module}/{leaf}.")  # a gap of the table, caught by the tests
+            return name if is_parameter else f"{name}.{_LEAVES[leaf]}", kernel if leaf == "kernel" else IDENTITY
+    raise KeyError(f"No published name for {module}/{leaf}.")  # the tests check that the tables are complete

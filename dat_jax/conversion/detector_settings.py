@@ -1,4 +1,4 @@
-"""Published configurations of detectors: the network, and the settings of its training targets and detections."""
+"""Settings of published configurations of detectors: the network, its training targets and its detections."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,31 +37,34 @@ _PROPOSAL_IOU = RCNNSettings().proposal_iou
 
 
 def read_detector(config: Mapping[str, Any], **overrides) -> tuple[Detector, RetinaNetSettings | RCNNSettings]:
-    """The network of a published configuration, and the settings of ``tasks.detection.detector`` for it.
+    """Read a published configuration.
 
     Args:
       config: MMDetection's ``model`` mapping.
       **overrides: attributes of the backbone, ``DAT``, that replace the configured ones, such as dtype.
 
+    Returns:
+      The network, and its settings for ``tasks.detection.detector``.
+
     Raises:
-      ValueError: names the key that is unknown or missing or whose value is not supported.
+      ValueError: a key is unknown or missing, or its value is not supported; the key is named.
     """
-    model, settings, _ = trace_detector(config, **overrides)
-    return model, settings
+    model, task_settings, _ = trace_detector(config, **overrides)
+    return model, task_settings
 
 
 def trace_detector(
     config: Mapping[str, Any], **overrides
 ) -> tuple[Detector, RetinaNetSettings | RCNNSettings, dict[str, str]]:
-    """The network, the settings, and how each key was used (``Settings.uses``)."""
+    """As ``read_detector``, and also how each key was used (``Settings.uses``)."""
     settings = dense.open_config(config)
     kind = settings.take("type", choice(*_DETECTORS))
     if kind == "RetinaNet":
-        model, chosen = _read_retinanet(settings, overrides)
+        model, task_settings = _read_retinanet(settings, overrides)
     else:
-        model, chosen = _read_rcnn(settings, overrides, cascade=kind == "CascadeRCNN")
+        model, task_settings = _read_rcnn(settings, overrides, cascade=kind == "CascadeRCNN")
     settings.finish()
-    return model, chosen, settings.uses
+    return model, task_settings, settings.uses
 
 
 def _read_retinanet(settings: Settings, overrides: Mapping[str, Any]) -> tuple[RetinaNet, RetinaNetSettings]:
@@ -95,31 +98,31 @@ def _read_retinanet(settings: Settings, overrides: Mapping[str, Any]) -> tuple[R
 def _read_rcnn(settings: Settings, overrides: Mapping[str, Any], *, cascade: bool) -> tuple[RCNN, RCNNSettings]:
     dat = dense.read_backbone(settings, out_indices=(0, 1, 2, 3), **overrides)
     features = dense.read_neck(settings, dat, levels=5, extra=False if cascade else "on_input")
-    anchors, chosen = _read_rpn(settings, features)
+    anchors, values = _read_rpn(settings, features)
     attributes, stages, giou = _read_roi_head(settings.section("roi_head"), features, cascade=cascade)
     model = RCNN(dat, cascade=cascade, features=features, **anchors, **attributes, dtype=dat.dtype)
     stages = [
         dataclasses.replace(stage, **changes)
         for stage, changes in zip(default_settings(model).stages, stages, strict=True)
     ]
-    chosen["giou"] = giou
+    values["giou"] = giou
     if (train := settings.optional_section("train_cfg")) is not None:
-        chosen |= _read_rpn_training(train)
+        values |= _read_rpn_training(train)
         sections = train.sections("rcnn", CASCADE_STAGES) if cascade else [train.section("rcnn")]
-        stages = [_read_roi_training(*pair, model, chosen) for pair in zip(sections, stages, strict=True)]
+        stages = [_read_roi_training(*pair, model, values) for pair in zip(sections, stages, strict=True)]
     if (test := settings.optional_section("test_cfg")) is not None:
         rpn_test = test.section("rpn")
-        chosen["test_candidates"] = rpn_test.take("nms_pre", COUNT)
-        chosen["test_proposals"] = rpn_test.take("max_per_img", COUNT)
+        values["test_candidates"] = rpn_test.take("nms_pre", COUNT)
+        values["test_proposals"] = rpn_test.take("max_per_img", COUNT)
         _check_proposal_nms(rpn_test)
         rcnn_test = test.section("rcnn")
         rcnn_test.check("mask_thr_binary", 0.5)
-        chosen |= _read_test(rcnn_test)
-    return model, dataclasses.replace(default_settings(model), stages=tuple(stages), **chosen)
+        values |= _read_test(rcnn_test)
+    return model, dataclasses.replace(default_settings(model), stages=tuple(stages), **values)
 
 
 def _read_rpn(settings: Settings, features: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes of ``RCNN``, and of ``RCNNSettings``."""
+    """Attributes of ``RCNN`` and attributes of ``RCNNSettings`` about region proposals."""
     head = settings.section("rpn_head")
     head.check("type", "RPNHead")
     head.match("in_channels", features, "neck.out_channels")
@@ -136,7 +139,7 @@ def _read_rpn(settings: Settings, features: int) -> tuple[dict[str, Any], dict[s
 
 
 def _read_anchors(head: Settings, *, strides: tuple[int, ...]) -> dict[str, Any]:
-    """Attributes of a detector about its anchors and the coder of boxes relative to them."""
+    """Attributes of a detector about its anchors and the box coder relative to them."""
     generator = head.section("anchor_generator")
     generator.check("type", "AnchorGenerator")
     generator.check("strides", strides)
@@ -144,7 +147,7 @@ def _read_anchors(head: Settings, *, strides: tuple[int, ...]) -> dict[str, Any]
     check_plain(generator, "center_offset", value=0.0)
     check_plain(generator, "scale_major", value=True)
     if "octave_base_scale" in generator or "scales_per_octave" in generator:
-        generator.check("scales", None, default=None, note="Octaves of scales and scales exclude each other.")
+        generator.check("scales", None, default=None, reason="scales excludes octave_base_scale and scales_per_octave.")
         base = generator.take("octave_base_scale", POSITIVE)
         count = generator.take("scales_per_octave", _OCTAVES)
         scales = tuple(base * 2 ** (octave / count) for octave in range(count))
@@ -160,7 +163,7 @@ def _floats(values) -> tuple[float, ...]:
 
 
 def _read_coder(head: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means and deviations of the deltas of boxes."""
+    """Means and standard deviations of box deltas (dx, dy, dw, dh)."""
     coder = head.section("bbox_coder")
     coder.check("type", "DeltaXYWHBBoxCoder")
     check_plain(coder, "clip_border", value=True)
@@ -171,7 +174,7 @@ def _read_coder(head: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _read_roi_head(roi: Settings, features: int, *, cascade: bool) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
-    """Attributes of ``RCNN``, those of each ``Stage``, and whether boxes learn by GIoU."""
+    """Attributes of ``RCNN``, attributes of each ``Stage``, and whether the box loss is GIoU."""
     roi.check("type", "CascadeRoIHead" if cascade else "StandardRoIHead")
     roi.ignore(dense.INITIAL_WEIGHTS, "init_cfg")
     check_plain(roi, "shared_head", value=None)
@@ -185,20 +188,20 @@ def _read_roi_head(roi: Settings, features: int, *, cascade: bool) -> tuple[dict
     for head, values in zip(sections[1:], heads[1:], strict=True):
         for name, key in _EQUAL_IN_ALL_STAGES.items():
             if values[name] != heads[0][name]:
-                wanted = f"that of {sections[0].path_of(key)}, {short(heads[0][name])}"
-                raise head.error(key, f"expected {wanted}, got {short(values[name])}")
+                expected = f"that of {sections[0].path_of(key)}, {short(heads[0][name])}"
+                raise head.error(key, f"expected {expected}, got {short(values[name])}")
     first = heads[0]
     sizes = BOX_HEAD_SIZES[cascade]
     attributes = dict(
         num_classes=first["num_classes"],
         width=first["width"],
-        # None stands for the published number.
+        # None stands for the published number of layers.
         box_convs=None if first["convs"] == sizes["num_convs"] else first["convs"],
         box_layers=None if first["layers"] == sizes["num_layers"] else first["layers"],
         mask_convs=_read_mask_head(roi.section("mask_head"), features, first["num_classes"], sections[0].path),
         box_side=box_side,
         mask_side=mask_side,
-        **_different_coders(heads, cascade=cascade),
+        **_find_changed_coders(heads, cascade=cascade),
     )
     stages = [{"weight": weight} for weight in weights]
     return attributes, stages, first["giou"]
@@ -214,19 +217,19 @@ _EQUAL_IN_ALL_STAGES = {
 }
 
 
-def _different_coders(heads: list[dict[str, Any]], *, cascade: bool) -> dict[str, Any]:
-    """Attributes of ``RCNN`` for box coders that are not the published ones."""
-    published = default_settings(RCNN(DAT(), cascade=cascade)).stages
-    chosen = {}
+def _find_changed_coders(heads: list[dict[str, Any]], *, cascade: bool) -> dict[str, Any]:
+    """Attributes of ``RCNN`` for box coders that differ from the published ones."""
+    published_stages = default_settings(RCNN(DAT(), cascade=cascade)).stages
+    attributes = {}
     for name in ("means", "stds"):
         values = tuple(head[name] for head in heads)
-        if values != tuple(getattr(stage, name) for stage in published):
-            chosen[f"box_{name}"] = values
-    return chosen
+        if values != tuple(getattr(stage, name) for stage in published_stages):
+            attributes[f"box_{name}"] = values
+    return attributes
 
 
 def _read_extractor(extractor: Settings, features: int) -> int:
-    """Side of the features that RoIAlign extracts."""
+    """Side of the square feature maps that RoIAlign extracts."""
     extractor.check("type", "SingleRoIExtractor")
     extractor.match("out_channels", features, "neck.out_channels")
     extractor.check("featmap_strides", _ROI_STRIDES)
@@ -262,8 +265,8 @@ def _read_box_head(head: Settings, features: int, side: int) -> dict[str, Any]:
     check_plain(head, "conv_cfg", value=None)
     giou = head.take("reg_decoded_bbox", FLAG, default=False)
     check_loss(head, "loss_cls", kind="CrossEntropyLoss", use_sigmoid=False)
-    loss = dict(kind="GIoULoss", weight=10.0) if giou else dict(kind="L1Loss")  # the two published pairs
-    check_loss(head, "loss_bbox", **loss, note=f"It must agree with {head.path_of('reg_decoded_bbox')}, {giou}.")
+    loss = dict(kind="GIoULoss", weight=10.0) if giou else dict(kind="L1Loss")  # the two published losses
+    check_loss(head, "loss_bbox", **loss, reason=f"It must agree with {head.path_of('reg_decoded_bbox')}, {giou}.")
     means, stds = _read_coder(head)
     return dict(
         num_classes=head.take("num_classes", COUNT),
@@ -294,7 +297,7 @@ def _read_mask_head(head: Settings, features: int, num_classes: int, box_head: s
 
 
 def _read_rpn_training(train: Settings) -> dict[str, Any]:
-    """Attributes of ``RCNNSettings``."""
+    """Attributes of ``RCNNSettings`` about the training of region proposals."""
     rpn_train, proposals = train.section("rpn"), train.section("rpn_proposal")
     _check_assigner(rpn_train.section("assigner"), positive=0.7, negative=0.3, min_positive=0.3)
     samples, positive = _read_sampler(rpn_train.section("sampler"), with_ground_truth=False)
@@ -311,8 +314,18 @@ def _read_rpn_training(train: Settings) -> dict[str, Any]:
     )
 
 
-def _read_roi_training(section: Settings, stage: Stage, model: RCNN, chosen: dict[str, Any]) -> Stage:
-    """The stage with its thresholds; its numbers of samples go to ``chosen`` and must be those of other stages."""
+def _read_roi_training(section: Settings, stage: Stage, model: RCNN, values: dict[str, Any]) -> Stage:
+    """Read the training of one stage.
+
+    Args:
+      section: settings of the stage.
+      stage: the stage with its published thresholds.
+      model: the network.
+      values: attributes of ``RCNNSettings``, to which those of the sampler are added. They must be equal in all stages.
+
+    Returns:
+      The stage with its configured thresholds.
+    """
     assigner = section.section("assigner")
     iou = assigner.take("pos_iou_thr", RATE)
     for key in ("neg_iou_thr", "min_pos_iou"):
@@ -322,16 +335,16 @@ def _read_roi_training(section: Settings, stage: Stage, model: RCNN, chosen: dic
     sampler = section.section("sampler")
     samples = dict(zip(("roi_samples", "roi_positive"), _read_sampler(sampler, with_ground_truth=True), strict=True))
     for (name, value), key in zip(samples.items(), ("num", "pos_fraction"), strict=True):
-        if chosen.setdefault(name, value) != value:
+        if values.setdefault(name, value) != value:
             first = f"{section.path.rsplit('.', 1)[0]}.0.sampler.{key}"
-            raise sampler.error(key, f"expected that of {first}, {chosen[name]}, got {short(value)}")
+            raise sampler.error(key, f"expected that of {first}, {values[name]}, got {short(value)}")
     section.match("mask_size", 2 * model.mask_side, "twice roi_head.mask_roi_extractor.roi_layer.output_size")
     _check_weights(section)
     return dataclasses.replace(stage, iou=iou, match_low_quality=low_quality)
 
 
 def _check_assigner(assigner: Settings, *, positive: float, negative: float, min_positive: float) -> None:
-    """The thresholds of anchors, which are fixed."""
+    """Check the thresholds of an anchor assigner, which are fixed."""
     assigner.check("pos_iou_thr", positive)
     assigner.check("neg_iou_thr", negative)
     assigner.check("min_pos_iou", min_positive, default=0.0)
@@ -346,7 +359,7 @@ def _check_assigner_type(assigner: Settings) -> None:
 
 
 def _read_sampler(sampler: Settings, *, with_ground_truth: bool) -> tuple[int, float]:
-    """Number of samples, and the largest part of them that is positive."""
+    """Number of samples, and the largest fraction of positive ones."""
     sampler.check("type", "RandomSampler")
     sampler.check("neg_pos_ub", -1, default=-1)
     sampler.check("add_gt_as_proposals", with_ground_truth, default=True)
@@ -369,19 +382,19 @@ def _read_test(test: Settings | None, *, candidates: str = "") -> dict[str, Any]
     """Attributes of ``RetinaNetSettings`` or ``RCNNSettings`` about detections.
 
     Args:
-      test: the section; None leaves the published values.
-      candidates: the attribute that nms_pre sets, if this section has it.
+      test: settings of the test_cfg; None keeps the published values.
+      candidates: name of the attribute that nms_pre sets; empty if this section has no nms_pre.
     """
     if test is None:
         return {}
     nms = test.section("nms")
     nms.check("type", "nms")
-    chosen = dict(
+    values = dict(
         score_threshold=test.take("score_thr", RATE),
         iou_threshold=nms.take("iou_threshold", RATE),
         max_detections=test.take("max_per_img", COUNT),
     )
     if candidates:
-        chosen[candidates] = test.take("nms_pre", COUNT)
+        values[candidates] = test.take("nms_pre", COUNT)
         test.check("min_bbox_size", 0, default=0)
-    return chosen
+    return values

@@ -1,7 +1,7 @@
-"""Published detectors, a whole checkpoint of MMDetection, to ours, and back."""
+"""Conversion of detectors: whole published configurations and checkpoints of MMDetection, and weights back."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from dat_jax.tasks.detection.objective import default_settings
 from dat_jax.tasks.detection.rcnn import RCNNSettings
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings
 
-# (in, 2, 2, out) <-> (in, out, 2, 2), of a transposed convolution
-_DOUBLING = Transform(lambda a: a.transpose(0, 3, 1, 2), lambda a: a.transpose(0, 2, 3, 1))
+# Kernel of a transposed convolution: (in, 2, 2, out) here, (in, out, 2, 2) as published.
+_TRANSPOSED_CONV = Transform(lambda a: a.transpose(0, 3, 1, 2), lambda a: a.transpose(0, 2, 3, 1))
 _NECK = ((r"neck/(?P<m>lateral_convs|fpn_convs)_(?P<i>\d+)", "neck.{m}.{i}.conv"),)
 _RETINANET: dense.Table = (
     *_NECK,
@@ -26,8 +26,8 @@ _RETINANET: dense.Table = (
 )
 
 
-def _flattened(side: int) -> Transform:
-    """Of the first linear layer, which takes flattened features: (C, side, side) as published, (side, side, C) as ours."""
+def _make_flattened_linear(side: int) -> Transform:
+    """Transform of a linear layer of flattened features: (side, side, C) here, (C, side, side) as published."""
     return Transform(
         lambda a: a.reshape(side, side, -1, a.shape[1]).transpose(3, 2, 0, 1).reshape(a.shape[1], -1),
         lambda a: a.reshape(a.shape[0], -1, side, side).transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
@@ -35,7 +35,7 @@ def _flattened(side: int) -> Transform:
 
 
 @functools.cache
-def _rcnn_table(cascade: bool, box_side: int) -> dense.Table:
+def _make_rcnn_table(cascade: bool, box_side: int) -> dense.Table:
     stage = ".{s}" if cascade else ""
     box, mask = f"roi_head.bbox_head{stage}", f"roi_head.mask_head{stage}"
     boxes, masks = r"bbox_heads_(?P<s>\d)", r"mask_heads_(?P<s>\d)"
@@ -43,78 +43,112 @@ def _rcnn_table(cascade: bool, box_side: int) -> dense.Table:
         *_NECK,
         (r"rpn_head/(?P<m>rpn_conv|rpn_cls|rpn_reg)", "rpn_head.{m}"),
         (rf"{boxes}/shared_convs_(?P<i>\d)/(?P<k>conv|bn)", box + ".shared_convs.{i}.{k}"),
-        (rf"{boxes}/shared_fcs_0", box + ".shared_fcs.0", _flattened(box_side)),
+        (rf"{boxes}/shared_fcs_0", box + ".shared_fcs.0", _make_flattened_linear(box_side)),
         (rf"{boxes}/shared_fcs_(?P<i>\d)", box + ".shared_fcs.{i}", LINEAR),
         (rf"{boxes}/(?P<m>fc_cls|fc_reg)", box + ".{m}", LINEAR),
         (rf"{masks}/convs_(?P<i>\d)", mask + ".convs.{i}.conv"),
-        (rf"{masks}/upsample", mask + ".upsample", _DOUBLING),
+        (rf"{masks}/upsample", mask + ".upsample", _TRANSPOSED_CONV),
         (rf"{masks}/upsample_bias", mask + ".upsample.bias"),
         (rf"{masks}/conv_logits", mask + ".conv_logits"),
     )
 
 
-def is_detector(names) -> bool:
-    """Whether published names are those of a detector."""
+def is_detector(names: Iterable[str]) -> bool:
+    """Whether published names belong to a detector."""
     return any(name.startswith(("bbox_head.", "rpn_head.")) for name in names)
 
 
 def detector_from_official(config: Mapping[str, Any], **overrides) -> Detector:
-    """The model of a published configuration.
+    """Create the model of a published configuration.
 
     Args:
-      config: MMDetection's ``model`` mapping. Its train_cfg and test_cfg are checked; ``detector_settings_from_official``
-        returns what they set.
+      config: MMDetection's ``model`` mapping. Its train_cfg and test_cfg are only checked;
+        ``detector_settings_from_official`` returns their settings.
       **overrides: attributes of the backbone, ``DAT``, that replace the configured ones, such as dtype.
 
+    Returns:
+      The model, a linen module.
+
     Raises:
-      ValueError: names the key that is unknown or missing or whose value is not supported.
+      ValueError: a key is unknown or missing, or its value is not supported; the key is named.
     """
     return read_detector(config, **overrides)[0]
 
 
 def detector_settings_from_official(config: Mapping[str, Any]) -> RetinaNetSettings | RCNNSettings:
-    """Settings of ``tasks.detection.detector`` from the train_cfg, test_cfg and losses of a published configuration.
+    """Read the training and test settings of a published configuration: its train_cfg, test_cfg and losses.
+
+    Args:
+      config: MMDetection's ``model`` mapping.
+
+    Returns:
+      Settings for ``tasks.detection.detector``.
 
     Raises:
-      ValueError: as ``detector_from_official``.
+      ValueError: a key is unknown or missing, or its value is not supported; the key is named.
     """
     return read_detector(config)[1]
 
 
 def read_detector_options(config: Mapping[str, Any]) -> tuple[Detector, dict[str, Any]]:
-    """The model of a published configuration, and the options of ``inference.load`` that differ from the published ones."""
+    """Read a published configuration for inference.
+
+    Args:
+      config: MMDetection's ``model`` mapping.
+
+    Returns:
+      The model, and the options of ``inference.load`` that differ from the published defaults of such a model.
+
+    Raises:
+      ValueError: as ``detector_from_official``.
+    """
     model, settings = read_detector(config)
     names = {"score_threshold": "score_threshold", "iou_threshold": "iou_threshold", "max_detections": "max_detections"}
     if isinstance(model, RetinaNet):
         names |= {"candidates": "candidates"}
     else:
         names |= {"candidates": "test_candidates", "proposals": "test_proposals"}
-    published = default_settings(model)
+    default = default_settings(model)
     values = {option: getattr(settings, name) for option, name in names.items()}
-    return model, {option: value for option, value in values.items() if value != getattr(published, names[option])}
+    return model, {option: value for option, value in values.items() if value != getattr(default, names[option])}
 
 
 def detector_variables(model: Detector, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Published weights of a detector as {"params"}, of a cascade with "batch_stats".
+    """Convert the published weights of a detector to variables.
+
+    Args:
+      model: model that the weights belong to.
+      state_dict: published name -> array, in PyTorch's layouts. Buffers and counters of BatchNorm may be missing.
+
+    Returns:
+      {"params": ...}, for a cascade with "batch_stats", in float32. float64 arrays stay float64 if jax_enable_x64 is on.
 
     Raises:
-      ValueError: names every unknown, missing and mis-shaped weight at once.
+      ValueError: weights do not fit the model. One message names all unknown, missing and mis-shaped weights.
     """
     return dense.to_variables(model, _table(model), state_dict)
 
 
 def detector_to_official(model: Detector, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our variables with published names and layouts."""
+    """Convert variables of a detector to a state dict with published names and PyTorch's layouts.
+
+    Args:
+      model: model that the variables belong to.
+      variables: {"params": ...}, for a cascade with "batch_stats".
+
+    Returns:
+      Published name -> array. Counters of BatchNorm, which our variables do not have, are 0.
+    """
     return dense.to_official(model, _table(model), variables)
 
 
 def detector_shapes(model: Detector) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of every parameter and statistic of the model."""
+    """Published name -> published shape, for every parameter and statistic of a model."""
     return dense.official_shapes(model, _table(model))
 
 
 def guess_detector(state_dict: Mapping[str, np.ndarray], backbone: str) -> Detector:
-    """The detector on a backbone of the registry that published weights are of, its kind and widths read from them."""
+    """The detector on a registered backbone whose kind and widths agree with published weights."""
     width = functools.partial(dense.read_width, state_dict)
     features = width("neck.lateral_convs.0.conv", axis=0, default=256)
     if any(name.startswith("bbox_head.") for name in state_dict):
@@ -132,11 +166,11 @@ def guess_detector(state_dict: Mapping[str, np.ndarray], backbone: str) -> Detec
 
 
 def find_detector(state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, DAT]) -> tuple[str, Detector] | None:
-    """The detector on one of the backbones that has these names and shapes, with the backbone's name; see ``dense.find``."""
+    """Name of a backbone, and the detector on it that has the names and shapes of published weights; see ``dense.find``."""
     return dense.find(state_dict, backbones=backbones, guess=guess_detector, shapes_of=detector_shapes)
 
 
-def _table(model):
+def _table(model: Detector) -> dense.Table:
     if isinstance(model, RetinaNet):
         return _RETINANET
-    return _rcnn_table(model.cascade, model.box_side)
+    return _make_rcnn_table(model.cascade, model.box_side)

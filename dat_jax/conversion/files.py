@@ -1,4 +1,4 @@
-"""Weights in files: those of torch.save, read without PyTorch, and .safetensors, read and written."""
+"""Files of weights: reading files of torch.save without PyTorch, and reading and writing .safetensors."""
 
 import json
 import os
@@ -16,22 +16,35 @@ from dat_jax.conversion.torch_files import UnsupportedError, show
 from dat_jax.errors import UserError
 from dat_jax.storage import appearing
 
-SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")  # usual ones; files are recognized by content
+SUFFIXES = (
+    ".pth",
+    ".pt",
+    ".tar",
+    ".bin",
+    ".ckpt",
+    ".safetensors",
+)  # usual suffixes; files are recognized by their content
 _SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-# What to do about weights of other dtypes.
+# Advice for weights of other dtypes.
 _CONVERT = "convert them with PyTorch, for example with tensor.dequantize() or tensor.float(), and save them again"
 
 
 class Checkpoint(NamedTuple):
-    """Weights of a file by name, where in the file they were, and the metadata of a .safetensors file."""
+    """Weights read from a file.
+
+    Attributes:
+      weights: name -> array.
+      source: where in the file they were, such as "model" or "state_dict (raw); weights=ema takes state_dict_ema".
+      metadata: metadata of a .safetensors file.
+    """
 
     weights: dict[str, np.ndarray]
-    source: str  # such as "model" or "state_dict (raw); weights=ema takes state_dict_ema"
+    source: str
     metadata: Mapping[str, str] = types.MappingProxyType({})
 
 
 def read_weights(path: str | os.PathLike, *, weights: str = "auto") -> dict[str, np.ndarray]:
-    """Read the weights of a file, by name. ``read_checkpoint`` also returns where in the file they were.
+    """Read the weights of a file. ``read_checkpoint`` also returns where in the file they were.
 
     The file is recognized by its content: a file of torch.save (zip archive, or the format from before PyTorch 1.6) or
     a .safetensors file. Files of torch.save are read without PyTorch. Nothing that such a file names is imported or
@@ -44,12 +57,12 @@ def read_weights(path: str | os.PathLike, *, weights: str = "auto") -> dict[str,
     Args:
       path: the file, with any suffix.
       weights: which weights to take from a checkpoint that has both raw and averaged (EMA) ones. "auto" takes those in
-        the ordinary place: under "model" or "state_dict" if there is one, student before teacher, and averaged weights
-        only if there are no others. MMEngine and Lightning put averaged weights into the ordinary place. "ema"
-        and "raw" take only averaged or only raw weights.
+        the usual place: under "model" or "state_dict" if there is one, student before teacher, and averaged weights
+        only if there are no others. MMEngine and Lightning put averaged weights into the usual place. "ema" and "raw"
+        take only averaged or only raw weights.
 
     Returns:
-      Name -> array, of the file's dtypes (bfloat16 as in ml_dtypes), each with memory of its own.
+      Name -> array, with the dtypes of the file (bfloat16 from ml_dtypes). Arrays do not share memory.
 
     Raises:
       UserError: the file is missing, damaged or of another kind, has no such weights, or names a function that runs
@@ -59,7 +72,10 @@ def read_weights(path: str | os.PathLike, *, weights: str = "auto") -> dict[str,
 
 
 def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkpoint:
-    """Read the weights of a file and where in the file they were. Arguments and errors are those of ``read_weights``."""
+    """Read the weights of a file, and where in the file they were.
+
+    Arguments and errors are those of ``read_weights``.
+    """
     if weights not in selection.CHOICES:
         raise UserError(f"weights must be one of {', '.join(selection.CHOICES)}, got {show(str(weights))}.")
     path = pathlib.Path(path)
@@ -77,7 +93,7 @@ def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkp
             "source that you trust, or as .safetensors."
         ) from error
     except UnsupportedError as error:
-        raise UserError(f"{path} has weights that are not read here: {error}; {_CONVERT}.") from error
+        raise UserError(f"{path} has weights that are not supported: {error}; {_CONVERT}.") from error
     except OSError as error:
         raise UserError(f"{show(str(path), 400)} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged file can raise anything
@@ -96,7 +112,10 @@ def _read(path: pathlib.Path, weights: str) -> Checkpoint:
 
 
 def _read_header(path: pathlib.Path) -> dict[str, str]:
-    """Check the dtypes and the size that a .safetensors file declares; its library checks the rest. Return its metadata."""
+    """Metadata of a .safetensors file, after a check of the dtypes and the size that it declares.
+
+    The safetensors library checks the rest.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
@@ -105,7 +124,7 @@ def _read_header(path: pathlib.Path) -> dict[str, str]:
     entries = json.loads(header)
     metadata = entries.pop("__metadata__", None) or {}
     if not all(isinstance(entry, dict) for entry in (metadata, *entries.values())):
-        raise ValueError("its header has something else than a mapping for a tensor")
+        raise ValueError("its header must have a mapping for each tensor")
     for name, entry in entries.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise UnsupportedError(
@@ -121,12 +140,18 @@ def _read_header(path: pathlib.Path) -> dict[str, str]:
 def write_safetensors(
     path: str | os.PathLike, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays by name, and metadata. The file appears only once it is complete.
+    """Write a .safetensors file, atomically.
+
+    Args:
+      path: file to create.
+      arrays: name -> array.
+      metadata: text by key, which ``read_checkpoint`` returns.
 
     Raises:
       UserError: the file exists already, or cannot be written.
     """
-    # safetensors takes the memory as it lies, and its own files are for their owner alone.
+    # The library writes arrays in their memory order, so they are made contiguous. Its own writer creates files that only the
+    # owner may read.
     with appearing(path) as unfinished:
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         unfinished.write_bytes(save(contiguous, metadata=dict(metadata) if metadata else None))

@@ -1,4 +1,4 @@
-"""A reader of pickles that imports nothing and calls nothing.
+"""Reader of pickles that imports nothing and calls nothing.
 
 Python's unpickler calls whatever functions a pickle names. This reader only moves values on a stack. Numbers, text,
 tuples, lists and dictionaries become themselves. Everything else becomes an ``Object``, which records what would have
@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-MAX_BYTES = 256 << 20  # per pickle; MMEngine's hold the loss of every iteration, up to about 100 MiB
+MAX_BYTES = 256 << 20  # per pickle; those of MMEngine contain the loss of every iteration, up to about 100 MiB
 MAX_STEPS = 2_000_000  # opcodes per pickle; those of training checkpoints have about a hundred per tensor
-_MAX_NAME = 1000  # characters of a global
+_MAX_NAME = 1000  # characters in the name of a global
 
 # Modules whose functions run programs or load code. A file that names one of them attacks whoever opens it with
 # PyTorch. Refusing such a file is a courtesy: safety does not depend on this list, as no function is ever called.
@@ -56,7 +56,14 @@ class Global:
 
 
 class Object:
-    """An object that is not built: what makes it, its arguments, its state, and the entries that are set on it."""
+    """An object that is not built.
+
+    Attributes:
+      maker: class or function that would make it.
+      arguments: its arguments.
+      state: the state that would be set on it.
+      entries: the items that would be set on it.
+    """
 
     __slots__ = ("arguments", "entries", "maker", "state")
 
@@ -69,12 +76,15 @@ class Object:
 def read_pickle(
     stream: io.BytesIO, *, construct: Callable[[Global, Any], Any], load_persistent: Callable[[Any], Any]
 ) -> Any:
-    """Read one pickle from a stream, and leave the stream after it.
+    """Read one pickle from a stream, and leave the stream at its end.
 
     Args:
-      stream: in memory, as a length in a pickle may be any number.
-      construct: (global, arguments) -> the value that stands for the result of the call, such as an ``Object``.
+      stream: in memory, because a length in a pickle may be any number.
+      construct: (global, arguments) -> value that represents the result of the call, such as an ``Object``.
       load_persistent: persistent id -> value.
+
+    Returns:
+      The value of the pickle.
 
     Raises:
       PickleError: the pickle is malformed, or larger than the limits.
@@ -90,16 +100,16 @@ def read_pickle(
             machine.run(opcode.name, argument)
     except (CodeError, PickleError):
         raise
-    except Exception as error:  # an opcode that finds other values than it needs
+    except Exception as error:  # an opcode whose operands have unexpected types
         raise PickleError(f"its pickle is malformed at byte {position}") from error
     raise PickleError("its pickle has no end")
 
 
 def check_global(module: str, name: str) -> Global:
-    """The global of a pickle.
+    """Create the global of a pickle.
 
     Raises:
-      CodeError: it is known to run code.
+      CodeError: the global is known to run code.
     """
     if not isinstance(module, str) or not isinstance(name, str):
         raise TypeError("the name of a global is not text")
@@ -131,7 +141,7 @@ class _Machine:
             raise PickleError(f"its pickle has more than {MAX_STEPS:,} steps; save only the weights")
 
     def run(self, name: str, argument: Any) -> None:
-        _ACTIONS[name](self, argument)  # KeyError: opcodes that no file of weights has
+        _ACTIONS[name](self, argument)  # a KeyError for opcodes that no weights file has
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -162,7 +172,7 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
-        elif not isinstance(target, Object):  # of an Object the items are dropped
+        elif not isinstance(target, Object):  # items of an Object are dropped
             raise TypeError
 
     def set_entries(self, values):

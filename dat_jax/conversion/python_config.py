@@ -1,8 +1,8 @@
-"""Python configurations of MMDetection and MMSegmentation, read as text: nothing in them is run or imported.
+"""Reader of the Python configurations of MMDetection and MMSegmentation. Nothing in them is run or imported.
 
-Supported are assignments of literals, ``dict(...)``, names that were assigned before, ``_base_`` files, values of these as
+Supported are assignments of literals, ``dict(...)``, names that were assigned before, ``_base_`` files, their values as
 ``_base_.a.b`` or ``{{_base_.a.b}}``, ``_delete_``, arithmetic, and concatenation. Anything else that ``model`` depends on is
-refused with its file and line. Values that cannot be read are passed over if ``model`` does not depend on them.
+refused with its file and line. Values that cannot be read are skipped if ``model`` does not depend on them.
 """
 
 import ast
@@ -17,13 +17,13 @@ from dat_jax.conversion.python_values import Budget, BudgetSpent, Refused, evalu
 from dat_jax.conversion.settings import printable
 from dat_jax.errors import UserError
 
-_MOST_BYTES = 1 << 20  # of a file
-_MOST_FILES = 100  # in a chain of _base_ files, and in one _base_
+_MAX_BYTES = 1 << 20  # of a file
+_MAX_FILES = 100  # in a chain of _base_ files, and in one _base_
 _DELETE = "_delete_"
 
 
 class _Unreadable(NamedTuple):
-    """Value of a name that was passed over: where, and why."""
+    """Value of a name that was skipped: its location, the reason, and whether the name is imported."""
 
     place: str
     reason: str
@@ -31,13 +31,16 @@ class _Unreadable(NamedTuple):
 
 
 def read_python_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The ``model`` mapping of a published Python configuration, with its ``_base_`` files merged as MMCV does.
+    """Read the ``model`` mapping of a published Python configuration, with its ``_base_`` files merged as MMCV does.
 
     Args:
       path: a file such as configs/dat/upn_tiny_160k_dp03_lr6.py.
 
+    Returns:
+      The mapping, with nested dicts, lists, tuples, strings and numbers.
+
     Raises:
-      UserError: one sentence with the file and the line that cannot be read.
+      UserError: the file or one of its bases cannot be read, or has an unsupported statement; the line is named.
     """
     path = pathlib.Path(path)
     try:
@@ -65,21 +68,21 @@ def _read_file(path: pathlib.Path, *, chain: tuple[pathlib.Path, ...], done: dic
     real = _resolve(path)
     if real in chain:
         raise UserError(f"{path}: _base_ leads back to this file.")
-    if len(chain) >= _MOST_FILES:
-        raise UserError(f"{path}: more than {_MOST_FILES} files are chained by _base_.")
+    if len(chain) >= _MAX_FILES:
+        raise UserError(f"{path}: more than {_MAX_FILES} files are chained by _base_.")
     if real in done:
         return done[real]
     statements = _parse(path)
     base = _read_bases(path, statements, chain=(*chain, real), done=done, budget=budget)
-    own: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for statement in statements:
         try:
-            _run(statement, own, base, path, budget)
+            _assign(statement, names, base, path, budget)
         except Refused as error:
             raise UserError(f"{error.origin or f'{path}:{error.line}'}: {error}.") from error
     public = {
         name: value
-        for name, value in own.items()
+        for name, value in names.items()
         if not name.startswith("__") and not (isinstance(value, _Unreadable) and value.is_import)
     }
     try:
@@ -101,13 +104,13 @@ def _parse(path: pathlib.Path) -> list[ast.stmt]:
         source = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: the path has a null byte
         raise UserError(f"{printable(path)} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    if len(source) > _MOST_BYTES:
-        raise UserError(f"{path}: expected a configuration of at most {_MOST_BYTES:,} bytes, got {len(source):,}.")
+    if len(source) > _MAX_BYTES:
+        raise UserError(f"{path}: expected a configuration of at most {_MAX_BYTES:,} bytes, got {len(source):,}.")
     if b"\0" in source:
         raise UserError(f"{path}: expected Python source text, got a file with null bytes.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escape sequences in strings
+            warnings.simplefilter("ignore")  # invalid escape sequences in strings
             return ast.parse(source, filename=str(path)).body
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
@@ -117,7 +120,7 @@ def _parse(path: pathlib.Path) -> list[ast.stmt]:
 
 
 def _read_bases(path: pathlib.Path, statements: list[ast.stmt], *, chain, done, budget) -> dict[str, Any]:
-    """The names of all ``_base_`` files together."""
+    """Name -> value of all ``_base_`` files together."""
     names: dict[str, Any] = {}
     origins: dict[str, pathlib.Path] = {}
     assignments = [statement for statement in statements if _target(statement) == "_base_"]
@@ -152,8 +155,8 @@ def _base_paths(node: ast.expr, place: str) -> list[str]:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list | tuple) or not all(isinstance(text, str) for text in paths):
         raise UserError(f"{place}: expected a path or a list of paths as _base_, written as literals.")
-    if len(paths) > _MOST_FILES:
-        raise UserError(f"{place}: expected at most {_MOST_FILES} paths as _base_, got {len(paths):,}.")
+    if len(paths) > _MAX_FILES:
+        raise UserError(f"{place}: expected at most {_MAX_FILES} paths as _base_, got {len(paths):,}.")
     for text in paths:
         if (
             not text.isprintable()
@@ -167,7 +170,7 @@ def _base_paths(node: ast.expr, place: str) -> list[str]:
 
 
 def _target(statement: ast.stmt) -> str | None:
-    """The name that a statement assigns a value to, if that is all it does."""
+    """The name to which a statement assigns a value; None for other statements."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target = statement.targets[0]
     elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
@@ -177,8 +180,10 @@ def _target(statement: ast.stmt) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path, budget: Budget) -> None:
-    """Adds what a top-level statement assigns to ``own``.
+def _assign(
+    statement: ast.stmt, names: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path, budget: Budget
+) -> None:
+    """Add the assignments of a top-level statement to ``names``.
 
     Raises:
       Refused: the statement could change ``model`` in a way that is not followed.
@@ -190,15 +195,15 @@ def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path
             raise Refused(statement, "dict must keep its meaning")
         if name != "_base_":
             annotation = getattr(statement, "annotation", None)
-            if annotation is not None and not python_values.is_harmless(annotation, own):
+            if annotation is not None and not python_values.is_harmless(annotation, names):
                 raise Refused(annotation, "an annotation with a call or an assignment cannot be read")
-            own[name] = _evaluate_or_pass(name, statement.value, own, base, path, budget)
+            names[name] = _evaluate_or_skip(name, statement.value, names, base, path, budget)
     elif isinstance(statement, ast.Import | ast.ImportFrom):
         for alias in statement.names:
             if alias.name == "*":
                 raise Refused(statement, "an import of all names cannot be read")
             bound = alias.asname or alias.name.split(".")[0]
-            own[bound] = _Unreadable(place, f"{bound} is imported", is_import=True)
+            names[bound] = _Unreadable(place, f"{bound} is imported", is_import=True)
     elif not (
         isinstance(statement, ast.Pass)
         or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))  # a docstring
@@ -208,21 +213,21 @@ def _run(statement: ast.stmt, own: dict[str, Any], base: Mapping[str, Any], path
         )
 
 
-def _evaluate_or_pass(
-    target: str, node: ast.expr, own: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path, budget: Budget
+def _evaluate_or_skip(
+    target: str, node: ast.expr, names: dict[str, Any], base: Mapping[str, Any], path: pathlib.Path, budget: Budget
 ) -> Any:
     """The value of an expression that is assigned to ``target``, or ``_Unreadable``.
 
     Raises:
-      Refused: the expression is not supported, and passing it over could miss a change of ``model``.
+      Refused: the expression is not supported, and skipping it could miss a change of ``model``.
     """
 
     def look_up(name: str, where: ast.AST) -> Any:
-        if name not in own:
+        if name not in names:
             raise Refused(where, f"the name {name} is not assigned before")
-        if isinstance(own[name], _Unreadable):
-            raise Refused(where, own[name].reason, origin=own[name].place)
-        return own[name]
+        if isinstance(names[name], _Unreadable):
+            raise Refused(where, names[name].reason, origin=names[name].place)
+        return names[name]
 
     def look_up_base(keys: tuple[str, ...], where: ast.AST) -> Any:
         value: Any = base
@@ -237,22 +242,22 @@ def _evaluate_or_pass(
     except BudgetSpent:
         raise
     except Refused as error:
-        if target in python_values.HARMLESS_NAMES or not python_values.is_harmless(node, own):
+        if target in python_values.HARMLESS_NAMES or not python_values.is_harmless(node, names):
             raise
         return _Unreadable(error.origin or f"{path}:{error.line}", str(error))
 
 
 def _merge(
-    base: Mapping[str, Any], own: Mapping[str, Any], path: str, budget: Budget, prefix: str = ""
+    base: Mapping[str, Any], names: Mapping[str, Any], path: str, budget: Budget, prefix: str = ""
 ) -> dict[str, Any]:
-    """``own`` over ``base``: dicts recursively, except those with a true ``_delete_``; anything else replaces."""
-    budget.spend(None, len(base) + len(own))
+    """``base`` updated with ``names``: dicts are merged recursively unless ``_delete_`` is true, other values are replaced."""
+    budget.spend(None, len(base) + len(names))
     merged = dict(base)
-    for name, value in own.items():
+    for name, value in names.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
             replaces = bool(value.get(_DELETE, False))
-            value = {inner: one for inner, one in value.items() if inner != _DELETE}
+            value = {inner: item for inner, item in value.items() if inner != _DELETE}
             old = merged.get(name)
             if name not in merged or replaces:
                 value = _merge({}, value, path, budget, f"{key}.")

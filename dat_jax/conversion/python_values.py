@@ -1,16 +1,16 @@
-"""Values of Python expressions, computed from their syntax tree without running them."""
+"""Evaluation of Python expressions from their syntax tree, without running them."""
 
 import ast
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_MOST_BITS = 64  # of an integer
-_MOST_CHARACTERS = 1 << 16  # of a string
-_MOST_VALUES = 1 << 16  # in a nested value
-_MOST_BUILT = 1 << 20  # values in all files of a configuration together
+_MAX_BITS = 64  # of an integer
+_MAX_CHARACTERS = 1 << 16  # of a string
+_MAX_VALUES = 1 << 16  # in a nested value
+_MAX_TOTAL_VALUES = 1 << 20  # in all files of a configuration together
 _CHARACTERS_PER_VALUE = 8  # of strings that are concatenated
-_LARGEST_EXPONENT = 64
+_MAX_EXPONENT = 64
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -42,10 +42,10 @@ _HARMLESS_CALLS = (
     *("os.environ.get", "os.getenv", "os.path.abspath", "os.path.basename", "os.path.dirname", "os.path.join"),
 )
 HARMLESS_NAMES = frozenset(call.split(".")[0] for call in _HARMLESS_CALLS)
-_CONSUMERS = ("dict", "list", "max", "min", "sorted", "sum", "tuple")  # they use up a generator before they return
+_CONSUMERS = ("dict", "list", "max", "min", "sorted", "sum", "tuple")  # they exhaust a generator before they return
 _DESCRIPTIONS = {
     ast.AsyncFor: "a loop",
-    ast.Assign: "an assignment to something else than one name",
+    ast.Assign: "an assignment to a target other than one name",
     ast.AugAssign: "an augmented assignment",
     ast.Call: "a call",
     ast.ClassDef: "a class",
@@ -72,7 +72,7 @@ class Refused(Exception):
 
     Attributes:
       line: its line in the file.
-      origin: "FILE:LINE" of the cause if that is in another statement, else None.
+      origin: "FILE:LINE" of the cause if it is in another statement, else None.
     """
 
     def __init__(self, node: ast.AST, message: str, *, origin: str | None = None):
@@ -88,22 +88,22 @@ class BudgetSpent(Refused):
 class Budget:
     """Number of values that the files of one configuration may still build, all together."""
 
-    def __init__(self, values: int = _MOST_BUILT):
+    def __init__(self, values: int = _MAX_TOTAL_VALUES):
         self._left = values
 
     def spend(self, node: ast.AST | None, values: int) -> None:
-        """Takes values from the budget, before they are built.
+        """Subtract values from the budget, before they are built.
 
         Raises:
-          BudgetSpent: there are not that many left.
+          BudgetSpent: the budget is exceeded.
         """
         self._left -= values
         if self._left < 0:
-            raise BudgetSpent(node, f"the configuration has more than {_MOST_BUILT:,} values")
+            raise BudgetSpent(node, f"the configuration has more than {_MAX_TOTAL_VALUES:,} values")
 
 
 def describe(node: ast.AST) -> str:
-    """What a node is, in words."""
+    """Description of a syntax node for error messages."""
     return _DESCRIPTIONS.get(type(node), f"Python's {type(node).__name__}")
 
 
@@ -114,17 +114,17 @@ def evaluate(
     look_up_base: Callable[[tuple[str, ...], ast.AST], Any],
     budget: Budget,
 ) -> Any:
-    """The value of an expression of literals, names, ``dict(...)``, arithmetic and concatenation.
+    """Evaluate an expression of literals, names, ``dict(...)``, arithmetic and concatenation.
 
     Args:
       node: the expression.
       look_up: (name, node) -> value of a name.
       look_up_base: (keys, node) -> value of ``_base_.a.b``, whose keys are ("a", "b").
-      budget: for the values that are built. A plain name builds none.
+      budget: budget for the values that are built. A plain name builds none.
 
     Raises:
-      BudgetSpent: the budget does not suffice.
-      Refused: the expression has anything else in it, or its value is very large.
+      BudgetSpent: the budget is exceeded.
+      Refused: the expression contains anything else, or its value is very large.
     """
 
     def visit(node: ast.expr) -> Any:
@@ -168,10 +168,10 @@ def _check_constant(node: ast.Constant) -> Any:
 
 
 def _check_scalar(node: ast.AST, value: Any) -> Any:
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        raise Refused(node, f"an integer has more than {_MOST_BITS} bits")
-    if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
-        raise Refused(node, f"a string has more than {_MOST_CHARACTERS:,} characters")
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise Refused(node, f"an integer has more than {_MAX_BITS} bits")
+    if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
+        raise Refused(node, f"a string has more than {_MAX_CHARACTERS:,} characters")
     if isinstance(value, complex):
         raise Refused(node, "expected a real number, got a complex one")
     return value
@@ -193,7 +193,7 @@ def _make_dict(node: ast.Dict, visit: Callable, budget: Budget) -> dict[Any, Any
 
 
 def _call_dict(node: ast.Call, visit: Callable, budget: Budget) -> dict[str, Any]:
-    """``dict(mapping, key=value, **mapping)``; no other call has a value."""
+    """The value of ``dict(mapping, key=value, **mapping)``. Other calls are refused."""
     if not isinstance(node.func, ast.Name) or node.func.id != "dict":
         raise Refused(node, f"expected a literal, got a call of {ast.unparse(node.func)[:80]}")
     if len(node.args) > 1:
@@ -233,14 +233,14 @@ def _combine(node: ast.BinOp, left: Any, right: Any, budget: Budget) -> Any:
     if apply is None:
         raise Refused(node, "expected one of the operators + - * / // % **")
     if _is_number(left) and _is_number(right):
-        if isinstance(node.op, ast.Pow) and not abs(right) <= _LARGEST_EXPONENT:
-            raise Refused(node, f"an exponent is above {_LARGEST_EXPONENT}")
+        if isinstance(node.op, ast.Pow) and not abs(right) <= _MAX_EXPONENT:
+            raise Refused(node, f"an exponent is above {_MAX_EXPONENT}")
         try:
             return _check_scalar(node, apply(left, right))
         except ArithmeticError as error:
             raise Refused(node, f"{' '.join(str(error).split())}") from error
     if isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list | tuple):
-        if len(left) + len(right) > _MOST_CHARACTERS:
+        if len(left) + len(right) > _MAX_CHARACTERS:
             raise Refused(node, "the value is too large")
         size = len(left) + len(right)
         budget.spend(node, size // _CHARACTERS_PER_VALUE if isinstance(left, str) else size)
@@ -248,7 +248,7 @@ def _combine(node: ast.BinOp, left: Any, right: Any, budget: Budget) -> Any:
     if isinstance(node.op, ast.Mult):
         items, count = (left, right) if isinstance(left, list | tuple) else (right, left)
         if isinstance(items, list | tuple) and isinstance(count, int) and not isinstance(count, bool):
-            if len(items) * max(count, 0) > _MOST_VALUES:
+            if len(items) * max(count, 0) > _MAX_VALUES:
                 raise Refused(node, "the value is too large")
             budget.spend(node, len(items) * max(count, 0))
             return items * count
@@ -274,20 +274,20 @@ def _base_keys(node: ast.AST) -> tuple[str, ...] | None:
 
 
 def _check_size(node: ast.AST, value: Any, budget: Budget) -> None:
-    """Refuses values with very many parts; names that are used repeatedly can make them exponentially many."""
-    left, waiting = _MOST_VALUES, [value]
+    """Refuse values with very many parts. Repeated use of names can make their number exponential."""
+    left, waiting = _MAX_VALUES, [value]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict | list | tuple):
-            left -= len(one)
+        item = waiting.pop()
+        if isinstance(item, dict | list | tuple):
+            left -= len(item)
             if left < 0:
-                raise Refused(node, f"a value has more than {_MOST_VALUES:,} parts")
-            budget.spend(node, len(one))
-            waiting.extend(one.values() if isinstance(one, dict) else one)
+                raise Refused(node, f"a value has more than {_MAX_VALUES:,} parts")
+            budget.spend(node, len(item))
+            waiting.extend(item.values() if isinstance(item, dict) else item)
 
 
 def is_harmless(node: ast.expr, values: Mapping[str, Any]) -> bool:
-    """Whether running an expression could change no value that was read before, now or later.
+    """Whether running an expression cannot change any value that was read before, neither now nor later.
 
     Args:
       node: an expression that ``evaluate`` refuses.
@@ -326,7 +326,7 @@ def _has_call(node: ast.AST) -> bool:
 
 
 def _is_harmless_call(node: ast.Call) -> bool:
-    """Whether a call is one of the harmless ones, and calls no other function that it is given, such as a sort key."""
+    """Whether a call is one of the harmless ones, and does not call a function from its arguments, such as a sort key."""
     if ast.unparse(node.func) not in _HARMLESS_CALLS:
         return False
     if isinstance(node.func, ast.Name) and node.func.id == "dict":

@@ -1,7 +1,7 @@
-"""Published segmentors, a whole checkpoint of MMSegmentation, to ours, and back."""
+"""Conversion of segmentors: whole published configurations and checkpoints of MMSegmentation, and weights back."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,42 +23,54 @@ _TABLE: dense.Table = (
 )
 
 
-def is_segmentor(names) -> bool:
-    """Whether published names are those of a segmentor."""
+def is_segmentor(names: Iterable[str]) -> bool:
+    """Whether published names belong to a segmentor."""
     return any(name.startswith("decode_head.") for name in names)
 
 
 def segmentor_from_official(config: Mapping[str, Any], **overrides) -> Segmentor:
-    """The model of a published configuration.
+    """Create the model of a published configuration.
 
     Args:
-      config: MMSegmentation's ``model`` mapping: backbone, neck, decode_head, auxiliary_head. Its test_cfg is checked;
-        ``segmentor_options_from_official`` returns what it sets.
+      config: MMSegmentation's ``model`` mapping: backbone, neck, decode_head, auxiliary_head. Its test_cfg is only checked;
+        ``segmentor_options_from_official`` returns its options.
       **overrides: attributes of the backbone, ``DAT``, that replace the configured ones, such as dtype.
 
+    Returns:
+      The model, a linen module.
+
     Raises:
-      ValueError: names the key that is unknown or missing or whose value is not supported.
+      ValueError: a key is unknown or missing, or its value is not supported; the key is named.
     """
     return read_segmentor(config, **overrides)[0]
 
 
 def segmentor_options_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``inference.load`` that the test_cfg of a published configuration sets; empty for whole images.
+    """Read the test_cfg of a published configuration.
+
+    Args:
+      config: MMSegmentation's ``model`` mapping.
+
+    Returns:
+      Options of ``inference.load``: "window" and "stride" in pixels for sliding windows, none for whole images.
 
     Raises:
-      ValueError: as ``segmentor_from_official``.
+      ValueError: a key is unknown or missing, or its value is not supported; the key is named.
     """
     return read_segmentor(config)[1]
 
 
 def read_segmentor(config: Mapping[str, Any], **overrides) -> tuple[Segmentor, dict[str, Any]]:
-    """The model and the options of a published configuration; see the two functions above."""
+    """The model and the options of ``inference.load`` of a published configuration.
+
+    Arguments and errors are those of ``segmentor_from_official``.
+    """
     model, options, _ = trace_segmentor(config, **overrides)
     return model, options
 
 
 def trace_segmentor(config: Mapping[str, Any], **overrides) -> tuple[Segmentor, dict[str, Any], dict[str, str]]:
-    """The model, the options, and how each key was used (``Settings.uses``)."""
+    """As ``read_segmentor``, and also how each key was used (``Settings.uses``)."""
     settings = dense.open_config(config)
     settings.check("type", "EncoderDecoder")
     dat = dense.read_backbone(settings, out_indices=(0, 1, 2, 3), **overrides)
@@ -66,15 +78,15 @@ def trace_segmentor(config: Mapping[str, Any], **overrides) -> tuple[Segmentor, 
     kind = _HEADS[head.take("type", choice(*_HEADS))]
     attributes = (_read_sem_fpn if kind == "sem_fpn" else _read_upernet)(settings, head, dat)
     model = Segmentor(dat, head=kind, dtype=dat.dtype, **attributes)
-    settings.optional_section("train_cfg")  # has no keys
+    settings.optional_section("train_cfg")  # must be empty
     options = _read_test_options(settings)
     settings.finish()
     return model, options, settings.uses
 
 
 def _read_sem_fpn(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any]:
-    """Attributes of a ``Segmentor``."""
-    settings.check("auxiliary_head", None, default=None, note="Only UPerHead is supported with an auxiliary head.")
+    """Attributes of a ``Segmentor`` with the head of Semantic FPN."""
+    settings.check("auxiliary_head", None, default=None, reason="Only UPerHead is supported with an auxiliary head.")
     width = dense.read_neck(settings, dat, levels=4)
     head.check("feature_strides", (4, 8, 16, 32))
     attributes = _read_head(head, in_channels=(width,) * 4, source="neck.out_channels, four times")
@@ -82,8 +94,8 @@ def _read_sem_fpn(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any
 
 
 def _read_upernet(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any]:
-    """Attributes of a ``Segmentor``."""
-    settings.check("neck", None, default=None, note="UPerHead uses the feature maps of the backbone.")
+    """Attributes of a ``Segmentor`` with the head of UperNet."""
+    settings.check("neck", None, default=None, reason="UPerHead uses the feature maps of the backbone.")
     attributes = _read_head(head, in_channels=dat.dims, source="backbone.dims")
     attributes["pool_sides"] = head.take("pool_scales", list_of(COUNT), default=(1, 2, 3, 6))
     auxiliary = settings.optional_section("auxiliary_head")
@@ -94,12 +106,12 @@ def _read_upernet(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any
     auxiliary.check("kernel_size", 3, default=3)
     auxiliary.check("dilation", 1, default=1)
     options = dict(in_index=2, in_channels=dat.dims[2], source="backbone.dims, the third value", weight=0.4)
-    own = _read_head(auxiliary, **options)
+    auxiliary_attributes = _read_head(auxiliary, **options)
     for key, name in (("num_classes", "num_classes"), ("dropout_ratio", "dropout")):
-        auxiliary.match(key, attributes[name], f"decode_head.{key}", default=own[name])
+        auxiliary.match(key, attributes[name], f"decode_head.{key}", default=auxiliary_attributes[name])
     return {
         **attributes,
-        "auxiliary_channels": own["channels"],
+        "auxiliary_channels": auxiliary_attributes["channels"],
         "auxiliary_convs": auxiliary.take("num_convs", COUNT, default=2),
     }
 
@@ -107,14 +119,17 @@ def _read_upernet(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any
 def _read_head(
     head: Settings, *, in_channels: Any, source: str, in_index: Any = (0, 1, 2, 3), weight: float = 1.0
 ) -> dict[str, Any]:
-    """What all heads have: {"num_classes", "channels", "dropout"}.
+    """Read the keys that all heads share.
 
     Args:
-      head: the section, whose type was read before.
-      in_channels: widths of the maps that it takes; ``source`` is the key that determines them.
-      source: see there.
-      in_index: the maps that it takes.
-      weight: of its loss, as the training task adds them.
+      head: settings of the head, whose type was read before.
+      in_channels: expected number of channels of the input maps.
+      source: description of the keys that determine ``in_channels``, for error messages.
+      in_index: expected indices of the input maps.
+      weight: expected weight of the loss, as the training task adds them.
+
+    Returns:
+      {"num_classes", "channels", "dropout"}.
     """
     head.match("in_channels", in_channels, source)
     head.check("in_index", in_index, default=-1)
@@ -133,7 +148,7 @@ def _read_head(
 
 
 def _read_test_options(settings: Settings) -> dict[str, Any]:
-    """Options of inference."""
+    """Options of ``inference.load``."""
     test = settings.optional_section("test_cfg")
     if test is None or test.take("mode", choice("whole", "slide"), default="whole") == "whole":
         return {}
@@ -147,26 +162,41 @@ def _read_test_options(settings: Settings) -> dict[str, Any]:
 
 
 def segmentor_variables(model: Segmentor, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Published weights of a segmentor as {"params", "batch_stats"}.
+    """Convert the published weights of a segmentor to variables.
+
+    Args:
+      model: model that the weights belong to.
+      state_dict: published name -> array, in PyTorch's layouts. Buffers and counters of BatchNorm may be missing.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}, in float32. float64 arrays stay float64 if jax_enable_x64 is on.
 
     Raises:
-      ValueError: names every unknown, missing and mis-shaped weight at once.
+      ValueError: weights do not fit the model. One message names all unknown, missing and mis-shaped weights.
     """
     return dense.to_variables(model, _TABLE, state_dict)
 
 
 def segmentor_to_official(model: Segmentor, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our variables with published names and layouts; counters of BatchNorm, which we do not have, are 0."""
+    """Convert variables of a segmentor to a state dict with published names and PyTorch's layouts.
+
+    Args:
+      model: model that the variables belong to.
+      variables: {"params": ..., "batch_stats": ...}.
+
+    Returns:
+      Published name -> array. Counters of BatchNorm, which our variables do not have, are 0.
+    """
     return dense.to_official(model, _TABLE, variables)
 
 
 def segmentor_shapes(model: Segmentor) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of every parameter and statistic of the model."""
+    """Published name -> published shape, for every parameter and statistic of a model."""
     return dense.official_shapes(model, _TABLE)
 
 
 def guess_segmentor(state_dict: Mapping[str, np.ndarray], backbone: str) -> Segmentor:
-    """The segmentor on a backbone of the registry that published weights are of, its head and widths read from them."""
+    """The segmentor on a registered backbone whose head and widths agree with published weights."""
     head = "sem_fpn" if any(name.startswith("neck.") for name in state_dict) else "upernet"
     default = create_segmentor(head, backbone=backbone)
     width = functools.partial(dense.read_width, state_dict)
@@ -181,5 +211,5 @@ def guess_segmentor(state_dict: Mapping[str, np.ndarray], backbone: str) -> Segm
 def find_segmentor(
     state_dict: Mapping[str, np.ndarray], *, backbones: Mapping[str, DAT]
 ) -> tuple[str, Segmentor] | None:
-    """The segmentor on one of the backbones that has these names and shapes, with the backbone's name; see ``dense.find``."""
+    """Name of a backbone, and the segmentor on it that has the names and shapes of published weights; see ``dense.find``."""
     return dense.find(state_dict, backbones=backbones, guess=guess_segmentor, shapes_of=segmentor_shapes)

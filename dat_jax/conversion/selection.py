@@ -1,11 +1,11 @@
-"""The weights in a training checkpoint: which of its entries they are, and their names without wrappers' prefixes.
+"""Selection of the weights in a training checkpoint, and removal of the prefixes that wrappers put before their names.
 
-A checkpoint may hold the weights that were trained ("raw") and an average of them over training ("ema"). Both are looked
-for under the usual keys. "auto" takes what is in the ordinary place, which is what the program that wrote the file loads
-too: the entries of ``RAW_KEYS`` in their order, then those of ``EMA_KEYS``, then the top level.
+A checkpoint may hold the weights that were trained ("raw") and an average of them over training ("ema"). Both are searched
+under the usual keys. "auto" takes the weights in the usual place, which the program that wrote the file loads as well:
+the entries of ``RAW_KEYS`` in their order, then those of ``EMA_KEYS``, then the top level.
 
-MMEngine and Lightning swap the two when they save, so that the ordinary place has the averages. Their files are
-recognized: "ema" and "raw" take the averages and the raw weights, and "auto" still takes the ordinary place.
+MMEngine and Lightning swap the two when they save, so that the usual place has the averages. Their files are
+recognized: "ema" and "raw" take the averages and the raw weights, and "auto" still takes the usual place.
 """
 
 import re
@@ -24,29 +24,37 @@ EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "ema_model",
 _MAX_DEPTH = 5
 _MAX_NAME = 1000  # characters of the name of a tensor whose prefixes are removed
 _MAX_CANDIDATES = 100
-# Prefixes that wrappers put before every name. "backbone." is a part of the names of segmentors and detectors too, whose
-# other names do not have it.
+# Prefixes that wrappers put before every name. "backbone." is also part of some names of segmentors and detectors, which keep
+# it because their other names lack it.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "student.")
 _EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.", "teacher.")
-# Parts that torch.compile, FSDP and activation checkpointing put into names, at any place.
+# Parts that torch.compile, FSDP and activation checkpointing insert anywhere in names.
 _WRAPPER_PARTS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Counters that classes of averaged models keep beside "module.*".
+# Counters that classes of averaged models store beside "module.*".
 _COUNTERS = ("n_averaged", "steps")
 _ADVICE = (
-    "load it with PyTorch where you trust it, and save only the weights: torch.save(model.state_dict(), 'weights.pth')"
+    "if you trust it, load it with PyTorch and save only the weights: torch.save(model.state_dict(), 'weights.pth')"
 )
 
 
 class Selection(NamedTuple):
-    """Weights by name, and a phrase for where they were."""
+    """Weights by name, and a phrase for where in the file they were."""
 
     tensors: dict[str, Any]
     source: str
 
 
 class _Candidate(NamedTuple):
+    """Weights that could be selected.
+
+    Attributes:
+      place: where in the file they are, for messages.
+      averaged: whether they are averaged; None if the file does not show it.
+      entries: their entries by name.
+    """
+
     place: str
-    averaged: bool | None  # None: the file does not show it
+    averaged: bool | None
     entries: Mapping[str, Any]
 
 
@@ -54,12 +62,12 @@ def select_weights(content: Any, *, weights: str, path: Any) -> Selection:
     """Choose the weights of a file.
 
     Args:
-      content: what the file holds; tensors are ``Tensor`` objects or arrays.
+      content: content of the file; tensors are ``Tensor`` objects or arrays.
       weights: "auto", "ema" or "raw".
-      path: what errors call the file.
+      path: name of the file in errors.
 
     Raises:
-      UserError: there are no such weights, or they need a class that is not known here.
+      UserError: there are no such weights, or they need a class that is not supported.
     """
     mapping = _as_mapping(content)
     if mapping is None:
@@ -74,14 +82,14 @@ def select_weights(content: Any, *, weights: str, path: Any) -> Selection:
     if chosen is None and any(candidate.averaged is None for candidate in candidates):
         raise UserError(
             f"{path} has weights under their own names and under ema_*, as MMCV saves them, and does not show which are "
-            "averaged: with EpochBasedRunner the ones under their own names are, with IterBasedRunner the ones under ema_*. "
-            "Save the wanted ones alone with PyTorch, or take the ones under their own names with auto."
+            "averaged: with EpochBasedRunner those under their own names, with IterBasedRunner those under ema_*. Save the "
+            "ones to convert alone with PyTorch, or use auto to take those under their own names."
         )
     if chosen is None:
-        found = ", ".join(sorted({candidate.place for candidate in candidates}))
+        places = ", ".join(sorted({candidate.place for candidate in candidates}))
         kinds = ("averaged (EMA)", "raw") if weights == "ema" else ("raw", "averaged (EMA)")
         raise UserError(
-            f"{path} has no {kinds[0]} weights, only {kinds[1]} ones ({found}); its keys are {_list_keys(mapping)}."
+            f"{path} has no {kinds[0]} weights, only {kinds[1]} ones ({places}); its keys are {_list_keys(mapping)}."
         )
     _refuse_unknown_values(chosen.entries, path)
     tensors = {name: value for name, value in chosen.entries.items() if _is_tensor(value)}
@@ -89,7 +97,7 @@ def select_weights(content: Any, *, weights: str, path: Any) -> Selection:
 
 
 def strip_prefixes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors without the prefixes that wrappers put before all names, in any order and nesting.
+    """Remove the prefixes that wrappers put before all names, in any order and nesting.
 
     A prefix that some names lack is kept, so that no two names can become one.
     """
@@ -99,7 +107,7 @@ def strip_prefixes(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split_prefixes(names) -> tuple[list[str], list[str]]:
-    """The prefixes that all names share, and the names without them and without parts that wrappers put in."""
+    """The prefixes that all names share, and the names without them and without the parts that wrappers insert."""
     original = list(names)
     if any(len(name) > _MAX_NAME for name in original):
         return [], original
@@ -125,7 +133,7 @@ def describe_partial_prefix(names) -> str:
 
 
 def _make_candidates(mapping: Mapping) -> list[_Candidate]:
-    """All weights of a checkpoint, those in the ordinary place first."""
+    """All weights of a checkpoint, those in the usual place first."""
     raw_place, averaged_place = _find_swapped(mapping)
     candidates = []
     for keys, entries in _find_state_dicts(mapping, {}, 0):
@@ -148,28 +156,27 @@ def _find_state_dicts(mapping: Mapping, known: dict, depth: int) -> list[tuple[t
     """Keys and entries of every mapping with tensors, below the usual keys or, if there are none, of ``mapping``."""
     if id(mapping) in known or depth > _MAX_DEPTH:
         return known.get(id(mapping), [])
-    known[id(mapping)] = found = []  # what contains itself is not searched again
+    known[id(mapping)] = results = []  # a mapping that contains itself is not searched again
     for key in (*RAW_KEYS, "current_model_state", *EMA_KEYS):
         child = _as_mapping(mapping.get(key))
         if child is not None:
-            found += [((key, *keys), entries) for keys, entries in _find_state_dicts(child, known, depth + 1)]
-    del found[_MAX_CANDIDATES:]
-    if not found and any(_is_tensor(value) for value in mapping.values()):
-        found.append(((), mapping))
-    return found
+            results += [((key, *keys), entries) for keys, entries in _find_state_dicts(child, known, depth + 1)]
+    del results[_MAX_CANDIDATES:]
+    if not results and any(_is_tensor(value) for value in mapping.values()):
+        results.append(((), mapping))
+    return results
 
 
 def _split(candidate: _Candidate) -> list[_Candidate]:
     """Raw and averaged weights that are in one mapping under different names."""
     place, averaged, entries = candidate
     entries = {name: value for name, value in entries.items() if _is_tensor(value) or _is_unknown_tensor(value)}
-    averaged = averaged or "n_averaged" in entries  # of torch.optim.swa_utils.AveragedModel
-    buffers = {
-        f"ema_{name.replace('.', '_')}" for name in entries
-    }  # of MMCV's EMAHook, which swaps with one runner only
+    averaged = averaged or "n_averaged" in entries  # counter of torch.optim.swa_utils.AveragedModel
+    # Names of the buffers of MMCV's EMAHook, which swaps the two sets with one of its runners only.
+    buffers = {f"ema_{name.replace('.', '_')}" for name in entries}
     if not buffers.isdisjoint(entries):
-        own = {name: value for name, value in entries.items() if name not in buffers}
-        return [_Candidate(f"{place}, names without ema_", None, own)]
+        others = {name: value for name, value in entries.items() if name not in buffers}
+        return [_Candidate(f"{place}, names without ema_", None, others)]
     removed, names = _split_prefixes(entries)
     averaged = averaged or not set(removed).isdisjoint(_EMA_PREFIXES)
     full_names = dict(zip(names, entries, strict=True))
@@ -183,13 +190,13 @@ def _split(candidate: _Candidate) -> list[_Candidate]:
 
 
 def _drop_counters(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries without the counters of averaged models."""
+    """The entries without the counters of averaged models."""
     rest = {name: value for name, value in entries.items() if name not in _COUNTERS}
     return rest if rest and all(name.startswith("module.") for name in rest) else dict(entries)
 
 
 def _as_mapping(value: Any) -> Mapping | None:
-    """The entries of a dictionary or of an object that is like one: its items, or else its attributes."""
+    """The entries of a dictionary, or the items or attributes of an object; None for other values."""
     if isinstance(value, Object):
         state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
         return value.entries or (state if isinstance(state, dict) else None)
@@ -201,17 +208,17 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _refuse_unknown_values(entries: Mapping[str, Any], path: Any) -> None:
-    """Refuse weights that need a function or class which is not known here, such as quantized and sparse tensors."""
+    """Refuse weights that need an unsupported function or class, such as quantized and sparse tensors."""
     for name, value in entries.items():
         if _is_unknown_tensor(value):
             raise UserError(
-                f"{path} has weights that are not read here: {show(name)} needs {show(value.maker)}; load the file with "
-                "PyTorch where you trust it, and save plain dense tensors."
+                f"{path} has weights that are not supported: {show(name)} needs {show(value.maker)}; if you trust the file, "
+                "load it with PyTorch and save plain dense tensors."
             )
 
 
 def _refuse_unknown_tensors(mapping: Mapping[str, Any], path: Any) -> None:
-    """Refuse a file all of whose weights are of a kind that is not read."""
+    """Refuse a file in which all weights need an unsupported function or class."""
     for entries in (mapping, *(_as_mapping(mapping.get(key)) or {} for key in (*RAW_KEYS, *EMA_KEYS))):
         _refuse_unknown_values({name: value for name, value in entries.items() if _is_unknown_tensor(value)}, path)
 
@@ -221,7 +228,7 @@ def _is_unknown_tensor(value: Any) -> bool:
 
 
 def _has_tensor(value: Object) -> bool:
-    """Whether an object is made from tensors, looked for among its first arguments and their first items."""
+    """Whether the first arguments of an object, or their first items, are tensors."""
     nested = (item[:10] if isinstance(item, tuple) else (item,) for item in value.arguments[:10])
     return any(isinstance(item, Tensor | Storage) for items in nested for item in items)
 

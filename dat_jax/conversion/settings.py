@@ -1,4 +1,4 @@
-"""Reading of published configurations: every key is honored, checked, ignored for a stated reason, or refused by name."""
+"""Reader of published configurations: every key is honored, checked, ignored for a stated reason, or refused by name."""
 
 import difflib
 import os
@@ -6,21 +6,21 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-REQUIRED = object()  # default of a key that has none
+REQUIRED = object()  # stands for the default of a key that has no default
 
-_MOST_NAMED = 20  # unknown keys in one error message
-_LONGEST_PATH = 200
-_LONGEST_LIST = 1000
-_MOST_DIGITS_BITS = 1024  # of an integer that error messages contain; Python refuses to write much larger ones
-_LARGEST = 2**31 - 1  # absolute value of a number
+_MAX_NAMED_KEYS = 20  # unknown keys in one error message
+_MAX_PATH = 200  # characters
+_MAX_LIST = 1000  # values
+_MAX_PRINTED_BITS = 1024  # of an integer in an error message; Python refuses to print much larger ones
+_MAX_NUMBER = 2**31 - 1  # absolute value
 
 
 class _Repr(reprlib.Repr):
-    """Abbreviated values. Very large integers are described, not written."""
+    """Abbreviated text of values, without the digits of very large integers."""
 
     def repr_int(self, value, level):
         bits = value.bit_length()
-        return f"an integer of {bits:,} bits" if bits > _MOST_DIGITS_BITS else super().repr_int(value, level)
+        return f"an integer of {bits:,} bits" if bits > _MAX_PRINTED_BITS else super().repr_int(value, level)
 
 
 _SHORT = _Repr()
@@ -30,18 +30,18 @@ _SHORT.maxdict = 6
 
 
 class Kind(NamedTuple):
-    """A kind of values: its description for error messages, and a function that recognizes it."""
+    """A kind of values: a description for error messages, and a function that tells whether a value is of this kind."""
 
     words: str
     fits: Callable[[Any], bool]
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST  # not NaN
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER  # not NaN
 
 
 def _is_integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
 
 
 COUNT = Kind("a positive integer", lambda value: _is_integer(value) and value >= 1)
@@ -55,12 +55,12 @@ FLAG = Kind("True or False", lambda value: isinstance(value, bool))
 
 
 def choice(*values: str) -> Kind:
-    """One of several strings."""
+    """Kind of the given strings."""
     return Kind(f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values)
 
 
-def list_of(kind: Kind, *, length: int | None = None, longest: int = _LONGEST_LIST) -> Kind:
-    """A nonempty list of at most ``longest`` values of a kind; with ``length``, exactly that many."""
+def list_of(kind: Kind, *, length: int | None = None, longest: int = _MAX_LIST) -> Kind:
+    """Kind of nonempty lists of at most ``longest`` values of a kind, or of exactly ``length`` values."""
 
     def fits(value):
         if not isinstance(value, list | tuple) or not 0 < len(value) <= longest:
@@ -97,11 +97,11 @@ class Settings:
         return f"{self.path}.{key}" if self.path else key
 
     def take(self, key: str, kind: Kind, *, default: Any = REQUIRED) -> Any:
-        """The value of a key that the result honors; lists become tuples.
+        """Value of a key that the result depends on; lists become tuples.
 
         Args:
           key: name.
-          kind: what the value must be.
+          kind: required kind of the value.
           default: value of the published code if the key is missing.
 
         Raises:
@@ -112,52 +112,52 @@ class Settings:
             raise self.error(key, f"expected {kind.words}, got {short(value)}")
         return _freeze(value)
 
-    def check(self, key: str, *supported: Any, default: Any = REQUIRED, note: str = "") -> Any:
-        """The value of a key that must be one of the supported ones.
+    def check(self, key: str, *supported: Any, default: Any = REQUIRED, reason: str = "") -> Any:
+        """Value of a key that must be one of the supported values.
 
         Args:
           key: name.
           *supported: values; lists and tuples are equal.
-          default: value of the published code if the key is missing. It is checked, too.
-          note: a sentence for the error message.
+          default: value of the published code if the key is missing. It is checked as well.
+          reason: sentence appended to the error message.
 
         Raises:
-          ValueError: another value.
+          ValueError: the value is not supported, or a required key is missing.
         """
         value = self._read(key, default, "checked")
-        if not any(_equal(value, one) for one in supported):
-            wanted = " or ".join(map(short, supported))
+        if not any(_equal(value, candidate) for candidate in supported):
+            expected = " or ".join(map(short, supported))
             missing = "" if key in self else " (the default, as the key is missing)"
-            raise self.error(key, f"expected {wanted}, got {short(value)}{missing}", note)
+            raise self.error(key, f"expected {expected}, got {short(value)}{missing}", reason)
         return _freeze(value)
 
     def match(self, key: str, value: Any, source: str, *, default: Any = REQUIRED) -> None:
-        """Checks that a value agrees with the value of another key, ``source``, a dotted path."""
-        self.check(key, value, default=default, note=f"It must agree with {source}.")
+        """Check that a value agrees with the value of another key, whose dotted path is ``source``."""
+        self.check(key, value, default=default, reason=f"It must agree with {source}.")
 
     def ignore(self, reason: str, *keys: str) -> None:
-        """Marks keys as having no effect on the result, for a reason."""
+        """Mark keys as having no effect on the result, for a reason."""
         for key in keys:
             self._known.append(key)
             if key in self._mapping:
                 self.uses[self.path_of(key)] = f"ignored: {reason}"
 
     def ignore_all(self, reasons: Mapping[str, str]) -> None:
-        """Marks the keys of a table as having no effect, each for its reason."""
+        """Mark the keys of a table as having no effect on the result, each for its reason."""
         for key, reason in reasons.items():
             self.ignore(reason, key)
 
     def refuse(self, key: str, reason: str) -> None:
-        """Refuses a key with a reason of its own instead of as an unknown one."""
+        """Refuse a key with a specific reason instead of as an unknown key."""
         if key in self._mapping:
             raise self.error(key, f"not supported, got {short(self._mapping[key])}", reason)
 
     def section(self, key: str) -> "Settings":
-        """The mapping under a key."""
+        """Settings of the mapping under a key."""
         return self._add_section(self._read(key, REQUIRED, None), key)
 
     def optional_section(self, key: str) -> "Settings | None":
-        """The mapping under a key, or None if the key is missing or its value is None."""
+        """Settings of the mapping under a key, or None if the key is missing or its value is None."""
         value = self._read(key, None, None)
         if value is None:
             self.uses |= {self.path_of(key): "checked"} if key in self._mapping else {}
@@ -165,31 +165,35 @@ class Settings:
         return self._add_section(value, key)
 
     def sections(self, key: str, count: int) -> list["Settings"]:
-        """The mappings in the list under a key."""
+        """Settings of the mappings in the list under a key, which must have ``count`` items."""
         values = self._read(key, REQUIRED, None)
         if not isinstance(values, list | tuple) or len(values) != count:
             raise self.error(key, f"expected a list of {count} mappings, got {short(values)}")
         return [self._add_section(value, f"{key}.{index}") for index, value in enumerate(values)]
 
     def finish(self) -> None:
-        """Raises a ValueError that names every key that was not read, here and in all sections."""
+        """Check that every key was read, here and in all sections.
+
+        Raises:
+          ValueError: keys were not read; all are named, with similar known keys.
+        """
         unknown = self._unknown()
         if unknown:
-            paths = [path[:_LONGEST_PATH] for path, _ in unknown]
+            paths = [path[:_MAX_PATH] for path, _ in unknown]
             nearest = [
                 f"{path!r}: did you mean {match[0]!r}?"
-                for path, known in unknown[:_MOST_NAMED]
-                if (match := difflib.get_close_matches(path[-_LONGEST_PATH:].rsplit(".", 1)[-1], known, n=1))
+                for path, known in unknown[:_MAX_NAMED_KEYS]
+                if (match := difflib.get_close_matches(path[-_MAX_PATH:].rsplit(".", 1)[-1], known, n=1))
             ]
-            more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
-            names = f"Unknown keys in the published configuration: {paths[:_MOST_NAMED]}{more}."
-            raise ValueError(" ".join([names, *nearest[:3]]))
+            more = f" and {len(paths) - _MAX_NAMED_KEYS} more" if len(paths) > _MAX_NAMED_KEYS else ""
+            message = f"Unknown keys in the published configuration: {paths[:_MAX_NAMED_KEYS]}{more}."
+            raise ValueError(" ".join([message, *nearest[:3]]))
 
-    def error(self, key: str, message: str, note: str = "") -> ValueError:
-        """An error that names a key by its whole path."""
-        return ValueError(f"{self.path_of(key)}: {message}.{f' {note}' if note else ''}")
+    def error(self, key: str, message: str, reason: str = "") -> ValueError:
+        """Error that names a key by its whole path."""
+        return ValueError(f"{self.path_of(key)}: {message}.{f' {reason}' if reason else ''}")
 
-    def _read(self, key, default, use):
+    def _read(self, key: str, default: Any, use: str | None) -> Any:
         self._known.append(key)
         if key not in self._mapping:
             if default is REQUIRED:
@@ -199,42 +203,44 @@ class Settings:
             self.uses[self.path_of(key)] = use
         return self._mapping[key]
 
-    def _add_section(self, mapping, key):
+    def _add_section(self, mapping: Any, key: str) -> "Settings":
         section = Settings(mapping, self.path_of(key), self.uses)
         if not mapping:
-            self.uses[section.path] = "checked"  # to be empty
+            self.uses[section.path] = "checked"  # an empty mapping
         self._sections.append(section)
         return section
 
-    def _unknown(self):
-        own = [
+    def _unknown(self) -> list[tuple[str, list[str]]]:
+        """Path of every key that was not read, with the known keys of the same mapping."""
+        unknown = [
             (self.path_of(key if isinstance(key, str) else short(key)), self._known)
             for key in self._mapping
             if key not in self._known
         ]
-        return own + [pair for section in self._sections for pair in section._unknown()]
+        return unknown + [pair for section in self._sections for pair in section._unknown()]
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path for an error message: quoted if it has characters that cannot be printed, and not too long."""
+    """Text of a path for an error message: quoted if it has unprintable characters, and shortened if it is long."""
     text = str(path)
-    text = text if len(text) <= 1000 else f"{text[:_LONGEST_PATH]}...{text[-_LONGEST_PATH:]}"
+    text = text if len(text) <= 1000 else f"{text[:_MAX_PATH]}...{text[-_MAX_PATH:]}"
     return text if text.isprintable() else repr(text)
 
 
 def short(value: Any) -> str:
-    """A value as it is written in Python, abbreviated if it is long."""
+    """Text of a value as Python writes it, abbreviated if it is long."""
     return _SHORT.repr(value)
 
 
-def _freeze(value):
+def _freeze(value: Any) -> Any:
+    """The value with all lists as tuples."""
     if isinstance(value, list | tuple):
         return tuple(map(_freeze, value))
     return value
 
 
 def _equal(a, b) -> bool:
-    """Equality that tells True from 1, but not lists from tuples."""
+    """Equality that distinguishes True from 1, but not lists from tuples."""
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and a == b

@@ -1,4 +1,4 @@
-"""Files of torch.save, read without PyTorch: the zip archives, and the format from before PyTorch 1.6."""
+"""Reader of torch.save files without PyTorch: zip archives, and the format from before PyTorch 1.6."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ from dat_jax.errors import UserError
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first pickle of the format from before PyTorch 1.6
 _PROTOCOL = 1001
-# What is read from a file may take this many times its size, or the floor: weights may share a storage, and archives may
-# be compressed.
+# Arrays may take this many times the size of their file, or the minimum below if that is more: weights may share a storage,
+# and archives may be compressed.
 _MAX_GROWTH, _MIN_LIMIT = 16, 16 << 20
 _MAX_AXES = 32
 
@@ -30,7 +30,7 @@ _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 _UNTYPED = "untyped"
-# Class of a storage -> the dtype of its numbers, and their size.
+# Class of a storage -> dtype of its numbers, and their size in bytes.
 _STORAGES = {
     **{"DoubleStorage": ("float64", 8), "FloatStorage": ("float32", 4), "HalfStorage": ("float16", 2)},
     **{"BFloat16Storage": ("bfloat16", 2), "LongStorage": ("int64", 8), "IntStorage": ("int32", 4)},
@@ -44,23 +44,31 @@ _STORAGES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """The memory of one or more tensors."""
+    """The memory of one or more tensors.
+
+    Attributes:
+      key: name of the storage in the file.
+      dtype: name of a dtype, or ``_UNTYPED``.
+      count: number of values, or of bytes if the storage is untyped.
+      item_bytes: size of a value.
+      start: first value of a storage that is a view of another one.
+    """
 
     key: str
-    dtype: str  # or _UNTYPED
-    count: int  # of numbers, or of bytes if untyped
+    dtype: str
+    count: int
     item_bytes: int
-    start: int = 0  # of a view of another storage, in numbers
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file."""
         return self.count * self.item_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """A view of a storage. It is not read yet: most tensors of a training checkpoint belong to the optimizer."""
+    """A view of a storage, which is read later: most tensors of a training checkpoint belong to the optimizer."""
 
     storage: Storage
     dtype: Any
@@ -70,16 +78,22 @@ class Tensor:
 
 
 class TorchFile(NamedTuple):
-    """An open file: the object that torch.save was called with, and how its storages are read."""
+    """An open file of torch.save.
+
+    Attributes:
+      content: the saved object.
+      read_storage: storage -> its bytes.
+      byte_order: "<" or ">".
+    """
 
     content: Any
     read_storage: Callable[[Storage], bytes]
-    byte_order: str  # "<" or ">"
+    byte_order: str
 
 
 @contextlib.contextmanager
 def open_archive(path: pathlib.Path) -> Iterator[TorchFile]:
-    """The zip archive that torch.save writes since PyTorch 1.6: a pickle, and an entry per storage."""
+    """Open a zip archive as torch.save writes it since PyTorch 1.6: a pickle, and an entry per storage."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
@@ -96,13 +110,13 @@ def open_archive(path: pathlib.Path) -> Iterator[TorchFile]:
                 raise ValueError(f"expected {limits} bytes in {show(root + entry)}, got {size:,}")
             return archive.read(root + entry)
 
-        order = "<"  # PyTorch before 2.1 does not record it
+        order = "<"  # PyTorch before 2.1 does not record the byte order
         if f"{root}byteorder" in names:
             order = {b"little": "<", b"big": ">"}.get(read("byteorder", 0, 64).strip(), "")
             if not order:
                 raise ValueError("expected the byte order little or big")
         content = _read_object(io.BytesIO(read("data.pkl", 0, min(MAX_BYTES, _get_limit(path.stat().st_size)))))
-        # A storage whose bytes are no multiple of a number's size is recorded by its whole numbers.
+        # The recorded count of a storage leaves out trailing bytes that do not fill a whole number.
         yield TorchFile(content, lambda s: read(f"data/{s.key}", s.nbytes, s.nbytes + 15), order)
 
 
@@ -123,13 +137,13 @@ def _refuse_other_archives(path: pathlib.Path, names: list[str], roots: list[str
 
 @contextlib.contextmanager
 def open_legacy(path: pathlib.Path) -> Iterator[TorchFile]:
-    """The format from before PyTorch 1.6: five pickles, and the bytes of every storage, each after its count."""
+    """Open a file from before PyTorch 1.6: five pickles, and for every storage its count and its bytes."""
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(min(path.stat().st_size, MAX_BYTES)))
         if _read_object(stream) != MAGIC_NUMBER:
             raise UserError(
-                f"{path} is a pickle that torch.save did not write; load it where you trust it, and save only the weights "
-                "with torch.save or as .safetensors."
+                f"{path} is a pickle that torch.save did not write; if you trust it, load it and save only the weights with "
+                "torch.save or as .safetensors."
             )
         protocol = _read_object(stream)
         if protocol != _PROTOCOL:
@@ -138,7 +152,7 @@ def open_legacy(path: pathlib.Path) -> Iterator[TorchFile]:
         storages: dict[str, Storage] = {}
         content = _read_object(stream, storages)
         places = _find_storages(file, _read_object(stream), storages, start=stream.tell())
-        del stream  # it may hold MAX_BYTES
+        del stream  # frees up to MAX_BYTES
 
         def read(storage: Storage) -> bytes:
             if places.get(storage.key, (0, 0))[1] != storage.nbytes:
@@ -169,7 +183,7 @@ def _find_storages(file, keys: Any, storages: dict[str, Storage], *, start: int)
 
 
 def _read_object(stream: io.BytesIO, storages: dict[str, Storage] | None = None) -> Any:
-    """The object of a pickle, with a ``Tensor`` for each tensor. Storages are collected by key."""
+    """The object of a pickle, with a ``Tensor`` for each tensor. Storages are added to ``storages`` by key."""
 
     def load_persistent(pid):
         storage = _name_storage(pid)
@@ -181,7 +195,7 @@ def _read_object(stream: io.BytesIO, storages: dict[str, Storage] | None = None)
 
 
 def _name_storage(pid: Any) -> Storage | Object:
-    """The storage of a persistent id: ("storage", class, key, device, count), and the place of a view in old files."""
+    """The storage of a persistent id: ("storage", class, key, device, count), and in old files the location of a view."""
     if len(pid) > 6:
         raise ValueError
     kind, maker, *rest = pid
@@ -198,13 +212,11 @@ def _name_storage(pid: Any) -> Storage | Object:
 
 
 def _construct(maker: Global, arguments: Any) -> Any:
-    """A ``Tensor`` where the call rebuilds one of strided memory, else an ``Object``."""
+    """A ``Tensor`` if the call rebuilds one with strides, else an ``Object``."""
     if maker.module in ("torch._utils", "torch._tensor", "torch", "torch.nn.parameter", "torch.nn"):
         match maker.name, arguments:
             case "_rebuild_tensor_v2", (Storage(), _, _, _, _, _, metadata, *_) if metadata:
-                return Object(
-                    maker, arguments
-                )  # such as the negation that a view of a complex tensor leaves to be done
+                return Object(maker, arguments)  # PyTorch would still apply the metadata, such as a negation
             case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage() as storage, offset, size, stride, *_):
                 return Tensor(storage, storage.dtype, offset, size, stride)
             case "_rebuild_tensor_v3", (Storage() as storage, offset, size, stride, _, _, dtype, *_):
@@ -219,7 +231,7 @@ def _construct(maker: Global, arguments: Any) -> Any:
                 Global("torch" | "torch._tensor", "Tensor"),
                 _,
                 _,
-            ):  # has attributes
+            ):  # a tensor with attributes
                 return _construct(arguments[0], arguments[2])
             case "_rebuild_from_type_v2", (Global(), Global(_, "Parameter" | "Buffer"), _, _):
                 return _construct(arguments[0], arguments[2])
@@ -229,7 +241,12 @@ def _construct(maker: Global, arguments: Any) -> Any:
 
 
 def load_tensors(tensors: Mapping[str, Tensor], file: TorchFile, *, file_bytes: int) -> dict[str, np.ndarray]:
-    """Arrays in C order, each with memory of its own. A storage is read once and dropped after its last tensor.
+    """Read tensors as arrays in C order that do not share memory. A storage is read once and freed after its last tensor.
+
+    Args:
+      tensors: name -> tensor.
+      file: the open file.
+      file_bytes: size of the file, which limits the memory of the arrays.
 
     Raises:
       ValueError: a tensor does not fit its storage, a storage is missing, or the arrays would take too much memory.
@@ -260,7 +277,7 @@ def _get_limit(file_bytes: int) -> int:
 
 
 def _check_view(name: str, tensor: Tensor) -> int:
-    """Number of bytes of a tensor whose view lies within its storage."""
+    """Size of a tensor in bytes, after a check that its view lies within its storage."""
     storage, offset, size, stride = tensor.storage, tensor.offset, tensor.size, tensor.stride
     dtype = _get_dtype(tensor)
     if dtype is None:
@@ -273,14 +290,14 @@ def _check_view(name: str, tensor: Tensor) -> int:
     count = storage.nbytes // dtype.itemsize
     numbers = math.prod(size)
     last = storage.start + offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    # A view may repeat numbers, as expand() does; its bytes count against the limit of the whole file.
+    # A view may repeat numbers, as expand() does. Its bytes count toward the limit of the file.
     if (numbers and last >= count) or max(size, default=0) >= 2**48:
         raise ValueError(f"{name} reaches beyond the {count:,} numbers of its storage")
     return numbers * dtype.itemsize
 
 
 class UnsupportedError(ValueError):
-    """Weights of a kind that is not read."""
+    """Weights of a kind that is not supported."""
 
 
 def _get_dtype(tensor: Tensor) -> np.dtype | None:
@@ -304,9 +321,9 @@ def _are_counts(*numbers) -> bool:
 
 
 def show(value: str | Global | Exception, limit: int = 100) -> str:
-    """Text from a file in a form that fits into a sentence: printable, on one line and not long.
+    """Text from a file for an error message: printable, on one line and at most ``limit`` characters long.
 
-    For values of other types the name of the type is returned: the text of nested tuples that share their items can be
+    Values of other types are shown as the name of their type, because the text of nested tuples that share items can be
     exponentially longer than the file.
     """
     text = str(value) if isinstance(value, str | Global | Exception) else type(value).__name__

@@ -1,4 +1,9 @@
-"""Trained models as files that other programs load without this package. As a command: ``dat_jax.export``."""
+"""Trained models as files that other programs load without this package: StableHLO, ONNX and safetensors.
+
+``python -m dat_jax.export`` is the command. The folder that it writes also holds the weights in this package's own format,
+so that ``dat_jax.load`` reads it. That format alone, a folder with model.json and params/, belongs to
+``dat_jax.checkpoints.exports``.
+"""
 
 from etils import epy
 

@@ -1,4 +1,4 @@
-"""The folder of an exported model: files, a manifest with their digests, and what says whether they are whole."""
+"""The folder of an exported model: its files, and a manifest with the digest of each."""
 
 import hashlib
 import json
@@ -8,142 +8,158 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 
 from dat_jax import __version__
 from dat_jax.checkpoints.loading import describe_model, write_model
-from dat_jax.conversion.command import write_weights
+from dat_jax.conversion.command import write_official_weights
 from dat_jax.errors import UserError, name_some
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
 from dat_jax.inference import Classifier, Looker, Segmenter
 from dat_jax.models.dat import DAT
+from dat_jax.models.registry import Detector
+from dat_jax.models.segmentation import Segmentor
 from dat_jax.storage import appearing, refuse_existing
 
-FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")  # the last one is an extra
+FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
+DEFAULT_FORMATS = FORMATS[:3]  # onnx needs an optional package
 MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.safetensors", "model.onnx"
-_CHUNK = 2**20
 
 
 def write_exported(
     directory: str | os.PathLike,
-    looker: Looker,
+    predictor: Looker,
     *,
-    formats: Sequence[str] = FORMATS[:3],
+    formats: Sequence[str] = DEFAULT_FORMATS,
     image_shape: tuple[int, int] | None = None,
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
     preprocessing: str = "inside",
     batch: int | None = None,
 ) -> dict[str, Any]:
-    """Writes a new folder, which appears when it is whole.
+    """Export a trained model: write its files and their manifest into a new folder, atomically.
 
     Args:
-      directory: must not exist.
-      looker: of ``inference.load``.
-      formats: of ``FORMATS``: "orbax", model.json and params/, which ``load`` reads, with the names of the classes and the
-        options; "stablehlo", model.stablehlo, see ``make_program``; "safetensors", model.safetensors, published names;
-        "onnx", model.onnx, see ``write_onnx``.
-      image_shape: (H, W) of the program's images; None for those that the model is made for, see ``choose_image_shape``.
-      platforms, preprocessing, batch: of ``make_program``.
+      directory: folder to create.
+      predictor: a model from ``inference.load``.
+      formats: one or more of ``FORMATS``:
+        "orbax": model.json and params/, which ``dat_jax.load`` reads, with the class names and the inference options.
+        "stablehlo": model.stablehlo, see ``make_program``.
+        "safetensors": model.safetensors, weights with their published names.
+        "onnx": model.onnx, see ``write_onnx``.
+      image_shape: (height, width) of the program's images in pixels; None for ``choose_image_shape``.
+      platforms: see ``make_program``.
+      preprocessing: see ``make_program``.
+      batch: see ``make_program``.
 
     Returns:
-      What manifest.json has.
+      Content of manifest.json.
 
     Raises:
-      UserError: unknown formats, what ``make_program`` refuses, the folder exists already, or cannot be written.
+      UserError: unknown formats, arguments that ``make_program`` refuses, or the folder exists or cannot be written.
     """
     directory = pathlib.Path(directory)
     if set(formats) - set(FORMATS) or not formats:
-        raise UserError(f"formats wants some of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
+        raise UserError(f"formats must be one or more of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
     refuse_existing(directory)
-    shape, program, onnx = image_shape or choose_image_shape(looker), None, None
-    settings = dict(image_shape=shape, preprocessing=preprocessing, batch=batch)
-    check_program(looker, platforms=platforms, **settings)
+    image_shape = image_shape or choose_image_shape(predictor)
+    settings = dict(image_shape=image_shape, preprocessing=preprocessing, batch=batch)
+    check_program(predictor, platforms=platforms, **settings)
+    program, onnx = None, None
     with appearing(directory) as unfinished:
         unfinished.mkdir()
         if "stablehlo" in formats:
-            program = make_program(looker, platforms=platforms, **settings)
+            program = make_program(predictor, platforms=platforms, **settings)
             (unfinished / PROGRAM).write_bytes(program.serialize())
         if "orbax" in formats:
-            options = dict(classes=looker.class_names, options=looker.options)
-            write_model(unfinished, model=looker.model, variables=looker.variables, **options)
+            options = dict(classes=predictor.class_names, options=predictor.options)
+            write_model(unfinished, model=predictor.model, variables=predictor.variables, **options)
         if "safetensors" in formats:
-            variables = jax.tree.map(np.asarray, looker.variables)
-            write_weights(str(unfinished / WEIGHTS), model=looker.model, variables=variables, name=directory.name)
+            variables = jax.tree.map(np.asarray, predictor.variables)
+            write_official_weights(
+                str(unfinished / WEIGHTS), model=predictor.model, variables=variables, name=directory.name
+            )
         if "onnx" in formats:
-            onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, looker, **settings)}
+            onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, predictor, **settings)}
         manifest = {
             "dat_jax": __version__,
             "jax": jax.__version__,
-            "task": _name_task(looker),
-            "model": _describe(looker.model),
-            "classes": list(looker.class_names),
-            "preprocessing": describe_preprocessing(looker, image_shape=shape, inside=preprocessing == "inside"),
-            "program": None if program is None else _describe_program(program, looker),
+            "task": _name_task(predictor),
+            "model": _describe_model(predictor.model),
+            "classes": list(predictor.class_names),
+            "preprocessing": describe_preprocessing(
+                predictor, image_shape=image_shape, inside=preprocessing == "inside"
+            ),
+            "program": None if program is None else _describe_program(program, predictor),
             "onnx": onnx,
-            "files": {name: _digest(unfinished / name) for name in _list_files(unfinished)},
+            "files": {name: _make_record(unfinished / name) for name in _list_files(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
 def check_files(directory: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a folder that ``write_exported`` made, all of whose files are as they were written.
+    """Check every file of a folder that ``write_exported`` wrote against its manifest.
+
+    Returns:
+      Content of manifest.json.
 
     Raises:
-      UserError: it has no manifest, or files are missing or differ, each named.
+      UserError: the manifest is missing or damaged, or files are missing or differ; the files are named.
     """
     directory = pathlib.Path(directory)
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        wanted = {name: (record["bytes"], record["sha256"]) for name, record in manifest["files"].items()}
+        records = {
+            name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in manifest["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
-        raise UserError(f"{directory} is no folder of dat_jax.export, or damaged: {what}.") from error
+        reason = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
+        raise UserError(f"{directory} is not a folder written by dat_jax.export, or is damaged: {reason}.") from error
     damaged = []
-    for name, (size, digest) in wanted.items():
+    for name, record in records.items():
         try:
-            found = _digest(directory / name)
+            if _make_record(directory / name) != record:
+                damaged.append(f"{name} differs from what was written")
         except OSError:
             damaged.append(f"{name} cannot be read")
-            continue
-        if found != {"bytes": size, "sha256": digest}:
-            damaged.append(f"{name} differs from what was written")
     if damaged:
         raise UserError(f"{directory} is damaged: {name_some(damaged)}.")
     return manifest
 
 
-def _list_files(directory):
+def _list_files(directory: pathlib.Path) -> list[str]:
+    """Paths of all files below a folder, relative to it."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
-def _digest(path):
-    digest = hashlib.sha256()
+def _make_record(path: pathlib.Path) -> dict[str, Any]:
+    """Size and digest of a file, as the manifest has them."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _name_task(looker):
-    if isinstance(looker, Classifier):
+def _name_task(predictor: Looker) -> str:
+    if isinstance(predictor, Classifier):
         return "classification"
-    return "segmentation" if isinstance(looker, Segmenter) else "detection"
+    return "segmentation" if isinstance(predictor, Segmenter) else "detection"
 
 
-def _describe(model):
+def _describe_model(model: DAT | Segmentor | Detector) -> dict[str, Any]:
+    """Attributes of the model, with those of its backbone if it has one."""
     if isinstance(model, DAT):
         return describe_model(model)
     return {**describe_model(model), "backbone": describe_model(model.dat)}
 
 
-def _describe_program(program, looker):
+def _describe_program(program: jax.export.Exported, predictor: Looker) -> dict[str, Any]:
     return {
         "file": PROGRAM,
         "platforms": list(program.platforms),
         "calling_convention_version": program.calling_convention_version,
         "products": "float32 on every platform",
-        **describe_arrays(program, looker),
+        **describe_arrays(program, predictor),
     }

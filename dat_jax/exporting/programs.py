@@ -1,4 +1,4 @@
-"""A trained model as one program for several platforms, its weights inside: StableHLO, by jax.export."""
+"""A trained model as one StableHLO program for several platforms, with its weights inside, by jax.export."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,150 +14,181 @@ from dat_jax.ops.dispatch import compiling_for
 from dat_jax.tasks.detection.objective import detect
 from dat_jax.tasks.preprocessing import normalize
 
-PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # of jax.export -> of ``ops.dispatch``
+PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # name in jax.export -> name in ``ops.dispatch``
 PREPROCESSING = ("inside", "outside")
 SYMBOLIC = "symbolic"
+BATCH = "b"  # name of a symbolic batch size in shapes
 _MAX_SIDE = 2**14
-BATCH = "b"  # what a symbolic batch size is called
 
 
 def make_program(
-    looker: Looker,
+    predictor: Looker,
     *,
     image_shape: tuple[int, int],
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
     preprocessing: str = "inside",
     batch: int | None = None,
 ) -> jax.export.Exported:
-    """What a trained model computes of images of one size, for platforms that need not be there.
+    """Export a trained model as a program for images of one size. The platforms need not be attached.
 
-    The program has the algorithms that ``ops.dispatch`` takes on each platform, of which a platform compiles its own alone,
-    and the weights once. Products are of float32 on every platform, where a TPU or a GPU would otherwise round their operands.
+    The program contains the algorithms that ``ops.dispatch`` chooses for each platform; a platform compiles only its own.
+    The weights are stored once. Matrix products are computed in float32 on every platform, while a TPU or GPU would round
+    their operands by default.
 
     Args:
-      looker: of ``inference.load``.
-      image_shape: (H, W) of the images.
-      platforms: of ``PLATFORMS``.
-      preprocessing: "inside" for uint8 images, which are normalised in the program; "outside" for float32, normalised.
-      batch: how many images; None for any number, which detectors do not take.
+      predictor: a model from ``inference.load``.
+      image_shape: (height, width) of the images in pixels.
+      platforms: one or more of ``PLATFORMS``.
+      preprocessing: "inside" for uint8 images, which the program normalizes; "outside" for normalized float32 images.
+      batch: batch size; None for a symbolic one, which accepts any number of images. Detectors require a number.
 
     Returns:
-      A program of images (B, H, W, 3) RGB, and of a detector of sizes int32 (B, 2), the height and width of each image, beyond
-      which is padding. It gives logits float32 (B, K) of a classifier, (B, H / 4, W / 4, K), rounded up, of a segmentor; of a
-      detector the detections of ``tasks.detection.detector``, boxes in pixels of these images.
+      A program of images (B, H, W, 3), RGB. For a detector it also takes sizes, int32 (B, 2): the height and width of each
+      image without its padding. Outputs:
+        classifier: logits, float32 (B, K).
+        segmentor: logits, float32 (B, H / 4, W / 4, K), with sides rounded up.
+        detector: the detections of ``tasks.detection.detector``, with boxes in pixels of these images.
 
     Raises:
-      UserError: unknown platforms or preprocessing, impossible sizes, or no batch size for a detector.
+      UserError: unknown platforms or preprocessing, an impossible image or batch size, or no batch size for a detector.
     """
-    check_program(looker, image_shape=image_shape, platforms=platforms, preprocessing=preprocessing, batch=batch)
+    check_program(predictor, image_shape=image_shape, platforms=platforms, preprocessing=preprocessing, batch=batch)
     dtype = choose_dtype(preprocessing)
     size = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
     inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), dtype)]
-    if isinstance(looker, ObjectDetector):
+    if isinstance(predictor, ObjectDetector):
         inputs.append(jax.ShapeDtypeStruct((size, 2), jnp.int32))
-    branches = {name: make_branch(looker, PLATFORMS[name], preprocessing=preprocessing) for name in platforms}
+    branches = {name: make_branch(predictor, PLATFORMS[name], preprocessing=preprocessing) for name in platforms}
 
     def program(images, *sizes):
-        # Operands of the choice, weights are there once; what belongs to one branch would be there for each.
+        # Weights are operands, which all branches share. As constants of the branches they would be stored once for each.
         if len(branches) == 1:
-            return next(iter(branches.values()))(looker.variables, images, *sizes)
-        return jax.lax.platform_dependent(looker.variables, images, *sizes, **branches)
+            return next(iter(branches.values()))(predictor.variables, images, *sizes)
+        return jax.lax.platform_dependent(predictor.variables, images, *sizes, **branches)
 
     return jax.export.export(jax.jit(program), platforms=tuple(platforms))(*inputs)
 
 
 def check_program(
-    looker: Looker,
+    predictor: Looker,
     *,
     image_shape: tuple[int, int],
     platforms: Sequence[str],
     preprocessing: str,
     batch: int | None,
 ) -> None:
-    """UserError where ``make_program`` would raise one."""
+    """Check the arguments of ``make_program``.
+
+    Raises:
+      UserError: see ``make_program``.
+    """
     if set(platforms) - set(PLATFORMS) or not platforms or len(set(platforms)) < len(platforms):
-        raise UserError(f"platforms wants some of {', '.join(PLATFORMS)}, got {','.join(platforms) or 'none'}.")
+        raise UserError(
+            f"platforms must be one or more of {', '.join(PLATFORMS)}, each at most once, got "
+            f"{','.join(platforms) or 'none'}."
+        )
     choose_dtype(preprocessing)
+    height, width = image_shape
     if min(image_shape) < MIN_IMAGE_SIDE:
-        raise UserError("image_size wants sides of at least {}, got {} x {}.".format(MIN_IMAGE_SIDE, *image_shape))
-    if isinstance(looker, Classifier) and image_shape[0] != image_shape[1]:
-        raise UserError("A classifier looks at squares: image_size wants SIDE, got {} x {}.".format(*image_shape))
+        raise UserError(f"image_size must be at least {MIN_IMAGE_SIDE} pixels per side, got {height} x {width}.")
+    if isinstance(predictor, Classifier) and height != width:
+        raise UserError(f"image_size must be a single SIDE for a classifier, got {height} x {width}.")
     if max(image_shape) > _MAX_SIDE:
-        raise UserError("image_size wants sides of at most {}, got {} x {}.".format(_MAX_SIDE, *image_shape))
-    if batch is None and isinstance(looker, ObjectDetector):
-        raise UserError("A detector chooses boxes of each image with loops of fixed sizes: batch wants a number.")
+        raise UserError(f"image_size must be at most {_MAX_SIDE} pixels per side, got {height} x {width}.")
+    if batch is None and isinstance(predictor, ObjectDetector):
+        raise UserError(
+            f"batch must be a number for a detector, whose box selection has loops of fixed length, got {SYMBOLIC}."
+        )
     if batch is not None and batch < 1:
-        raise UserError(f"batch wants {SYMBOLIC} or a number of at least 1, got {batch}.")
+        raise UserError(f"batch must be {SYMBOLIC} or a number of at least 1, got {batch}.")
 
 
-def make_branch(looker: Looker, platform: str, *, preprocessing: str = "inside") -> Callable:
-    """A function of variables and of what ``make_program`` says, with the algorithms of a platform of ``ops.dispatch``."""
+def make_branch(predictor: Looker, platform: str, *, preprocessing: str = "inside") -> Callable:
+    """Function (variables, images, *sizes) -> outputs of ``make_program``, with the algorithms of one platform.
+
+    Args:
+      predictor: a model from ``inference.load``.
+      platform: "cpu", "tpu" or "gpu", as in ``ops.dispatch``.
+      preprocessing: see ``make_program``.
+    """
 
     def branch(variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
         with compiling_for(platform), jax.default_matmul_precision("float32"):
             images = normalize(images) if preprocessing == "inside" else images
-            return _compute(looker, variables, images, *sizes)
+            return _compute_outputs(predictor, variables, images, *sizes)
 
     return branch
 
 
-def _compute(looker, variables, images, *sizes):
-    model = looker.model
-    if isinstance(looker, Classifier):
+def _compute_outputs(predictor: Looker, variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
+    model = predictor.model
+    if isinstance(predictor, Classifier):
         return model.apply(variables, images, train=False).astype(jnp.float32)
-    if isinstance(looker, Segmenter):
+    if isinstance(predictor, Segmenter):
         return model.apply(variables, images, train=False)["logits"].astype(jnp.float32)
     (valid,) = sizes
     batch = {"valid": valid, "scale": jnp.ones((images.shape[0], 4), jnp.float32)}
-    return detect(model, variables, images, batch, settings=looker.settings)
+    return detect(model, variables, images, batch, settings=predictor.settings)
 
 
 def choose_dtype(preprocessing: str) -> jnp.dtype:
-    """Of the images that a program takes; UserError as ``make_program``."""
+    """Dtype of the images that a program takes.
+
+    Raises:
+      UserError: unknown preprocessing.
+    """
     if preprocessing not in PREPROCESSING:
-        raise UserError(f"preprocessing wants one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
+        raise UserError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
     return jnp.dtype(jnp.uint8 if preprocessing == "inside" else jnp.float32)
 
 
-def name_inputs(looker: Looker) -> tuple[str, ...]:
-    """Of a program, in order."""
-    return ("images", "sizes") if isinstance(looker, ObjectDetector) else ("images",)
+def name_inputs(predictor: Looker) -> tuple[str, ...]:
+    """Names of a program's inputs, in order."""
+    return ("images", "sizes") if isinstance(predictor, ObjectDetector) else ("images",)
 
 
 _MEANINGS = {
-    "images": "RGB, as preprocessing says",
-    "sizes": "height and width of the part of each image that is not padding, pixels",
-    "logits": "of the classes in their order",
-    "boxes": "x1, y1, x2, y2 in pixels of these images",
-    "scores": "descending",
-    "labels": "numbers of classes, from 0",
-    "valid": "which are detections; what is not is 0",
-    "masks": "probabilities within each box",
+    "images": "RGB images, preprocessed as described under preprocessing",
+    "sizes": "height and width in pixels of the part of each image that is not padding",
+    "logits": "one logit per class, in the order of classes",
+    "boxes": "x1, y1, x2, y2 in pixels of the input images",
+    "scores": "scores in descending order",
+    "labels": "class indices, from 0",
+    "valid": "whether an entry is a detection; other entries are 0",
+    "masks": "mask probabilities within each box",
 }
 
 
-def describe_arrays(exported: jax.export.Exported, looker: Looker) -> dict[str, list[dict[str, Any]]]:
-    """{"inputs": of each {"name", "shape", "dtype", "meaning"} in order, "outputs": likewise}; a symbolic size is its name."""
+def describe_arrays(exported: jax.export.Exported, predictor: Looker) -> dict[str, list[dict[str, Any]]]:
+    """Inputs and outputs of a program, as the manifest lists them.
+
+    Returns:
+      {"inputs": [...], "outputs": [...]}, in order, each array as in ``describe_array``. A symbolic size is its name.
+    """
     outputs = exported.out_tree.unflatten(exported.out_avals)
     outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
     return {
-        "inputs": [describe_array(*item) for item in zip(name_inputs(looker), exported.in_avals, strict=True)],
+        "inputs": [describe_array(*item) for item in zip(name_inputs(predictor), exported.in_avals, strict=True)],
         "outputs": [describe_array(name, array) for name, array in outputs.items()],
     }
 
 
 def describe_array(name: str, array: Any) -> dict[str, Any]:
-    """Of an array or what stands for one, as JSON can hold it."""
+    """{"name", "shape", "dtype", "meaning"} of an array or a ``ShapeDtypeStruct``, as JSON can hold it."""
     shape = [side if isinstance(side, int) else str(side) for side in array.shape]
     return {"name": name, "shape": shape, "dtype": array.dtype.name, "meaning": _MEANINGS[name]}
 
 
-def choose_image_shape(looker: Looker) -> tuple[int, int]:
-    """(H, W) that a program is made for where none is asked for."""
-    options = looker.options
-    if isinstance(looker, Classifier):
+def choose_image_shape(predictor: Looker) -> tuple[int, int]:
+    """Default (height, width) of a program's images in pixels.
+
+    A classifier has its image size, a segmentor a square of its short side, and a detector its short and long side, each
+    padded to the multiple that the model requires.
+    """
+    options = predictor.options
+    if isinstance(predictor, Classifier):
         return options["image_size"], options["image_size"]
-    if isinstance(looker, Segmenter):
+    if isinstance(predictor, Segmenter):
         return options["short_side"], options["short_side"]
     short, long = sorted(options[name] for name in ("short_side", "long_side"))
     return tuple(-(-side // options["multiple"]) * options["multiple"] for side in (short, long))

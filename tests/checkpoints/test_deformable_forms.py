@@ -12,7 +12,7 @@ import dat_jax
 from dat_jax.checkpoints import compatibility as continuation
 from dat_jax.checkpoints.loading import describe_model, export_model, load_for_finetuning, load_trained
 from dat_jax.checkpoints.manager import DamagedError
-from dat_jax.conversion.command import export_weights
+from dat_jax.conversion.command import convert_to_official
 from dat_jax.conversion.files import read_checkpoint
 from dat_jax.errors import UserError
 from dat_jax.training import trainer as trainer_lib
@@ -65,11 +65,11 @@ def test_a_dat_v1_saved_before_the_form_was_recorded_is_refused_until_the_form_i
 
 def test_the_conversion_command_writes_a_file_that_records_the_given_form(tmp_path):
     make_export(tmp_path / "export", recorded=False)
-    export_weights(str(tmp_path / "export"), str(tmp_path / "w.safetensors"), form="cvpr2022")
+    convert_to_official(str(tmp_path / "export"), str(tmp_path / "w.safetensors"), form="cvpr2022")
     assert read_checkpoint(tmp_path / "w.safetensors").metadata == {"deformable_form": "cvpr2022"}
     make_export(tmp_path / "recorded")
     with pytest.raises(UserError, match="records the form cvpr2022 of deformable attention, got --form=dat_pp"):
-        export_weights(str(tmp_path / "recorded"), str(tmp_path / "other.safetensors"), form="dat_pp")
+        convert_to_official(str(tmp_path / "recorded"), str(tmp_path / "other.safetensors"), form="dat_pp")
 
 
 @pytest.mark.parametrize("settings", [dict(lpu=(True,) * 4), dict(stages=("L", "N", "D", "D"))])

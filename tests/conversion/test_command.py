@@ -1,4 +1,4 @@
-"""python -m dat_jax.conversion: there and back, and mistakes that end with one sentence and write nothing."""
+"""The command python -m dat_jax.conversion: both directions, and errors that end with one sentence and write nothing."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import dat_jax
 from dat_jax import inference
 from dat_jax.checkpoints.loading import export_model
 from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
-from dat_jax.conversion.command import export_weights, import_weights
+from dat_jax.conversion.command import convert_from_official, convert_to_official
 from dat_jax.errors import UserError
 from tests.helpers import pth_writer as pth
 from tests.helpers.golden_files import Golden, relative_error
@@ -52,11 +52,11 @@ def nano_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("pp_mini", "pth"), ("v1_mini", "safetensors")])
-def test_published_weights_there_and_back(name, suffix, tmp_path):
+def test_published_weights_round_trip(name, suffix, tmp_path):
     golden = Golden(name, np.float32)
     weights, out = tmp_path / f"w.{suffix}", tmp_path / "export"
     (pth.write_pth if suffix == "pth" else write_safetensors)(weights, golden.state_dict)
-    rows = import_weights(str(weights), str(out), yaml_file=write_yaml(tmp_path / "m.yaml", golden.config))
+    rows = convert_from_official(str(weights), str(out), yaml_file=write_yaml(tmp_path / "m.yaml", golden.config))
     assert rows["classes"] == "10"
 
     model, variables = dat_jax.load_pretrained(out)
@@ -64,17 +64,17 @@ def test_published_weights_there_and_back(name, suffix, tmp_path):
     assert relative_error(logits, golden.arrays["logits"]) < 1e-5
 
     back = tmp_path / "back.safetensors"
-    assert export_weights(str(out), str(back))["checksum"] == rows["checksum"]
-    wanted = {key: array for key, array in golden.state_dict.items() if not key.endswith(BUFFERS)}
-    got = load_file(back)
-    assert set(got) == set(wanted)
-    for key, array in wanted.items():
-        assert got[key].dtype == array.dtype
-        np.testing.assert_array_equal(got[key], array)
+    assert convert_to_official(str(out), str(back))["checksum"] == rows["checksum"]
+    expected = {key: array for key, array in golden.state_dict.items() if not key.endswith(BUFFERS)}
+    restored = load_file(back)
+    assert set(restored) == set(expected)
+    for key, array in expected.items():
+        assert restored[key].dtype == array.dtype
+        np.testing.assert_array_equal(restored[key], array)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "export", "m.yaml", weights.name]
 
 
-def test_the_command_finds_the_model_and_says_what_it_wrote(nano_file, tmp_path):
+def test_command_recognizes_the_model_and_prints_what_it_wrote(nano_file, tmp_path):
     result = run(nano_file, tmp_path / "export")
     assert (result.returncode, result.stderr) == (0, "")
     for word in ("dat_pp_nano", f"{sum(a.size for a in jax.tree.leaves(nano()[1])):,}", str(tmp_path / "export")):
@@ -83,9 +83,9 @@ def test_the_command_finds_the_model_and_says_what_it_wrote(nano_file, tmp_path)
     assert re.fullmatch("[0-9a-f]{64}", checksum)
     assert checksum in result.stdout
     model, variables = dat_jax.load_pretrained(tmp_path / "export")
-    wanted_model, wanted = nano()
-    assert model == wanted_model
-    assert all(map(np.array_equal, jax.tree.leaves(variables["params"]), jax.tree.leaves(wanted)))
+    expected_model, expected_params = nano()
+    assert model == expected_model
+    assert all(map(np.array_equal, jax.tree.leaves(variables["params"]), jax.tree.leaves(expected_params)))
 
     result = run(tmp_path / "export", tmp_path / "back.safetensors")
     assert (result.returncode, result.stderr) == (0, "")
@@ -95,10 +95,10 @@ def test_the_command_finds_the_model_and_says_what_it_wrote(nano_file, tmp_path)
     assert all(np.array_equal(back[name], array) for name, array in expected.items())
 
 
-def test_the_fixed_kernels_of_slide_attention_are_written_as_published(tmp_path):
+def test_fixed_kernels_of_slide_attention_are_written(tmp_path):
     model, params = nano(stages=("E", "D", "X", "E"))
     export_model(tmp_path / "export", model=model, variables={"params": params})
-    export_weights(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
+    convert_to_official(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
     weights = read_weights(tmp_path / "w.safetensors")
     kernels = {name for name in weights if name.endswith("dep_conv.weight")}
     assert kernels == {"stages.0.attns.0.dep_conv.weight", "stages.3.attns.0.dep_conv.weight"}
@@ -113,7 +113,7 @@ def test_half_precision_weights_become_float32(tmp_path):
     model, params = nano()
     weights = {name: array.astype(np.float16) for name, array in to_official(model, params).items()}
     write_safetensors(tmp_path / "w.safetensors", weights)
-    import_weights(str(tmp_path / "w.safetensors"), str(tmp_path / "export"), model="dat_pp_nano")
+    convert_from_official(str(tmp_path / "w.safetensors"), str(tmp_path / "export"), model="dat_pp_nano")
     _, variables = dat_jax.load_pretrained(tmp_path / "export")
     bias = variables["params"]["cls_head"]["bias"]
     np.testing.assert_array_equal(bias, weights["cls_head.bias"].astype(np.float32))
@@ -122,12 +122,12 @@ def test_half_precision_weights_become_float32(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_half_precision_checkpoints_become_the_same_float32_numbers(dtype, legacy, tmp_path):
+def test_checkpoints_of_any_precision_become_the_same_float32_numbers(dtype, legacy, tmp_path):
     model, params = nano()
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     weights = {f"module.{name}": array.astype(dtype) for name, array in to_official(model, params).items()}
     pth.write_checkpoint(tmp_path / "w.ckpt", {"state_dict": weights}, legacy=legacy)
-    import_weights(str(tmp_path / "w.ckpt"), str(tmp_path / "export"), model="dat_pp_nano")
+    convert_from_official(str(tmp_path / "w.ckpt"), str(tmp_path / "export"), model="dat_pp_nano")
     _, variables = dat_jax.load_pretrained(tmp_path / "export")
     expected = {name.removeprefix("module."): array.astype(np.float32) for name, array in weights.items()}
     loaded = to_official(model, variables["params"])
@@ -147,7 +147,9 @@ def test_raw_or_averaged_weights_are_chosen_and_reported(tmp_path):
         ("raw", raw, "state_dict (raw); weights=ema takes state_dict_ema"),
         ("ema", averaged, "state_dict_ema (averaged); weights=raw takes state_dict"),
     ):
-        rows = import_weights(str(tmp_path / "w.pth.tar"), str(tmp_path / which), model="dat_pp_nano", which=which)
+        rows = convert_from_official(
+            str(tmp_path / "w.pth.tar"), str(tmp_path / which), model="dat_pp_nano", which=which
+        )
         assert rows["taken from"] == source
         _, variables = dat_jax.load_pretrained(tmp_path / which)
         bias = np.asarray(variables["params"]["cls_head"]["bias"])
@@ -157,19 +159,19 @@ def test_raw_or_averaged_weights_are_chosen_and_reported(tmp_path):
     assert source in result.stdout
 
 
-def test_names_without_the_common_prefix_are_named(tmp_path):
+def test_error_names_the_weights_without_the_common_prefix(tmp_path):
     model, params = nano()
     weights = {f"model.{name}": array for name, array in to_official(model, params).items()}
     pth.write_checkpoint(tmp_path / "w.ckpt", {"state_dict": weights | {"loss.weight": np.ones(3, np.float32)}})
     with pytest.raises(
         UserError, match=r"w\.ckpt \(names start with 'model\.' except loss\.weight\) has names or shapes of no"
     ):
-        import_weights(str(tmp_path / "w.ckpt"), str(tmp_path / "out"))
+        convert_from_official(str(tmp_path / "w.ckpt"), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
-def test_a_whole_detector_there_and_back(name, tmp_path):
-    """Kind, classes and widths are read from the weights; a training checkpoint has its counters beside them."""
+def test_detector_round_trip(name, tmp_path):
+    """Kind, number of classes and widths come from the weights. Counters of BatchNorm are ignored."""
     width = {} if name == "retinanet" else {"width": 16}
     detector = dat_jax.create_detector(name, backbone="dat_pp_nano", num_classes=3, features=8, **width)
     rng = np.random.default_rng(0)
@@ -178,7 +180,7 @@ def test_a_whole_detector_there_and_back(name, tmp_path):
     counters = {f"{key[:-11]}num_batches_tracked": np.array(7) for key in shapes if key.endswith("running_var")}
     assert bool(counters) == (name == "cascade_mask_rcnn")
     pth.write_pth(tmp_path / "w.pth", weights | counters)
-    rows = import_weights(str(tmp_path / "w.pth"), str(tmp_path / "export"))
+    rows = convert_from_official(str(tmp_path / "w.pth"), str(tmp_path / "export"))
     assert (rows["model"], rows["classes"]) == (f"{name} on dat_pp_nano", "3")
     model, variables = dat_jax.load_pretrained(tmp_path / "export")
     assert model == detector
@@ -186,12 +188,12 @@ def test_a_whole_detector_there_and_back(name, tmp_path):
     trained = sum(array.size for key, array in weights.items() if not key.endswith(("running_mean", "running_var")))
     assert rows["parameters"] == f"{trained:,}"
 
-    back = export_weights(str(tmp_path / "export"), str(tmp_path / "back.safetensors"))
+    back = convert_to_official(str(tmp_path / "export"), str(tmp_path / "back.safetensors"))
     assert back["checksum"] == rows["checksum"]
-    got = load_file(tmp_path / "back.safetensors")
-    assert got.keys() == weights.keys() | counters.keys()
+    restored = load_file(tmp_path / "back.safetensors")
+    assert restored.keys() == weights.keys() | counters.keys()
     for key, array in weights.items():
-        np.testing.assert_array_equal(got[key], array, err_msg=key)
+        np.testing.assert_array_equal(restored[key], array, err_msg=key)
 
 
 def test_weights_of_an_unknown_detector_are_refused(tmp_path):
@@ -201,20 +203,22 @@ def test_weights_of_an_unknown_detector_are_refused(tmp_path):
     weights["roi_head.bbox_head.fc_reg.weight"] = np.zeros((4, 16), np.float32)  # one box for all classes
     write_safetensors(tmp_path / "w.safetensors", weights)
     files = str(tmp_path / "w.safetensors"), str(tmp_path / "out")
-    with pytest.raises(UserError, match="no known detector: wanted RetinaNet, Mask R-CNN or Cascade Mask R-CNN on a"):
-        import_weights(*files)
-    wanted = r"mask_rcnn on dat_pp_nano: .* mis-shaped: roi_head.bbox_head.fc_reg.weight \(4, 16\), wanted \(12, 16\)"
-    with pytest.raises(UserError, match=wanted):
-        import_weights(*files, model="dat_pp_nano")
+    with pytest.raises(UserError, match="no known detector: expected RetinaNet, Mask R-CNN or Cascade Mask R-CNN on a"):
+        convert_from_official(*files)
+    message = (
+        r"mask_rcnn on dat_pp_nano: .* mis-shaped: roi_head.bbox_head.fc_reg.weight expected \(12, 16\), got \(4, 16\)"
+    )
+    with pytest.raises(UserError, match=message):
+        convert_from_official(*files, model="dat_pp_nano")
     with pytest.raises(
         UserError, match=r"weights of a detector: expected a Python configuration \(.py\) as --yaml, got some"
     ):
-        import_weights(*files, yaml_file="some.yaml")
+        convert_from_official(*files, yaml_file="some.yaml")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_python_configuration_describes_a_detector_and_its_test_settings(tmp_path):
-    """What the weights do not tell comes from the file: anchors and coders, and thresholds as options of the export."""
+def test_python_configuration_sets_detector_and_inference_options(tmp_path):
+    """The file sets what the weights do not determine: anchors, box coders and thresholds."""
     config = make_config("retinanet_tiny")
     config["backbone"] |= {"dim_stem": 32, "dims": [32, 64, 128, 192], "heads": [1, 2, 4, 6], "groups": [1, 1, 2, 3]}
     config["backbone"] |= {"stage_spec": [["N"], ["N"], ["N"], ["N"]], "depths": [1, 1, 1, 1]}
@@ -229,7 +233,7 @@ def test_a_python_configuration_describes_a_detector_and_its_test_settings(tmp_p
     weights = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
     write_safetensors(tmp_path / "w.safetensors", weights)
     files = str(tmp_path / "w.safetensors"), str(tmp_path / "export")
-    rows = import_weights(*files, yaml_file=str(tmp_path / "c.py"))
+    rows = convert_from_official(*files, yaml_file=str(tmp_path / "c.py"))
     assert rows["model"] == str(tmp_path / "c.py")
     model, _ = dat_jax.load_pretrained(tmp_path / "export")
     assert model == detector
@@ -240,13 +244,13 @@ def test_a_python_configuration_describes_a_detector_and_its_test_settings(tmp_p
     with pytest.raises(
         UserError, match="s.py does not describe a supported detector: type: expected one of 'RetinaNet'"
     ):
-        import_weights(files[0], str(tmp_path / "out"), yaml_file=str(tmp_path / "s.py"))
+        convert_from_official(files[0], str(tmp_path / "out"), yaml_file=str(tmp_path / "s.py"))
     (tmp_path / "d.py").write_text(f"model = {config | {'surprise': 1}!r}\n")
     with pytest.raises(UserError, match=r"d.py does not describe a supported detector: Unknown keys .*\['surprise'\]"):
-        import_weights(files[0], str(tmp_path / "out"), yaml_file=str(tmp_path / "d.py"))
+        convert_from_official(files[0], str(tmp_path / "out"), yaml_file=str(tmp_path / "d.py"))
 
 
-def test_a_yaml_file_sets_the_size_of_images(nano_file, tmp_path):
+def test_yaml_file_sets_the_image_size(nano_file, tmp_path):
     settings = {"img_size": 48, "num_classes": 3, "dim_stem": 32, "dims": [32, 64, 128, 192], "depths": [2, 2, 1, 1]}
     settings |= {"stage_spec": [["N", "D"], ["N", "D"], ["D"], ["D"]], "heads": [1, 2, 4, 6], "groups": [1, 1, 2, 3]}
     settings |= {
@@ -262,7 +266,7 @@ def test_a_yaml_file_sets_the_size_of_images(nano_file, tmp_path):
         "TEST": {"CROP": False},
     }
     (tmp_path / "m.yaml").write_text(json.dumps(config))
-    import_weights(str(nano_file), str(tmp_path / "export"), yaml_file=str(tmp_path / "m.yaml"))
+    convert_from_official(str(nano_file), str(tmp_path / "export"), yaml_file=str(tmp_path / "m.yaml"))
     options = inference.load(tmp_path / "export").options
     assert (options["image_size"], options["resize"]) == (64, 64)
 
@@ -281,7 +285,7 @@ GOOD_YAML = {
         (
             "{nano}",
             dict(model="dat_pp_tiny"),
-            r"dat_pp_tiny: These weights are not of this model \(\d+ unknown, .*\)\. \d+ unknown: stages",
+            r"dat_pp_tiny: The weights do not fit this model \(\d+ unknown, .*\)\. \d+ unknown: stages",
         ),
         ("{nano}", dict(model="dat_tinny"), "Unknown model 'dat_tinny', did you mean 'dat_tiny'"),
         (
@@ -289,7 +293,7 @@ GOOD_YAML = {
             dict(yaml_file="{tmp}/keys.yaml"),
             r"Unknown keys in the published configuration: \['MODEL.DAT.img_sise'\]",
         ),
-        ("{nano}", dict(yaml_file="{tmp}/other.yaml"), "other.yaml: These weights are not of this model"),
+        ("{nano}", dict(yaml_file="{tmp}/other.yaml"), "other.yaml: The weights do not fit this model"),
         ("{nano}", dict(yaml_file="{tmp}/short.yaml"), "short.yaml does not describe a model"),
         ("{nano}", dict(yaml_file="{tmp}/empty.yaml"), r"empty.yaml: expected a mapping MODEL\.DAT"),
         ("{nano}", dict(yaml_file="{tmp}/broken.yaml"), "broken.yaml cannot be read: while parsing"),
@@ -298,13 +302,13 @@ GOOD_YAML = {
         (
             "{tmp}/other.safetensors",
             {},
-            "no known model; say --yaml=FILE.* or --model=NAME, one of dat_pp_tiny, .*nano",
+            "no known model; set --yaml=FILE.* or set --model=NAME, one of dat_pp_tiny, .*nano",
         ),
         ("{tmp}/cut.safetensors", {}, "cut.safetensors is damaged"),
         ("{tmp}/none.pth", {}, "There is no file"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(weights, options, message, nano_file, tmp_path):
+def test_invalid_inputs_are_refused_and_nothing_is_written(weights, options, message, nano_file, tmp_path):
     write_yaml(tmp_path / "keys.yaml", {**GOOD_YAML, "img_sise": 3})
     write_yaml(tmp_path / "other.yaml", GOOD_YAML)
     write_yaml(tmp_path / "short.yaml", {**GOOD_YAML, "use_pes": [True]})
@@ -315,35 +319,35 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(weights, opt
     before = sorted(tmp_path.iterdir())
     options = {key: value.format(tmp=tmp_path) for key, value in options.items()}
     with pytest.raises(UserError, match=message) as info:
-        import_weights(weights.format(nano=nano_file, tmp=tmp_path), str(tmp_path / "out"), **options)
+        convert_from_official(weights.format(nano=nano_file, tmp=tmp_path), str(tmp_path / "out"), **options)
     assert "\n" not in str(info.value)
     assert len(str(info.value)) < 1000
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_exists_is_not_overwritten(nano_file, tmp_path):
+def test_existing_paths_are_not_overwritten(nano_file, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(UserError, match="out exists already and nothing is overwritten"):
-        import_weights(str(nano_file), str(out))
+    with pytest.raises(UserError, match="out exists"):
+        convert_from_official(str(nano_file), str(out))
     assert not list(out.iterdir())
-    import_weights(str(nano_file), str(tmp_path / "export"))
+    convert_from_official(str(nano_file), str(tmp_path / "export"))
     (tmp_path / "w.safetensors").write_text("precious")
-    with pytest.raises(UserError, match="w.safetensors exists already"):
-        export_weights(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
+    with pytest.raises(UserError, match="w.safetensors exists"):
+        convert_to_official(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
     assert (tmp_path / "w.safetensors").read_text() == "precious"
-    with pytest.raises(UserError, match=r"ends in \.safetensors where WEIGHTS is a folder, got .*w\.pth"):
-        export_weights(str(tmp_path / "export"), str(tmp_path / "w.pth"))
-    with pytest.raises(UserError, match="OUT is the name of a folder where WEIGHTS is a file"):
-        import_weights(str(nano_file), str(tmp_path / "new.safetensors"))
+    with pytest.raises(UserError, match=r"end in \.safetensors if WEIGHTS is a folder, got .*w\.pth"):
+        convert_to_official(str(tmp_path / "export"), str(tmp_path / "w.pth"))
+    with pytest.raises(UserError, match="OUT must be the name of a new folder if WEIGHTS is a file"):
+        convert_from_official(str(nano_file), str(tmp_path / "new.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"Wanted: WEIGHTS OUT \[--model=NAME | --yaml=FILE\] \[--weights=auto\|ema\|raw\], got nothing\."),
-        (["a", "b", "c"], "Wanted: WEIGHTS OUT"),
-        (["a.pth", "b", "--model=x", "--yaml=y"], "Wanted: WEIGHTS OUT"),
+        ([], r"WEIGHTS OUT \[--model=NAME \| --yaml=FILE\] .*\[--weights=auto\|ema\|raw\], got nothing\."),
+        (["a", "b", "c"], "WEIGHTS OUT .*, got a b c"),
+        (["a.pth", "b", "--model=x", "--yaml=y"], "WEIGHTS OUT .*, got a.pth b"),
         (["a.pth", "b", "--modle=x"], "Unknown command line flag 'modle'"),
         (
             ["{tmp}", "{tmp}/b.safetensors", "--model=dat_tiny"],
@@ -354,12 +358,12 @@ def test_what_exists_is_not_overwritten(nano_file, tmp_path):
             "--model, --yaml and --weights are for a file of weights",
         ),
         (["a.pth", "b", "--weights=best"], "Flags: flag --weights=best: value should be one of <auto|ema|raw>"),
-        (["{tmp}", "{tmp}/b.safetensors"], r"Wanted an export \(with model.json\) or the work directory"),
+        (["{tmp}", "{tmp}/b.safetensors"], "model.json"),
         (["{tmp}/evil.pth", "{tmp}/out"], r"evil.pth would run code when PyTorch loads it \(it names os.system\)"),
-        (["{tmp}/damaged", "{tmp}/b.safetensors"], r"damaged is damaged: cls_head/kernel cannot be read\."),
+        (["{tmp}/damaged", "{tmp}/b.safetensors"], "damaged.*: cls_head/kernel cannot be read"),
     ],
 )
-def test_mistakes_on_the_command_line_end_with_one_sentence(arguments, message, tmp_path):
+def test_command_line_errors_are_one_sentence(arguments, message, tmp_path):
     pth.write_archive(tmp_path / "evil.pth", pth.call("os", "system", pth.text(f"touch {tmp_path / 'ran'}")), {})
     if "{tmp}/damaged" in arguments:
         model, params = nano()

@@ -1,4 +1,4 @@
-"""Published detectors come over whole: names, shapes, counts and numbers."""
+"""Conversion of detectors: names, shapes, parameter counts and values."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from dat_jax import create_detector, create_model, list_models
 from dat_jax.conversion import detectors
 from tests.helpers.golden_files import read_keys
 
-PUBLISHED = {  # millions of parameters, as the paper's tables have them
+PUBLISHED = {  # millions of parameters, from the tables of the paper
     **{
         ("retinanet", "tiny"): 33.7,
         ("retinanet", "small"): 63.3,
@@ -25,7 +25,7 @@ def make(kind, size):
 
 
 @pytest.mark.parametrize(("kind", "size"), PUBLISHED)
-def test_names_and_counts_are_the_published_ones(kind, size):
+def test_names_and_counts_equal_the_published_ones(kind, size):
     total, recorded = read_keys(f"{kind}_{size}")
     ours = detectors.detector_shapes(make(kind, size))
     counters = {name for name in recorded if name.endswith("num_batches_tracked")}
@@ -35,7 +35,7 @@ def test_names_and_counts_are_the_published_ones(kind, size):
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "maskrcnn", "cascade"])
-def test_a_full_size_state_dict_converts_and_comes_back(kind):
+def test_full_size_state_dict_round_trip(kind):
     rng = np.random.default_rng(0)
     _, recorded = read_keys(f"{kind}_tiny")
     state_dict = {
@@ -50,8 +50,8 @@ def test_a_full_size_state_dict_converts_and_comes_back(kind):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-def test_the_weight_decay_is_that_of_the_published_names():
-    """Published: none for the names that the segmentors spare, nor for any norm: here the BatchNorms are left, "bn"."""
+def test_weight_decay_of_published_names():
+    """The published code decays neither the names that are excluded for segmentors nor any norm, here the BatchNorms "bn"."""
     from dat_jax.training.optimizer import decay_all_but_norms_and_bn
 
     model = create_detector("cascade_mask_rcnn", backbone="dat_tiny", features=8, width=16)
@@ -62,12 +62,12 @@ def test_the_weight_decay_is_that_of_the_published_names():
     )
     statistics = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes["batch_stats"])
     official = detectors.detector_to_official(model, {"params": decays, "batch_stats": statistics})
-    free = ("norm", ".bn.", "rpe_table", "relative_position_bias_table", "absolute_pos_embed")
-    for word in free[:-1]:
+    undecayed = ("norm", ".bn.", "rpe_table", "relative_position_bias_table", "absolute_pos_embed")
+    for word in undecayed[:-1]:
         assert any(word in name for name in official)
     for name, array in official.items():
         if not name.endswith(("running_mean", "running_var", "tracked")):
-            assert array.all() == (not any(word in name for word in free)), name
+            assert array.all() == (not any(word in name for word in undecayed)), name
     assert official["roi_head.bbox_head.2.fc_cls.bias"].all()
 
 
@@ -84,14 +84,14 @@ def test_kind_and_widths_are_read_from_the_weights(name):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("retinanet", "retinanet"), ("cascade", "cascade_mask_rcnn")])
-def test_published_weights_are_found(kind, name):
+def test_model_of_published_weights_is_recognized(kind, name):
     _, recorded = read_keys(f"{kind}_tiny")
     state_dict = {key: np.broadcast_to(np.float32(0), shape) for key, shape in recorded.items()}
-    found = detectors.find_detector(state_dict, backbones={size: create_model(size) for size in list_models()})
-    assert found == ("dat_pp_tiny", create_detector(name, backbone="dat_pp_tiny"))
+    match = detectors.find_detector(state_dict, backbones={size: create_model(size) for size in list_models()})
+    assert match == ("dat_pp_tiny", create_detector(name, backbone="dat_pp_tiny"))
 
 
-def test_guesses_survive_weights_of_strange_shapes():
+def test_weights_of_unexpected_shapes_give_a_valid_model():
     for shape in ((), (0,), (5,), (0, 0, 3, 3)):
         state_dict = {
             "bbox_head.retina_cls.weight": np.zeros(shape),

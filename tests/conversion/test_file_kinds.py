@@ -79,7 +79,7 @@ INDEX = json.dumps({"metadata": {"total_size": 3}, "weight_map": {"a": "model-00
         (b"7z\xbc\xaf\x27\x1c" + bytes(30), "is a compressed archive; unpack it"),
         (
             make_tar("sys_info", "pickle", "tensors", "storages"),
-            "is in PyTorch's tar format from before 0.1.10; load it with",
+            "is in PyTorch's tar format from before 0.1.10; if you trust it, load it with",
         ),
         (make_tar("weights/dat.pth"), "is a tar archive; unpack it"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file, as Keras writes; expected a file of torch.save or a"),
@@ -102,11 +102,11 @@ INDEX = json.dumps({"metadata": {"total_size": 3}, "weight_map": {"a": "model-00
         (b"GGUF" + bytes(40), "is a GGUF file"),
         (b"some\ntext \x1b", r"not a file of weights, or is damaged: .* starts with 'some\\\\ntext \\\\x1b'\."),
         (bytes(1000), "is not a file of weights, or is damaged"),
-        (make_zip(a="x" * 999)[:500], "is damaged: it is a zip archive without its end, a partial download"),
+        (make_zip(a="x" * 999)[:500], "is damaged: its zip archive is incomplete"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "data",
 )
-def test_other_files_are_refused_with_what_they_are(data, message, tmp_path):
+def test_other_kinds_of_files_are_refused_and_named(data, message, tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(data)
     with pytest.raises(UserError, match=message) as info:
@@ -140,7 +140,7 @@ def header_of(**entries) -> bytes:
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "data",
 )
-def test_safetensors_that_are_damaged_or_of_other_dtypes_are_refused(data, message, tmp_path):
+def test_safetensors_that_are_damaged_or_have_other_dtypes_are_refused(data, message, tmp_path):
     path = tmp_path / "w.bin"
     path.write_bytes(data)
     with pytest.raises(UserError, match=message) as info:

@@ -1,4 +1,4 @@
-"""Files of weights: what PyTorch wrote, what it would not write, and what runs nothing."""
+"""Reading of weights files: files written by PyTorch, damaged ones, and malicious ones, which run no code."""
 
 import json
 import os
@@ -27,35 +27,35 @@ def view(**changes) -> bytes:
 
 
 def assert_refused(path, message):
-    """With one sentence."""
+    """The file is refused with one sentence."""
     with pytest.raises(UserError, match=message) as info:
         read_weights(path)
     assert "\n" not in str(info.value)
     assert str(info.value).endswith(".")
 
 
-def test_what_pytorch_wrote_is_read_to_the_bit():
+def test_file_written_by_pytorch_is_read_exactly():
     weights = read_weights(DIRECTORY / "torch_mini.pth")
     with np.load(DIRECTORY / "torch_mini.npz") as file:
-        wanted = {name: file[name] for name in file.files}
-    wanted["bfloat16"] = wanted["bfloat16"].astype(ml_dtypes.bfloat16)
-    assert set(weights) == set(wanted)
-    for name, array in wanted.items():
+        expected = {name: file[name] for name in file.files}
+    expected["bfloat16"] = expected["bfloat16"].astype(ml_dtypes.bfloat16)
+    assert set(weights) == set(expected)
+    for name, array in expected.items():
         assert (weights[name].dtype, weights[name].shape) == (array.dtype, array.shape)
         assert weights[name].tobytes() == array.tobytes()
-    weights["shared"][:] = 0  # one storage in the file, but memory of its own here
-    np.testing.assert_array_equal(weights["shared_column"], wanted["shared_column"])
+    weights["shared"][:] = 0  # arrays that share a storage in the file do not share memory
+    np.testing.assert_array_equal(weights["shared_column"], expected["shared_column"])
 
 
 @pytest.mark.parametrize("name", ["pp_mini", "v1_mini"])
-def test_state_dicts_come_back_from_pth_and_safetensors(name, tmp_path):
-    wanted = Golden(name, np.float32).state_dict
-    pth.write_pth(tmp_path / "w.pth", wanted)
-    write_safetensors(tmp_path / "w.safetensors", wanted)
+def test_state_dict_round_trip_through_pth_and_safetensors(name, tmp_path):
+    expected = Golden(name, np.float32).state_dict
+    pth.write_pth(tmp_path / "w.pth", expected)
+    write_safetensors(tmp_path / "w.safetensors", expected)
     for suffix in ("pth", "safetensors"):
         weights = read_weights(tmp_path / f"w.{suffix}")
-        assert set(weights) == set(wanted)
-        for key, array in wanted.items():
+        assert set(weights) == set(expected)
+        for key, array in expected.items():
             assert weights[key].dtype == array.dtype
             np.testing.assert_array_equal(weights[key], array)
 
@@ -78,10 +78,10 @@ def test_safetensors_hold_any_layout_and_bfloat16(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["w.safetensors"]
 
 
-def test_what_exists_is_not_overwritten(tmp_path):
+def test_existing_file_is_not_overwritten(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_text("precious")
-    with pytest.raises(UserError, match="exists already and nothing is overwritten"):
+    with pytest.raises(UserError, match="w.safetensors exists"):
         write_safetensors(path, {"a": np.ones(2)})
     assert path.read_text() == "precious"
     with pytest.raises(UserError, match=r"x.safetensors cannot be written: Not a directory\."):
@@ -89,19 +89,19 @@ def test_what_exists_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "wanted"),
+    ("keys", "expected"),
     [
         (("model", "state_dict", "model_ema"), "model"),
         (("model_ema", "state_dict"), "state_dict"),
         (("model_ema", "optimizer"), "model_ema"),
     ],
 )
-def test_where_the_weights_are(keys, wanted, tmp_path):
+def test_key_of_the_weights(keys, expected, tmp_path):
     content = pth.mapping({key: pth.mapping({key: pth.tensor("float32", (6,), key="0", count=6)}) for key in keys})
-    assert set(read_weights(write(tmp_path / "w.pth", content))) == {wanted}
+    assert set(read_weights(write(tmp_path / "w.pth", content))) == {expected}
 
 
-def test_a_bare_mapping_passes_over_what_is_no_tensor_and_loses_module(tmp_path):
+def test_bare_mapping_skips_other_values_and_removes_module_prefix(tmp_path):
     items = {f"module.{name}": pth.tensor("float32", (6,), key="0", count=6) for name in "ab"}
     weights = read_weights(write(tmp_path / "w.pt", pth.mapping({**items, "epoch": pth.integer(3)})))
     assert set(weights) == {"a", "b"}
@@ -109,14 +109,14 @@ def test_a_bare_mapping_passes_over_what_is_no_tensor_and_loses_module(tmp_path)
     assert set(read_weights(write(tmp_path / "v.pt", pth.mapping(items)))) == {"module.a", "module.b", "c"}
 
 
-def test_the_configuration_of_a_training_checkpoint_is_passed_over(tmp_path):
+def test_configuration_in_a_training_checkpoint_is_skipped(tmp_path):
     state = pth.mapping({"__deprecated_keys__": pth.name("__builtin__", "set") + b"]\x85R"})
     config = pth.name("yacs.config", "CfgNode") + b")\x81(" + pth.text("MODEL") + pth.text("dat") + b"u" + state + b"b"
     content = pth.mapping({"config": config, "model": view()})
     assert set(read_weights(write(tmp_path / "w.pth", content))) == {"w"}
 
 
-def test_storages_of_the_other_byte_order(tmp_path):
+def test_big_endian_storages(tmp_path):
     data = np.arange(6, dtype=">f4").tobytes()
     weights = read_weights(write(tmp_path / "w.pth", view(), {"0": data}, order="big"))
     np.testing.assert_array_equal(weights["w"], np.arange(6).reshape(2, 3))
@@ -131,7 +131,7 @@ class Evil:
         return os.system, (f"touch {self.target}",)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
     target, path = tmp_path / "ran", tmp_path / "w.pth"
     opcodes = pickle.dumps({"model": Evil(target)}, protocol=2)[2:-1]
     message = (
@@ -144,12 +144,12 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     assert not target.exists()
 
 
-def test_a_pickle_that_writes_to_a_name_changes_no_other_file(tmp_path):
+def test_pickle_that_sets_an_attribute_has_no_effect_on_other_files(tmp_path):
     """Python's unpickler would set attributes of the class CfgNode here."""
     state = b"N" + pth.mapping({"update": pth.integer(1), "__init__": pth.integer(1)}) + b"\x86"
     content = pth.mapping({"a": pth.name("yacs.config", "CfgNode") + state + b"b", "model": view()})
     assert set(read_weights(write(tmp_path / "evil.pth", content))) == {"w"}
-    test_the_configuration_of_a_training_checkpoint_is_passed_over(tmp_path)
+    test_configuration_in_a_training_checkpoint_is_skipped(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_truncated_files_are_refused(suffix, part, tmp_path):
     assert_refused(cut, "is damaged|is empty; download it again")
 
 
-def test_changed_bytes_are_noticed(tmp_path):
+def test_changed_bytes_are_detected(tmp_path):
     path = write(tmp_path / "w.pth", view())
     data = path.read_bytes()
     assert data.count(DATA) == 1
@@ -215,7 +215,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("header", [{"__metadata__": ["a"]}, {"w": [1]}, {"__metadata__": None, "w": None}])
-def test_headers_of_safetensors_that_are_no_mappings_are_refused(header, tmp_path):
+def test_safetensors_headers_without_mappings_are_refused(header, tmp_path):
     text = json.dumps(header).encode()
     (tmp_path / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     assert_refused(tmp_path / "w.safetensors", "is damaged: ")

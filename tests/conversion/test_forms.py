@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax import conversion, inference
-from dat_jax.conversion.command import export_weights, import_weights
+from dat_jax.conversion.command import convert_from_official, convert_to_official
 from dat_jax.conversion.files import read_checkpoint, write_safetensors
 from dat_jax.conversion.official import official_shapes
 from dat_jax.errors import UserError
@@ -46,23 +46,24 @@ def logits_of(export, images):
     return jax.jit(model.apply)(variables, images)
 
 
-def test_weights_of_v1_shapes_are_taken_as_released_and_the_form_is_printed(released, tmp_path):
+def test_weights_with_the_shapes_of_v1_have_the_released_form(released, tmp_path):
     golden, file = released
-    rows = import_weights(str(file), str(tmp_path / "export"))
+    rows = convert_from_official(str(file), str(tmp_path / "export"))
     assert rows["model"] == "dat_tiny"
-    assert rows["deformable form"].startswith("cvpr2022, DAT v1 as it was released; --form=dat_pp")
+    assert rows["deformable form"].startswith("cvpr2022, DAT v1 as it was released; ")
+    assert "--form=dat_pp" in rows["deformable form"]
     assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) < 1e-5
 
 
 @pytest.mark.parametrize("how", ["shapes", "model", "yaml"])
-def test_the_flag_chooses_the_other_form(released, tmp_path, how):
+def test_flag_sets_the_other_form(released, tmp_path, how):
     golden, file = released
     options = {
         "shapes": {},
         "model": dict(model="dat_tiny"),
         "yaml": dict(yaml_file=write_yaml(tmp_path / "m.yaml", golden.config)),
     }[how]
-    rows = import_weights(str(file), str(tmp_path / "export"), form="dat_pp", **options)
+    rows = convert_from_official(str(file), str(tmp_path / "export"), form="dat_pp", **options)
     assert rows["deformable form"] == "dat_pp, as published with DAT++"
     assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) > 1e-4
 
@@ -77,7 +78,7 @@ def test_the_flag_chooses_the_other_form(released, tmp_path, how):
         ({}, 438),
     ],
 )
-def test_the_form_does_not_change_the_crop_of_a_yaml_file(released, tmp_path, how, sections, resize):
+def test_form_does_not_change_the_resize_of_a_yaml_file(released, tmp_path, how, sections, resize):
     golden, _ = released
     for keys, form in (({}, "dat_pp"), ({"ksizes": [9, 7, 5, 3]}, "cvpr2022")):
         file, export = tmp_path / f"{form}.safetensors", tmp_path / form
@@ -86,13 +87,13 @@ def test_the_form_does_not_change_the_crop_of_a_yaml_file(released, tmp_path, ho
         weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         write_safetensors(file, weights, metadata={"deformable_form": form} if how == "recorded" else {})
         yaml_file = write_yaml(tmp_path / "m.yaml", config, **sections)
-        import_weights(str(file), str(export), yaml_file=yaml_file, form=form if how == "flag" else None)
+        convert_from_official(str(file), str(export), yaml_file=yaml_file, form=form if how == "flag" else None)
         classifier = inference.load(export)
         assert dat_jax.load(export)[0].deformable_form == form
         assert (classifier.options["image_size"], classifier.options["resize"]) == (384, resize)
 
 
-def test_a_configuration_without_the_later_keys_is_of_the_release(released):
+def test_configuration_without_later_keys_has_the_released_form(released):
     golden, _ = released
     assert not golden.config.keys() & set(LATER_KEYS)
     assert conversion.model_from_official(golden.config).deformable_form == "cvpr2022"
@@ -103,7 +104,7 @@ def test_a_configuration_without_the_later_keys_is_of_the_release(released):
 
 
 @pytest.mark.parametrize("kind", "NEX")
-def test_blocks_that_the_release_does_not_have_imply_the_later_form(released, kind):
+def test_later_block_types_imply_the_later_form(released, kind):
     golden, _ = released
     stages = [[kind, *blocks[1:]] for blocks in golden.config["stage_spec"]]
     config = {**golden.config, "stage_spec": stages}
@@ -112,26 +113,26 @@ def test_blocks_that_the_release_does_not_have_imply_the_later_form(released, ki
 
 
 @pytest.mark.parametrize("form", ["cvpr2022", "dat_pp"])
-def test_safetensors_keep_the_form_on_the_way_out_and_back(released, tmp_path, form):
+def test_form_round_trip_through_safetensors(released, tmp_path, form):
     golden, file = released
-    import_weights(str(file), str(tmp_path / "export"), form=form)
+    convert_from_official(str(file), str(tmp_path / "export"), form=form)
     out = tmp_path / "out.safetensors"
-    export_weights(str(tmp_path / "export"), str(out))
+    convert_to_official(str(tmp_path / "export"), str(out))
     assert read_checkpoint(out).metadata == {"deformable_form": form}
     for name, array in load_file(out).items():
         np.testing.assert_array_equal(array, golden.state_dict[name])
-    import_weights(str(out), str(tmp_path / "again"))
+    convert_from_official(str(out), str(tmp_path / "again"))
     assert dat_jax.load(tmp_path / "again")[0].deformable_form == form
     other = {"cvpr2022": "dat_pp", "dat_pp": "cvpr2022"}[form]
     with pytest.raises(UserError, match=f"records the form {form} of deformable attention, got --form={other}"):
-        import_weights(str(out), str(tmp_path / "never"), form=other)
+        convert_from_official(str(out), str(tmp_path / "never"), form=other)
     assert not (tmp_path / "never").exists()
 
 
-def test_an_unknown_recorded_form_is_refused(released, tmp_path):
+def test_unknown_recorded_form_is_refused(released, tmp_path):
     golden, _ = released
     write_safetensors(tmp_path / "w.safetensors", golden.state_dict, metadata={"deformable_form": "dat_3"})
     with pytest.raises(
         UserError, match="records the unknown form 'dat_3' of deformable attention; known: dat_pp, cvpr2022"
     ):
-        import_weights(str(tmp_path / "w.safetensors"), str(tmp_path / "export"))
+        convert_from_official(str(tmp_path / "w.safetensors"), str(tmp_path / "export"))

@@ -1,4 +1,4 @@
-"""Published configurations and weights: every kind of block there and back, and one error that names all."""
+"""Conversion of classifiers: a round trip of every type of block, and an error that names everything that does not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ SMALL = dict(
     ksizes=[5, 3, 3, 3],
     heads_q=[1, 1, 1, 1],
 )
-# Kinds of blocks, settings, and the published names, with shapes, of some parameters that they have.
+# Block types -> settings, and the published names and shapes of some parameters.
 CASES = {
     "NLSP": (
         dict(stage_spec=["N", "L", "S", "P"], sr_ratios=[1, 1, 1, 2], use_lpus=[True] * 4, use_dwc_mlps=[True] * 4),
@@ -92,7 +92,7 @@ def make_case(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_block_has_its_published_names_there_and_back(name):
+def test_block_types_round_trip_with_published_names(name):
     config, model, variables, state_dict = make_case(name)
     shapes = {key: array.shape for key, array in state_dict.items()}
     assert shapes == official_shapes(model)
@@ -101,24 +101,24 @@ def test_every_block_has_its_published_names_there_and_back(name):
     assert not any(key.startswith("stages.3.attns.0.rpe_table") for key in shapes)
     restored_model, restored = conversion.from_official(config, state_dict)
     assert restored_model == model
-    for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(variables), strict=True):
-        np.testing.assert_array_equal(got, wanted)
+    for restored_array, array in zip(jax.tree.leaves(restored), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(restored_array, array)
 
 
-def test_what_has_no_part_in_the_function_is_passed_over():
+def test_unused_published_weights_are_ignored():
     config, _, variables, state_dict = make_case("EXXE")
     one_hot = np.tile(np.eye(9).reshape(9, 1, 3, 3), (2, 1, 1, 1))
     extra = {"stages.0.attns.0.dep_conv.weight": one_hot, "stages.1.layer_scales.0.weight": np.ones(32)}
     _, restored = conversion.from_official(config, {**state_dict, **extra})
     assert jax.tree.structure(restored) == jax.tree.structure(variables)
-    with pytest.raises(ValueError, match="fixed kernels with other than their fixed values: stages.0.attns.0.dep_conv"):
+    with pytest.raises(ValueError, match="1 fixed kernels that .*: stages.0.attns.0.dep_conv"):
         conversion.from_official(config, {**state_dict, "stages.0.attns.0.dep_conv.weight": one_hot * 2})
 
     config, _, _, state_dict = make_case("DDDD")
     conversion.from_official(config, {**state_dict, "stages.3.attns.0.conv_offset.0.weight": np.ones((16, 1, 3, 3))})
 
 
-def test_golden_weights_come_back_bit_by_bit():
+def test_golden_weights_round_trip_exactly():
     golden = Golden("pp_mini", np.float32)
     model, variables = conversion.from_official(golden.config, golden.state_dict)
     back = conversion.to_official(model, variables["params"])
@@ -127,26 +127,28 @@ def test_golden_weights_come_back_bit_by_bit():
         np.testing.assert_array_equal(back[name], array)
 
 
-def test_buffers_may_be_left_out():
+def test_buffers_may_be_missing():
     golden = Golden("v1_mini", np.float32)
     buffers = {key for key in golden.state_dict if key.endswith(("relative_position_index", "attn_mask"))}
     assert buffers
     without = {key: value for key, value in golden.state_dict.items() if key not in buffers}
     _, variables = conversion.from_official(golden.config, without)
-    _, wanted = conversion.from_official(golden.config, golden.state_dict)
-    assert relative_error(*(np.concatenate([x.ravel() for x in jax.tree.leaves(v)]) for v in (variables, wanted))) == 0
+    _, expected = conversion.from_official(golden.config, golden.state_dict)
+    assert (
+        relative_error(*(np.concatenate([x.ravel() for x in jax.tree.leaves(v)]) for v in (variables, expected))) == 0
+    )
 
 
-def test_one_error_names_unknown_missing_and_mis_shaped():
+def test_one_error_names_unknown_missing_and_mis_shaped_weights():
     config, _, _, state_dict = make_case("NLSP")
     wrong = {**state_dict, "surprise": np.ones(3), "cls_head.weight": np.ones((5, 32))}
     del wrong["cls_norm.norm.bias"]
-    with pytest.raises(ValueError, match="not of this model") as info:
+    with pytest.raises(ValueError, match="do not fit this model") as info:
         conversion.from_official(config, wrong)
     for part in (
         "1 unknown: surprise",
         "1 missing: cls_norm.norm.bias",
-        "1 mis-shaped: cls_head.weight (5, 32), wanted (3, 32)",
+        "1 mis-shaped: cls_head.weight expected (3, 32), got (5, 32)",
     ):
         assert part in str(info.value)
 
@@ -158,17 +160,17 @@ def test_one_error_names_unknown_missing_and_mis_shaped():
         (dict(patch_size=8), "patch_size 4"),
         (dict(drop_rate=0.1), "no dropout"),
         (dict(depths=[2, 1, 1, 1]), "do not count the blocks"),
-        (dict(stage_spec=[["Q"], ["N"], ["N"], ["N"]]), "Unknown block type 'Q'"),
+        (dict(stage_spec=[["Q"], ["N"], ["N"], ["N"]]), "unknown block type 'Q'"),
     ],
 )
-def test_configurations_that_were_never_published_are_refused(settings, message):
+def test_unpublished_configurations_are_refused(settings, message):
     config = {**SMALL, "stage_spec": [["N"]] * 4, **settings}
     with pytest.raises(ValueError, match=message):
         conversion.from_official(config, {})
 
 
-def test_defaults_of_the_published_constructor_need_groups_and_strides():
-    """The original crashes with its defaults: stages of D blocks have groups and strides of -1."""
+def test_published_defaults_require_groups_and_strides():
+    """The published code crashes with its own defaults, groups and strides of -1 in stages with D blocks."""
     default = r"groups: expected a positive integer for stage 0, which has D blocks, got -1 \(from the default \[-1, -1, 3, 6\]"
     with pytest.raises(ValueError, match=default):
         conversion.model_from_official({})

@@ -37,7 +37,7 @@ def refused(path, message):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_published_file_is_the_mapping_and_the_registered_model(name):
+def test_published_files_equal_the_mappings_and_the_registered_models(name):
     config, (kind, size) = read_python_config(file_of(name)), name.split("_")
     assert config == make_config(name)
     assert json.loads(json.dumps(config)) is not None  # of plain values
@@ -51,7 +51,7 @@ def test_every_published_file_is_the_mapping_and_the_registered_model(name):
 
 
 @pytest.mark.parametrize("name", ["cascade_tiny", "maskrcnn_tiny", "retinanet_tiny", "semfpn_tiny", "upernet_tiny"])
-def test_a_published_file_has_the_recorded_names_and_shapes(name):
+def test_model_of_a_published_file_has_the_recorded_names_and_shapes(name):
     """Those of other sizes follow: their models are the registered ones, whose names other tests compare."""
     config, (_, recorded) = read_python_config(file_of(name)), read_keys(name)
     if config["type"] == "EncoderDecoder":
@@ -104,7 +104,7 @@ def test_bases_merge_as_mmcv_merges_them(tmp_path):
     }
 
 
-def test_a_base_may_have_the_whole_model(tmp_path):
+def test_base_may_define_the_whole_model(tmp_path):
     assert read_python_config(write(tmp_path, a="model = dict(x=1)", b="_base_ = 'a.py'")) == {"x": 1}
 
 
@@ -137,7 +137,7 @@ def test_a_base_may_have_the_whole_model(tmp_path):
             r"c\.py:2: expected an assignment .*, got an if statement",
         ),
         ("model = dict(x=1)\nfor i in [1]:\n  pass", ":2: expected an assignment of a literal to a name, got a loop"),
-        ("model = dict(x=1)\nmodel['x'] = 2", ":2: expected an .*, got an assignment to something else than one name"),
+        ("model = dict(x=1)\nmodel['x'] = 2", ":2: expected an .*, got an assignment to a target other than one name"),
         (
             "model = dict(x=1)\nmodel.update(x=2)",
             ":2: expected an assignment of a literal to a name, got an expression",
@@ -198,20 +198,20 @@ def test_a_base_may_have_the_whole_model(tmp_path):
         ),
     ],
 )
-def test_what_is_not_literal_is_refused_by_line(text, message, tmp_path):
+def test_unsupported_statements_are_refused_with_their_line(text, message, tmp_path):
     path = tmp_path / "c.py"
     path.write_text(text)
     assert str(path) in refused(path, message)
 
 
-def test_nothing_is_run(tmp_path):
+def test_configuration_is_not_run(tmp_path):
     ran = tmp_path / "ran"
     path = write(tmp_path, c=f"model = dict(x=1)\ny = open({str(ran)!r}, 'w')\n")
     refused(path, "c.py:2: expected a literal, got a call of open")
     assert not ran.exists()
 
 
-def test_values_that_cannot_change_the_model_are_passed_over(tmp_path):
+def test_values_that_cannot_change_the_model_are_skipped(tmp_path):
     path = write(
         tmp_path,
         c="""
@@ -230,7 +230,7 @@ def test_values_that_cannot_change_the_model_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize(("flag", "expected"), [("1", {"c": 3}), ("'no'", {"c": 3}), ("0", {"a": 1, "c": 3})])
-def test_delete_is_read_by_its_truth_as_mmcv_does(flag, expected, tmp_path):
+def test_delete_is_interpreted_by_truth_as_in_mmcv(flag, expected, tmp_path):
     path = write(
         tmp_path, a="model = dict(x=dict(a=1))", c=f"_base_ = 'a.py'\nmodel = dict(x=dict(_delete_={flag}, c=3))"
     )
@@ -254,7 +254,7 @@ MOST_VALUES = "the configuration has more than 1,048,576 values"
         (LONG_DICT, "b{} = {{**a}}"),
     ],
 )
-def test_values_of_all_statements_together_are_limited(start, statement, tmp_path):
+def test_total_number_of_values_is_limited(start, statement, tmp_path):
     path = tmp_path / "c.py"
     path.write_text(start + "".join(statement.format(i) + "\n" for i in range(5000)) + "model = dict(x=1)")
     before = time.process_time()
@@ -262,7 +262,7 @@ def test_values_of_all_statements_together_are_limited(start, statement, tmp_pat
     assert time.process_time() - before < 5
 
 
-def test_values_of_one_expression_of_strings_and_of_merged_files_are_limited(tmp_path):
+def test_values_of_one_expression_strings_and_merged_files_are_limited(tmp_path):
     refused(
         write(tmp_path, c="a = [0] * 65000\nx = [" + "a * 1, " * 5000 + "]\nmodel = {}"), rf"c\.py:2: {MOST_VALUES}"
     )
@@ -275,14 +275,14 @@ def test_values_of_one_expression_of_strings_and_of_merged_files_are_limited(tmp
     refused(path, rf"f\d+\.py:1: {MOST_VALUES}")
 
 
-def test_plain_names_are_not_counted_again(tmp_path):
+def test_plain_names_are_not_counted_twice(tmp_path):
     path = write(tmp_path, c=LONG_LIST + "b = a\n" * 20_000 + "model = dict(x=1)")
     before = time.process_time()
     assert read_python_config(path) == {"x": 1}
     assert time.process_time() - before < 10
 
 
-def test_paths_that_cannot_be_opened_end_in_one_sentence(tmp_path):
+def test_errors_for_paths_that_cannot_be_opened_are_one_sentence(tmp_path):
     (tmp_path / "loop.py").symlink_to("loop.py")
     refused(tmp_path / "loop.py", r"loop\.py cannot be read: Symlink loop|Too many levels of symbolic links")
     refused(tmp_path / "a\0b.py", r"a\\x00b\.py' cannot be read: (lstat: )?embedded null")
@@ -299,7 +299,7 @@ def test_paths_that_cannot_be_opened_end_in_one_sentence(tmp_path):
         refused(write(tmp_path, c=f"_base_ = {base}\nmodel = dict(x=1)"), message)
 
 
-def test_mistakes_of_bases_are_named(tmp_path):
+def test_errors_in_base_files_are_named(tmp_path):
     path = write(tmp_path, a="model = dict(x=1)", b="model = dict(y=1)", c="_base_ = ['a.py', 'b.py']")
     refused(path, r"c\.py:1: both base files .*a\.py and .*b\.py assign model")
     path = write(tmp_path, a="_base_ = 'b.py'", b="_base_ = 'a.py'")
@@ -314,7 +314,7 @@ def test_mistakes_of_bases_are_named(tmp_path):
     refused(write(tmp_path, f0="model = dict()", **files), r"more than 100 files are chained by _base_")
 
 
-def test_bases_that_are_shared_are_read_once(tmp_path):
+def test_shared_base_files_are_read_once(tmp_path):
     files = {"a0": "", "b0": ""}
     for index in range(1, 30):  # 2 ** 30 chains of bases
         files |= {f"{name}{index}": f"_base_ = ['a{index - 1}.py', 'b{index - 1}.py']" for name in "ab"}
@@ -336,7 +336,7 @@ def test_bases_that_are_shared_are_read_once(tmp_path):
         (b"#" * (1 << 21), "at most 1,048,576 bytes, got 2,097,152"),
     ],
 )
-def test_damaged_and_hostile_files_end_in_one_sentence(content, message, tmp_path):
+def test_errors_for_damaged_and_hostile_files_are_one_sentence(content, message, tmp_path):
     path = tmp_path / "c.py"
     path.write_bytes(content)
     refused(path, message)
@@ -344,7 +344,7 @@ def test_damaged_and_hostile_files_end_in_one_sentence(content, message, tmp_pat
     refused(tmp_path, "cannot be read: Is a directory")
 
 
-def test_line_ends_tabs_marks_and_escapes_are_read(tmp_path):
+def test_line_endings_tabs_byte_order_marks_and_escapes(tmp_path):
     path = tmp_path / "c.py"
     for content in (
         b"model = dict(\r\n\tx=1)\r\n",
@@ -357,7 +357,7 @@ def test_line_ends_tabs_marks_and_escapes_are_read(tmp_path):
     assert read_python_config(path) == {"x": r"\d"}
 
 
-def test_models_with_other_settings_convert_there_and_back():
+def test_models_with_other_settings_round_trip():
     """What the networks can be set to has its published names and layouts too."""
     config = make_config("maskrcnn_tiny")
     config["backbone"] |= {"dim_stem": 32, "dims": [32, 64, 128, 192], "heads": [1, 2, 4, 6], "groups": [1, 1, 2, 3]}

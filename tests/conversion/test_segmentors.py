@@ -1,4 +1,4 @@
-"""Published segmentors come over whole: names, shapes, counts and numbers."""
+"""Conversion of segmentors: names, shapes, parameter counts and values."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ KEYS = [(head, size) for head in ("sem_fpn", "upernet") for size in ("tiny", "sm
 
 
 @pytest.mark.parametrize(("head", "size"), KEYS)
-def test_names_and_counts_are_the_published_ones(head, size):
+def test_names_and_counts_equal_the_published_ones(head, size):
     total, recorded = read_keys(f"{head.replace('_', '')}_{size}")
     model = create_segmentor(head, backbone=f"dat_pp_{size}", num_classes=150)
     ours = segmentors.segmentor_shapes(model)
@@ -25,7 +25,7 @@ def test_names_and_counts_are_the_published_ones(head, size):
 
 
 @pytest.mark.parametrize(("head", "size"), [("sem_fpn", "tiny"), ("upernet", "tiny")])
-def test_a_full_size_state_dict_converts_and_comes_back(head, size):
+def test_full_size_state_dict_round_trip(head, size):
     rng = np.random.default_rng(0)
     _, recorded = read_keys(f"{head.replace('_', '')}_{size}")
     state_dict = {
@@ -40,7 +40,7 @@ def test_a_full_size_state_dict_converts_and_comes_back(head, size):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-def test_all_that_does_not_fit_is_named():
+def test_one_error_names_all_weights_that_do_not_fit():
     model = create_segmentor("sem_fpn", backbone="dat_pp_tiny", num_classes=150)
     _, recorded = read_keys("semfpn_tiny")
     state_dict = {name: np.zeros(shape, np.float32) for name, shape in recorded.items()}
@@ -48,13 +48,13 @@ def test_all_that_does_not_fit_is_named():
     state_dict["decode_head.more"] = np.zeros(3)
     state_dict["decode_head.conv_seg.bias"] = np.zeros(19)
     with pytest.raises(
-        ValueError, match=r"unknown: decode_head.more.*missing: neck.fpn_convs.0.*\(19,\), wanted \(150,\)"
+        ValueError, match=r"unknown: decode_head.more.*missing: neck.fpn_convs.0.*expected \(150,\), got \(19,\)"
     ):
         segmentors.segmentor_variables(model, state_dict)
 
 
-def test_the_weight_decay_is_that_of_the_published_names():
-    """Published: none for names that contain norm, rpe_table, relative_position_bias_table or absolute_pos_embed."""
+def test_weight_decay_of_published_names():
+    """The published code does not decay names with norm, rpe_table, relative_position_bias_table or absolute_pos_embed."""
     from dat_jax.training.optimizer import decay_all_but_norms
 
     for head in ("sem_fpn", "upernet"):
@@ -70,8 +70,8 @@ def test_the_weight_decay_is_that_of_the_published_names():
             ],
         )
         official = segmentors.segmentor_to_official(model, {"params": decays, "batch_stats": stats})
-        free = ("norm", "rpe_table", "relative_position_bias_table", "absolute_pos_embed")
+        undecayed = ("norm", "rpe_table", "relative_position_bias_table", "absolute_pos_embed")
         for name, array in official.items():
             if not name.endswith(("running_mean", "running_var", "tracked")):
-                assert array.all() == (not any(word in name for word in free)), name
+                assert array.all() == (not any(word in name for word in undecayed)), name
         assert official["decode_head.conv_seg.bias"].all()

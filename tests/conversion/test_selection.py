@@ -1,4 +1,4 @@
-"""Which weights of a checkpoint are read, and under which names."""
+"""Selection of the weights in a checkpoint, and their names without prefixes."""
 
 import itertools
 
@@ -24,7 +24,7 @@ PREFIXES = [
     *("module._orig_mod.", "_orig_mod.module.", "student.backbone.", "module.student.backbone.", "model.encoder."),
     *("_orig_mod.module.backbone.", "backbone._orig_mod.", "module.module."),
 ]
-# Name -> how a program puts raw and averaged weights into a checkpoint (None: it has none of them), and their places.
+# Name -> (raw, averaged) -> content of a checkpoint, and the place of the raw and averaged weights (None: it has none).
 WRAPPERS = {
     "bare": (lambda raw, _: raw, "top level", None),
     "model": (lambda raw, _: {"model": raw, "epoch": 3, "optimizer": {"state": {}}}, "model", None),
@@ -41,7 +41,7 @@ WRAPPERS = {
     "ema_state_dict": (lambda raw, ema: {"model": raw, "ema_state_dict": ema}, "model", "ema_state_dict"),
     "only ema": (lambda _, ema: {"model_ema": ema, "rng_state": np.zeros(3, np.uint8)}, None, "model_ema"),
     "dino": (lambda raw, ema: {"student": raw, "teacher": ema}, "student", "teacher"),
-    # The two that follow swap: averaged weights are in the ordinary place.
+    # The next two swap them: averaged weights are in the usual place.
     "mmengine": (
         lambda raw, ema: {
             "state_dict": ema,
@@ -94,7 +94,7 @@ def assert_refused(path, message, **options):
 @pytest.mark.parametrize(
     ("wrapper", "kind"), [*itertools.product(WRAPPERS, ["zip", "legacy"]), ("bare", "safetensors")]
 )
-def test_weights_come_out_of_every_wrapper_prefix_and_dtype(wrapper, kind, tmp_path):
+def test_weights_in_every_wrapper_with_every_prefix_and_dtype(wrapper, kind, tmp_path):
     """17 wrappers x 16 prefixes x 4 dtypes x 3 kinds of files x raw, averaged, auto; .safetensors are always bare."""
     wrap, raw_place, ema_place = WRAPPERS[wrapper]
     for number, (prefix, dtype) in enumerate(itertools.product(PREFIXES, DTYPES)):
@@ -125,12 +125,12 @@ def test_weights_come_out_of_every_wrapper_prefix_and_dtype(wrapper, kind, tmp_p
         ("dino", "auto", "student (raw); weights=ema takes teacher"),
     ],
 )
-def test_the_source_tells_what_was_taken_and_what_else_is_there(wrapper, weights, source, tmp_path):
+def test_source_names_the_selected_weights_and_the_others(wrapper, weights, source, tmp_path):
     content = WRAPPERS[wrapper][0](convert(RAW), convert(AVERAGED))
     assert read_checkpoint(write(tmp_path / "w", content), weights=weights).source == source
 
 
-def test_a_choice_without_such_weights_lists_the_keys(tmp_path):
+def test_error_for_missing_kind_of_weights_lists_the_keys(tmp_path):
     path = write(tmp_path / "w.pth", {"epoch": 3, "model": convert(RAW)})
     message = r"w.pth has no averaged \(EMA\) weights, only raw ones \(model\); its keys are epoch, model\.$"
     assert_refused(path, message, weights="ema")
@@ -143,7 +143,7 @@ def test_a_choice_without_such_weights_lists_the_keys(tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("outer", ["", "module.", "_orig_mod.module."])
 @pytest.mark.parametrize(("raw", "averaged"), [("student.", "teacher."), ("model.", "ema_model."), ("", "ema.module.")])
-def test_raw_and_averaged_weights_in_one_state_dict_are_told_apart_by_prefix(raw, averaged, outer, kind, tmp_path):
+def test_raw_and_averaged_weights_in_one_state_dict_are_separated_by_prefix(raw, averaged, outer, kind, tmp_path):
     content = convert(RAW, outer + raw) | convert(AVERAGED, outer + averaged)
     others = {} if kind == "safetensors" else {"epoch": 3, "args": pth.call("argparse", "Namespace")}
     path = write(tmp_path / "w", content | others, kind)
@@ -161,8 +161,8 @@ def test_only_averaged_weights_in_one_state_dict(prefix, tmp_path):
     assert_refused(path, "has no raw weights", weights="raw")
 
 
-def test_two_sets_of_mmcv_are_not_guessed(tmp_path):
-    """Which one MMCV's EMAHook leaves under the ordinary names depends on the runner."""
+def test_averaged_weights_of_mmcv_are_not_guessed(tmp_path):
+    """Which one MMCV's EMAHook leaves under the usual names depends on the runner."""
     buffers = {f"ema_{name.replace('.', '_')}": array for name, array in convert(RAW).items()}
     statistics = {"norm.running_mean": np.ones(2, np.float32)}
     path = write(tmp_path / "w", {"meta": {}, "state_dict": convert(AVERAGED) | buffers | statistics})
@@ -170,7 +170,7 @@ def test_two_sets_of_mmcv_are_not_guessed(tmp_path):
     assert_same(checkpoint.weights, AVERAGED | statistics)
     assert checkpoint.source == "state_dict, names without ema_ (averaged if MMCV's EpochBasedRunner saved them)"
     for weights in ("ema", "raw"):
-        assert_refused(path, "with IterBasedRunner the ones under ema_", weights=weights)
+        assert_refused(path, "with IterBasedRunner those under ema_", weights=weights)
 
 
 def test_prefixes_of_very_long_names_are_not_removed(tmp_path):
@@ -194,7 +194,7 @@ def test_wrappers_around_parts_of_a_model_are_removed(tmp_path):
     assert set(read_checkpoint(write(tmp_path / "w", content)).weights) == {"backbone.a", "decode_head.b"}
 
 
-def test_a_prefix_that_some_names_lack_is_kept_and_no_name_is_lost():
+def test_prefix_that_some_names_lack_is_kept_and_no_name_is_lost():
     for names in (["module.a", "module.b", "a"], ["model.a", "criterion.weight"], ["module.", "module.a"]):
         assert list(strip_prefixes(dict.fromkeys(names, 0))) == names
     collision = ["_orig_mod.a", "a"]
@@ -214,7 +214,7 @@ MODULE = pth.name("timm.models", "Dat") + b")\x81" + pth.mapping({"_modules": b"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (MODULE, "holds an object of timm.models.Dat, not a state dict; load it with PyTorch where you trust it"),
+        (MODULE, "holds an object of timm.models.Dat, not a state dict; if you trust it, load it with PyTorch"),
         (pth.mapping({"ema": MODULE}), r"an object of timm.models.Dat under ema, not a state dict"),
         (
             pth.mapping({"w": pth.call("torch._utils", "_rebuild_qtensor", b"N")}),
@@ -226,7 +226,7 @@ MODULE = pth.name("timm.models", "Dat") + b")\x81" + pth.mapping({"_modules": b"
         ),
         (
             pth.mapping({"w": pth.call("quant", "Packed", TENSOR), "v": TENSOR}),
-            "w needs quant.Packed; load the file with",
+            "w needs quant.Packed; if you trust the file, load it with PyTorch",
         ),
         (
             pth.mapping({"a": pth.integer(3), "b": pth.call("argparse", "Namespace")}),
@@ -238,12 +238,12 @@ MODULE = pth.name("timm.models", "Dat") + b")\x81" + pth.mapping({"_modules": b"
         (TENSOR, "got a tensor without a name"),
     ],
 )
-def test_what_holds_no_weights_is_refused_and_says_what_it_holds(content, message, tmp_path):
+def test_files_without_weights_are_refused_with_their_content(content, message, tmp_path):
     pth.write_archive(tmp_path / "w.pth", content, {"0": bytes(24)})
     assert_refused(tmp_path / "w.pth", message)
 
 
-def test_a_mapping_that_contains_itself_ends(tmp_path):
+def test_mapping_that_contains_itself(tmp_path):
     items = pth.text("model") + b"h\x00" + pth.text("state_dict") + b"h\x00" + pth.text("ema") + b"h\x00"
     pth.write_archive(tmp_path / "w.pth", b"}q\x00(" + items + b"u", {})
     assert_refused(tmp_path / "w.pth", "holds no weights")

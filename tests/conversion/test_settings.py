@@ -1,4 +1,4 @@
-"""Every key of the published configurations is honored, checked, ignored for a reason, or refused by name.
+"""Every key of the published configurations is honored, checked, ignored for a stated reason, or refused by name.
 
 ``python -m tests.conversion.test_settings`` prints how many keys and values there are of each kind.
 """
@@ -25,7 +25,7 @@ NAMES = (*FILES, *YAMLS)
 REASONS = {
     "the weights come from the checkpoint that is converted",
     "the weights come from the file that is converted",
-    "it saves memory in training and leaves the function unchanged; ours is the attribute remat",
+    "it saves memory in training and leaves the function unchanged; the attribute remat does the same here",
     "it belongs to a kind of block that no published model contains",
     "it selects learning rates, which are set in the training configuration",
     "the published code accepts it and does not use it",
@@ -85,7 +85,7 @@ def other_values(value):
 
 
 def replace(config, path, value):
-    """A copy with another value at a path. Only what contains it is copied."""
+    """A copy of a configuration with another value at a path. Other parts are shared with the original."""
     if not path:
         return value
     key, *rest = path
@@ -123,8 +123,8 @@ def attempt(config):
         return None, str(error)
 
 
-def judge(config, path, value, wanted, uses):
-    """What another value of a leaf leads to: "differs", "refused", or the reason why it is ignored."""
+def classify_change(config, path, value, original, uses):
+    """Effect of another value of a leaf: "differs", "refused", or the reason why it is ignored."""
     key, use = find_use(path, uses)
     result, message = attempt(replace(config, path, value))
     if message:
@@ -132,7 +132,7 @@ def judge(config, path, value, wanted, uses):
         assert "\n" not in message
         assert not use.startswith("ignored"), f"{key}: {message}"
         return "refused"
-    if result != wanted:
+    if result != original:
         assert use == "honored", key
         return "differs"
     assert use.startswith("ignored: "), f"{key} = {value!r} changes nothing"
@@ -140,19 +140,19 @@ def judge(config, path, value, wanted, uses):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_value_of_any_key_differs_is_refused_by_name_or_is_ignored_for_a_reason(name):
+def test_changed_values_differ_are_refused_or_are_ignored_for_a_reason(name):
     config = make(name)
-    wanted, uses = trace(config)
+    original, uses = trace(config)
     outcomes = collections.Counter()
     for path, leaf in list_leaves(config):
         for value in other_values(leaf):
-            outcomes[judge(config, path, value, wanted, uses).split(":")[0]] += 1
+            outcomes[classify_change(config, path, value, original, uses).split(":")[0]] += 1
     assert min(outcomes[kind] for kind in ("differs", "refused", "ignored")) > 5
     assert {use.removeprefix("ignored: ") for use in uses.values() if use.startswith("ignored")} <= REASONS
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_unknown_key_at_any_place_is_refused_by_name(name):
+def test_unknown_keys_are_refused_by_name(name):
     config = make(name)
     _, uses = trace(config)
     for path, value in list_parents(config):
@@ -165,17 +165,17 @@ def test_an_unknown_key_at_any_place_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", ["cascade_tiny", "maskrcnn_tiny", "retinanet_tiny", "semfpn_tiny", "upernet_tiny"])
-def test_a_missing_key_has_the_published_default_or_is_named(name):
+def test_missing_keys_have_the_published_default_or_are_named(name):
     config = make(name)
     same = set()
-    wanted, _ = trace(config)
+    original, _ = trace(config)
     for path, value in list_parents(config):
         if not isinstance(value, dict) or path[:1] == ("backbone",):
             continue
         for key in value:
             result, message = attempt(remove(config, (*path, key)))
             assert not message or str(key) in message, f"{dotted((*path, key))}: {message}"
-            if result == wanted:
+            if result == original:
                 same.add(key)
     assert same <= {
         *("pretrained", "train_cfg", "test_cfg", "mode", "align_corners", "dropout_ratio", "pool_scales", "act_cfg"),
@@ -186,7 +186,7 @@ def test_a_missing_key_has_the_published_default_or_is_named(name):
     }
 
 
-def test_the_published_settings_are_the_ones_of_the_tasks():
+def test_published_settings_equal_those_of_the_tasks():
     for name in FILES:
         config = make(name)
         if config["type"] == "EncoderDecoder":
@@ -209,7 +209,7 @@ def change(name, **values):
     return config
 
 
-def test_the_pooling_of_upernet_is_honored():
+def test_pooling_of_upernet_is_honored():
     (model, _), _ = trace(change("upernet_tiny", decode_head__pool_scales=[1, 2, 4], auxiliary_head__num_convs=2))
     assert (model.pool_sides, model.auxiliary_convs) == ((1, 2, 4), 2)
 
@@ -229,21 +229,21 @@ def test_test_settings_of_a_detector_become_options():
     assert read_detector_options(config)[1] == {"candidates": 300, "max_detections": 20, "iou_threshold": 0.6}
 
 
-def test_box_coders_of_a_cascade_reach_its_settings():
+def test_box_coders_of_a_cascade_are_honored():
     values = {"roi_head__bbox_head__1__bbox_coder__target_stds": [0.2, 0.2, 0.3, 0.3]}
     (model, settings), _ = trace(change("cascade_tiny", **values))
     assert model.box_stds[1] == settings.stages[1].stds == (0.2, 0.2, 0.3, 0.3)
     assert default_settings(model).stages == settings.stages
 
 
-def test_anchors_by_scales_are_those_by_octaves():
+def test_anchors_by_scales_equal_those_by_octaves():
     anchors = {"type": "AnchorGenerator", "ratios": [0.5, 1.0, 2.0], "strides": [8, 16, 32, 64, 128]}
     scales = [4 * 2 ** (octave / 3) for octave in range(3)]
     config = change("retinanet_tiny", bbox_head__anchor_generator={**anchors, "scales": scales})
     assert trace(config)[0] == trace(make("retinanet_tiny"))[0]
 
 
-def test_heads_of_other_types_are_read():
+def test_box_head_types():
     config = make("maskrcnn_tiny")
     config["roi_head"]["bbox_head"] |= {"type": "Shared4Conv1FCBBoxHead", "norm_cfg": {"type": "BN"}}
     (model, _), _ = trace(config)
@@ -338,12 +338,12 @@ def test_heads_of_other_types_are_read():
         ("dat_pp_tiny", {"BASE": ["other.yaml"]}, "BASE: expected .* Other files are not merged"),
     ],
 )
-def test_values_that_are_not_supported_are_refused_by_name(name, values, message):
+def test_unsupported_values_are_refused_by_name(name, values, message):
     with pytest.raises(ValueError, match=message):
         trace(change(name, **values))
 
 
-def test_sizes_of_images_in_a_yaml_file_become_options():
+def test_image_sizes_in_a_yaml_file_become_options():
     for values, options in (
         ({}, {"image_size": 224, "resize": 256}),
         ({"MODEL__DAT__img_size": 384}, {"image_size": 384, "resize": 438}),
@@ -354,7 +354,7 @@ def test_sizes_of_images_in_a_yaml_file_become_options():
         assert trace(change("dat_pp_tiny", **values))[0][1] == options
 
 
-def test_models_of_yaml_files_are_those_of_the_registry():
+def test_models_of_yaml_files_equal_the_registered_ones():
     for name in YAMLS:
         model, registered = trace(make(name))[0][0], dat_jax.create_model(name)
         unused = {"position_bias", "offset_range_factors", "reduction_ratios", "neighborhood_sizes"} & set(
@@ -363,7 +363,7 @@ def test_models_of_yaml_files_are_those_of_the_registry():
         assert model.clone(**{field: getattr(registered, field) for field in unused}) == registered
 
 
-def test_hostile_values_end_in_one_short_sentence():
+def test_errors_for_hostile_values_are_one_short_sentence():
     nested = []
     for _ in range(40):
         nested = [nested, nested]  # 2 ** 40 values
@@ -386,7 +386,7 @@ def test_hostile_values_end_in_one_short_sentence():
 
 
 @pytest.mark.parametrize("name", ["cascade_tiny", "retinanet_tiny", "semfpn_tiny", "upernet_tiny", "dat_pp_base_384"])
-def test_values_of_any_kind_at_any_place_are_read_or_refused_in_one_sentence(name):
+def test_values_of_any_type_are_read_or_refused_in_one_sentence(name):
     config = make(name)
     values = [None, "x", [], {}, [[]], float("nan"), float("inf"), -1, 0, 10**400, True, b"x", [None] * 4, {None: 1}]
     paths = {*(path for path, _ in list_parents(config)), *(path for path, _ in list_leaves(config))} - {()}
@@ -397,7 +397,7 @@ def test_values_of_any_kind_at_any_place_are_read_or_refused_in_one_sentence(nam
             assert len(message) < 3000
 
 
-def test_a_reader_names_what_nothing_has_read():
+def test_finish_names_unread_keys():
     settings = Settings({"a": 1, "b": {"c": [1, 2], "d": 0.5, "typo": 1}, "extra": 2})
     assert settings.take("a", COUNT) == 1
     section = settings.section("b")
@@ -408,7 +408,7 @@ def test_a_reader_names_what_nothing_has_read():
     assert settings.uses == {"a": "honored", "b.c": "honored", "b.d": "honored"}
 
 
-def test_stages_that_are_repeated_by_aliases_are_counted_before_their_blocks(tmp_path):
+def test_stages_repeated_by_yaml_aliases_are_counted_before_their_blocks(tmp_path):
     row = ", ".join(["D"] * 12_000)
     path = tmp_path / "m.yaml"
     path.write_text(f"A: &a [{row}]\nMODEL:\n  DAT:\n    stage_spec: [{', '.join(['*a'] * 12_000)}]\n")
@@ -442,7 +442,7 @@ def test_stages_that_are_repeated_by_aliases_are_counted_before_their_blocks(tmp
         ("224\n    ? 0x" + "1" * 5000 + "\n    : 1", r"Unknown keys .*\['MODEL.DAT.an integer of 19,997 bits'\]"),
     ],
 )
-def test_values_that_yaml_cannot_read_end_in_one_sentence_with_the_file(value, message, tmp_path):
+def test_errors_for_invalid_yaml_values_name_the_file(value, message, tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text(f"MODEL:\n  DAT:\n    img_size: {value}\n    groups: [1, 1, 1, 1]\n    strides: [1, 1, 1, 1]\n")
     with pytest.raises(UserError, match=rf"m\.yaml .*{message}") as info:
@@ -451,7 +451,7 @@ def test_values_that_yaml_cannot_read_end_in_one_sentence_with_the_file(value, m
     assert len(str(info.value)) < 1000
 
 
-def test_paths_of_yaml_files_that_cannot_be_opened_end_in_one_sentence(tmp_path):
+def test_errors_for_yaml_paths_that_cannot_be_opened_are_one_sentence(tmp_path):
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe")
     for name, message in (
@@ -474,10 +474,10 @@ def main():
     ignored = {}
     for name in NAMES:
         config = make(name)
-        wanted, uses = trace(config)
+        original, uses = trace(config)
         keys = collections.Counter(use.split(":")[0] for use in uses.values())
         changes = collections.Counter(
-            judge(config, path, value, wanted, uses).split(":")[0]
+            classify_change(config, path, value, original, uses).split(":")[0]
             for path, leaf in list_leaves(config)
             for value in other_values(leaf)
         )

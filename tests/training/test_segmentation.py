@@ -12,7 +12,7 @@ import dat_jax
 from dat_jax import conversion
 from dat_jax.checkpoints.loading import export_model, load_trained, read_class_names
 from dat_jax.checkpoints.restore import initialize_state
-from dat_jax.conversion.command import export_weights, import_weights
+from dat_jax.conversion.command import convert_from_official, convert_to_official
 from dat_jax.errors import UserError
 from dat_jax.training.loop import _state_options, evaluate, train
 from dat_jax.training.monitoring.metrics import read_metrics
@@ -93,7 +93,7 @@ def test_a_work_directory_is_a_model(workdir):
 
 def test_weights_go_to_published_names_and_back(workdir, tmp_path):
     directory, _ = workdir
-    export_weights(str(directory), str(tmp_path / "weights.safetensors"))
+    convert_to_official(str(directory), str(tmp_path / "weights.safetensors"))
     model, variables = load_trained(directory)
     state_dict = conversion.read_weights(tmp_path / "weights.safetensors")
     back = flat(jax.device_get(conversion.segmentor_variables(model, state_dict)))
@@ -101,12 +101,12 @@ def test_weights_go_to_published_names_and_back(workdir, tmp_path):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
     # The command knows backbones by name only, and this one has none.
     files = str(tmp_path / "weights.safetensors"), str(tmp_path / "out")
-    with pytest.raises(UserError, match="names or shapes of no known segmentor: wanted SemanticFPN or UperNet"):
-        import_weights(*files)
+    with pytest.raises(UserError, match="names or shapes of no known segmentor: expected SemanticFPN or UperNet"):
+        convert_from_official(*files)
     with pytest.raises(UserError, match=r"sem_fpn on dat_pp_nano: .* unknown: backbone"):
-        import_weights(*files, model="dat_pp_nano")
+        convert_from_official(*files, model="dat_pp_nano")
     with pytest.raises(UserError, match="Unknown model 'dat_pp_nono', did you mean 'dat_pp_nano'"):
-        import_weights(*files, model="dat_pp_nono")
+        convert_from_official(*files, model="dat_pp_nono")
     assert not (tmp_path / "out").exists()
 
 
@@ -116,7 +116,7 @@ def test_the_command_reads_head_and_widths_from_the_weights(tmp_path):
     rng = np.random.default_rng(0)
     state_dict = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     conversion.write_safetensors(tmp_path / "weights.safetensors", state_dict)
-    import_weights(str(tmp_path / "weights.safetensors"), str(tmp_path / "export"))
+    convert_from_official(str(tmp_path / "weights.safetensors"), str(tmp_path / "export"))
     loaded, variables = load_trained(tmp_path / "export")
     assert (loaded.head, loaded.num_classes, loaded.channels, loaded.neck_channels) == ("sem_fpn", 3, 8, 8)
     bias = variables["params"]["decode_head"]["classifier"]["conv_seg"]["bias"]

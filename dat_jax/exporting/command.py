@@ -1,0 +1,134 @@
+"""The command ``python -m dat_jax.export``: export a trained model, check an exported folder, and print the result."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dat_jax import inference
+from dat_jax.cli.console import format_size, make_console, print_table
+from dat_jax.errors import UserError
+from dat_jax.exporting.files import check_files, write_exported
+from dat_jax.exporting.programs import SYMBOLIC
+from dat_jax.storage import refuse_existing
+
+
+def export(
+    trained: str,
+    out: str,
+    *,
+    formats: Sequence[str],
+    platforms: Sequence[str],
+    preprocessing: str,
+    batch: str | None,
+    image_size: Sequence[str] | None,
+    classes: str | None,
+    resize: int | None,
+) -> None:
+    """Export a trained model and print what was written.
+
+    Args:
+      trained: work directory of a run, or a folder of weights.
+      out: folder to create.
+      formats: see ``write_exported``.
+      platforms: see ``make_program``.
+      preprocessing: see ``make_program``.
+      batch: "symbolic", a number, or None for the default: 1 for a detector, symbolic otherwise.
+      image_size: one or two numbers as text, SIDE or HEIGHT and WIDTH in pixels; None for that of the model.
+      classes: text file with the class names, or None for those of the model.
+      resize: side in pixels that a classifier resizes images to, or None for that of the model.
+
+    Raises:
+      UserError: an impossible value, ``out`` exists, or ``trained`` cannot be loaded. Nothing is written then.
+    """
+    refuse_existing(out)  # before the model is loaded, which takes long
+    image_shape, batch_size = parse_image_size(image_size), parse_batch(batch)
+    predictor = inference.load(trained, classes=classes, resize=resize)
+    if isinstance(predictor, inference.Classifier) and image_shape and image_shape[0] == image_shape[1]:
+        predictor = inference.load(trained, classes=classes, resize=resize, image_size=image_shape[0])
+    if isinstance(predictor, inference.ObjectDetector) and batch is None:
+        batch_size = 1
+    manifest = write_exported(
+        out,
+        predictor,
+        formats=formats,
+        image_shape=image_shape,
+        platforms=platforms,
+        preprocessing=preprocessing,
+        batch=batch_size,
+    )
+    console = make_console()
+    print_table(console, f"Exported to {out}", describe_manifest(manifest))
+    if code := format_loading_code(out, manifest):
+        console.print(f"To load it:\n\n{code}")
+
+
+def check(directory: str) -> None:
+    """Compare the files of an exported folder with its manifest and print the result.
+
+    Raises:
+      UserError: see ``check_files``.
+    """
+    count = len(check_files(directory)["files"])
+    make_console().print(f"{directory}: all {count} files are as they were written.")
+
+
+def parse_batch(text: str | None) -> int | None:
+    """Batch size of the flag --batch; None for a symbolic one."""
+    if text is None or text == SYMBOLIC:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--batch must be {SYMBOLIC} or a number of at least 1, got {text}.")
+    return int(text)
+
+
+def parse_image_size(sides: Sequence[str] | None) -> tuple[int, int] | None:
+    """(height, width) of the flag --image_size, equal for a single SIDE; None if the flag is not set."""
+    if sides is None:
+        return None
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"--image_size must be SIDE or HEIGHT,WIDTH in pixels, got {','.join(sides)}.")
+    return int(sides[0]), int(sides[-1])
+
+
+def describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Table rows for an exported folder: task, classes, program, and the size of every file or folder in it."""
+    program = manifest["program"]
+    sizes: dict[str, int] = {}
+    for path, record in manifest["files"].items():
+        name = f"{path.partition('/')[0]}/" if "/" in path else path
+        sizes[name] = sizes.get(name, 0) + record["bytes"]
+    rows = {"task": manifest["task"], "classes": str(len(manifest["classes"]))}
+    if program:
+        rows["platforms"] = ", ".join(program["platforms"])
+        for kind in ("inputs", "outputs"):
+            rows[kind] = ", ".join(_format_array(array) for array in program[kind])
+    return rows | {name: format_size(size) for name, size in sizes.items()}
+
+
+def _format_array(array: Mapping[str, Any]) -> str:
+    return f"{array['name']} {array['dtype']} ({', '.join(map(str, array['shape']))})"
+
+
+def format_loading_code(directory: str, manifest: Mapping[str, Any]) -> str:
+    """Python code that loads and runs model.stablehlo.
+
+    Without a program it loads the weights, and without model.json the code is empty.
+    """
+    program = manifest["program"]
+    if program is None:
+        has_weights = "model.json" in manifest["files"]
+        return f"import dat_jax\n\nmodel, variables = dat_jax.load({directory!r})" if has_weights else ""
+    image_batch, *others = program["inputs"]
+    count, height, width, _ = shape = tuple(1 if isinstance(side, str) else side for side in image_batch["shape"])
+    inputs = f"images = numpy.zeros({shape}, numpy.{image_batch['dtype']})"
+    inputs += f"; sizes = numpy.array([[{height}, {width}]] * {count}, numpy.int32)" if others else ""
+    outputs = "logits" if len(program["outputs"]) == 1 else "detections"
+    return "\n".join(
+        [
+            "import jax, jax.export, numpy, pathlib",
+            f"data = pathlib.Path({str(pathlib.Path(directory) / program['file'])!r}).read_bytes()",
+            "program = jax.jit(jax.export.deserialize(bytearray(data)).call)",
+            f"{inputs}  # preprocessed as described in manifest.json",
+            f"{outputs} = program({', '.join(array['name'] for array in program['inputs'])})",
+        ]
+    )
