@@ -1,1 +1,1 @@
-"""Sources of examples, transforms of one example, batches. Knows nothing of models."""
+"""Data sets, transforms of examples, and batching. Independent of models."""
