@@ -110,7 +110,7 @@ def save_pictures(config: ConfigDict, predict, variables, source, directory: pat
     spread = np.linspace(0, len(source) - 1, count).astype(int)  # over all classes, where they are sorted
     transform = _eval_transform(config)
     records = [transform(source[int(index)]) for index in np.random.default_rng(0).permutation(spread)]
-    evaluation.save_pictures(
+    evaluation.save_figures(
         predict,
         variables,
         {key: np.stack([record[key] for record in records]) for key in records[0]},

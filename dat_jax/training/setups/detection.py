@@ -139,7 +139,7 @@ def save_pictures(config: ConfigDict, predict, variables, source, directory: pat
             "masks": None if not known else np.stack([decode_mask(mask) for mask in known]).astype(bool),
         }
         records.append((truth, transform(record)))
-    evaluation.save_pictures(
+    evaluation.save_figures(
         predict,
         variables,
         records,

@@ -109,7 +109,7 @@ def save_pictures(config: ConfigDict, predict, variables, source, directory: pat
     segment = evaluation.make_segmenter(predict, **_test_options(config))
     transform = _eval_transform(config)
     spread = np.linspace(0, len(source) - 1, min(8, len(source))).astype(int)
-    evaluation.save_pictures(
+    evaluation.save_figures(
         segment,
         variables,
         [transform(source[int(index)]) | {"image": source[int(index)]["image"]} for index in spread],
