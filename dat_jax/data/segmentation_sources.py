@@ -131,7 +131,7 @@ def _decode_8bit_image(data: bytes, *, path: str) -> np.ndarray:
     except Exception:  # decode_image raises an error with the reason
         mode = ""
     if mode.startswith(("I", "F")) or (_png_header(data) or (8,))[0] == 16:
-        raise UserError(f"The image {path} has more than 8 bits per channel: expected an image with 8 bits.")
+        raise UserError(f"The image {path} has more than 8 bits per channel: expected an 8-bit image.")
     try:
         return decode_image(data, name=path)
     except UserError as error:

@@ -282,7 +282,7 @@ def test_images_with_more_than_8_bits_are_rejected(pairs, kind):
     else:
         dtype = {"float tiff": np.float32, "integer tiff": np.int32}.get(kind, np.uint16)
         Image.fromarray(gray.astype(dtype)).save(path, "PNG" if kind == "gray png" else "TIFF")
-    with pytest.raises(UserError, match=r"a.jpg has more than 8 bits per channel: expected an image with 8 bits\."):
+    with pytest.raises(UserError, match=r"a.jpg has more than 8 bits per channel: expected an 8-bit image\."):
         load(directory)[0]
 
 
