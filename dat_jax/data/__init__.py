@@ -1,4 +1,4 @@
-"""Sources of examples, transforms of one example, batches. Knows nothing of models."""
+"""Data sets, transforms of examples, and batching. Independent of models."""
 
 from dat_jax.errors import require_extra
 

@@ -1,7 +1,7 @@
-"""The 150 classes of the ADE20K benchmark (ADEChallengeData2016), and colours for class indices.
+"""Class names of the ADE20K benchmark (ADEChallengeData2016), and color palettes for segmentation classes.
 
-Names and colours are those that users of MMSegmentation know: its mmseg/datasets/ade.py (Apache-2.0), read at the commit
-088894bd6167bf55031e4d05475d22504035b3e6, where "bed" has a space behind it. Class k is the value k + 1 in a label file.
+Names and colors are those of MMSegmentation's mmseg/datasets/ade.py (Apache-2.0) at commit
+088894bd6167bf55031e4d05475d22504035b3e6, without the trailing space in "bed ". Class k has the value k + 1 in label files.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ _NAMES = (
 )
 CLASS_NAMES = tuple(_NAMES.split(", "))
 
-_COLOURS = (  # hexadecimal, three bytes a class
+_COLORS = (  # hexadecimal RGB, three bytes per class
     "787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33 "
     "ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff "
     "08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff "
@@ -34,24 +34,24 @@ _COLOURS = (  # hexadecimal, three bytes a class
     "ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff "
     "00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff"
 )
-PALETTE = np.frombuffer(bytes.fromhex(_COLOURS), np.uint8).reshape(150, 3)
-"""RGB of every class, uint8 (150, 3), not writable. Two classes, road and skyscraper, share a grey, as published."""
+PALETTE = np.frombuffer(bytes.fromhex(_COLORS), np.uint8).reshape(150, 3)
+"""RGB color of every class, uint8 (150, 3), read-only. As published, road and skyscraper share one gray."""
 
 
 def make_palette(count: int) -> np.ndarray:
-    """Distinct colours for ``count`` classes, uint8 (count, 3) RGB: the colour map of PASCAL VOC.
+    """Return distinct colors for ``count`` classes, uint8 (count, 3) RGB: the color map of PASCAL VOC.
 
-    Of a class's number, bits 0, 3, 6, ... become the bits of red from the highest down, 1, 4, 7, ... those of green and
-    2, 5, 8, ... those of blue. So class 0 is black and class 1 a dark red, whatever the count.
+    Bits 0, 3, 6, ... of the class index become the bits of red, starting with the highest; bits 1, 4, 7, ... those of green;
+    bits 2, 5, 8, ... those of blue. Class 0 is therefore black and class 1 dark red, whatever the number of classes.
     """
-    numbers = np.arange(count)
+    indices = np.arange(count)
     palette = np.zeros((count, 3), np.uint8)
-    for place in range(8):
+    for bit in range(8):
         for channel in range(3):
-            palette[:, channel] |= ((numbers >> (3 * place + channel) & 1) << (7 - place)).astype(np.uint8)
+            palette[:, channel] |= ((indices >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
     return palette
 
 
 def make_palette_for(count: int) -> np.ndarray:
-    """Colours of ``count`` classes, uint8 (count, 3) RGB: those of ADE20K for 150, else those of ``make_palette``."""
+    """Return ``PALETTE`` for 150 classes and ``make_palette(count)`` otherwise; uint8 (count, 3) RGB."""
     return PALETTE if count == len(PALETTE) else make_palette(count)

@@ -1,6 +1,7 @@
-"""Batches of a source, each a pure function of the seed and the step.
+"""Batches of examples from a source, each a pure function of the seed and the step.
 
-So a run that resumes at step n sees what it would have seen, and the number of workers changes nothing.
+A run that resumes at step n therefore gets the same batches as an uninterrupted one, and results do not depend on the number of
+workers.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.errors import UserError
 
 _PREFETCHED_BATCHES = 4
-_ENDLESS = 2**40  # batches
-_PLANS_KEPT = 2  # passes over the data, of which one may end while the next one is being loaded
-_LABEL_MULTIPLE = 64  # few shapes of label maps, so few programs are compiled
+_MAX_BATCHES = 2**40  # more than any run needs
+_CACHED_PLANS = 2  # one pass over the data may end while the next one is being loaded
+_LABEL_MULTIPLE = 64  # few shapes of label maps, so that few programs are compiled
 
 
 def make_train_batches(
@@ -31,44 +32,50 @@ def make_train_batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches: every epoch shuffled anew, every example transformed with a generator of its own.
+    """Return an endless iterator of training batches, shuffled in every epoch.
 
     Args:
       source: see ``data.sources``.
-      transform: of one record, with its random generator.
-      batch_size: examples a batch, over all processes.
-      seed: of order and draws.
-      start_step: the first batch to give.
-      rows: which examples of every batch are this process's, only these are loaded; all unless given.
-      workers: processes that load; 0 loads in threads.
+      transform: function of a record and its own random generator.
+      batch_size: number of examples per batch, over all processes.
+      seed: seed of the order of examples and of the generators.
+      start_step: index of the first batch.
+      rows: rows of every batch that belong to this process; only these are loaded. Default: all.
+      workers: number of worker processes; 0 loads in threads of this process.
 
     Yields:
-      {"image": uint8 (R, S, S, 3), "label": int32 (R,), or uint8 (R, S, S) for segmentation} of its R rows, in their order, and
-      what else the transform gives.
+      {"image": uint8 (R, S, S, 3), "label": int32 (R,), or uint8 (R, S, S) for segmentation} of R rows, in the order of
+      ``rows``, and anything else that the transform returns.
 
     Raises:
-      UserError: a worker process has ended, or an example cannot be read and the source takes no other for it.
+      UserError: a worker died, or an example cannot be read and the source does not replace it.
     """
     rows = range(batch_size) if rows is None else rows
-    dataset = _order(source, seed).random_map(transform)
+    dataset = _shuffle_and_repeat(source, seed).random_map(transform)
 
-    def load(place: int) -> dict:
-        step, row = divmod(place, len(rows))
+    def load(position: int) -> dict:
+        step, row = divmod(position, len(rows))
         return dataset[step * batch_size + rows[row]]
 
-    places = grain.MapDataset.range(_ENDLESS * len(rows)).map(load)
-    return _load(places.batch(len(rows))[start_step:], workers)
+    examples = grain.MapDataset.range(_MAX_BATCHES * len(rows)).map(load)
+    return _iterate(examples.batch(len(rows))[start_step:], workers)
 
 
-def _order(source, seed):
-    """Endless, every epoch shuffled anew."""
+def _shuffle_and_repeat(source, seed):
+    """Return an endless dataset that is shuffled in every epoch."""
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 
 def example_indices(count: int, *, seed: int, step: int, batch_size: int) -> list[int]:
-    """Which of ``count`` training examples the batch of a step has (the first step is 1), over all processes."""
-    order = _order(range(count), seed)
-    return [int(order[place]) for place in range((step - 1) * batch_size, step * batch_size)]
+    """Return the indices of the examples in one batch of ``make_train_batches``, over all processes.
+
+    Args:
+      count: number of training examples.
+      seed, batch_size: as for ``make_train_batches``.
+      step: number of the step, from 1.
+    """
+    order = _shuffle_and_repeat(range(count), seed)
+    return [int(order[position]) for position in range((step - 1) * batch_size, step * batch_size)]
 
 
 def make_eval_batches(
@@ -80,20 +87,29 @@ def make_eval_batches(
     process_count: int = 1,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order. All processes give the same number of batches, filled up where examples run out.
+    """Return an iterator over all examples, once and in order.
+
+    All processes get the same number of batches; missing examples are filled with copies of the last one.
+
+    Args:
+      source: see ``data.sources``.
+      transform: function of a record.
+      batch_size: number of examples per batch and process.
+      process_index, process_count: index of this process and number of processes.
+      workers: number of worker processes; 0 loads in threads of this process.
 
     Yields:
-      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,), "mask": float32 (batch_size,)}, mask 1 for
-      an example and 0 for filling.
+      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,), "mask": float32 (batch_size,)}, with the mask 1 for
+      examples and 0 for filling.
     """
 
-    def load(place: int) -> dict:
-        record = transform(source[min(place, len(source) - 1)])
-        return {**record, "mask": np.float32(place < len(source))}
+    def load(position: int) -> dict:
+        record = transform(source[min(position, len(source) - 1)])
+        return {**record, "mask": np.float32(position < len(source))}
 
     steps = -(-len(source) // (batch_size * process_count))
-    places = grain.MapDataset.range(steps * batch_size * process_count)
-    return _load(places[process_index::process_count].map(load).batch(batch_size), workers)
+    positions = grain.MapDataset.range(steps * batch_size * process_count)
+    return _iterate(positions[process_index::process_count].map(load).batch(batch_size), workers)
 
 
 def make_sized_eval_batches(
@@ -104,42 +120,42 @@ def make_sized_eval_batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, only examples whose views have the same shapes in a batch: nothing of an image is padded.
+    """Return an iterator over all examples, once, in batches whose views have equal shapes, so that no image is padded.
 
-    Groups follow each other by their shapes, examples of a group by their size and then by their index. The last batch of
-    every group is filled up with repeats of its last example.
+    Examples are sorted by the shapes of their views, then by size, then by index. The last batch of every group of equal shapes
+    is filled with copies of its last example.
 
     Args:
-      source: see ``data.segmentation_sources``; the size of every example is asked for before the first batch.
+      source: see ``data.segmentation_sources``; the sizes of all examples are read before the first batch.
       transform: see ``segmentation_transforms.make_segmentation_eval_transform``.
-      batch_size: examples a batch, over all processes.
-      rows: which examples of every batch are this process's, only these are loaded; all unless given.
-      workers: processes that load; 0 loads in threads.
+      batch_size: number of examples per batch, over all processes.
+      rows: rows of every batch that belong to this process; only these are loaded. Default: all.
+      workers: number of worker processes; 0 loads in threads of this process.
 
     Yields:
-      {"view_0": uint8 (R, h, w, 3), ..., "label": uint8 (R, Hp, Wp), "size": int32 (R, 2), "mask": float32 (R,)} of its R
-      rows, mask 1 for an example and 0 for filling. A label map lies at the top left, as large as "size" says, the rest is
-      255; Hp and Wp are the batch's largest, over all processes, rounded up to a multiple of 64.
+      {"view_0": uint8 (R, h, w, 3), ..., "label": uint8 (R, Hp, Wp), "size": int32 (R, 2), "mask": float32 (R,)} of R rows. The
+      mask is 1 for examples and 0 for filling. A label map occupies the top left region with the height and width "size"; the
+      rest is 255. Hp and Wp are the largest sides in the batch, over all processes, rounded up to a multiple of 64.
 
     Raises:
-      UserError: a worker process has ended, or an example cannot be read.
+      UserError: a worker died, or an example cannot be read.
     """
     rows = range(batch_size) if rows is None else rows
     plan = _plan_sized_batches(source, transform, batch_size)
 
-    def load(place: int) -> dict:
-        step, row = divmod(place, len(rows))
+    def load(position: int) -> dict:
+        step, row = divmod(position, len(rows))
         indices, (height, width) = plan[step]
         record = transform(source[indices[min(rows[row], len(indices) - 1)]])
         label = np.full((height, width), IGNORED, np.uint8)
         label[: record["label"].shape[0], : record["label"].shape[1]] = record["label"]
         return {**record, "label": label, "mask": np.float32(rows[row] < len(indices))}
 
-    return _load(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
+    return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
 
 
 def _plan_sized_batches(source, transform, batch_size: int) -> list[tuple[list[int], tuple[int, int]]]:
-    """Up to ``batch_size`` indices of examples for every batch, and the height and width of its label maps."""
+    """Return up to ``batch_size`` indices of examples for every batch, and the height and width of its label maps."""
     sizes = [source.size(index) for index in range(len(source))]
     shapes = {size: transform.view_shapes(*size) for size in set(sizes)}
     order = sorted(range(len(source)), key=lambda index: (shapes[sizes[index]], sizes[index], index))
@@ -164,116 +180,125 @@ def make_detection_train_batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches, each of images that go to one bucket.
+    """Return an endless iterator of training batches, each of images in a single bucket.
 
-    Every image has draws of its own. As these need no more than sizes, every process knows the bucket of every batch without
-    loading it. The published batches are of images that are all wider than high, or none; here of images that are in one
-    bucket after they were drawn, since all devices compute one shape.
+    The augmentation of every image is drawn independently. It depends only on the size of the image, so every process knows the
+    bucket of every batch without loading it. Published batches contain either only images that are wider than high or only
+    others; here they contain images that are in one bucket after augmentation, because all devices compute one shape.
 
-    Images follow each other in an order that is drawn anew every time all have come. Of this order, as many whole batches as
-    an epoch has are planned at a time: the images of a bucket fill batches, and where some are left over, they become a batch
-    with a chance of their part of one, filled up with others of the bucket; otherwise they are left out. So an image comes
-    once an epoch on average, whatever its bucket. Then the batches are shuffled.
+    Images are shuffled in every epoch. From this endless order, the whole batches of one epoch are planned at a time. The images
+    of each bucket fill batches. Those left over become a batch, filled with other images of the bucket, with a probability equal
+    to their fraction of a batch; otherwise they are left out. An image therefore occurs once per epoch on average, whatever its
+    bucket. Finally, the batches are shuffled.
 
     Args:
-      source: see ``data.coco``; the size of every image is asked for before the first batch.
+      source: see ``data.coco``; the sizes of all images are read before the first batch.
       transform: see ``detection_transforms.make_detection_train_transform``.
-      batch_size: images a batch, over all processes.
-      seed: of order and draws.
-      start_step: the first batch to give.
-      rows: which images of every batch are this process's, only these are loaded; all unless given.
-      workers: processes that load; 0 loads in threads.
+      batch_size: number of images per batch, over all processes.
+      seed: seed of the order and of the augmentation.
+      start_step: index of the first batch.
+      rows: rows of every batch that belong to this process; only these are loaded. Default: all.
+      workers: number of worker processes; 0 loads in threads of this process.
 
     Yields:
-      What the transform gives, of the R rows in their order: "image" uint8 (R, Hb, Wb, 3) and so on.
+      The results of the transform for R rows, in the order of ``rows``: "image" uint8 (R, Hb, Wb, 3) etc.
 
     Raises:
-      UserError: as ``make_train_batches``.
+      UserError: see ``make_train_batches``.
     """
     rows = range(batch_size) if rows is None else rows
-    sizes = np.array([source.size(index) for index in range(len(source))], np.int32)
-    plan = _DetectionPlan(sizes, transform, seed=seed, batch_size=batch_size)
+    plan = _DetectionPlan(_image_sizes(source), transform, seed=seed, batch_size=batch_size)
 
-    def load(place: int) -> dict:
-        step, row = divmod(place, len(rows))
+    def load(position: int) -> dict:
+        step, row = divmod(position, len(rows))
         index, view, bucket = plan.example(step, rows[row])
         rng = np.random.default_rng((seed, step, rows[row]))
         return transform(source[index], view, bucket=bucket, rng=rng)
 
-    places = grain.MapDataset.range(_ENDLESS * len(rows)).map(load)
-    return _load(places.batch(len(rows))[start_step:], workers)
+    examples = grain.MapDataset.range(_MAX_BATCHES * len(rows)).map(load)
+    return _iterate(examples.batch(len(rows))[start_step:], workers)
 
 
 def detection_example_indices(source, transform, *, seed: int, step: int, batch_size: int) -> list[int]:
-    """Which images the batch of a step has (the first step is 1), over all processes; see ``make_detection_train_batches``."""
-    sizes = np.array([source.size(index) for index in range(len(source))], np.int32)
-    plan = _DetectionPlan(sizes, transform, seed=seed, batch_size=batch_size)
+    """Return the indices of the images in one batch of ``make_detection_train_batches``, over all processes.
+
+    Args:
+      source, transform, seed, batch_size: as for ``make_detection_train_batches``.
+      step: number of the step, from 1.
+    """
+    plan = _DetectionPlan(_image_sizes(source), transform, seed=seed, batch_size=batch_size)
     return [plan.example(step - 1, row)[0] for row in range(batch_size)]
 
 
-class _DetectionPlan:
-    """Which image, which view of it and which bucket every row of every step has; a pass over the data is planned at once.
+def _image_sizes(source) -> np.ndarray:
+    """Return the heights and widths of all images in pixels, int32 (N, 2)."""
+    return np.array([source.size(index) for index in range(len(source))], np.int32)
 
-    Planning a pass over 118,000 images takes less than a tenth of a second, and 8 MB as long as it is kept.
+
+class _DetectionPlan:
+    """Image, augmentation and bucket of every row of every step, planned for one pass over the data at a time.
+
+    Planning a pass over 118,000 images takes less than a tenth of a second, and its plan takes 8 MB.
     """
 
     def __init__(self, sizes: np.ndarray, transform, *, seed: int, batch_size: int):
         self._sizes, self._transform, self._seed, self._batch_size = sizes, transform, seed, batch_size
-        self._steps, self._passes = max(len(sizes) // batch_size, 1), {}
+        self._steps, self._plans = max(len(sizes) // batch_size, 1), {}
 
     def example(self, step: int, row: int) -> tuple[int, Any, tuple[int, int]]:
-        """Index of an image, its view, and the bucket of the batch."""
+        """Return the index of an image, the parameters of its augmentation, and the bucket of the batch."""
         number, step = divmod(step, self._steps)
-        found = self._passes.get(number)
-        if found is None:  # two threads may both make it, and make the same
-            found = self._passes[number] = self._plan(number)
-            for old in sorted(self._passes)[:-_PLANS_KEPT]:
-                self._passes.pop(old, None)
-        indices, views, buckets, batches = found
-        place = batches[step, row]
-        return int(indices[place]), views.take(place), self._transform.buckets[buckets[place]]
+        plan = self._plans.get(number)
+        if plan is None:  # two threads may both compute it, with the same result
+            plan = self._plans[number] = self._plan(number)
+            for oldest in sorted(self._plans)[:-_CACHED_PLANS]:
+                self._plans.pop(oldest, None)
+        indices, views, buckets, batches = plan
+        position = batches[step, row]
+        return int(indices[position]), views.take(position), self._transform.buckets[buckets[position]]
 
     def _plan(self, number: int):
         count = self._steps * self._batch_size
-        indices = _shuffled(len(self._sizes), range(number * count, (number + 1) * count), self._seed)
+        positions = range(number * count, (number + 1) * count)
+        indices = _shuffled_indices(len(self._sizes), positions, self._seed)
         rng = np.random.default_rng((self._seed, number, 1))
         views = self._transform.draw(self._sizes[indices], rng)
         buckets = self._transform.choose_buckets(views.size)
         return indices, views, buckets, plan_batches(buckets, batch_size=self._batch_size, rng=rng)
 
 
-def _shuffled(count: int, places: range, seed: int) -> np.ndarray:
-    """What is at some consecutive places of an endless order of ``count`` images, drawn anew after every ``count``."""
-    epochs = range(places.start // count, -(-places.stop // count))
+def _shuffled_indices(count: int, positions: range, seed: int) -> np.ndarray:
+    """Return the images at consecutive positions of an endless order of ``count`` images, shuffled in every epoch."""
+    epochs = range(positions.start // count, -(-positions.stop // count))
     orders = [np.random.default_rng((seed, epoch, 0)).permutation(count) for epoch in epochs]
     first = epochs.start * count
-    return np.concatenate(orders)[places.start - first : places.stop - first]
+    return np.concatenate(orders)[positions.start - first : positions.stop - first]
 
 
 def plan_batches(groups: np.ndarray, *, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Batches of examples of one group each, as many as the examples fill.
+    """Combine examples into batches of one group each, with as many batches as the examples fill.
 
     Args:
-      groups: int (n,), of n examples, a multiple of the batch size.
-      batch_size: B.
-      rng: of which left-over examples of a group become a batch, with a chance of r / B for r of them, and of the order of the
+      groups: int (n,), group of each example; n is a multiple of the batch size.
+      batch_size: number B of examples per batch.
+      rng: generator that decides which r left-over examples of a group become a batch, with probability r / B, and shuffles the
         batches.
 
     Returns:
-      int (n / B, B), places of examples.
+      Indices of examples, int (n / B, B).
     """
-    batches, left = [], []
+    batches, remainders = [], []
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
-        whole = len(members) // batch_size * batch_size
-        batches.extend(members[:whole].reshape(-1, batch_size))
-        left.append((members[whole:], members))
-    # Systematic sampling: the numbers of left-over examples add up to whole batches, and so many of them are taken.
-    ends = np.cumsum([0, *(len(rest) for rest, _ in left)]) + int(rng.integers(batch_size))
-    for (rest, members), start, end in zip(left, ends[:-1], ends[1:], strict=True):
+        full = len(members) // batch_size * batch_size
+        batches.extend(members[:full].reshape(-1, batch_size))
+        remainders.append((members[full:], members))
+    # Systematic sampling: the left-over examples add up to a whole number of batches, which is the number of samples.
+    ends = np.cumsum([0, *(len(remainder) for remainder, _ in remainders)]) + int(rng.integers(batch_size))
+    for (remainder, members), start, end in zip(remainders, ends[:-1], ends[1:], strict=True):
         if end // batch_size > start // batch_size:
-            filling = rng.permutation(members[: len(members) - len(rest)])
-            batches.append(np.resize(np.concatenate([rest, filling]), batch_size))
+            filling = rng.permutation(members[: len(members) - len(remainder)])
+            batches.append(np.resize(np.concatenate([remainder, filling]), batch_size))
     return np.stack(batches)[rng.permutation(len(batches))]
 
 
@@ -285,49 +310,48 @@ def make_detection_eval_batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, only images of the same padded shape in a batch, in the order of ``make_sized_eval_batches``.
+    """Return an iterator over all images, once, in batches of equal padded shape, in the order of ``make_sized_eval_batches``.
 
     Args:
-      source: see ``data.coco``; the size of every image is asked for before the first batch.
+      source: see ``data.coco``; the sizes of all images are read before the first batch.
       transform: see ``detection_transforms.make_detection_eval_transform``.
       batch_size, rows, workers: as for ``make_sized_eval_batches``.
 
     Yields:
       {"image": uint8 (R, Hp, Wp, 3), "valid": int32 (R, 2), "scale": float32 (R, 4), "original": int32 (R, 2), "index":
-      int32 (R,), "mask": float32 (R,)} of its R rows, mask 1 for an image and 0 for filling.
+      int32 (R,), "mask": float32 (R,)} of R rows, with the mask 1 for images and 0 for filling.
 
     Raises:
-      UserError: a worker process has ended, or an image cannot be read.
+      UserError: a worker died, or an image cannot be read.
     """
     rows = range(batch_size) if rows is None else rows
     plan = [indices for indices, _ in _plan_sized_batches(source, transform, batch_size)]
 
-    def load(place: int) -> dict:
-        step, row = divmod(place, len(rows))
+    def load(position: int) -> dict:
+        step, row = divmod(position, len(rows))
         indices = plan[step]
         index = indices[min(rows[row], len(indices) - 1)]
-        counted = {"index": np.int32(index), "mask": np.float32(rows[row] < len(indices))}
-        return transform(source[index]) | counted
+        return transform(source[index]) | {"index": np.int32(index), "mask": np.float32(rows[row] < len(indices))}
 
-    return _load(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
+    return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
 
 
-def _load(batches: grain.MapDataset, workers: int) -> Iterator[dict]:
-    """Loads ahead, in threads of this process or in processes."""
+def _iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict]:
+    """Iterate over batches with prefetching, in threads of this process or in worker processes."""
     threads = grain.ReadOptions(num_threads=_PREFETCHED_BATCHES, prefetch_buffer_size=_PREFETCHED_BATCHES)
     loader = batches.to_iter_dataset(threads)
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain's workers want it, also where no command line was read
+        if not flags.FLAGS.is_parsed():  # required by grain's workers, even if there is no command line
             flags.FLAGS.mark_as_parsed()
         loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    with contextlib.closing(iter(loader)) as batches:  # ends the workers with whoever takes the batches
+    with contextlib.closing(iter(loader)) as iterator:  # stops the workers when the consumer stops
         try:
-            yield from batches
+            yield from iterator
         except RuntimeError as error:
             if "Worker process was terminated" not in str(error):
                 raise
             code = str(error).split("exit code ")[-1].split(".")[0]
             raise UserError(
-                f"A process that loads images has ended unasked, with status {code}: -9 is what a machine without memory "
-                "does to it. Fewer config.data.workers take less; the same command goes on from the last checkpoint."
+                f"A data worker died with status {code}; -9 usually means that the machine ran out of memory. Reduce "
+                "config.data.workers to save memory, and rerun the command to resume from the last checkpoint."
             ) from error

@@ -1,12 +1,18 @@
-"""Random-access sources of images with boxes, classes and masks of their objects, as COCO writes them down.
+"""Random-access sources of images with boxes, classes and masks of their objects, for detection.
 
-A source has ``len``, ``class_names``, ``category_ids`` (the number that COCO's files have for each class), ``has_masks``,
-``size(i) -> (height, width)`` and ``image_id(i)``, which do not decode, ``objects(i)``, see there, and ``source[i] ->
-{"image": uint8 (H, W, 3) RGB, "boxes": float32 (n, 4), "labels": int32 (n,), "masks": n masks or None, "crowd": bool (n,)}``.
-Boxes are x1, y1, x2, y2 in pixels, pixel i covering [i, i + 1), within the image. Labels count from 0 in the order of
-category ids. A mask is a compressed RLE, {"size": [H, W], "counts": bytes}; None where the file has no masks at all. Objects
-with "crowd" are groups: never trained on. The same index gives the same record, always. Sources are pickled for workers and
-read by several threads at once.
+A source has:
+
+- ``len``, ``class_names`` and ``category_ids``, the id in COCO files of each class;
+- ``has_masks``, whether its objects have masks;
+- ``size(i) -> (height, width)`` and ``image_id(i)``, which do not decode the image;
+- ``objects(i)``, all annotated objects of an image, see ``Objects``;
+- ``source[i]``, a record {"image": uint8 (H, W, 3) RGB, "boxes": float32 (n, 4), "labels": int32 (n,), "masks": a list of n
+  masks or None, "crowd": bool (n,)}.
+
+Boxes are x1, y1, x2, y2 in pixels within the image, where pixel i covers [i, i + 1). Labels count from 0 in ascending order of
+category id. A mask is a compressed run-length encoding (RLE), {"size": [H, W], "counts": bytes}; "masks" is None if the file
+has no masks at all. Objects with "crowd" are groups of objects, which are never trained on. An index always gives the same
+record. Sources are pickled for data workers and read by several threads at once.
 """
 
 import dataclasses
@@ -18,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from dat_jax.data.coco_json import decode_counts, join, read_table
-from dat_jax.data.image_files import Member, plain_reason, read_member
+from dat_jax.data.coco_json import decode_counts, link_annotations, read_table
+from dat_jax.data.image_files import Member, error_text, read_member
 from dat_jax.data.images import decode_image
-from dat_jax.data.sources import SPLITS, read_readable
+from dat_jax.data.sources import SPLITS, read_record
 from dat_jax.data.synthetic import CLASS_NAMES, COUNTS, SIDE, compose
 from dat_jax.errors import UserError, name_some
 
@@ -30,19 +36,19 @@ FILES = {
     "validation": ("instances_val2017.json", "instances_val.json", "val.json"),
 }
 IMAGE_FOLDERS = {"train": ("train2017", "train"), "validation": ("val2017", "val")}
-MIN_SIDE = 32  # pixels; smaller images are not trained on
+MIN_SIDE = 32  # pixels; smaller images are not used for training
 _MIN_VISIBLE = 20  # pixels of a composed digit
 
 
 class Objects(NamedTuple):
-    """What a file says about n objects of one image, all of them, also those that are not trained on.
+    """All annotated objects of one image, including those that are not trained on.
 
     Attributes:
-      boxes: float64 (n, 4), x, y, width, height in pixels as in the file.
+      boxes: float64 (n, 4), x, y, width, height in pixels, as in the file.
       labels: int32 (n,).
-      areas: float64 (n,), pixels of the masks.
+      areas: float64 (n,), area of the masks in pixels.
       crowd: bool (n,).
-      used: bool (n,), those that ``source[i]`` has.
+      used: bool (n,), the objects that ``source[i]`` contains.
       masks: n compressed RLEs, or None.
     """
 
@@ -55,27 +61,29 @@ class Objects(NamedTuple):
 
 
 class _DamagedFile(UserError):
-    """An image file that cannot be read, as against one that holds what it must not."""
+    """An image file that cannot be read, as opposed to a readable file with invalid content."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CocoSource:
-    """Images in a folder with the annotations of a JSON file; see ``load_coco``.
+    """Images in a folder with annotations in a JSON file; see ``load_coco``.
 
-    Masks stay in the file, which must not change meanwhile: ``spans`` says where. A process keeps 62 bytes an object and
-    about 100 an image: 65 MB for COCO's 118,000 training images with their 860,000 objects.
+    Masks are read from the file on access, at the offsets ``spans``, so the file must not change while the source is in use. A
+    process holds 62 bytes per object and about 100 per image: 65 MB for the 118,000 training images of COCO with their 860,000
+    objects.
 
     Attributes:
-      annotations, folder: paths of the JSON and of the images.
-      class_names, category_ids: of the labels, in order.
-      files: names in the folder, of M images.
-      ids: int64 (M,).
-      sizes: int32 (M, 2), heights and widths.
-      starts: int64 (M + 1,); objects starts[i] to starts[i + 1] are those of image i.
-      boxes, labels, areas, crowd, used: of all objects, see ``Objects``.
-      spans: int64 (N, 2), first byte of an object's annotation in the JSON, and the one after its last; None without masks.
-      skip_damaged: as in ``data.sources``.
-      skipped: what was left out or mended while the file was read, and how often.
+      annotations, folder: paths of the JSON file and of the folder of images.
+      class_names, category_ids: name and category id of each label.
+      files: file names of M images, relative to the folder.
+      ids: int64 (M,), image ids.
+      sizes: int32 (M, 2), heights and widths in pixels.
+      starts: int64 (M + 1,); image i has the objects from starts[i] up to, but not including, starts[i + 1].
+      boxes, labels, areas, crowd, used: fields of ``Objects``, of N objects.
+      spans: int64 (N, 2), byte offsets in the JSON file of the first byte of an annotation and of the one after its last; None
+        if there are no masks.
+      skip_damaged: see ``data.sources``.
+      skipped: reason -> number of annotations or images that were left out or clipped when the file was read.
     """
 
     annotations: str
@@ -100,14 +108,14 @@ class CocoSource:
 
     def __getitem__(self, index: int) -> dict:
         options = dict(count=len(self), skip_damaged=self.skip_damaged, damage=_DamagedFile)
-        return read_readable(self._read, index, **options)
+        return read_record(self._read, index, **options)
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of an image, as in the JSON; reading the image refuses other ones."""
+        """Return the height and width of an image, as in the JSON file; reading an image of another size is an error."""
         return tuple(self.sizes[index].tolist())
 
     def image_id(self, index: int) -> int:
-        """The image's number in the JSON."""
+        """Return the id of an image in the JSON file."""
         return int(self.ids[index])
 
     @property
@@ -116,7 +124,7 @@ class CocoSource:
         return self.spans is not None
 
     def objects(self, index: int) -> Objects:
-        """All objects of an image; their masks are read from the JSON."""
+        """Return all objects of an image; their masks are read from the JSON file."""
         part = np.s_[self.starts[index] : self.starts[index + 1]]
         masks = None if self.spans is None else self._read_masks(self.spans[part].tolist(), self.size(index))
         return Objects(*(x[part] for x in (self.boxes, self.labels, self.areas, self.crowd, self.used)), masks)
@@ -130,8 +138,8 @@ class CocoSource:
                     masks.append(_to_rle(json.loads(file.read(end - start)).get("segmentation"), size))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"The masks in {self.annotations} cannot be read again ({plain_reason(error)}): it must stay as it was when "
-                "the run began."
+                f"The masks in {self.annotations} cannot be read again ({error_text(error)}): the file must not change during "
+                "a run."
             ) from error
         return masks
 
@@ -142,8 +150,8 @@ class CocoSource:
         except UserError as error:
             raise _DamagedFile(str(error)) from error
         if image.shape[:2] != size:
-            sizes = [f"{height} x {width}" for height, width in (image.shape[:2], size)]
-            raise UserError(f"The image {path} has {sizes[0]} pixels: wanted {sizes[1]} as in {self.annotations}.")
+            actual, expected = (f"{height} x {width}" for height, width in (image.shape[:2], size))
+            raise UserError(f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.")
         return _make_record(image, self.objects(index))
 
 
@@ -155,13 +163,13 @@ def _make_record(image: np.ndarray, objects: Objects) -> dict:
         "image": image,
         "boxes": np.clip(corners, 0, [width, height, width, height]).astype(np.float32),
         "labels": objects.labels[used],
-        "masks": None if masks is None else [mask for mask, kept in zip(masks, used, strict=True) if kept],
+        "masks": None if masks is None else [mask for mask, is_used in zip(masks, used, strict=True) if is_used],
         "crowd": objects.crowd[used],
     }
 
 
 def _to_rle(segmentation: dict | list | None, size: tuple[int, int]) -> dict:
-    """Polygons, counts or compressed counts -> compressed RLE; the pixels of several polygons are united."""
+    """Convert polygons, counts or compressed counts to a compressed RLE; several polygons are merged into one mask."""
     if not segmentation:  # of an object that is not used
         segmentation = {"size": list(size), "counts": [size[0] * size[1]]}
     if isinstance(segmentation, list):
@@ -172,18 +180,25 @@ def _to_rle(segmentation: dict | list | None, size: tuple[int, int]) -> dict:
 
 
 def decode_mask(mask: dict) -> np.ndarray:
-    """A compressed RLE -> uint8 (H, W), 1 where the object is. Runs go down the columns, the first one is of zeros."""
+    """Decode a compressed RLE to uint8 (H, W), 1 on the object.
+
+    Runs follow the columns of the image from the top, starting with a run of zeros.
+    """
     height, width = mask["size"]
     counts = mask["counts"]
     runs = decode_counts(counts.decode() if isinstance(counts, bytes) else counts)
-    # Not pycocotools' decoder: numpy 2 warns of it, and warnings cannot be turned off for one thread.
+    # pycocotools' decoder emits a warning with numpy 2, and warnings cannot be suppressed for a single thread.
     values = np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8)
     return np.ascontiguousarray(values.reshape(width, height).T)
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitsSource:
-    """The examples of ``data.synthetic`` with the digits as objects; a digit with fewer than 20 pixels to be seen is none."""
+    """The examples of ``data.synthetic``, whose objects are the digits with at least 20 visible pixels.
+
+    Attributes:
+      split: "train" or "validation".
+    """
 
     split: str
 
@@ -194,7 +209,7 @@ class DigitsSource:
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """1 to 10."""
+        """The integers from 1 to 10."""
         return tuple(range(1, len(CLASS_NAMES)))
 
     def __len__(self) -> int:
@@ -207,37 +222,37 @@ class DigitsSource:
         return _make_record(image, _digit_objects(digits))
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of an image."""
+        """Return the height and width of an image in pixels."""
         return SIDE, SIDE
 
     def image_id(self, index: int) -> int:
-        """The index from 1 on."""
+        """Return the index plus 1."""
         return index + 1
 
     @property
     def has_masks(self) -> bool:
-        """Whether the objects have masks: they do."""
+        """Whether the objects have masks, which is always True."""
         return True
 
     def objects(self, index: int) -> Objects:
-        """All digits of an image."""
+        """Return all digits of an image."""
         return _digit_objects(compose(self.split, index)[2])
 
 
 def _digit_objects(digits: list[tuple[int, np.ndarray]]) -> Objects:
-    seen = [(digit, mask) for digit, mask in digits if np.count_nonzero(mask) >= _MIN_VISIBLE]
-    masks = [rle.encode(np.asfortranarray(mask, np.uint8)) for _, mask in seen]
+    visible = [(digit, mask) for digit, mask in digits if np.count_nonzero(mask) >= _MIN_VISIBLE]
+    masks = [rle.encode(np.asfortranarray(mask, np.uint8)) for _, mask in visible]
     boxes = np.array([rle.toBbox(mask) for mask in masks], np.float64).reshape(-1, 4)
-    areas = np.array([np.count_nonzero(mask) for _, mask in seen], np.float64)
-    labels = np.array([digit for digit, _ in seen], np.int32)
-    return Objects(boxes, labels, areas, np.zeros(len(seen), bool), np.ones(len(seen), bool), masks)
+    areas = np.array([np.count_nonzero(mask) for _, mask in visible], np.float64)
+    labels = np.array([digit for digit, _ in visible], np.int32)
+    return Objects(boxes, labels, areas, np.zeros(len(visible), bool), np.ones(len(visible), bool), masks)
 
 
 def to_coco_ground_truth(source: CocoSource | DigitsSource) -> dict:
-    """What pycocotools' ``COCO`` wants of a whole source: "images", "annotations" and "categories".
+    """Convert a whole source to the data set of pycocotools' ``COCO``: "images", "annotations" and "categories".
 
-    All objects of the source's images are in it, also those that are not trained on, as in the published evaluation. They are
-    numbered anew from 1: pycocotools takes one with number 0 for none.
+    As in the published evaluation, all objects of the source's images are included, also those that are not trained on.
+    Annotations are renumbered from 1, because pycocotools treats the id 0 as no match.
     """
     annotations = []
     for index in range(len(source)):
@@ -257,110 +272,124 @@ def to_coco_ground_truth(source: CocoSource | DigitsSource) -> dict:
 
 
 def load_detection_source(name: str, *, split: str, directory: str = "") -> CocoSource | DigitsSource:
-    """A source by its name, or of a directory as COCO is unpacked.
+    """Load a split of an embedded data set or of a directory in COCO's layout.
+
+    A directory contains annotations/instances_train2017.json and train2017/, annotations/instances_val2017.json and val2017/.
+    The files may also be called instances_train.json or train.json, instances_val.json or val.json, and the folders train and
+    val.
 
     Args:
-      name: of an embedded data set; not used where a directory is given. "digits_on_photographs": see ``DigitsSource``.
+      name: name of an embedded data set, ignored if ``directory`` is given. "digits_on_photographs": see ``DigitsSource``.
       split: "train" or "validation".
-      directory: "", or a path with annotations/instances_train2017.json and train2017/, instances_val2017.json and val2017/.
-        The files may also be called instances_train.json or train.json, instances_val.json or val.json, the folders train and
-        val.
+      directory: "" or a path.
 
     Raises:
-      UserError: unknown name or split, what is not there, or what ``load_coco`` refuses.
+      UserError: the name or the split is unknown, a file or folder is missing, or the annotations are invalid, see
+        ``load_coco``.
     """
     if split not in SPLITS:
         raise UserError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
     if directory:
         if not os.path.isdir(directory):
             raise UserError(f"There is no directory {directory} to read images from.")
-        annotations = _choose(pathlib.Path(directory) / "annotations", FILES[split], "file")
-        return load_coco(annotations, _choose(pathlib.Path(directory), IMAGE_FOLDERS[split], "folder"), split=split)
+        annotations = _choose_path(pathlib.Path(directory) / "annotations", FILES[split], "file")
+        images = _choose_path(pathlib.Path(directory), IMAGE_FOLDERS[split], "folder")
+        return load_coco(annotations, images, split=split)
     if name != "digits_on_photographs":
         raise UserError(
-            f"Unknown data set {name!r} for detection; choose digits_on_photographs, or give the directory of a data set "
-            "(config.data.directory)."
+            f"Unknown data set {name!r} for detection; choose digits_on_photographs, or set config.data.directory to the "
+            "directory of a data set."
         )
-    compose(split, 0)  # a package that is missing is said now
+    compose(split, 0)  # raises an error now if a package is missing
     return DigitsSource(split)
 
 
-def _choose(parent: pathlib.Path, names: tuple[str, ...], kind: str) -> str:
-    """The one file or folder of these names."""
-    found = [name for name in names if (parent / name).exists()]
-    if not found:
-        raise UserError(f"{parent} has no {kind} {' or '.join(names)}.")
-    if len(found) > 1:
-        raise UserError(f"{parent} has the {kind}s {' and '.join(found)}: wanted one of them.")
-    return str(parent / found[0])
+def _choose_path(parent: pathlib.Path, names: tuple[str, ...], kind: str) -> str:
+    """Return the only existing file or folder that has one of several names."""
+    matches = [name for name in names if (parent / name).exists()]
+    if not matches:
+        raise UserError(f"{parent} has no {kind} named {' or '.join(names)}.")
+    if len(matches) > 1:
+        raise UserError(f"{parent} has the {kind}s {' and '.join(matches)}: expected only one of them.")
+    return str(parent / matches[0])
 
 
 def load_coco(annotations: str, images: str, *, split: str, min_side: int = MIN_SIDE) -> CocoSource:
-    """The images and objects of a JSON file of COCO's instances, in the order of the file.
+    """Load the images and objects of a JSON file of COCO instances, in the order of the file.
 
-    What MMDetection 2.26 passes over is passed over here and counted in ``skipped``: annotations of images or of categories
-    that the file does not list; boxes less than a pixel wide or high, or with an area of 0 or less, or outside the image;
-    those marked "ignore". Boxes that are partly outside are cut to the image, which is counted too. In training, images
-    without an annotation of a listed category, and images with a short side, are left out. Everything else is an error. An
-    image is read as its bytes are: orientation tags are not applied.
+    As in MMDetection 2.26, the following annotations are skipped, and counted in ``skipped``:
+
+    - annotations of images or categories that the file does not list;
+    - annotations marked "ignore";
+    - boxes less than a pixel wide or high, or with an area of 0 or less;
+    - boxes outside the image.
+
+    Boxes that are partly outside are clipped to the image, which is also counted. For training, images without an annotation of
+    a listed category and images with a side below ``min_side`` are left out. Anything else that is invalid raises an error.
+    Orientation tags of images are not applied.
 
     Args:
-      annotations: path of the JSON.
-      images: the folder that its file names start from.
-      split: "train" leaves images out and passes over damaged ones; "validation" keeps every image.
-      min_side: in pixels, of images to train on.
+      annotations: path of the JSON file.
+      images: folder that the file names are relative to.
+      split: "train" leaves out images and skips damaged ones; "validation" keeps all images.
+      min_side: smallest side of images to train on, in pixels.
 
     Raises:
-      UserError: see ``coco_json.read_table`` and ``coco_json.join``; image files that are not there, nothing to train on.
+      UserError: see ``coco_json.read_table`` and ``coco_json.link_annotations``; image files are missing; no image is left for
+        training.
     """
     table = read_table(annotations)
     _check_files(table.files, images, annotations)
-    joined = join(table, annotations)
+    links = link_annotations(table, annotations)
     count = len(table.files)
-    listed = (joined.owners >= 0) & (joined.labels >= 0)
-    keep, skipped = np.ones(count, bool), joined.skipped
+    listed = (links.image_indices >= 0) & (links.labels >= 0)
+    keep, skipped = np.ones(count, bool), links.skipped
     if split == "train":
-        with_objects = np.bincount(joined.owners[listed], minlength=count) > 0
-        keep = with_objects & (table.sizes.min(axis=1) >= min_side)
+        annotated = np.bincount(links.image_indices[listed], minlength=count) > 0
+        keep = annotated & (table.sizes.min(axis=1) >= min_side)
+        _check_any_left(keep, annotations, min_side)
         skipped = skipped | {
-            "images without an annotation": int(np.count_nonzero(~with_objects)),
-            f"images with a side below {min_side}": int(np.count_nonzero(with_objects & ~keep)),
+            "images without an annotation": int(np.count_nonzero(~annotated)),
+            f"images with a side below {min_side}": int(np.count_nonzero(annotated & ~keep)),
         }
-        if not keep.any():
-            raise UserError(
-                f"The annotations {annotations} have no image to train on: wanted one with an annotation and sides of "
-                f"{min_side} pixels or more."
-            )
-    chosen = np.flatnonzero(listed)
-    chosen = chosen[keep[joined.owners[chosen]]]
-    chosen = chosen[np.argsort(joined.owners[chosen], kind="stable")]
-    per_image = np.bincount(joined.owners[chosen], minlength=count)[keep]
+    indices = np.flatnonzero(listed)
+    indices = indices[keep[links.image_indices[indices]]]
+    indices = indices[np.argsort(links.image_indices[indices], kind="stable")]
+    objects_per_image = np.bincount(links.image_indices[indices], minlength=count)[keep]
     return CocoSource(
         annotations=str(annotations),
         folder=str(images),
-        class_names=tuple(table.categories[number] for number in joined.category_ids),
-        category_ids=joined.category_ids,
-        files=tuple(name for name, kept in zip(table.files, keep, strict=True) if kept),
+        class_names=tuple(table.categories[number] for number in links.category_ids),
+        category_ids=links.category_ids,
+        files=tuple(name for name, is_kept in zip(table.files, keep, strict=True) if is_kept),
         ids=table.image_ids[keep],
         sizes=table.sizes[keep],
-        starts=np.concatenate([[0], np.cumsum(per_image)]),
-        boxes=table.boxes[chosen],
-        labels=joined.labels[chosen].astype(np.int32),
-        areas=table.areas[chosen],
-        crowd=table.crowd[chosen],
-        used=joined.used[chosen],
-        spans=table.spans[chosen] if table.masked.any() else None,
+        starts=np.concatenate([[0], np.cumsum(objects_per_image)]),
+        boxes=table.boxes[indices],
+        labels=links.labels[indices].astype(np.int32),
+        areas=table.areas[indices],
+        crowd=table.crowd[indices],
+        used=links.used[indices],
+        spans=table.spans[indices] if table.has_mask.any() else None,
         skip_damaged=split == "train",
-        skipped={name: number for name, number in skipped.items() if number},
+        skipped={reason: number for reason, number in skipped.items() if number},
     )
 
 
+def _check_any_left(keep: np.ndarray, annotations: str, min_side: int) -> None:
+    if not keep.any():
+        raise UserError(
+            f"The annotations {annotations} have no image to train on: expected at least one with an annotation and sides of "
+            f"{min_side} pixels or more."
+        )
+
+
 def _check_files(files: tuple[str, ...], folder: str, annotations: str) -> None:
-    """Every image file is there; each folder is listed once."""
-    listed = {}
+    """Check that every image file exists. Each folder is listed once."""
+    existing = {}
     for parent in {os.path.dirname(name) for name in files}:
         path = os.path.join(folder, parent)
-        listed[parent] = set(os.listdir(path)) if os.path.isdir(path) else set()
-    missing = [name for name in files if os.path.basename(name) not in listed[os.path.dirname(name)]]
+        existing[parent] = set(os.listdir(path)) if os.path.isdir(path) else set()
+    missing = [name for name in files if os.path.basename(name) not in existing[os.path.dirname(name)]]
     if missing:
         raise UserError(f"These images of {annotations} are not in {folder}: {name_some(missing)}.")

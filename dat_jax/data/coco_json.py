@@ -1,4 +1,7 @@
-"""Reads a JSON file of COCO's instances, entry by entry: a file of 450 MB never becomes millions of Python objects at once."""
+"""Streaming reader for JSON files of COCO instances.
+
+Entries are decoded one at a time into flat arrays, so that a file of 450 MB never becomes millions of Python objects at once.
+"""
 
 import json
 import pathlib
@@ -9,32 +12,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dat_jax.data.image_files import plain_reason
+from dat_jax.data.image_files import error_text
 from dat_jax.errors import UserError
 
-FARTHEST = 1e5  # pixels: a polygon that reaches farther is a mistake, and would take gigabytes to fill
+MAX_COORDINATE = 1e5  # pixels; larger polygons are mistakes and would take gigabytes to fill
 _LISTS = ("images", "annotations", "categories")
 _BLANK = re.compile(r"[ \t\r\n]*")
-_MOST_COUNT_BYTES = 7  # of five bits each: 2^32 pixels
+_MAX_COUNT_CHARACTERS = 7  # with five bits each, enough for 2^32 pixels
 
 
-class Table(NamedTuple):
-    """What a file says, in its order: C categories, M images, N annotations.
+class AnnotationTable(NamedTuple):
+    """Content of a file in its order, with C categories, M images and N annotations.
 
     Attributes:
-      categories: name of every category id.
-      files: M names.
+      categories: category id -> name.
+      files: M file names.
       image_ids: int64 (M,).
-      sizes: int32 (M, 2), height and width.
-      ids: int64 (N,), numbers of the annotations, for messages; where the file has none, their place from 0.
-      owners: int64 (N,), the ids of their images.
+      sizes: int32 (M, 2), height and width of the images in pixels.
+      ids: int64 (N,), annotation ids for error messages; the index of an annotation without an id.
+      owner_ids: int64 (N,), image id of every annotation.
       category_ids: int64 (N,).
-      boxes: float64 (N, 4), x, y, width, height.
-      areas: float64 (N,).
+      boxes: float64 (N, 4), x, y, width, height in pixels.
+      areas: float64 (N,), in pixels.
       crowd, ignored: bool (N,).
-      masked: bool (N,), those with a mask.
-      mask_sizes: int64 (N, 2), height and width that a run-length encoded mask says; 0 for others.
-      spans: int64 (N, 2), their first byte in the file and the one after the last.
+      has_mask: bool (N,).
+      mask_sizes: int64 (N, 2), height and width stated by run-length encoded masks, 0 for other annotations.
+      spans: int64 (N, 2), byte offsets in the file of the first byte of an annotation and of the one after its last.
     """
 
     categories: dict[int, str]
@@ -42,135 +45,146 @@ class Table(NamedTuple):
     image_ids: np.ndarray
     sizes: np.ndarray
     ids: np.ndarray
-    owners: np.ndarray
+    owner_ids: np.ndarray
     category_ids: np.ndarray
     boxes: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
     ignored: np.ndarray
-    masked: np.ndarray
+    has_mask: np.ndarray
     mask_sizes: np.ndarray
     spans: np.ndarray
 
 
-def read_table(path: str) -> Table:
-    """Reads and checks every entry by itself; what entries must have in common is the caller's.
+def read_table(path: str) -> AnnotationTable:
+    """Read a file and check every entry on its own; ``link_annotations`` checks references between entries.
 
-    Takes as much memory as twice the file for a moment, then as much as the file.
+    Memory use peaks at about twice the size of the file while it is decoded, and is about its size afterwards.
 
     Raises:
-      UserError: not JSON, cut off, NaN, a list or a key that is not there, a value of another kind, an id that two images or
-        categories have, a polygon or a run-length encoding that is broken.
+      UserError: the file is not JSON, is truncated or contains NaN or infinity; a list or key is missing; a value has the wrong
+        type; two images or two categories have the same id; a polygon or run-length encoding is invalid.
     """
     try:
-        text = pathlib.Path(path).read_bytes().decode("latin-1")  # one character a byte, so places are the file's
+        text = (
+            pathlib.Path(path).read_bytes().decode("latin-1")
+        )  # one character per byte, so that indices are byte offsets
     except OSError as error:
         raise UserError(f"The annotations {path} cannot be read: {error.strerror}.") from error
-    found = _Collector(path)
+    collector = _Collector(path)
     try:
-        seen = _scan(text, {name: getattr(found, f"add_{name}") for name in _LISTS})
+        present = _scan(text, {name: getattr(collector, f"add_{name}") for name in _LISTS})
     except UserError:
         raise
     except IndexError as error:
-        raise UserError(f"The annotations {path} are no JSON that can be read: the file ends too early.") from error
+        raise UserError(f"The annotations {path} are not valid JSON: the file ends too early.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"The annotations {path} are no JSON that can be read: {plain_reason(error)}.") from error
-    missing = [name for name in _LISTS if name not in seen]
+        raise UserError(f"The annotations {path} are not valid JSON: {error_text(error)}.") from error
+    missing = [name for name in _LISTS if name not in present]
     if missing:
-        raise UserError(f"The annotations {path} have no list {missing[0]!r}: wanted a file of COCO's instances.")
-    return found.table()
+        raise UserError(f"The annotations {path} have no list {missing[0]!r}: expected a file of COCO instances.")
+    return collector.table()
 
 
-class Joined(NamedTuple):
-    """How the entries of a table belong together.
+class AnnotationLinks(NamedTuple):
+    """Image and class of every annotation of a table, and whether it is usable.
 
     Attributes:
-      category_ids: ascending; an object's label is the place in it.
-      owners: int64 (N,), place of an annotation's image, -1 for none.
-      labels: int64 (N,), -1 for none.
-      used: bool (N,), those that belong to an image and a category and are not passed over.
-      skipped: what was passed over or mended, and how often.
+      category_ids: category ids in ascending order; the label of an object is the index in it.
+      image_indices: int64 (N,), index of the image, -1 if it is not listed.
+      labels: int64 (N,), -1 if the category is not listed.
+      used: bool (N,), annotations whose image and category are listed and that are not skipped.
+      skipped: reason -> number of annotations that were skipped or clipped.
     """
 
     category_ids: tuple[int, ...]
-    owners: np.ndarray
+    image_indices: np.ndarray
     labels: np.ndarray
     used: np.ndarray
     skipped: dict[str, int]
 
 
-def join(table: Table, path: str) -> Joined:
-    """Looks up images and categories, and passes over what ``coco.load_coco`` says.
+def link_annotations(table: AnnotationTable, path: str) -> AnnotationLinks:
+    """Look up the image and category of every annotation, and skip the annotations that ``coco.load_coco`` describes.
+
+    Args:
+      table: content of the file.
+      path: path of the file for error messages.
 
     Raises:
-      UserError: no category, no image, masks of another size than their image, masks of some objects only; names ``path``.
+      UserError: there are no categories or no images, only some objects have masks, or a mask does not have the size of its
+        image.
     """
     if not table.categories or not table.files:
         raise UserError(f"The annotations {path} list no {'images' if table.categories else 'categories'}.")
     category_ids = np.array(sorted(table.categories), np.int64)
-    labels, owners = _find(table.category_ids, category_ids), _find(table.owners, table.image_ids)
-    bounds = table.sizes[owners, ::-1]
+    labels = _index_of(table.category_ids, category_ids)
+    image_indices = _index_of(table.owner_ids, table.image_ids)
+    bounds = table.sizes[image_indices, ::-1]
     starts, ends = table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]
-    left = np.ones(len(owners), bool)  # what is not passed over so far
+    used = np.ones(len(image_indices), bool)
     skipped = {}
-    for name, wrong in (
-        ("annotations of images that are not listed", owners < 0),
-        ("annotations of categories that are not listed", labels < 0),
+    for reason, mask in (
+        ("annotations of unlisted images", image_indices < 0),
+        ("annotations of unlisted categories", labels < 0),
         ('annotations marked "ignore"', table.ignored),
-        ("boxes without a size", (table.boxes[:, 2:] < 1).any(axis=1) | (table.areas <= 0)),
+        ("empty boxes", (table.boxes[:, 2:] < 1).any(axis=1) | (table.areas <= 0)),
         ("boxes outside the image", (np.minimum(ends, bounds) <= np.maximum(starts, 0)).any(axis=1)),
     ):
-        skipped[name] = int(np.count_nonzero(left & wrong))
-        left &= ~wrong
-    skipped["boxes cut to the image"] = int(np.count_nonzero(left & ((starts < 0) | (ends > bounds)).any(axis=1)))
-    _check_masks(table, owners, left, path)
-    return Joined(tuple(category_ids.tolist()), owners, labels, left, skipped)
+        skipped[reason] = int(np.count_nonzero(used & mask))
+        used &= ~mask
+    skipped["boxes clipped to the image"] = int(np.count_nonzero(used & ((starts < 0) | (ends > bounds)).any(axis=1)))
+    _check_masks(table, image_indices, used, path)
+    return AnnotationLinks(tuple(category_ids.tolist()), image_indices, labels, used, skipped)
 
 
-def _find(values: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """The place of every value among others, all different; -1 for one that is not there."""
-    order = np.argsort(among)
-    places = order[np.minimum(np.searchsorted(among, values, sorter=order), len(among) - 1)]
-    return np.where(among[places] == values, places, -1)
+def _index_of(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return the index of every value in ``keys``, which are unique; -1 for values that are not in it."""
+    order = np.argsort(keys)
+    indices = order[np.minimum(np.searchsorted(keys, values, sorter=order), len(keys) - 1)]
+    return np.where(keys[indices] == values, indices, -1)
 
 
-def _check_masks(table: Table, owners: np.ndarray, used: np.ndarray, path: str) -> None:
-    """Masks of all objects that are used or of none, run-length encoded ones of their image's size."""
-    if not table.masked.any():
+def _check_masks(table: AnnotationTable, image_indices: np.ndarray, used: np.ndarray, path: str) -> None:
+    """Check that all used objects or none have masks, and that encoded masks have the size of their image."""
+    if not table.has_mask.any():
         return
-    bare = np.flatnonzero(used & ~table.masked)
-    if len(bare):
-        raise UserError(f"Annotation {table.ids[bare[0]]} of {path} has no mask, while others have one.")
-    sized = np.flatnonzero((owners >= 0) & (table.mask_sizes[:, 0] > 0))
-    wrong = sized[(table.mask_sizes[sized] != table.sizes[owners[sized]]).any(axis=1)]
+    missing = np.flatnonzero(used & ~table.has_mask)
+    if len(missing):
+        raise UserError(f"Annotation {table.ids[missing[0]]} of {path} has no mask, although others have one.")
+    encoded = np.flatnonzero((image_indices >= 0) & (table.mask_sizes[:, 0] > 0))
+    wrong = encoded[(table.mask_sizes[encoded] != table.sizes[image_indices[encoded]]).any(axis=1)]
     if len(wrong):
-        sizes = [f"{h} x {w}" for h, w in (table.mask_sizes[wrong[0]], table.sizes[owners[wrong[0]]])]
+        first = wrong[0]
+        mask_size, image_size = (f"{h} x {w}" for h, w in (table.mask_sizes[first], table.sizes[image_indices[first]]))
         raise UserError(
-            f"Annotation {table.ids[wrong[0]]} of {path} has a mask of {sizes[0]} pixels: wanted {sizes[1]} as its image."
+            f"Annotation {table.ids[first]} of {path} has a mask of {mask_size} pixels: expected {image_size}, the size of "
+            "its image."
         )
 
 
 class _Collector:
-    """Entries in flat arrays, as they come."""
+    """Checks entries and appends them to flat arrays."""
 
     def __init__(self, path: str):
         self._path, self._categories, self._images, self._files = path, {}, {}, []
-        self._whole = {name: array("q") for name in ("ids", "owners", "category_ids", "spans", "mask_sizes")}
-        self._real = {name: array("d") for name in ("boxes", "areas")}
-        self._flags = {name: bytearray() for name in ("crowd", "ignored", "masked")}
+        self._integers = {name: array("q") for name in ("ids", "owner_ids", "category_ids", "spans", "mask_sizes")}
+        self._floats = {name: array("d") for name in ("boxes", "areas")}
+        self._flags = {name: bytearray() for name in ("crowd", "ignored", "has_mask")}
 
     def add_categories(self, entry: Any, start: int, end: int) -> None:
-        number, name = self._take(entry, f"Category {len(self._categories)}", id=int, name=str)
+        number, name = self._get_values(entry, f"Category {len(self._categories)}", id=int, name=str)
         if number in self._categories:
             raise UserError(f"{self._path} has the category {number} more than once.")
         self._categories[number] = name
 
     def add_images(self, entry: Any, start: int, end: int) -> None:
-        wanted = dict(id=int, file_name=str, height=int, width=int)
-        number, name, height, width = self._take(entry, f"Image {len(self._files)}", **wanted)
-        if not (0 < height < FARTHEST and 0 < width < FARTHEST):
+        types = dict(id=int, file_name=str, height=int, width=int)
+        number, name, height, width = self._get_values(entry, f"Image {len(self._files)}", **types)
+        if not (0 < height < MAX_COORDINATE and 0 < width < MAX_COORDINATE):
             raise UserError(
-                f"Image {number} of {self._path} has {height} x {width} pixels: wanted a size that images have."
+                f"Image {number} of {self._path} has {height} x {width} pixels: expected sides from 1 to "
+                f"{MAX_COORDINATE - 1:.0f}."
             )
         if number in self._images:
             raise UserError(f"{self._path} has the image {number} more than once.")
@@ -180,137 +194,154 @@ class _Collector:
     def add_annotations(self, entry: Any, start: int, end: int) -> None:
         number = entry.get("id") if isinstance(entry, dict) else None
         number = number if isinstance(number, int) and abs(number) < 2**63 else len(self._flags["crowd"])
-        name = f"Annotation {number}"
-        wanted = dict(image_id=int, category_id=int, bbox=list, area=(int, float))
-        owner, category, box, area = self._take(entry, name, **wanted)
+        title = f"Annotation {number}"
+        types = dict(image_id=int, category_id=int, bbox=list, area=(int, float))
+        owner_id, category_id, box, area = self._get_values(entry, title, **types)
         try:
             if len(box) != 4 or not all(abs(x) < 1e9 for x in (*box, area)):
-                raise ValueError(f"the box {box} and the area {area}: wanted x, y, width and height, all finite")
-            size = _check_mask(entry.get("segmentation"))
-            self._real["boxes"].extend(box)
-            self._real["areas"].append(area)
+                raise ValueError(f"the box {box} and the area {area}: expected x, y, width and height, all finite")
+            mask_size = _check_mask(entry.get("segmentation"))
+            self._floats["boxes"].extend(box)
+            self._floats["areas"].append(area)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{name} of {self._path} has {plain_reason(error)}.") from error
-        for key, values in (("ids", (number,)), ("owners", (owner,)), ("category_ids", (category,))):
-            self._whole[key].extend(values)
-        self._whole["spans"].extend((start, end))
-        self._whole["mask_sizes"].extend(size or (0, 0))
-        flags = (bool(entry.get("iscrowd")), bool(entry.get("ignore")), size is not None)
-        for key, flag in zip(("crowd", "ignored", "masked"), flags, strict=True):
+            raise UserError(f"{title} of {self._path} has {error_text(error)}.") from error
+        for key, value in (("ids", number), ("owner_ids", owner_id), ("category_ids", category_id)):
+            self._integers[key].append(value)
+        self._integers["spans"].extend((start, end))
+        self._integers["mask_sizes"].extend(mask_size or (0, 0))
+        flags = (bool(entry.get("iscrowd")), bool(entry.get("ignore")), mask_size is not None)
+        for key, flag in zip(("crowd", "ignored", "has_mask"), flags, strict=True):
             self._flags[key].append(flag)
 
-    def _take(self, entry: Any, title: str, /, **wanted) -> list:
-        """The values of an entry, each of the wanted kind."""
+    def _get_values(self, entry: Any, title: str, /, **types) -> list:
+        """Return the values of some keys of an entry, after checking their types."""
         if not isinstance(entry, dict):
-            raise UserError(f"{title} of {self._path} is no JSON object.")
-        for key, kind in wanted.items():
+            raise UserError(f"{title} of {self._path} is not a JSON object.")
+        for key, kind in types.items():
             if key not in entry:
-                raise UserError(f"{title} of {self._path} lacks {key!r}.")
+                raise UserError(f"{title} of {self._path} has no {key!r}.")
             value = entry[key]
             if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and abs(value) >= 2**63):
-                kinds = {int: "a whole number", str: "a text", list: "a list"}.get(kind, "a number")
-                raise UserError(f"{title} of {self._path} has {str(value)[:50]!r} as {key!r}: wanted {kinds}.")
-        return [entry[key] for key in wanted]
+                expected = {int: "an integer", str: "a string", list: "a list"}.get(kind, "a number")
+                raise UserError(f"{title} of {self._path} has {key!r} {str(value)[:50]!r}: expected {expected}.")
+        return [entry[key] for key in types]
 
-    def table(self) -> Table:
-        whole = {name: np.array(values, np.int64) for name, values in self._whole.items()}
+    def table(self) -> AnnotationTable:
+        """Return the entries so far as a table."""
+        integers = {name: np.array(values, np.int64) for name, values in self._integers.items()}
         flags = {name: np.frombuffer(bytes(values), bool) for name, values in self._flags.items()}
-        pairs = {name: whole.pop(name).reshape(-1, 2) for name in ("spans", "mask_sizes")}
-        return Table(
+        pairs = {name: integers.pop(name).reshape(-1, 2) for name in ("spans", "mask_sizes")}
+        return AnnotationTable(
             categories=self._categories,
             files=tuple(self._files),
             image_ids=np.array(list(self._images), np.int64),
             sizes=np.array(list(self._images.values()), np.int32).reshape(-1, 2),
-            boxes=np.array(self._real["boxes"], np.float64).reshape(-1, 4),
-            areas=np.array(self._real["areas"], np.float64),
-            **(whole | flags | pairs),
+            boxes=np.array(self._floats["boxes"], np.float64).reshape(-1, 4),
+            areas=np.array(self._floats["areas"], np.float64),
+            **(integers | flags | pairs),
         )
 
 
-def _scan(text: str, take: dict[str, Callable[[Any, int, int], None]]) -> set[str]:
-    """Hands over (entry, start, end) of the lists under the keys of ``take`` in an object; gives the keys that were there.
+def _scan(text: str, handlers: dict[str, Callable[[Any, int, int], None]]) -> set[str]:
+    """Call a handler with (entry, start, end) for every entry of some lists of a JSON object.
+
+    Args:
+      text: the JSON object, decoded as latin-1.
+      handlers: key of a list -> handler; start and end are offsets of the entry in ``text``.
+
+    Returns:
+      The keys of ``handlers`` that exist and are lists.
 
     Raises:
-      ValueError, IndexError: not JSON, or cut off.
+      ValueError, IndexError: the text is not JSON or is truncated.
     """
-    decode, plain, seen = json.JSONDecoder(parse_constant=_refuse).raw_decode, text.isascii(), set()
-    place = _pass(text, 0, "{")
-    while text[place] != "}":
-        key, place = decode(text, place)
-        place = _pass(text, place, ":")
-        if key not in take or text[place] != "[":
-            place = _next(text, decode(text, place)[1], "}")
+    decode, is_ascii, present = json.JSONDecoder(parse_constant=_reject_constant).raw_decode, text.isascii(), set()
+    position = _skip_token(text, 0, "{")
+    while text[position] != "}":
+        key, position = decode(text, position)
+        position = _skip_token(text, position, ":")
+        if key not in handlers or text[position] != "[":
+            position = _skip_comma(text, decode(text, position)[1], "}")
             continue
-        seen.add(key)
-        place = _pass(text, place, "[")
-        while text[place] != "]":
-            entry, end = decode(text, place)
-            if not plain and not text[place:end].isascii():
-                entry = json.loads(text[place:end].encode("latin-1"), parse_constant=_refuse)
-            take[key](entry, place, end)
-            place = _next(text, end, "]")
-        place = _next(text, place + 1, "}")
-    return seen
+        present.add(key)
+        position = _skip_token(text, position, "[")
+        while text[position] != "]":
+            entry, end = decode(text, position)
+            if not is_ascii and not text[position:end].isascii():
+                entry = json.loads(text[position:end].encode("latin-1"), parse_constant=_reject_constant)
+            handlers[key](entry, position, end)
+            position = _skip_comma(text, end, "]")
+        position = _skip_comma(text, position + 1, "}")
+    return present
 
 
-def _pass(text: str, place: int, token: str) -> int:
-    """The place after a token and the blanks around it."""
-    place = _BLANK.match(text, place).end()
-    if text[place] != token:
-        raise ValueError(f"expecting {token!r} at byte {place}")
-    return _BLANK.match(text, place + 1).end()
+def _skip_token(text: str, position: int, token: str) -> int:
+    """Return the position after a token and the whitespace around it."""
+    position = _BLANK.match(text, position).end()
+    if text[position] != token:
+        raise ValueError(f"expected {token!r} at byte {position}")
+    return _BLANK.match(text, position + 1).end()
 
 
-def _next(text: str, place: int, closing: str) -> int:
-    """The place of the next entry, or of what closes the list of them."""
-    place = _BLANK.match(text, place).end()
-    return place if text[place] == closing else _pass(text, place, ",")
+def _skip_comma(text: str, position: int, closing: str) -> int:
+    """Return the position of the next entry, or of the closing bracket."""
+    position = _BLANK.match(text, position).end()
+    return position if text[position] == closing else _skip_token(text, position, ",")
 
 
-def _refuse(constant: str) -> None:
+def _reject_constant(constant: str) -> None:
     raise ValueError(f"it has the value {constant}")
 
 
 def _check_mask(mask: Any) -> tuple[int, int] | None:
-    """(height, width) that a run-length encoding says, (0, 0) for polygons, None for no mask; a ValueError if it is broken."""
+    """Check a segmentation.
+
+    Returns:
+      (height, width) stated by a run-length encoding, (0, 0) for polygons, None if there is no mask.
+
+    Raises:
+      ValueError: the mask is invalid. The message completes "Annotation ... has".
+    """
     if mask is None or mask == []:
         return None
     if isinstance(mask, list):
         for polygon in mask:
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError("a polygon that is not a list of six numbers or more, x and y in turn")
-            if not (min(polygon) > -FARTHEST and max(polygon) < FARTHEST):
+                raise ValueError("a polygon that is not a list of at least three pairs of x and y")
+            if not (min(polygon) > -MAX_COORDINATE and max(polygon) < MAX_COORDINATE):
                 raise ValueError("a polygon that lies far outside any image")
         return 0, 0
     if not isinstance(mask, dict) or not {"size", "counts"} <= set(mask):
         raise ValueError("a segmentation that is neither polygons nor a size with counts")
     size, counts = mask["size"], mask["counts"]
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(x, int) and 0 < x < FARTHEST for x in size):
-        raise ValueError(f"a mask of the size {str(size)[:50]}: wanted a height and a width")
+    is_size = isinstance(size, list) and len(size) == 2
+    if not is_size or not all(isinstance(side, int) and 0 < side < MAX_COORDINATE for side in size):
+        raise ValueError(f"a mask with the size {str(size)[:50]}: expected a height and a width")
     runs = decode_counts(counts) if isinstance(counts, str) else np.array(counts)
     if runs.ndim != 1 or runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != size[0] * size[1]:
-        raise ValueError(f"a mask whose counts are broken: wanted {size[0] * size[1]} pixels in all")
+        raise ValueError(f"a mask with invalid counts: expected {size[0] * size[1]} pixels in total")
     return size[0], size[1]
 
 
 def decode_counts(text: str) -> np.ndarray:
-    """Lengths of runs, int64 (n,), from their compressed form: five bits a character, differences to the last but one.
+    """Decode the compressed counts of a run-length encoding to run lengths, int64 (n,).
 
-    Source: pycocotools, maskApi.c, which does not check the text that it reads.
+    A count is stored with five bits per character, as the difference from the count two positions earlier. Source:
+    pycocotools, maskApi.c, which does not check the text.
 
     Raises:
-      ValueError: broken.
+      ValueError: the text is invalid.
     """
     codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise ValueError("a mask whose compressed counts are broken")
+        raise ValueError("a mask with invalid compressed counts")
     ends = np.flatnonzero((codes & 32) == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > _MOST_COUNT_BYTES:
-        raise ValueError("a mask whose compressed counts are broken")
-    places = np.arange(len(codes)) - np.repeat(starts, lengths)
-    values = np.add.reduceat((codes & 31) << (5 * places), starts)
+    if lengths.max() > _MAX_COUNT_CHARACTERS:
+        raise ValueError("a mask with invalid compressed counts")
+    positions = np.arange(len(codes)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((codes & 31) << (5 * positions), starts)
     values -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
     for first in (1, 2):
         values[first::2] = np.cumsum(values[first::2])

@@ -1,4 +1,4 @@
-"""The 80 classes that COCO's boxes and masks have (2014 and 2017), in the order of their category ids."""
+"""Names and category ids of the 80 COCO object classes (2014 and 2017), in ascending order of category id."""
 
 _NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
@@ -9,7 +9,7 @@ _NAMES = (
     "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
     "teddy bear, hair drier, toothbrush"
 )
-_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # numbers of categories that no object has
+_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids without any object
 
 CLASS_NAMES = tuple(_NAMES.split(", "))
 CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _UNUSED)

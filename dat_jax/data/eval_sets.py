@@ -1,6 +1,7 @@
-"""Further evaluation sets of a classifier: other images of its classes, or other labels of its validation images.
+"""Additional evaluation sets of a classifier: other images of its classes, or other labels of its validation images.
 
-ImageNet-V2 (1902.10811), -A (1907.07174), -R (2006.16241), -Sketch (1905.13549) and the Reassessed Labels (2006.07159).
+Supported are ImageNet-V2 (1902.10811), -A (1907.07174), -R (2006.16241), -Sketch (1905.13549) and the Reassessed Labels
+(2006.07159).
 """
 
 import dataclasses
@@ -21,18 +22,18 @@ _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 def load_eval_sets(paths: dict[str, str], eval_source) -> dict[str, tuple[Any, np.ndarray | None]]:
-    """The sets that have a path.
+    """Load the evaluation sets that have a path.
 
     Args:
-      paths: name -> path, "" for none. "real" wants the file real.json, the others a directory: folders of a class each,
-        named as the classes or by their numbers, or a data set of TFDS in array_record.
-      eval_source: of the validation images, whose classes are meant.
+      paths: name -> path; sets with the path "" are omitted. The path of "real" is the file real.json. Any other path is a
+        directory: one folder per class, named by class or by label, or a TFDS data set in array_record format.
+      eval_source: source of the validation images, which defines the classes.
 
     Returns:
-      name -> (source, indices of the classes that the set has, or None for all).
+      name -> (source, labels of the classes that occur in the set, or None if all classes occur).
 
     Raises:
-      UserError: nothing there, or classes that are not among those of ``eval_source``.
+      UserError: a path does not exist, or a set has classes that are not among those of ``eval_source``.
     """
     return {
         name: (load_reassessed(path, eval_source), None)
@@ -49,23 +50,28 @@ def _load_set(directory: pathlib.Path, class_names: Sequence[str]):
     if has_metadata(directory):
         source = load_source("", directory=str(directory), split="validation")
         labels = index_by_name_or_number(source.class_names, class_names, place=str(directory))
-        source = _Relabelled(source, labels, tuple(class_names))
+        source = _RelabeledSource(source, labels, tuple(class_names))
     else:
         members = list_images(str(directory))
         folders = sorted({member.class_name for member in members})
         labels = index_by_name_or_number(folders, class_names, place=str(directory))
-        table = dict(zip(folders, labels.tolist(), strict=True))
-        records = _MemberRecords(tuple(members), np.array([table[member.class_name] for member in members], np.int32))
-        source = EncodedSource(records, tuple(class_names), skip_damaged=False)
+        label_of = dict(zip(folders, labels.tolist(), strict=True))
+        member_labels = np.array([label_of[member.class_name] for member in members], np.int32)
+        source = EncodedSource(_MemberRecords(tuple(members), member_labels), tuple(class_names), skip_damaged=False)
     classes = np.unique(labels)
     return source, None if len(classes) == len(class_names) else classes
 
 
 def index_by_name_or_number(names: Sequence[str], class_names: Sequence[str], *, place: str) -> np.ndarray:
-    """The index of each name among the classes, int32; names that are all numbers are the indices themselves.
+    """Return the label of each name, int32 (N,). If all names are decimal numbers, they are the labels.
+
+    Args:
+      names: N names or numbers.
+      class_names: names of the classes, in label order.
+      place: path that ``names`` come from, for error messages.
 
     Raises:
-      UserError: names that are neither; named, with ``place`` where they come from.
+      UserError: names that are neither classes nor labels.
     """
     index = {name: label for label, name in enumerate(class_names)}
     if all(name.isdecimal() and name not in index for name in names):
@@ -73,14 +79,16 @@ def index_by_name_or_number(names: Sequence[str], class_names: Sequence[str], *,
     unknown = [name for name in names if name not in index]
     if unknown:
         raise UserError(
-            f"{place} has classes that the model's data have not: {name_some(unknown)}; wanted folders named as the "
-            f"{len(class_names)} classes, or by their numbers."
+            f"{place} has classes that the model's data set does not have: {name_some(unknown)}; expected folders named "
+            f"after the {len(class_names)} classes or their labels."
         )
     return np.array([index[name] for name in names], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class _MemberRecords:
+    """Records of ``EncodedSource`` from image files and their labels."""
+
     members: tuple[Member, ...]
     labels: np.ndarray
 
@@ -93,7 +101,9 @@ class _MemberRecords:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Relabelled:
+class _RelabeledSource:
+    """A source whose label k is replaced by ``labels[k]``."""
+
     source: Any
     labels: np.ndarray
     class_names: tuple[str, ...]
@@ -107,8 +117,8 @@ class _Relabelled:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reassessed:
-    """Records with "acceptable", bool (K,): the classes that are right for the image, perhaps none."""
+class _ReassessedSource:
+    """Records with "acceptable", bool (K,): the classes that are correct for the image, possibly none."""
 
     source: EncodedSource
     acceptable: tuple[tuple[int, ...], ...]
@@ -125,25 +135,25 @@ class _Reassessed:
         number = _VALIDATION_NAME.search(name)
         if number is None or not 0 < int(number[1]) <= len(self.acceptable):
             raise UserError(
-                f"The Reassessed Labels want images named ILSVRC2012_val_00000001 to {len(self.acceptable):08}, got {name}."
+                f"The Reassessed Labels expect images named ILSVRC2012_val_00000001 to {len(self.acceptable):08}, got {name}."
             )
-        right = np.zeros(len(self.class_names), bool)
-        right[list(self.acceptable[int(number[1]) - 1])] = True
-        return {"image": decode_image(data, name=name), "label": np.int32(label), "acceptable": right}
+        acceptable = np.zeros(len(self.class_names), bool)
+        acceptable[list(self.acceptable[int(number[1]) - 1])] = True
+        return {"image": decode_image(data, name=name), "label": np.int32(label), "acceptable": acceptable}
 
 
-def load_reassessed(path: str, eval_source: EncodedSource) -> _Reassessed:
-    """The validation images with every class that is right for them.
+def load_reassessed(path: str, eval_source: EncodedSource) -> _ReassessedSource:
+    """Load the validation images with all classes that are correct for them.
 
     Args:
-      path: of real.json: a list with a list of class indices for each image, in the order of the images' numbers.
-      eval_source: of the validation images, by their published names.
+      path: the file real.json, a list with one list of labels per image, in the order of the image numbers.
+      eval_source: source of the validation images, with their published file names.
 
     Raises:
-      UserError: not such a file, or a source without names.
+      UserError: the file cannot be read or has other content, or the source has no file names.
     """
     if not isinstance(eval_source, EncodedSource):
-        raise UserError("The Reassessed Labels (config.eval.sets.real) are for ImageNet's validation images.")
+        raise UserError("The Reassessed Labels (config.eval.sets.real) require the validation images of ImageNet.")
     try:
         lists = json.loads(pathlib.Path(path).read_text())
         acceptable = tuple(tuple(int(label) for label in labels) for labels in lists)
@@ -151,5 +161,7 @@ def load_reassessed(path: str, eval_source: EncodedSource) -> _Reassessed:
         raise UserError(f"The Reassessed Labels {path} cannot be read: {error}.") from error
     count = len(eval_source.class_names)
     if any(not 0 <= label < count for labels in acceptable for label in labels):
-        raise UserError(f"The Reassessed Labels {path} have classes beyond the {count} of the validation images.")
-    return _Reassessed(eval_source, acceptable)
+        raise UserError(
+            f"The Reassessed Labels {path} have labels outside the {count} classes of the validation images."
+        )
+    return _ReassessedSource(eval_source, acceptable)

@@ -1,4 +1,7 @@
-"""Image files in folders and tars, listed without unpacking: where the bytes of each one lie."""
+"""Discovery of image files in folders and tar archives.
+
+Archives are indexed without unpacking: each image is described by its byte range.
+"""
 
 import os
 import posixpath
@@ -14,14 +17,14 @@ _TAR_BLOCK = 512
 
 
 class Member(NamedTuple):
-    """An image file, in an archive or by itself.
+    """Location of an image file, stand-alone or in a tar archive.
 
     Attributes:
-      path: of the file to open, the archive or the image.
-      offset: of the image's first byte in it.
-      size: in bytes; -1 is up to the end.
-      name: path within the archive or folder that was listed.
-      class_name: the folder or the inner tar that the image is in, "" for none.
+      path: the file to open, which is the archive or the image itself.
+      offset: offset of the image's first byte in that file.
+      size: number of bytes; -1 reads to the end of the file.
+      name: path of the image relative to the archive or folder that was listed.
+      class_name: name of the folder or inner tar that contains the image; "" if there is none.
     """
 
     path: str
@@ -32,33 +35,34 @@ class Member(NamedTuple):
 
 
 def list_images(path: str) -> list[Member]:
-    """The images of a folder or of an uncompressed tar, sorted by class and then by name, as plain strings.
+    """List the images of a folder or of an uncompressed tar, sorted by class and then by name, as plain strings.
 
     Args:
-      path: a folder of class folders, a flat folder of images, a tar of one tar a class, or a flat tar of images. Other
-        files and hidden ones are passed over.
+      path: one of: a folder of class folders, a flat folder of images, a tar with one tar per class, a flat tar of images.
+        Hidden files and files that are not images are ignored.
 
     Raises:
-      UserError: nothing there, not an uncompressed tar, cut off, no images, or images with and without a class.
+      UserError: the path does not exist, is not an uncompressed tar, is truncated, contains no images, or contains images both
+        with and without a class.
     """
     if not os.path.exists(path):
         raise UserError(f"There is no tar or folder of images at {path}.")
     members = list(_walk_folder(path) if os.path.isdir(path) else _walk_tar(path))
     if not members:
         raise UserError(
-            f"{path} holds no images: wanted files in class folders, tars of one class each, or flat files."
+            f"{path} contains no images: expected class folders, one tar per class, or a flat folder or tar of images."
         )
-    loose = [member.name for member in members if not member.class_name]
-    if 0 < len(loose) < len(members):
-        raise UserError(f"{path} holds classes, but also images without one: {name_some(loose)}.")
+    without_class = [member.name for member in members if not member.class_name]
+    if 0 < len(without_class) < len(members):
+        raise UserError(f"{path} contains classes, but also images without a class: {name_some(without_class)}.")
     return sorted(members, key=lambda member: (member.class_name, member.name))
 
 
 def read_member(member: Member) -> bytes:
-    """The bytes of an image.
+    """Read the bytes of an image.
 
     Raises:
-      UserError: they cannot be read, or the archive ends before them.
+      UserError: the file cannot be read, or ends before the image does.
     """
     try:
         with open(member.path, "rb") as file:
@@ -67,12 +71,12 @@ def read_member(member: Member) -> bytes:
     except OSError as error:
         raise UserError(f"The image {member.name} cannot be read from {member.path}: {error.strerror}.") from error
     if member.size not in (-1, len(data)):
-        raise UserError(f"{member.path} ends within the image {member.name}: it was changed since it was listed.")
+        raise UserError(f"{member.path} ends within the image {member.name}: it has changed since it was listed.")
     return data
 
 
 def scan_folder(path: str) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the images in a folder, each sorted as plain strings, without hidden ones.
+    """Return the names of the subfolders and of the images in a folder, each sorted as plain strings, without hidden ones.
 
     Raises:
       UserError: the folder cannot be read.
@@ -92,27 +96,32 @@ def scan_folder(path: str) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(images)
 
 
-def index_classes(wanted: Iterable[str], class_names: Sequence[str], *, source: str) -> list[int]:
-    """The label of each wanted class, its place in ``class_names``.
+def index_classes(names: Iterable[str], class_names: Sequence[str], *, source: str) -> list[int]:
+    """Return the label of each class, which is its index in ``class_names``.
+
+    Args:
+      names: classes to look up.
+      class_names: classes of the training images, in label order.
+      source: path that ``names`` come from, for error messages.
 
     Raises:
-      UserError: classes that are not there; named, with ``source``, the path that they come from.
+      UserError: names that are not in ``class_names``.
     """
-    wanted = list(wanted)
+    names = list(names)
     labels = {name: label for label, name in enumerate(class_names)}
-    unknown = sorted({name for name in wanted if name not in labels})
+    unknown = sorted({name for name in names if name not in labels})
     if unknown:
-        raise UserError(f"{source} has classes that the training images have not: {name_some(unknown)}.")
-    return [labels[name] for name in wanted]
+        raise UserError(f"{source} has classes that are missing in the training images: {name_some(unknown)}.")
+    return [labels[name] for name in names]
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name, and not hidden."""
+    """Return whether a file name has the suffix of an image and is not hidden."""
     return not posixpath.basename(name).startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def plain_reason(error: object) -> str:
-    """What an error says, in one line."""
+def error_text(error: object) -> str:
+    """Return the message of an error as a single line."""
     return " ".join(str(error).split())
 
 
@@ -126,38 +135,42 @@ def _walk_folder(path: str) -> Iterator[Member]:
 
 
 def _walk_tar(path: str) -> Iterator[Member]:
-    """Images of the tar itself, and of the tars in it. Offsets of both count from the start of the outer file."""
-    inner = path  # what is being read, for the message
+    """Yield the images of a tar and of the tars inside it, all with offsets from the start of the outer file."""
+    current = path  # the archive being read, for the error message
     try:
         with tarfile.open(path, "r:") as archive:
             for item in _walk_files(archive):
                 name = posixpath.normpath(item.name)
                 if name.lower().endswith(".tar"):
-                    inner = f"{name} in {path}"
-                    class_name = posixpath.basename(name)[: -len(".tar")]
-                    with archive.extractfile(item) as file, tarfile.open(fileobj=file, mode="r:") as class_archive:
-                        for image in _walk_files(class_archive):
-                            if is_image(image.name):
-                                place = item.offset_data + image.offset_data
-                                image_name = f"{name}/{posixpath.normpath(image.name)}"
-                                yield Member(path, place, image.size, image_name, class_name)
-                    inner = path
+                    current = f"{name} in {path}"
+                    yield from _walk_class_tar(archive, item, path=path, name=name)
+                    current = path
                 elif name.lower().endswith(_COMPRESSED_SUFFIXES):
-                    raise UserError(f"{name} in {path} is compressed: wanted images, or uncompressed tars of them.")
+                    raise UserError(f"{name} in {path} is compressed: expected images or uncompressed tars of images.")
                 elif is_image(name):
                     yield Member(path, item.offset_data, item.size, name, "")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
-            f"{inner} cannot be read as an uncompressed tar ({error}): where it is compressed unpack it first, otherwise "
-            "fetch it again."
+            f"{current} cannot be read as an uncompressed tar ({error}): if it is compressed, unpack it first; otherwise "
+            "download it again."
         ) from error
 
 
+def _walk_class_tar(archive: tarfile.TarFile, item: tarfile.TarInfo, *, path: str, name: str) -> Iterator[Member]:
+    """Yield the images of an inner tar, whose name is the class."""
+    class_name = posixpath.basename(name)[: -len(".tar")]
+    with archive.extractfile(item) as file, tarfile.open(fileobj=file, mode="r:") as class_archive:
+        for image in _walk_files(class_archive):
+            if is_image(image.name):
+                offset = item.offset_data + image.offset_data
+                yield Member(path, offset, image.size, f"{name}/{posixpath.normpath(image.name)}", class_name)
+
+
 def _walk_files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The plain files that are not hidden. Raises a ReadError where the archive does not end as tars do."""
+    """Yield the regular files that are not hidden. Raises a ReadError if the archive lacks its end marker."""
     for item in archive:
         if item.isreg() and not posixpath.basename(item.name).startswith("."):
             yield item
-    archive.fileobj.seek(archive.offset)  # tarfile takes a header that it cannot read for the end
+    archive.fileobj.seek(archive.offset)  # tarfile treats an unreadable header as the end of the archive
     if archive.fileobj.read(_TAR_BLOCK).strip(b"\0"):
-        raise tarfile.ReadError("it is damaged or cut off")
+        raise tarfile.ReadError("it is damaged or truncated")

@@ -1,4 +1,4 @@
-"""The 1,000 classes of ImageNet-1k in the order of their labels, by the names that torchvision 0.29 has for them."""
+"""Names of the 1,000 ImageNet-1k classes in label order, as in torchvision 0.29."""
 
 _NAMES = (
     "tench; goldfish; great white shark; tiger shark; hammerhead; electric ray; stingray; cock; hen; ostrich; "

@@ -1,17 +1,22 @@
-"""Writes images as a data set of TFDS in array_record, the bytes of every file unchanged; needs no TensorFlow.
+"""Write images as a TFDS data set in array_record format, without TensorFlow and without re-encoding them.
 
   python -m dat_jax.data.prepare --train=PATH --validation=PATH --output=DIR [--validation_labels=FILE]
       [--records_per_shard=2048] [--workers=N] [--incomplete]
 
-The archives of ImageNet as they come; any folders of classes; a flat validation set with its classes in a file:
+Examples: the original archives of ImageNet; folders of classes; a flat validation set with its classes in a file:
 
   python -m dat_jax.data.prepare --train=ILSVRC2012_img_train.tar --validation=ILSVRC2012_img_val.tar --output=/data/imagenet
   python -m dat_jax.data.prepare --train=flowers/train --validation=flowers/val --output=/data/flowers
   python -m dat_jax.data.prepare --train=birds/train --validation=birds/val --validation_labels=val.txt --output=/data/birds
 
-A PATH is ILSVRC2012_img_train.tar (a tar of one tar a class), ILSVRC2012_img_val.tar (flat), a folder of class folders or a
-flat folder. Records are ordered by class, then by file name: training shuffles by random access. Damaged images are left
-out and named in DIR/damaged.txt. The same command goes on where an interrupted one ended.
+A PATH is one of:
+  - ILSVRC2012_img_train.tar, or another tar that contains one tar per class
+  - ILSVRC2012_img_val.tar, or another flat tar of images
+  - a folder of class folders
+  - a flat folder of images
+
+Records are sorted by class, then by file name; training shuffles them by random access. Damaged images are left out and listed
+in DIR/damaged.txt. If the command is interrupted, rerun it to resume.
 """
 
 import concurrent.futures
@@ -34,7 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dat_jax.cli.flags import fail, run_tool
-from dat_jax.data.image_files import Member, index_classes, list_images, plain_reason, read_member
+from dat_jax.data.image_files import Member, error_text, index_classes, list_images, read_member
 from dat_jax.data.images import check_image
 from dat_jax.data.sources import METADATA_FILES, PREPARE_INPUTS, SPLITS
 from dat_jax.errors import UserError
@@ -44,7 +49,14 @@ _IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of records. ``labels`` are those of ``members``."""
+    """One array_record file to write.
+
+    Attributes:
+      split: "train" or "validation".
+      path: the file.
+      report_path: JSON file with the ``Report`` of the finished shard.
+      members, labels: images of the shard and their labels.
+    """
 
     split: str
     path: pathlib.Path
@@ -55,7 +67,14 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a finished shard holds: records, bytes of them, bytes of the file, and (name, reason) of what was left out."""
+    """Content of a finished shard.
+
+    Attributes:
+      records: number of records.
+      record_bytes: total size of the records.
+      file_bytes: size of the file.
+      damaged: (name, reason) of every image that was left out.
+    """
 
     records: int
     record_bytes: int
@@ -73,22 +92,22 @@ def prepare(
     workers: int = 1,
     incomplete: bool = False,
 ) -> str:
-    """Writes the data set, or what is still missing of it.
+    """Write a data set, or the missing parts of one.
 
     Args:
-      train, validation: what ``archives.list_images`` lists.
-      output: a new or empty folder, or one that an earlier call with the same inputs began.
-      validation_labels: a file with the class of each validation image a line, in the order of the images' names, where
-        they are flat; "" takes the list of ImageNet for exactly 50,000 images.
-      records_per_shard: images a file.
-      workers: processes; 1 works in this one.
-      incomplete: takes any number of images of ImageNet's 1,000 classes.
+      train, validation: paths of images, see ``image_files.list_images``.
+      output: a new or empty folder, or the output of an earlier, possibly interrupted call with the same inputs.
+      validation_labels: file with the class of each image, one per line, in the order of the image names, for flat validation
+        images; "" uses ImageNet's list if there are exactly 50,000 images.
+      records_per_shard: number of images per file.
+      workers: number of processes; 1 works in this process.
+      incomplete: whether any number of images of ImageNet's 1,000 classes is accepted.
 
     Returns:
-      What was done, in a sentence.
+      A sentence that describes the result.
 
     Raises:
-      UserError: inputs that do not fit, or an output that is of others or cannot be written. Finished shards stay.
+      UserError: the inputs are invalid, or the output belongs to other inputs or cannot be written. Finished shards are kept.
     """
     with Console().status(f"Listing the images of {train} and {validation}"):
         members, class_names = list_splits(train=train, validation=validation, validation_labels=validation_labels)
@@ -96,8 +115,8 @@ def prepare(
     counts = {split: len(members[split]) for split in SPLITS}
     if imagenet and not incomplete and counts != _IMAGENET_COUNTS:
         raise UserError(
-            f"ImageNet has {_IMAGENET_COUNTS['train']:,} and {_IMAGENET_COUNTS['validation']:,} images, {train} has "
-            f"{counts['train']:,} and {validation} has {counts['validation']:,}: fetch them again, or add --incomplete."
+            f"ImageNet has {_IMAGENET_COUNTS['train']:,} and {_IMAGENET_COUNTS['validation']:,} images, but {train} has "
+            f"{counts['train']:,} and {validation} has {counts['validation']:,}: download them again, or add --incomplete."
         )
     directory = pathlib.Path(output)
     name = "imagenet2012" if imagenet else "images"
@@ -110,7 +129,7 @@ def prepare(
         begin(directory, members, class_names, records_per_shard)
         pending = [shard for shard in shards if read_report(shard) is None]
         if not pending and all((directory / file).exists() for file in METADATA_FILES):
-            return f"{directory} is complete already: {_describe(shards)}."
+            return f"{directory} is already complete: {_describe(shards)}."
         if pending:
             write_shards(pending, workers=workers)
         finish(directory, name, class_names, shards)
@@ -122,25 +141,28 @@ def prepare(
 def list_splits(
     *, train: str, validation: str, validation_labels: str = ""
 ) -> tuple[dict[str, list[Member]], tuple[str, ...]]:
-    """Members of each split with their classes, and the names of the classes: those of the training images, sorted.
+    """List the images of both splits.
+
+    Returns:
+      Split -> images with their classes, and the sorted class names of the training images.
 
     Raises:
-      UserError: images without classes, or validation classes that no training image has.
+      UserError: images have no classes, or the validation images have classes that no training image has.
     """
     members = {"train": list_images(train), "validation": list_images(validation)}
     if not members["train"][0].class_name:
         raise UserError(
-            f"The training images of {train} have no classes: wanted class folders, or a tar of each class."
+            f"The training images of {train} have no classes: expected class folders, or a tar with one tar per class."
         )
     if not members["validation"][0].class_name:
         classes = _read_labels(validation, len(members["validation"]), validation_labels)
-        labelled = zip(members["validation"], classes, strict=True)
-        # by class, as the training images are; the sort keeps the order of the names
-        members["validation"] = sorted(
-            (member._replace(class_name=name) for member, name in labelled), key=lambda member: member.class_name
-        )
+        labeled = [
+            member._replace(class_name=name) for member, name in zip(members["validation"], classes, strict=True)
+        ]
+        # Sorted by class like the training images; within a class, the order of the names is kept.
+        members["validation"] = sorted(labeled, key=lambda member: member.class_name)
     elif validation_labels:
-        raise UserError(f"The images of {validation} lie in classes: leave out --validation_labels.")
+        raise UserError(f"The images of {validation} already have classes: omit --validation_labels.")
     class_names = tuple(sorted({member.class_name for member in members["train"]}))
     index_classes((member.class_name for member in members["validation"]), class_names, source=validation)
     return members, class_names
@@ -154,25 +176,25 @@ def plan_shards(
     split: str,
     records_per_shard: int,
 ) -> list[Shard]:
-    """The shards of a split, their files named as TFDS wants."""
+    """Return the shards of a split, with the file names that TFDS requires."""
     count = -(-len(members) // records_per_shard)
     labels = index_classes((member.class_name for member in members), class_names, source=split)
     shards = []
     for index in range(count):
-        chosen = slice(index * records_per_shard, (index + 1) * records_per_shard)
+        part = slice(index * records_per_shard, (index + 1) * records_per_shard)
         path = directory / f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
         report_path = (directory / PREPARE_INPUTS).with_name(f"{split}-{index:05d}.json")
-        shards.append(Shard(split, path, report_path, members[chosen], labels[chosen]))
+        shards.append(Shard(split, path, report_path, members[part], labels[part]))
     return shards
 
 
 def begin(
     directory: pathlib.Path, members: dict[str, list[Member]], class_names: Sequence[str], records_per_shard: int
 ) -> None:
-    """Makes the output, and keeps what it is made of: so another call can tell whether it goes on with the same.
+    """Create the output folder and record its inputs, so that a later call can check that it resumes the same work.
 
     Raises:
-      UserError: the folder holds something else.
+      UserError: the folder has other content.
     """
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -187,8 +209,8 @@ def begin(
     if path.exists():
         if path.read_text() != text:
             raise UserError(
-                f"{directory} was begun with other images or another --records_per_shard: repeat that command, or "
-                f"choose another --output (kept: {path.read_text()[:200]})."
+                f"{directory} was started with other images or another --records_per_shard: repeat that command, or choose "
+                f"another --output (recorded inputs: {path.read_text()[:200]})."
             )
         return
     if directory.is_dir() and any(entry.name != path.parent.name for entry in directory.iterdir()):
@@ -198,10 +220,10 @@ def begin(
 
 
 def write_shards(shards: Sequence[Shard], *, workers: int) -> None:
-    """Writes shards in parallel, with a progress bar.
+    """Write shards in parallel, with a progress bar.
 
     Raises:
-      UserError: of a worker.
+      UserError: a worker failed or died.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s, left"))
     with Progress(*columns, TimeRemainingColumn()) as progress:
@@ -213,24 +235,29 @@ def write_shards(shards: Sequence[Shard], *, workers: int) -> None:
 
 
 def write_shard(shard: Shard) -> int:
-    """Writes a shard, then its report, each under a temporary name until it is whole. Returns the number of members.
+    """Write a shard and then its report, each under a temporary name until it is complete.
+
+    Returns:
+      The number of images, including damaged ones.
 
     Raises:
-      UserError: the archive cannot be read, or the file not be written.
+      UserError: the images cannot be read, or the file cannot be written.
     """
     from array_record.python import array_record_module
 
     temporary = shard.report_path.with_suffix(f".{os.getpid()}.array_record")
     records, record_bytes, damaged = 0, 0, []
     try:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # one image a read
+        writer = array_record_module.ArrayRecordWriter(
+            str(temporary), "group_size:1"
+        )  # random access reads a single image
         for member, label in zip(shard.members, shard.labels, strict=True):
             data = read_member(member)
-            with warnings.catch_warnings():  # of odd tags, which change no pixel
+            with warnings.catch_warnings():  # about unusual tags, which do not affect pixels
                 warnings.simplefilter("ignore")
                 reason = check_image(data)
             if reason is not None:
-                damaged.append((member.name, plain_reason(reason)))
+                damaged.append((member.name, error_text(reason)))
                 continue
             record = encode_record(data, label=label, file_name=posixpath.basename(member.name))
             writer.write(record)
@@ -238,8 +265,8 @@ def write_shard(shard: Shard) -> int:
             record_bytes += len(record)
         writer.close()
         os.replace(temporary, shard.path)
-    except RuntimeError as error:  # of the writer
-        raise UserError(f"{shard.path} cannot be written: {plain_reason(error)}.") from error
+    except RuntimeError as error:  # raised by the writer
+        raise UserError(f"{shard.path} cannot be written: {error_text(error)}.") from error
     finally:
         temporary.unlink(missing_ok=True)
     report = Report(records, record_bytes, shard.path.stat().st_size, damaged)
@@ -248,7 +275,7 @@ def write_shard(shard: Shard) -> int:
 
 
 def encode_record(data: bytes, *, label: int, file_name: str) -> bytes:
-    """A serialized tf.train.Example of the features that ``finish`` describes."""
+    """Serialize an image as a tf.train.Example with the features that ``_write_metadata`` declares."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     example = tf_example_pb2.Example()
@@ -259,25 +286,25 @@ def encode_record(data: bytes, *, label: int, file_name: str) -> bytes:
 
 
 def read_report(shard: Shard) -> Report | None:
-    """The report of a finished shard; None where the shard is still to be written."""
+    """Return the report of a finished shard, or None if the shard is missing or incomplete."""
     try:
         report = Report(**json.loads(shard.report_path.read_text()))
-        whole = shard.path.stat().st_size == report.file_bytes
+        has_full_size = shard.path.stat().st_size == report.file_bytes
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return report if whole and report.records + len(report.damaged) == len(shard.members) else None
+    return report if has_full_size and report.records + len(report.damaged) == len(shard.members) else None
 
 
 def finish(directory: pathlib.Path, name: str, class_names: Sequence[str], shards: Sequence[Shard]) -> None:
-    """Writes damaged.txt, then the metadata of TFDS: with them the data set is complete.
+    """Write damaged.txt and then the TFDS metadata, which completes the data set.
 
     Raises:
-      UserError: a shard is missing, or every image of a split is damaged.
+      UserError: a shard is missing, or all images of a split are damaged.
     """
     missing = [shard.path.name for shard in shards if read_report(shard) is None]
     if missing:
         raise UserError(
-            f"{missing[0]} in {directory} was changed while others were written: run the same command again."
+            f"{missing[0]} in {directory} is missing or has changed since it was written: rerun the command."
         )
     reports = _read_reports(shards)
     damaged = [(split, *pair) for split in SPLITS for report in reports[split] for pair in report.damaged]
@@ -289,18 +316,18 @@ def finish(directory: pathlib.Path, name: str, class_names: Sequence[str], shard
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     _write_metadata(temporary, name, class_names, reports)
-    # the file by which a data set is known comes last
+    # The file that identifies a data set comes last.
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == METADATA_FILES[0]):
         os.replace(path, directory / path.name)
     temporary.rmdir()
-    for path in temporary.parent.glob("*.array_record"):  # of calls that were killed
+    for path in temporary.parent.glob("*.array_record"):  # left by calls that were killed
         path.unlink()
 
 
 def _write_metadata(
     directory: pathlib.Path, name: str, class_names: Sequence[str], reports: dict[str, list[Report]]
 ) -> None:
-    """dataset_info.json, features.json and the names of the classes, as TFDS itself writes them."""
+    """Write dataset_info.json, features.json and the class names with TFDS itself."""
     import tensorflow_datasets as tfds
 
     features = {
@@ -329,7 +356,7 @@ def _write_metadata(
 
 
 def _read_labels(path: str, count: int, labels_path: str) -> list[str]:
-    """The class of each of ``count`` flat images in ``path``, in the order of their names."""
+    """Return the class of each of ``count`` flat images in ``path``, in the order of their names."""
     if labels_path:
         try:
             labels = pathlib.Path(labels_path).read_text().split()
@@ -339,7 +366,7 @@ def _read_labels(path: str, count: int, labels_path: str) -> list[str]:
         labels = _read_imagenet_list("validation_labels.txt")
     else:
         raise UserError(
-            f"{path} holds {count:,} images without classes: give them, one a line, by --validation_labels=FILE."
+            f"{path} contains {count:,} images without classes: set --validation_labels=FILE to a file with one class per line."
         )
     if len(labels) != count:
         raise UserError(f"{labels_path} has {len(labels):,} lines for the {count:,} images of {path}.")
@@ -347,16 +374,18 @@ def _read_labels(path: str, count: int, labels_path: str) -> list[str]:
 
 
 def _read_imagenet_list(name: str) -> list[str]:
-    """Lines of a file that tensorflow_datasets ships for ImageNet: labels.txt, sorted, or validation_labels.txt."""
-    package = importlib.util.find_spec("tensorflow_datasets")  # located, not imported
+    """Return the lines of a file bundled with tensorflow_datasets: labels.txt, sorted, or validation_labels.txt."""
+    package = importlib.util.find_spec("tensorflow_datasets")  # located but not imported
     if package is None:
-        raise UserError("Data sets are prepared with tensorflow_datasets: pip install tensorflow-datasets.")
+        raise UserError(
+            "Preparing data sets requires the package tensorflow_datasets: pip install tensorflow-datasets."
+        )
     path = pathlib.Path(package.origin).parent / "datasets" / "imagenet2012" / name
     return path.read_text().split()
 
 
 def _run(shards: Sequence[Shard], workers: int) -> Iterator[int]:
-    """The results of ``write_shard``, as they come."""
+    """Write shards and yield the results of ``write_shard`` in order of completion."""
     if workers == 1 or len(shards) <= 1:
         yield from map(write_shard, shards)
         return
@@ -367,13 +396,15 @@ def _run(shards: Sequence[Shard], workers: int) -> Iterator[int]:
         for future in concurrent.futures.as_completed([pool.submit(write_shard, shard) for shard in shards]):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError("A worker was ended from outside: run the same command again, with fewer --workers.") from error
+        raise UserError(
+            "A worker died unexpectedly, often because the machine ran out of memory: rerun the command with fewer --workers."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
 
 
 def _write_whole(path: pathlib.Path, text: str) -> None:
@@ -383,7 +414,7 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
 
 
 def _read_reports(shards: Sequence[Shard]) -> dict[str, list[Report]]:
-    """Of finished shards, by split."""
+    """Return the reports of finished shards by split."""
     return {split: [read_report(shard) for shard in shards if shard.split == split] for split in SPLITS}
 
 
@@ -396,30 +427,39 @@ def _describe(shards: Sequence[Shard]) -> str:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """All of this tool."""
+    """Define the flags of this command."""
     flags.DEFINE_string("train", None, "Training images.", flag_values=values)
     flags.DEFINE_string("validation", None, "Validation images.", flag_values=values)
-    flags.DEFINE_string("output", None, "Where the data set goes; an unfinished one goes on.", flag_values=values)
     flags.DEFINE_string(
-        "validation_labels", "", "The class of each flat validation image a line, by name.", flag_values=values
+        "output", None, "Folder of the data set; an unfinished data set is resumed.", flag_values=values
     )
-    flags.DEFINE_integer("records_per_shard", 2048, "Images a file.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("incomplete", False, "Takes any number of ImageNet's images.", flag_values=values)
+    flags.DEFINE_string(
+        "validation_labels",
+        "",
+        "File with the class of each flat validation image, one per line, in the order of the image names.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("records_per_shard", 2048, "Number of images per file.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes.", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("incomplete", False, "Accept any number of ImageNet's images.", flag_values=values)
 
 
 _FLAGS = {
-    "What is read": ("train=PATH", "validation=PATH", "validation_labels=FILE", "incomplete"),
-    "What is written": ("output=DIR", "records_per_shard=N", "workers=N"),
+    "Input": ("train=PATH", "validation=PATH", "validation_labels=FILE", "incomplete"),
+    "Output": ("output=DIR", "records_per_shard=N", "workers=N"),
 }
 
 
 def main(_):
-    """One call, and its mistakes as one sentence."""
+    """Run the command; user errors are printed without a traceback."""
     names = [form.partition("=")[0] for forms in _FLAGS.values() for form in forms]
     options = {name: flags.FLAGS[name].value for name in names}
-    if not (options["train"] and options["validation"] and options["output"]):
-        fail("Wanted: --train=PATH --validation=PATH --output=DIR, a PATH being a tar or a folder of images.")
+    missing = [f"--{name}" for name in ("train", "validation", "output") if not options[name]]
+    if missing:
+        fail(
+            f"Missing {', '.join(missing)}: expected --train=PATH --validation=PATH --output=DIR, where PATH is a tar or a "
+            "folder of images."
+        )
     try:
         print(prepare(**options))
     except UserError as error:
@@ -427,5 +467,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    goes_on = "Interrupted: the same command goes on from here."
-    run_tool(main, groups=_FLAGS, define_flags=define_flags, interrupted=goes_on)
+    interrupted = "Interrupted: rerun the command to resume."
+    run_tool(main, groups=_FLAGS, define_flags=define_flags, interrupted=interrupted)

@@ -1,6 +1,6 @@
-"""RandAugment as the published recipe has it: timm's ``rand-m9-mstd0.5-inc1``, on uint8 images.
+"""RandAugment of the published recipe, timm's ``rand-m9-mstd0.5-inc1``, on uint8 images.
 
-Drawing and applying are apart: ``draw_operations`` says what is done, ``apply_operation`` does it.
+``draw_operations`` draws the operations and their arguments; ``apply_operation`` applies one of them.
 """
 
 import math
@@ -10,24 +10,24 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-FILL = (124, 116, 104)  # the ImageNet mean, where a geometric operation looks outside the image
-APPLY_PROBABILITY = 0.5  # of each operation that was drawn
+FILL = (124, 116, 104)  # the ImageNet mean, outside the image in geometric operations
+APPLY_PROBABILITY = 0.5  # of each drawn operation
 MAX_MAGNITUDE = 10.0
 
 
 def draw_operations(
     rng: np.random.Generator, *, count: int, magnitude: float, magnitude_std: float
 ) -> list[tuple[str, float]]:
-    """Draws ``count`` operations with replacement; each is applied with probability 1/2.
+    """Draw ``count`` operations with replacement, each of which is applied with probability 1/2.
 
     Args:
-      rng: where the draws come from.
-      count: of operations; the recipe has 2.
-      magnitude, magnitude_std: mean and deviation of each one's own magnitude, cut to [0, 10].
+      rng: source of all draws.
+      count: number of operations; the recipe uses 2.
+      magnitude, magnitude_std: mean and standard deviation of the magnitude of each operation, which is clipped to [0, 10].
 
     Returns:
-      (name, argument) of those to be applied, in order. The argument is what the operation takes: degrees, bits, a
-      threshold, a factor, a slope, or a fraction of the side; 0 for those that take none.
+      (name, argument) of the operations to apply, in order. Depending on the operation, the argument is an angle in degrees, a
+      number of bits, a threshold, a factor, a slope, or a fraction of the side; it is 0 for operations without an argument.
     """
     names = rng.integers(len(_OPERATIONS), size=count)
     applied = rng.uniform(size=count) < APPLY_PROBABILITY
@@ -42,23 +42,30 @@ def draw_operations(
 
 
 def apply_operation(image: np.ndarray, name: str, argument: float) -> np.ndarray:
-    """One operation on an image, uint8 (H, W, 3) -> uint8 (H, W, 3).
+    """Apply one operation to an image.
 
-    The pixels are Pillow's, but for the geometric operations: those are resampled by OpenCV, whose cubic has the
-    coefficient -0.75 where Pillow's has -0.5, and which blends with the fill across the border (a quarter of the time).
+    Pixels equal Pillow's, except in geometric operations. Those are resampled by OpenCV in a quarter of the time; its cubic
+    coefficient is -0.75 instead of Pillow's -0.5, and it blends with the fill color across the border.
 
     Args:
-      name: one of OPERATIONS.
+      image: uint8 (H, W, 3).
+      name: one of ``OPERATIONS``.
       argument: see ``draw_operations``.
+
+    Returns:
+      uint8 (H, W, 3).
     """
     _, operation = _OPERATIONS[name]
     return operation(image, argument)
 
 
 def _affine(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
-    """Pillow's affine transform: an output (x, y) takes the input at (a x + b y + c, d x + e y + f), from the corner."""
+    """Transform an image as Pillow does: the output at (x, y) is the input at (a x + b y + c, d x + e y + f).
+
+    Coordinates are measured from the top left corner of the first pixel.
+    """
     a, b, c, d, e, f = matrix
-    # OpenCV counts from the centre of the first pixel
+    # OpenCV measures from the center of the first pixel.
     from_centers = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     return cv2.warpAffine(
         image,
@@ -71,7 +78,7 @@ def _affine(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
 
 
 def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Counterclockwise about the centre."""
+    """Rotate counterclockwise about the center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = image.shape[1] / 2, image.shape[0] / 2
     return _affine(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
@@ -86,7 +93,7 @@ def _solarize_add(image: Image.Image, added: float) -> Image.Image:
 
 
 def _posterize(image: Image.Image, bits: float) -> Image.Image:
-    mask = 256 - 2 ** (8 - int(bits))  # of no bits: 0, a black image, which ImageOps.posterize refuses
+    mask = 256 - 2 ** (8 - int(bits))  # 0 bits give a black image; ImageOps.posterize rejects 0
     return image.point([value & mask for value in range(256)] * 3)
 
 
@@ -102,7 +109,7 @@ def _signed(slope):
     return lambda magnitude, sign: sign * slope * magnitude
 
 
-# Name -> (argument of a magnitude in [0, 10] and a sign, function of an image and an argument).
+# Name -> (function of a magnitude in [0, 10] and a sign that returns the argument, function of an image and the argument).
 _OPERATIONS: dict[str, tuple[Callable[[float, float], float], Callable[[np.ndarray, float], np.ndarray]]] = {
     "AutoContrast": (_no_argument, _pillow(lambda image, _: ImageOps.autocontrast(image))),
     "Equalize": (_no_argument, _pillow(lambda image, _: ImageOps.equalize(image))),

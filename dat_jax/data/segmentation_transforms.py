@@ -1,8 +1,9 @@
-"""Transforms of an image with its label map on the host, in uint8. Every random draw comes from the generator passed in.
+"""Transforms of an image with its label map on the host, in uint8.
 
-The order and the distributions are those of the published recipe (spec/dense_prediction.md, section 2), which are those of
-MMSegmentation 0.29: resize, crop, flip, photometric distortion. Normalising follows on the device. What is drawn and what is
-done with it stand apart, so that the draws can be looked at.
+Operations, their order and their distributions are those of the published recipe (spec/dense_prediction.md, section 2), which
+follows MMSegmentation 0.29: resize, crop, flip, photometric distortion. All random draws come from the generator that is passed
+in. Drawing parameters and applying them are separate functions, so that the distributions can be tested. Normalization runs on
+the device.
 """
 
 import dataclasses
@@ -12,36 +13,36 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # the pipeline is parallel over images
-IGNORED = 255  # in a label map: belongs to no class, counts in no loss and no metric
+cv2.setNumThreads(0)  # the pipeline is already parallel over images
+IGNORED = 255  # value in a label map for pixels without a class, which count in no loss and no metric
 _CROP_TRIES = 10
 _BRIGHTNESS = 32.0
-_FACTORS = (0.5, 1.5)  # of contrast and of saturation
-_HUES = 18  # of OpenCV's 180
+_FACTORS = (0.5, 1.5)  # range of the contrast and saturation factors
+_HUES = 18  # of OpenCV's 180 hues
 
 
 def fit_size(height: int, width: int, *, scale: tuple[int, int]) -> tuple[int, int]:
-    """Height and width in pixels of an image made as large as fits into a scale, ratio kept.
+    """Return the largest size within a scale that keeps the aspect ratio of an image.
 
     Args:
-      height, width: of the image.
-      scale: bounds of the long and of the short side, in either order.
+      height, width: size of the image in pixels.
+      scale: bounds of the long and the short side, in either order.
 
     Returns:
-      (height, width): sides times one factor, rounded half up as mmcv's ``rescale_size`` does; at least 1, where mmcv has 0
-      for a line of pixels.
+      (height, width) in pixels: both sides times one factor, rounded half up as mmcv's ``rescale_size`` does. Sides are at
+      least 1, where mmcv returns 0 for very thin images.
     """
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
 def resize_image(image: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """Bilinear without antialiasing, OpenCV's; uint8 (H, W, 3) -> uint8 (height, width, 3)."""
+    """Resize with OpenCV's bilinear interpolation, without antialiasing; uint8 (H, W, 3) -> uint8 (height, width, 3)."""
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def resize_label(label: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """Nearest, OpenCV's: pixel i comes from floor(i * scale); uint8 (H, W) -> uint8 (height, width)."""
+    """Resize to the nearest value as OpenCV does, pixel i from floor(i * scale); uint8 (H, W) -> uint8 (height, width)."""
     return cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
@@ -55,30 +56,31 @@ def make_segmentation_train_transform(
     flip_probability: float = 0.5,
     distort: bool = True,
 ) -> Callable[[dict, np.random.Generator], dict]:
-    """Random resize, crop of at most crop_size x crop_size, horizontal flip, photometric distortion, padding.
+    """Make a transform: random resize, random crop, horizontal flip, photometric distortion, padding.
 
     Args:
-      scale: see ``fit_size``; times a ratio that is uniform between ``min_ratio`` and ``max_ratio``.
+      scale: see ``fit_size``; it is multiplied by a ratio that is uniform between ``min_ratio`` and ``max_ratio``.
       min_ratio, max_ratio: see ``scale``.
-      crop_size: S, side of the result.
+      crop_size: side S of the crop and of the result, in pixels.
       max_class_ratio: see ``draw_crop``.
-      flip_probability: of mirroring left and right.
-      distort: whether to distort colours, see ``draw_distortion``.
+      flip_probability: probability of a horizontal flip.
+      distort: whether to distort colors, see ``draw_distortion``.
 
     Returns:
-      A function of {"image": uint8 (H, W, 3), "label": uint8 (H, W)} and a generator, that gives {"image": uint8 (S, S, 3),
-      "label": uint8 (S, S), "valid": int32 (2,)}, and "damaged" if the record has it. "valid" is the height and the width of
-      the part that is image, at the top left; the rest is padding: image 0, to be 0 again after normalising, label 255.
+      A function of {"image": uint8 (H, W, 3), "label": uint8 (H, W)} and a generator. It returns {"image": uint8 (S, S, 3),
+      "label": uint8 (S, S), "valid": int32 (2,)}, and "damaged" if the record has it. "valid" is the height and width of the
+      region at the top left that is not padding. Padding is 0 in the image, and must be 0 again after normalization, and 255 in
+      the label.
     """
 
     def transform(record: dict, rng: np.random.Generator) -> dict:
         image, label = record["image"], record["label"]
-        drawn = draw_scale(rng, scale=scale, min_ratio=min_ratio, max_ratio=max_ratio)
-        height, width = fit_size(*label.shape, scale=drawn)
+        random_scale = draw_scale(rng, scale=scale, min_ratio=min_ratio, max_ratio=max_ratio)
+        height, width = fit_size(*label.shape, scale=random_scale)
         label = resize_label(label, height=height, width=width)
         y, x = draw_crop(label, rng, crop_size=crop_size, max_class_ratio=max_class_ratio)
-        cut = np.s_[y : y + crop_size, x : x + crop_size]
-        image, label = resize_image(image, height=height, width=width)[cut], label[cut]
+        crop = np.s_[y : y + crop_size, x : x + crop_size]
+        image, label = resize_image(image, height=height, width=width)[crop], label[crop]
         if rng.uniform() < flip_probability:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         if distort:
@@ -96,7 +98,7 @@ def make_segmentation_train_transform(
 def draw_scale(
     rng: np.random.Generator, *, scale: tuple[int, int], min_ratio: float, max_ratio: float
 ) -> tuple[int, int]:
-    """Both bounds of a scale times one ratio, uniform between the two, cut to whole pixels."""
+    """Return both bounds of a scale times one uniform random ratio, truncated to whole pixels."""
     ratio = rng.uniform(min_ratio, max_ratio)
     return int(scale[0] * ratio), int(scale[1] * ratio)
 
@@ -104,16 +106,19 @@ def draw_scale(
 def draw_crop(
     label: np.ndarray, rng: np.random.Generator, *, crop_size: int, max_class_ratio: float
 ) -> tuple[int, int]:
-    """The top left corner (y, x) of a crop, uniform over the places where it fits; 0 along a side that is too short.
+    """Draw the top left corner of a crop, uniform over all positions within the image (MMSegmentation's RandomCrop).
 
-    Drawn anew while fewer than two classes are in it or one has at least ``max_class_ratio`` of its pixels, both without the
-    ignored ones; up to ten times, and the tenth is taken whatever is in it (MMSegmentation's RandomCrop).
+    A crop is rejected if it contains fewer than two classes, or one class has at least ``max_class_ratio`` of its pixels, both
+    without ignored pixels. After ten rejected crops, the next one is accepted unconditionally.
 
     Args:
-      label: uint8 (H, W).
-      rng: draws two integers a try, y first.
-      crop_size: side in pixels.
-      max_class_ratio: 1 takes the first draw.
+      label: label map, uint8 (H, W).
+      rng: source of the draws, two integers per try, y first.
+      crop_size: side of the crop in pixels.
+      max_class_ratio: see above; 1 accepts the first crop.
+
+    Returns:
+      (y, x) in pixels; 0 along a side that is shorter than the crop.
     """
     margins = [max(side - crop_size, 0) for side in label.shape]
     for _ in range(_CROP_TRIES):
@@ -125,27 +130,32 @@ def draw_crop(
 
 
 def is_varied(label: np.ndarray, max_class_ratio: float) -> bool:
-    """Whether a label map, uint8 (H, W), has two classes or more, none with ``max_class_ratio`` of the pixels that count."""
+    """Return whether a label map contains at least two classes, none with ``max_class_ratio`` or more of its pixels.
+
+    Args:
+      label: uint8 (H, W); pixels of 255 are not counted.
+      max_class_ratio: fraction of the counted pixels.
+    """
     counts = np.bincount(label.ravel(), minlength=256)[:IGNORED]
     return np.count_nonzero(counts) > 1 and bool(counts.max() / counts.sum() < max_class_ratio)
 
 
 def pad(array: np.ndarray, *, height: int, width: int, value: int) -> np.ndarray:
-    """Fills up at the bottom and at the right with ``value``; (H, W, ...) -> (height, width, ...), a copy."""
+    """Return a copy padded with ``value`` at the bottom and the right; (H, W, ...) -> (height, width, ...)."""
     padded = np.full((height, width, *array.shape[2:]), value, array.dtype)
     padded[: array.shape[0], : array.shape[1]] = array
     return padded
 
 
 class Distortion(NamedTuple):
-    """What to do to the colours of an image; None leaves a step out.
+    """Parameters of a photometric distortion; None omits a step.
 
     Attributes:
-      brightness: added to every value.
-      contrast: a factor of every value.
-      saturation: a factor of the saturation.
-      hue: added to the hue, in half degrees.
-      contrast_first: contrast before saturation and hue, or after them.
+      brightness: value added to every channel.
+      contrast: factor of every channel.
+      saturation: factor of the saturation.
+      hue: value added to the hue, in units of two degrees.
+      contrast_first: whether contrast precedes saturation and hue, instead of following them.
     """
 
     brightness: float | None
@@ -156,9 +166,10 @@ class Distortion(NamedTuple):
 
 
 def draw_distortion(rng: np.random.Generator) -> Distortion:
-    """Every step with a probability of 1/2, contrast first or last by a coin (MMSegmentation's PhotoMetricDistortion).
+    """Draw the parameters of MMSegmentation's PhotoMetricDistortion.
 
-    Brightness is uniform within +-32, contrast and saturation between 0.5 and 1.5, the hue an integer in -18..17.
+    Every step is applied with probability 1/2, and contrast comes first or last with probability 1/2. Brightness is uniform in
+    [-32, 32], contrast and saturation are uniform in [0.5, 1.5], and the hue is an integer from -18 to 17.
     """
 
     def maybe(value):
@@ -174,15 +185,22 @@ def draw_distortion(rng: np.random.Generator) -> Distortion:
 
 
 def distort_photometrically(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One draw of ``draw_distortion``, applied; uint8 (H, W, 3) RGB -> the same, a copy or the image itself."""
+    """Draw a distortion and apply it; uint8 (H, W, 3) RGB -> uint8 (H, W, 3), a copy or the image itself."""
     return apply_distortion(image, draw_distortion(rng))
 
 
 def apply_distortion(image: np.ndarray, distortion: Distortion) -> np.ndarray:
-    """Brightness, contrast if first, saturation, hue, contrast if last; uint8 (H, W, 3) RGB -> the same.
+    """Apply brightness, contrast (if first), saturation, hue, and contrast (if last).
 
-    Values are clipped to 0..255 and truncated to uint8 after every step. Saturation and hue each go to OpenCV's uint8 HSV,
-    hue in 0..179, and back.
+    After every step, values are clipped to 0..255 and truncated to uint8. Saturation and hue are each applied in OpenCV's uint8
+    HSV, with hues in 0..179.
+
+    Args:
+      image: uint8 (H, W, 3) RGB.
+      distortion: the parameters.
+
+    Returns:
+      uint8 (H, W, 3) RGB, a copy or the image itself.
     """
     first, last = (distortion.contrast, None) if distortion.contrast_first else (None, distortion.contrast)
     table = _scale_and_shift(shift=distortion.brightness)
@@ -201,7 +219,10 @@ def apply_distortion(image: np.ndarray, distortion: Distortion) -> np.ndarray:
 
 
 def _scale_and_shift(*, factor: float | None = None, shift: float | None = None) -> np.ndarray:
-    """What becomes of each value, uint8 (256,): a table gives the same as arithmetic in float32, several times as fast."""
+    """Return the lookup table of value * factor + shift, uint8 (256,).
+
+    A table gives the same result as float32 arithmetic on the image and is several times as fast.
+    """
     values = np.arange(256, dtype=np.float32)
     values = values * np.float32(1 if factor is None else factor) + np.float32(0 if shift is None else shift)
     return np.clip(values, 0, 255).astype(np.uint8)
@@ -209,36 +230,41 @@ def _scale_and_shift(*, factor: float | None = None, shift: float | None = None)
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationEvalTransform:
-    """See ``make_segmentation_eval_transform``."""
+    """Evaluation transform; see ``make_segmentation_eval_transform``.
+
+    Attributes:
+      scale: see ``fit_size``.
+      ratios: factor of the scale for each view.
+    """
 
     scale: tuple[int, int]
     ratios: tuple[float, ...]
 
     def view_shapes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels of every view of an image of this size."""
+        """Return (height, width) in pixels of every view of an image of the given size."""
         scales = [(int(self.scale[0] * ratio), int(self.scale[1] * ratio)) for ratio in self.ratios]
         return tuple(fit_size(height, width, scale=scale) for scale in scales)
 
     def __call__(self, record: dict) -> dict:
-        """The views of a record."""
+        """Return the views, the label map and the original size of a record."""
         image, label = record["image"], record["label"]
         shapes = self.view_shapes(*label.shape)
         views = [resize_image(image, height=height, width=width) for height, width in shapes]
-        named = {f"view_{index}": view for index, view in enumerate(views)}
-        return {**named, "label": label, "size": np.array(label.shape, np.int32)}
+        named_views = {f"view_{index}": view for index, view in enumerate(views)}
+        return {**named_views, "label": label, "size": np.array(label.shape, np.int32)}
 
 
 def make_segmentation_eval_transform(
     *, scale: tuple[int, int] = (2048, 512), ratios: Sequence[float] = (1.0,)
 ) -> SegmentationEvalTransform:
-    """The whole image at one size or at several, ratio kept, nothing padded.
+    """Make a transform that resizes the whole image to one or several sizes, keeping its aspect ratio, without padding.
 
     Args:
-      scale: see ``fit_size``; times every ratio, cut to whole pixels.
-      ratios: of the views. The published test at several scales has 0.5, 0.75, 1, 1.25, 1.5 and 1.75, each also mirrored.
+      scale: see ``fit_size``; it is multiplied by every ratio and truncated to whole pixels.
+      ratios: one per view. The published multi-scale test uses 0.5, 0.75, 1, 1.25, 1.5 and 1.75, each also mirrored.
 
     Returns:
-      ``view_shapes(height, width)``, and a function of {"image": uint8 (H, W, 3), "label": uint8 (H, W)} that gives
-      {"view_0": uint8 (h, w, 3), ... one for each ratio, "label": uint8 (H, W), "size": int32 (2,)}, the size (H, W).
+      A transform with ``view_shapes(height, width)``, to be called with {"image": uint8 (H, W, 3), "label": uint8 (H, W)}. It
+      returns {"view_0": uint8 (h, w, 3), ... one per ratio, "label": uint8 (H, W), "size": int32 (2,), which is (H, W)}.
     """
     return SegmentationEvalTransform(tuple(scale), tuple(ratios))

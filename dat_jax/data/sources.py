@@ -1,33 +1,41 @@
-"""Random-access sources of labelled images.
+"""Random-access sources of labeled images for classification.
 
-A source has ``len``, ``source[i] -> {"image": uint8 (H, W, 3) RGB, "label": np.int32}`` and ``class_names``. The same index
-gives the same record, always. Sources are pickled for workers and read by several threads at once.
+A source has ``len``, ``class_names``, and ``source[i]``, a record {"image": uint8 (H, W, 3) RGB, "label": np.int32}. An index
+always gives the same record. Sources are pickled for data workers and read by several threads at once.
 """
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dat_jax.data.embedded import read_mnist5k
-from dat_jax.data.image_files import Member, index_classes, plain_reason, read_member, scan_folder
+from dat_jax.data.image_files import Member, error_text, index_classes, read_member, scan_folder
 from dat_jax.data.images import decode_image
 from dat_jax.errors import UserError, name_some
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation")
-PREPARE_INPUTS = "progress/inputs.json"  # in a directory that `python -m dat_jax.data.prepare` writes or wrote
-METADATA_FILES = ("dataset_info.json", "features.json")  # a TFDS directory has both
-_DAMAGED_AT_MOST = 100  # in a row: more is not damage but a disk that is gone
+PREPARE_INPUTS = "progress/inputs.json"  # exists in every output directory of `python -m dat_jax.data.prepare`
+METADATA_FILES = ("dataset_info.json", "features.json")  # a TFDS directory contains both
+_MAX_CONSECUTIVE_DAMAGED = 100  # more in a row indicate a missing disk, not damaged files
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """Images in memory: images uint8 (N, H, W, 3), labels int (N,)."""
+    """Images in memory.
+
+    Attributes:
+      images: uint8 (N, H, W, 3).
+      labels: int (N,).
+      class_names: names of the classes, in label order.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -42,14 +50,14 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSource:
-    """Images that are decoded when asked for.
+    """Encoded images, decoded on access.
 
     Attributes:
-      records: random access to (encoded bytes, label, name of the image).
-      class_names: of the labels, in order.
-      skip_damaged: gives the next readable image for a damaged one, with one warning, where an error would end a run, and
-        with every record "damaged": how many it stands in for.
-      advice: a sentence that follows the error.
+      records: sequence of (encoded bytes, label, name of the image).
+      class_names: names of the classes, in label order.
+      skip_damaged: whether a damaged image is replaced by the next readable one, with one warning, instead of raising an error.
+        If True, every record has "damaged", the number of damaged images that it replaces, int32.
+      advice: sentence appended to the error.
     """
 
     records: Sequence[tuple[bytes, int, str]]
@@ -61,7 +69,7 @@ class EncodedSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        read = functools.partial(read_readable, self._read, index, count=len(self))
+        read = functools.partial(read_record, self._read, index, count=len(self))
         return read(skip_damaged=self.skip_damaged, damage=UserError, advice=self.advice)
 
     def _read(self, index: int) -> dict:
@@ -69,7 +77,7 @@ class EncodedSource:
         return {"image": decode_image(data, name=name), "label": np.int32(label)}
 
 
-def read_readable(
+def read_record(
     read: Callable[[int], dict],
     index: int,
     *,
@@ -78,51 +86,56 @@ def read_readable(
     damage: type[UserError],
     advice: str = "",
 ) -> dict:
-    """The record of an index, or where that is damaged and ``skip_damaged`` is set, of the next readable one.
+    """Read a record, or the next readable one if it is damaged and ``skip_damaged`` is True.
 
     Args:
-      read: gives the record of an index, or raises ``damage``.
-      index: from 0.
-      count: of records.
-      skip_damaged: says each damage once, and adds "damaged" to the record: how many it stands in for.
-      damage: errors of a file that cannot be read; others are raised.
-      advice: a sentence that follows the error.
+      read: function that returns the record of an index or raises ``damage``.
+      index: index from 0.
+      count: number of records.
+      skip_damaged: whether damaged records are skipped. Each is logged once as a warning, and the result has "damaged", the
+        number of records skipped, int32.
+      damage: exception type of a file that cannot be read; other exceptions propagate.
+      advice: sentence appended to the error.
 
     Raises:
-      IndexError: no such index.
-      UserError: nothing readable was found.
+      IndexError: the index is out of range.
+      UserError: the record cannot be read, or no readable one follows it.
     """
     if not 0 <= index < count:
         raise IndexError(f"index {index} of {count} images")
-    for tried in range(min(count, _DAMAGED_AT_MOST) if skip_damaged else 1):
+    for skipped in range(min(count, _MAX_CONSECUTIVE_DAMAGED) if skip_damaged else 1):
         try:
-            record = read((index + tried) % count)
-            return record | {"damaged": np.int32(tried)} if skip_damaged else record
+            record = read((index + skipped) % count)
+            return record | {"damaged": np.int32(skipped)} if skip_damaged else record
         except damage as caught:
             error = caught
         if skip_damaged:
-            _warn_once(f"{plain_reason(error)} The next one is taken instead.")
-    raise UserError(f"{plain_reason(error)} {advice}".strip()) from error
+            _warn_once(f"{error_text(error)} The next readable image is used instead.")
+    raise UserError(f"{error_text(error)} {advice}".strip()) from error
 
 
-@functools.cache  # Python's own "once" starts anew whenever any code changes a filter of warnings
+@functools.cache  # once per message and process
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=1)
+    logger.warning("%s", message)
 
 
 def load_source(name: str, *, split: str, directory: str = "") -> ArraySource | EncodedSource:
-    """A source by its name, or of what lies in a directory.
+    """Load a split of an embedded data set or of a directory.
+
+    A directory has one of two layouts:
+
+    - A TFDS data set in array_record format, such as ``python -m dat_jax.data.prepare`` writes, in the directory itself or one
+      or two levels below it (imagenet2012/5.1.0). If it has no split "validation", "test" is used.
+    - Folders of image files, train/<class> and either val/<class> or validation/<class>. A label is the index of the class
+      among the sorted folder names of train/.
 
     Args:
-      name: of an embedded data set; not used where a directory is given. "mnist5k": see ``embedded.read_mnist5k``.
+      name: name of an embedded data set, ignored if ``directory`` is given. "mnist5k": see ``embedded.read_mnist5k``.
       split: "train" or "validation".
-      directory: "", or a path that holds either a data set of TFDS in array_record, such as
-        ``python -m dat_jax.data.prepare`` writes, itself or one or two folders below (imagenet2012/5.1.0), where the split
-        "test" serves for a missing "validation"; or folders train/<class> and val/<class> or validation/<class> of image
-        files, where a label is the rank of the class's name in train/.
+      directory: "" or a path.
 
     Raises:
-      UserError: unknown name or split, files that are not there, or a directory that holds none of these.
+      UserError: the name or the split is unknown, files are missing, or the directory has neither layout.
     """
     if split not in SPLITS:
         raise UserError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
@@ -130,8 +143,8 @@ def load_source(name: str, *, split: str, directory: str = "") -> ArraySource | 
         return _load_directory(pathlib.Path(directory), split)
     if name not in _SOURCES:
         raise UserError(
-            f"Unknown data set {name!r}; choose one of {', '.join(_SOURCES)}, or give the directory of a data set "
-            "(config.data.directory)."
+            f"Unknown data set {name!r}; choose one of {', '.join(_SOURCES)}, or set config.data.directory to the directory "
+            "of a data set."
         )
     return _SOURCES[name](split)
 
@@ -149,30 +162,36 @@ def _load_directory(directory: pathlib.Path, split: str) -> EncodedSource:
     if has_metadata(directory):
         return _load_tfds(directory, split)
     if (directory / PREPARE_INPUTS).is_file():
-        raise UserError(f"The data set in {directory} is not complete: run `python -m dat_jax.data.prepare` again.")
+        raise UserError(f"The data set in {directory} is incomplete: run `python -m dat_jax.data.prepare` again.")
     if (directory / "train").is_dir():
         return _load_folders(directory, split)
-    below = [path for pattern in ("*", "*/*") for path in sorted(directory.glob(pattern)) if has_metadata(path)]
-    if len(below) == 1:
-        return _load_tfds(below[0], split)
-    if below:
-        raise UserError(f"{directory} holds several data sets, choose one of them: {name_some(list(map(str, below)))}.")
-    found = sorted(path.name for path in directory.iterdir())
+    nested = [path for pattern in ("*", "*/*") for path in sorted(directory.glob(pattern)) if has_metadata(path)]
+    if len(nested) == 1:
+        return _load_tfds(nested[0], split)
+    if nested:
+        raise UserError(f"{directory} contains several data sets; choose one of {name_some(list(map(str, nested)))}.")
+    content = sorted(path.name for path in directory.iterdir())
     raise UserError(
-        f"{directory} holds no data set: wanted {' and '.join(METADATA_FILES)} of TFDS in it or one or two folders below, "
-        f"or folders train/<class> and val/<class> of images, or train/<class> and validation/<class>, found "
-        f"{name_some(found) or 'nothing'}."
+        f"{directory} contains no data set: expected {' and '.join(METADATA_FILES)} of TFDS up to two levels below it, or "
+        f"folders of images, train/<class> and val/<class> or validation/<class>; got {name_some(content) or 'nothing'}."
     )
 
 
 def has_metadata(path: pathlib.Path) -> bool:
-    """Whether a folder is a data set of TFDS, by the files in it."""
+    """Return whether a directory contains the metadata files of a TFDS data set."""
     return all((path / name).is_file() for name in METADATA_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
 class _FolderRecords:
-    """Image files of root/<class>/: file_names in the order of labels int32 (N,)."""
+    """Records of the image files root/<class>/<file name>.
+
+    Attributes:
+      root: folder of the split.
+      class_names: names of the classes, in label order.
+      file_names: N names.
+      labels: int32 (N,).
+    """
 
     root: str
     class_names: tuple[str, ...]
@@ -188,83 +207,91 @@ class _FolderRecords:
         return read_member(Member(path, 0, -1, self.file_names[index], self.class_names[label])), label, path
 
 
+_FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
+
+
 def _load_folders(directory: pathlib.Path, split: str) -> EncodedSource:
     class_names = scan_folder(directory / "train")[0]
     root = next((path for path in map(directory.joinpath, _FOLDERS[split]) if path.is_dir()), None)
     if root is None:
-        raise UserError(f"{directory} has no folder of the {split} images: wanted {' or '.join(_FOLDERS[split])}.")
+        raise UserError(f"{directory} has no folder of {split} images: expected {' or '.join(_FOLDERS[split])}.")
     folders = scan_folder(root)[0]
     files = {folder: scan_folder(root / folder)[1] for folder in folders}
     empty = [folder for folder in folders if not files[folder]]
     if split == "train" and empty:
-        raise UserError(f"These class folders of {root} hold no images: {name_some(empty)}.")
+        raise UserError(f"These class folders of {root} contain no images: {name_some(empty)}.")
     if not any(files.values()):
-        raise UserError(f"{root} holds no images in class folders.")
+        raise UserError(f"{root} contains no images in class folders.")
+    folder_labels = np.array(index_classes(folders, class_names, source=str(root)), np.int32)
     records = _FolderRecords(
         str(root),
         tuple(class_names),
         tuple(name for folder in folders for name in files[folder]),
-        np.repeat(
-            np.array(index_classes(folders, class_names, source=str(root)), np.int32), list(map(len, files.values()))
-        ),
+        np.repeat(folder_labels, list(map(len, files.values()))),
     )
-    advice = "`python -m dat_jax.data.prepare` finds all such files."
+    advice = "`python -m dat_jax.data.prepare` finds all damaged images."
     return EncodedSource(records, tuple(class_names), skip_damaged=split == "train", advice=advice)
-
-
-_FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
 @dataclasses.dataclass(frozen=True)
 class _TfdsRecords:
-    """Records of a data source of TFDS, images not decoded; ``place`` is what messages call it."""
+    """Records of a TFDS data source, with images that are not decoded.
+
+    Attributes:
+      data_source: the data source.
+      description: name of the split and directory, for error messages.
+    """
 
     data_source: Any
-    place: str
+    description: str
 
     def __len__(self) -> int:
         return len(self.data_source)
 
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        name = f"{index} of {self.place}"
+        name = f"{index} of {self.description}"
         try:
             record = self.data_source[index]
-        except Exception as error:  # of array_record or of the message in it
-            raise UserError(f"The image {name} cannot be read: {plain_reason(error)}.") from error
-        if not record["image"]:  # what array_record gives for a file that was cut off
+        except Exception as error:  # array_record and protobuf raise several types
+            raise UserError(f"The image {name} cannot be read: {error_text(error)}.") from error
+        if not record["image"]:  # array_record returns empty bytes for a truncated file
             raise UserError(f"The image {name} cannot be read: it has no bytes.")
         if record.get("file_name"):
             name = f"{record['file_name'].decode(errors='replace')}, {name},"
         return record["image"], int(record["label"]), name
 
 
+_TFDS_SPLITS = {"train": ("train",), "validation": ("validation", "test")}
+
+
 def _load_tfds(directory: pathlib.Path, split: str) -> EncodedSource:
-    import tensorflow_datasets as tfds  # late: takes a second
+    import tensorflow_datasets as tfds  # imported here because it takes a second
 
     try:
         builder = tfds.builder_from_directory(directory)
         info, features = builder.info, dict(builder.info.features)
-    except Exception as error:  # of several kinds, for files that are not what TFDS writes
-        reason = plain_reason(error)[:200] or type(error).__name__
+    except Exception as error:  # TFDS raises several types for invalid metadata
+        reason = error_text(error)[:200] or type(error).__name__
         raise UserError(f"The metadata of the data set in {directory} cannot be read: {reason}.") from error
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        kind = info.file_format.value if info.file_format else "unknown"
-        raise UserError(f"The data set in {directory} is in the format {kind}: wanted array_record.")
+        file_format = info.file_format.value if info.file_format else "unknown"
+        raise UserError(f"The data set in {directory} has the format {file_format}: expected array_record.")
     if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(
         features.get("label"), tfds.features.ClassLabel
     ):
-        raise UserError(f"The data set in {directory} has {name_some(sorted(features))}: wanted an image and a label.")
+        raise UserError(
+            f"The data set in {directory} has the features {name_some(sorted(features))}: expected image and label."
+        )
     stored = next((name for name in _TFDS_SPLITS[split] if name in info.splits), None)
     if stored is None:
-        wanted = " or ".join(_TFDS_SPLITS[split])
-        raise UserError(f"The data set in {directory} has the splits {name_some(list(info.splits))}: wanted {wanted}.")
+        expected = " or ".join(_TFDS_SPLITS[split])
+        raise UserError(
+            f"The data set in {directory} has the splits {name_some(list(info.splits))}: expected {expected}."
+        )
     missing = [path.name for path in info.splits[stored].filepaths if not path.exists()]
     if missing:
-        raise UserError(f"The data set in {directory} is not complete, these files are missing: {name_some(missing)}.")
+        raise UserError(f"The data set in {directory} is incomplete; these files are missing: {name_some(missing)}.")
     data_source = builder.as_data_source(split=stored, decoders={"image": tfds.decode.SkipDecoding()})
     names = features["label"].names or map(str, range(features["label"].num_classes))
     records = _TfdsRecords(data_source, f"{stored} in {directory}")
     return EncodedSource(records, tuple(names), skip_damaged=split == "train")
-
-
-_TFDS_SPLITS = {"train": ("train",), "validation": ("validation", "test")}

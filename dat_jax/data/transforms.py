@@ -1,7 +1,8 @@
-"""Transforms of one record on the host, in uint8. Every random draw comes from the generator that is passed in.
+"""Transforms of one classification example on the host, in uint8.
 
-The order and the distributions are those of the published recipe: random resized crop, flip, RandAugment. What follows,
-normalising, erasing and mixing, runs on the device (tasks/augmentation.py).
+Operations, their order and their distributions are those of the published recipe: random resized crop, flip, RandAugment. All
+random draws come from the generator that is passed in. Normalization, random erasing and mixing run on the device
+(tasks/augmentation.py).
 """
 
 import math
@@ -17,9 +18,17 @@ _CROP_TRIES = 10
 
 
 def make_eval_transform(*, resize: int, image_size: int) -> Callable[[dict], dict]:
-    """Resizes to resize x resize whatever the ratio was, bicubic, and takes the central image_size x image_size.
+    """Make a transform that resizes an image to a square, ignoring its aspect ratio, and takes the central crop.
 
-    Pixels are Pillow's. The recipe has 256 and 224, or 384 and 384 (spec: the published evaluation).
+    Pixels equal those of Pillow's bicubic filter. The recipe uses (resize, image_size) = (256, 224) or (384, 384) (spec: the
+    published evaluation).
+
+    Args:
+      resize: side of the square before the crop, in pixels.
+      image_size: side of the crop.
+
+    Returns:
+      A function of a record with "image", uint8 (H, W, 3), that replaces it by uint8 (image_size, image_size, 3).
     """
     border = round((resize - image_size) / 2)
 
@@ -41,14 +50,18 @@ def make_train_transform(
     rand_augment_magnitude: float,
     rand_augment_std: float,
 ) -> Callable[[dict, np.random.Generator], dict]:
-    """Random resized crop to image_size x image_size, horizontal flip, RandAugment.
+    """Make a transform that applies a random resized crop, a random horizontal flip and RandAugment.
 
     Args:
-      image_size: side of the result.
-      min_crop_area: of the image; the crop's is uniform between it and 1.
-      max_crop_aspect: r for width / height between 1 / r and r, log-uniform.
-      flip_probability: of mirroring left and right.
-      rand_augment_count, rand_augment_magnitude, rand_augment_std: see ``draw_operations``; a count of 0 does nothing.
+      image_size: side of the result in pixels.
+      min_crop_area: smallest area of the crop, as a fraction of the image; the fraction is uniform between it and 1.
+      max_crop_aspect: largest aspect ratio r; width / height is log-uniform between 1 / r and r.
+      flip_probability: probability of a horizontal flip.
+      rand_augment_count, rand_augment_magnitude, rand_augment_std: see ``draw_operations``; a count of 0 disables RandAugment.
+
+    Returns:
+      A function of a record with "image", uint8 (H, W, 3), and a generator, that replaces the image by uint8
+      (image_size, image_size, 3).
     """
 
     def transform(record: dict, rng: np.random.Generator) -> dict:
@@ -71,10 +84,18 @@ def make_train_transform(
 def draw_crop(
     rng: np.random.Generator, *, width: int, height: int, min_area: float, max_aspect: float
 ) -> tuple[int, int, int, int]:
-    """The place of a random resized crop in an image, (x, y, width, height) in pixels.
+    """Draw the position and size of a random resized crop (torchvision's RandomResizedCrop).
 
-    Up to ten draws of an area and a ratio, the first that fits at a uniform place; otherwise the largest central crop
-    with a ratio within the bounds (torchvision's RandomResizedCrop).
+    Up to ten times, an area and an aspect ratio are drawn; the first crop that fits is placed uniformly. If none fits, the
+    result is the largest central crop whose aspect ratio is within the bounds.
+
+    Args:
+      rng: source of all draws.
+      width, height: size of the image in pixels.
+      min_area, max_aspect: see ``make_train_transform``.
+
+    Returns:
+      (x, y, width, height) in pixels.
     """
     for _ in range(_CROP_TRIES):
         area = rng.uniform(min_area, 1) * width * height

@@ -1,1 +1,1 @@
-"""Metrics over a whole data set, from a predict function."""
+"""Metrics over a whole data set, computed from a predict function."""

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy over a whole data set, and a picture of predictions."""
+"""Top-1 and top-5 accuracy over a whole data set, and figures of predictions."""
 
 import pathlib
 from collections.abc import Callable
@@ -9,33 +9,36 @@ import numpy as np
 
 from dat_jax.visualization import charts as plots
 
-METRIC = "top1"  # what the best checkpoint is best in
+METRIC = "top1"  # the best checkpoint has the highest value of this metric
 
 
 def make_evaluator(predict: Callable) -> Callable[..., dict[str, float]]:
-    """Makes ``evaluate(variables, batches, *, classes=None) -> metrics``, compiled once for its batches' shapes.
+    """Make ``evaluate(variables, batches, *, classes=None) -> metrics``, compiled once per shape of batches.
 
     Args:
-      predict: (variables, batch) -> {"logits": (B, K)}. Batches hold "label" and "mask", 1 for each example that counts.
-        Where they hold "acceptable", bool (B, K), every class that is true is right, and examples without one do not count.
+      predict: function of (variables, batch) that returns {"logits": (B, K)}.
 
     Returns:
-      A function giving {"top1", "top5": percent, "loss": mean cross-entropy, "examples": how many were counted}; with
-      "acceptable", top1 and examples. classes: indices of those that can be predicted, of a set without the others.
+      A function of variables and batches. Batches contain "label", int (B,), and "mask", (B,), 1 for examples that count.
+      ``classes`` are the indices of the classes that may be predicted, for data sets without the others. It returns {"top1",
+      "top5": percent, "loss": mean cross-entropy, "examples": number of counted examples}.
+
+      If batches contain "acceptable", bool (B, K), a prediction is correct if it is any acceptable class, and examples without
+      one are not counted. The result is then {"top1", "examples"}.
     """
 
     @jax.jit
-    def sums(variables, batch, allowed):  # allowed: bool (1, K)
+    def compute_sums(variables, batch, allowed):  # allowed: bool (1, K)
         logits = predict(variables, batch)["logits"].astype(jnp.float32)
         logits = jnp.where(allowed, logits, -jnp.inf)
         labels, mask = batch["label"], batch["mask"]
         if "acceptable" in batch:
-            right = jnp.take_along_axis(batch["acceptable"], logits.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+            correct = jnp.take_along_axis(batch["acceptable"], logits.argmax(axis=-1)[:, None], axis=-1)[:, 0]
             mask = mask * batch["acceptable"].any(axis=-1)
-            return {"top1": (right * mask).sum(), "examples": mask.sum()}
-        # Rank of the true class. Ties and NaN count against it, so that logits that say nothing score nothing.
-        own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-        rank = ((~(logits < own)) & allowed).sum(axis=-1) - 1
+            return {"top1": (correct * mask).sum(), "examples": mask.sum()}
+        # Rank of the true class. Ties and NaN count against it, so that constant or invalid logits score 0.
+        label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+        rank = ((~(logits < label_logits)) & allowed).sum(axis=-1) - 1
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
         return {
             "top1": ((rank < 1) * mask).sum(),
@@ -50,7 +53,7 @@ def make_evaluator(predict: Callable) -> Callable[..., dict[str, float]]:
             if not totals:
                 count = jax.eval_shape(predict, variables, batch)["logits"].shape[-1]
                 allowed = np.isin(np.arange(count), np.arange(count) if classes is None else classes)[None]
-            for name, value in sums(variables, batch, allowed).items():
+            for name, value in compute_sums(variables, batch, allowed).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         examples = totals.pop("examples")
         scales = {"top1": 100, "top5": 100, "loss": 1}
@@ -60,15 +63,16 @@ def make_evaluator(predict: Callable) -> Callable[..., dict[str, float]]:
     return evaluate
 
 
-def save_pictures(predict: Callable, variables, batch: dict, *, class_names, directory: pathlib.Path) -> None:
-    """predictions.png and, of a model with deformable attention, sampled_points.png.
+def save_figures(predict: Callable, variables, batch: dict, *, class_names, directory: pathlib.Path) -> None:
+    """Save predictions.png and, for models with deformable attention, sampled_points.png.
 
     Args:
-      predict: (variables, batch) -> {"logits": (B, K), "positions": block -> (B, G, Hk, Wk, 2), "map_shapes": block ->
-        (height, width)}.
-      batch: of this process's own arrays, "image" uint8 (B, H, W, 3) and "label".
-      class_names: of the K classes.
-      directory: where they go.
+      predict: function of (variables, batch) that returns {"logits": (B, K), "positions": block -> (B, G, Hk, Wk, 2),
+        "map_shapes": block -> (height, width)}.
+      variables: variables of the model.
+      batch: arrays of this process, "image" uint8 (B, H, W, 3) and "label" (B,).
+      class_names: names of the K classes.
+      directory: folder of the figures.
     """
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
     outputs = jax.device_get(jax.jit(predict)(variables, {"image": images, "label": labels}))

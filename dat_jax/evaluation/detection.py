@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes and of masks, by pycocotools, and pictures of detections."""
+"""COCO average precision of boxes and masks, computed by pycocotools, and figures of detections."""
 
 import contextlib
 import io
@@ -17,90 +17,101 @@ from pycocotools.cocoeval import COCOeval
 from dat_jax.ops.detection.masks import paste_masks
 from dat_jax.visualization import charts as plots
 
-METRIC = "bbox/AP"  # what the best checkpoint is best in
-# Of COCO's summary: precision over IoU .5:.05:.95, at .5, at .75, of small, medium and large objects; recall with at most 1, 10
-# and 100 detections an image, and of small, medium and large objects.
+METRIC = "bbox/AP"  # the best checkpoint has the highest value of this metric
+# COCO's summary: average precision over IoU .5:.05:.95, at .5, at .75, for small, medium and large objects; average recall with
+# at most 1, 10 and 100 detections per image, and for small, medium and large objects.
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 _MASK_THRESHOLD = 0.5  # of a pixel's probability
-_SHOWN_SCORE = 0.3  # from which on a detection is drawn
+_MIN_SHOWN_SCORE = 0.3  # of detections in figures
 
 
 def make_evaluator(
     predict: Callable, *, load_ground_truth: Callable[[], dict], category_ids: Sequence[int], masks: bool
 ) -> Callable[..., dict[str, float]]:
-    """Makes ``evaluate(variables, batches) -> metrics``, compiled once for each shape that images come in.
+    """Make ``evaluate(variables, batches) -> metrics``, compiled once per shape of images.
 
     Args:
       predict: see ``tasks.detection.detector``.
-      load_ground_truth: gives what ``data.coco.to_coco_ground_truth`` makes of the images; asked for at every evaluation.
-      category_ids: of the labels, in order.
-      masks: whether masks are judged beside boxes.
+      load_ground_truth: function that returns the result of ``data.coco.to_coco_ground_truth`` for the images; called at every
+        evaluation.
+      category_ids: COCO category id of every label.
+      masks: whether masks are evaluated in addition to boxes.
 
     Returns:
-      A function of variables and batches, as ``data.batching.make_detection_eval_batches`` makes them. It gives what
-      ``evaluate_coco`` does, and "images". Every process makes the detections of the images on its own devices; then each
-      gets those of all.
+      A function of variables and batches, see ``data.batching.make_detection_eval_batches``. It returns the metrics of
+      ``evaluate_coco`` and "images", the number of images. Every process converts the detections of the images on its own
+      devices; these are then gathered on all processes.
     """
     network = jax.jit(predict)
 
+    def collect(batch, outputs, image_ids):
+        """Return the detections of this process in a batch, and the number of its images."""
+        rows = jax.tree.map(_local_rows, {**outputs, **{name: batch[name] for name in ("original", "index", "mask")}})
+        detections = []
+        for row in np.flatnonzero(rows["mask"] > 0):
+            image = to_original({name: values[row] for name, values in rows.items()}, masks=masks)
+            ids = dict(image_id=image_ids[rows["index"][row]], category_ids=category_ids)
+            detections += make_detections(image["boxes"], image["labels"], image["scores"], image["masks"], **ids)
+        return detections, int((rows["mask"] > 0).sum())
+
     def evaluate(variables, batches):
-        truth = load_ground_truth()
-        image_ids = [image["id"] for image in truth["images"]]
-        found, seen, pending = [], 0, None
-
-        def collect(batch, outputs):
-            rows = jax.tree.map(_own_rows, {**outputs, **{name: batch[name] for name in ("original", "index", "mask")}})
-            detections = []
-            for row in np.flatnonzero(rows["mask"] > 0):
-                one = to_original({name: values[row] for name, values in rows.items()}, masks=masks)
-                names = dict(image_id=image_ids[rows["index"][row]], category_ids=category_ids)
-                detections += make_detections(one["boxes"], one["labels"], one["scores"], one["masks"], **names)
-            return detections, int((rows["mask"] > 0).sum())
-
+        ground_truth = load_ground_truth()
+        image_ids = [image["id"] for image in ground_truth["images"]]
+        detections, image_count, pending = [], 0, None
         for batch in itertools.chain(batches, [None]):
-            # The devices compute a batch while the one before becomes detections.
-            started = None if batch is None else (batch, network(variables, _inputs(batch)))
+            # The devices compute a batch while the host converts the outputs of the previous one.
+            started = None if batch is None else (batch, network(variables, _network_inputs(batch)))
             if pending is not None:
-                detections, count = collect(*pending)
-                found, seen = found + detections, seen + count
+                batch_detections, count = collect(*pending, image_ids)
+                detections, image_count = detections + batch_detections, image_count + count
             pending = started
         if jax.process_count() > 1:
-            found, seen = _of_all_processes([found, seen])
+            detections, image_count = _gather(detections, image_count)
         kinds = ("bbox", "segm") if masks else ("bbox",)
-        return {**evaluate_coco(truth, found, kinds=kinds), "images": seen}
+        return {**evaluate_coco(ground_truth, detections, kinds=kinds), "images": image_count}
 
     return evaluate
 
 
 def to_original(outputs: dict[str, np.ndarray], *, masks: bool) -> dict[str, np.ndarray]:
-    """The detections of one image, on the host.
+    """Convert the outputs of one image to detections in the original image, on the host.
 
     Args:
-      outputs: of ``predict``, one row of each, and "original", (height, width).
-      masks: whether to paste the masks into the image.
+      outputs: one row of every output of ``predict``, and "original", (height, width).
+      masks: whether masks are pasted into the image.
 
     Returns:
       {"boxes": float32 (n, 4), x1, y1, x2, y2 in pixels of the original image, "scores": float32 (n,), descending, "labels":
       int32 (n,), "masks": bool (n, height, width), or None}.
     """
     valid = outputs["valid"]
-    found = {name: np.asarray(outputs[name])[valid] for name in ("boxes", "scores", "labels")}
+    detections = {name: np.asarray(outputs[name])[valid] for name in ("boxes", "scores", "labels")}
     pasted = None
     if masks:
         shape = tuple(int(side) for side in outputs["original"])
-        pasted = paste_masks(outputs["masks"][valid], found["boxes"], shape, threshold=_MASK_THRESHOLD)
-    return found | {"masks": pasted}
+        pasted = paste_masks(outputs["masks"][valid], detections["boxes"], shape, threshold=_MASK_THRESHOLD)
+    return detections | {"masks": pasted}
 
 
 def detect_record(network: Callable, variables, record: dict, *, masks: bool) -> dict[str, np.ndarray]:
-    """``to_original`` of one example: "image", "valid", "scale", "original", not in a batch; ``network`` is a jitted predict."""
+    """Detect the objects of one example.
+
+    Args:
+      network: a jitted ``predict``.
+      variables: variables of the model.
+      record: "image", "valid", "scale" and "original" of one example, without a batch axis.
+      masks: whether masks are pasted into the image.
+
+    Returns:
+      See ``to_original``.
+    """
     outputs = network(variables, {name: np.asarray(record[name])[None] for name in ("image", "valid", "scale")})
     outputs = {name: np.asarray(values[0]) for name, values in outputs.items()}
     return to_original({**outputs, "original": record["original"]}, masks=masks)
 
 
-def save_pictures(
+def save_figures(
     predict: Callable,
     variables,
     records: Sequence[tuple[dict, dict]],
@@ -110,40 +121,43 @@ def save_pictures(
     masks: bool,
     directory: pathlib.Path,
 ) -> None:
-    """detections.png: the objects of some examples, and what is detected with a score of 0.3 or more.
+    """Save detections.png, with the ground truth of some examples and the detections with a score of at least 0.3.
 
     Args:
       predict: see ``make_evaluator``.
-      variables: of the model.
-      records: of each, the original "image", "boxes", "labels" and bool "masks" (or None), and what ``detect_record`` wants.
-      class_names, palette: of the K classes, uint8 (K, 3).
+      variables: variables of the model.
+      records: two dictionaries per example: the ground truth ("image", "boxes", "labels" and bool "masks" or None, all of the
+        original image), and the record for ``detect_record``.
+      class_names: names of the K classes.
+      palette: their colors, uint8 (K, 3).
       masks: whether masks are predicted.
-      directory: where it goes.
+      directory: folder of the figure.
     """
     network, rows = jax.jit(predict), []
-    for truth, record in records:
-        found = detect_record(network, variables, record, masks=masks)
-        shown = found["scores"] >= _SHOWN_SCORE
-        found = {name: None if values is None else values[shown] for name, values in found.items()}
-        rows.append({"objects": (truth["image"], truth), "detections": (truth["image"], found)})
+    for ground_truth, record in records:
+        detections = detect_record(network, variables, record, masks=masks)
+        is_shown = detections["scores"] >= _MIN_SHOWN_SCORE
+        detections = {name: None if values is None else values[is_shown] for name, values in detections.items()}
+        image = ground_truth["image"]
+        rows.append({"objects": (image, ground_truth), "detections": (image, detections)})
     plots.save_detections(directory / "detections.png", rows, class_names=class_names, palette=palette)
 
 
-def _inputs(batch):
+def _network_inputs(batch):
     return {name: batch[name] for name in ("image", "valid", "scale")}
 
 
-def _own_rows(array: jax.Array) -> np.ndarray:
-    """The rows of a global array that lie on this process's devices, in order."""
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """Return the rows of a global array that are on the devices of this process, in order."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
-def _of_all_processes(found: list) -> list:
-    """[detections, number of images] of all processes, from those of each."""
-    text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+def _gather(detections: list[dict], image_count: int) -> tuple[list[dict], int]:
+    """Return the detections of all processes and their total number of images."""
+    text = np.frombuffer(json.dumps([detections, image_count]).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(text), np.int32))
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(text)] = text
@@ -151,25 +165,25 @@ def _of_all_processes(found: list) -> list:
         json.loads(row[:length].tobytes())
         for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
     ]
-    return [[detection for part in parts for detection in part[0]], sum(part[1] for part in parts)]
+    return [detection for part in parts for detection in part[0]], sum(part[1] for part in parts)
 
 
 def evaluate_coco(
     ground_truth: dict, detections: Sequence[dict], *, kinds: Sequence[str] = ("bbox", "segm")
 ) -> dict[str, float]:
-    """COCO's twelve numbers for boxes, for masks, or for both.
+    """Compute COCO's twelve metrics for boxes, masks, or both.
 
     Args:
-      ground_truth: "images", "annotations" and "categories" as in COCO's files; see ``data.coco.to_coco_ground_truth``.
-      detections: see ``make_detections``; of images of the ground truth.
-      kinds: "bbox" and "segm", which wants a "segmentation" of every annotation and detection.
+      ground_truth: "images", "annotations" and "categories" as in COCO files; see ``data.coco.to_coco_ground_truth``.
+      detections: see ``make_detections``; all must be of images of the ground truth.
+      kinds: "bbox" and "segm"; the latter requires a "segmentation" of every annotation and detection.
 
     Returns:
-      {"bbox/AP", "bbox/AP50", ..., "segm/AP", ...}: percent; -1 where the ground truth has no object of such a size. All
-      others are 0 where there are no detections.
+      {"bbox/AP", "bbox/AP50", ..., "segm/AP", ...} in percent, or -1 if the ground truth has no object of that size. Without
+      detections, all other metrics are 0.
 
     Raises:
-      ValueError: a detection of another image.
+      ValueError: a detection is of another image.
     """
     metrics = {}
     for kind in kinds:
@@ -180,37 +194,44 @@ def evaluate_coco(
 
 
 def compute_curves(ground_truth: dict, detections: Sequence[dict], *, kind: str) -> dict[str, np.ndarray]:
-    """What COCO's evaluation finds for one kind, "bbox" or "segm"; arguments as for ``evaluate_coco``, which stay as they are.
+    """Compute precision and recall of COCO's evaluation for one kind.
 
-    Detections of masks are judged without their boxes, so that small, medium and large are said of the masks.
+    Boxes of detections are ignored in the evaluation of masks, so that small, medium and large refer to the area of the masks.
+
+    Args:
+      ground_truth, detections: see ``evaluate_coco``; they are not modified.
+      kind: "bbox" or "segm".
 
     Returns:
-      {"precision": float64 (10 IoUs, 101 recalls, K categories by id, 4 areas: all, small, medium, large, 3 limits: 1, 10, 100
-      detections), "recall": float64 (10, K, 4, 3), both from 0 to 1 or -1 for no ground truth, "stats": float64 (12,), the
-      means of them in the order of ``NAMES``}.
+      {"precision": float64 (10 IoUs, 101 recalls, K categories by id, 4 areas, 3 limits), "recall": float64 (10, K, 4, 3),
+      "stats": float64 (12,)}. Areas are all, small, medium and large; limits are 1, 10 and 100 detections per image. Values are
+      from 0 to 1, or -1 without ground truth. "stats" are their means in the order of ``NAMES``.
+
+    Raises:
+      ValueError: a detection is of another image.
     """
-    images = {image["id"] for image in ground_truth["images"]}
-    others = [detection["image_id"] for detection in detections if detection["image_id"] not in images]
-    if others:
-        raise ValueError(f"The image {others[0]} of a detection is none of the ground truth.")
-    left_out = {"bbox": "segmentation", "segm": "bbox"}[kind]
-    results = [{key: value for key, value in detection.items() if key != left_out} for detection in detections]
+    image_ids = {image["id"] for image in ground_truth["images"]}
+    unknown = [detection["image_id"] for detection in detections if detection["image_id"] not in image_ids]
+    if unknown:
+        raise ValueError(f"The image {unknown[0]} of a detection is not in the ground truth.")
+    ignored_key = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    results = [{key: value for key, value in detection.items() if key != ignored_key} for detection in detections]
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = {**ground_truth, "annotations": [dict(entry) for entry in ground_truth["annotations"]]}
-        truth.createIndex()
-        evaluation = COCOeval(truth, _load_results(truth, results), kind)
+        coco = COCO()
+        coco.dataset = {**ground_truth, "annotations": [dict(entry) for entry in ground_truth["annotations"]]}
+        coco.createIndex()
+        evaluation = COCOeval(coco, _load_results(coco, results), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return {name: evaluation.eval[name] for name in ("precision", "recall")} | {"stats": np.array(evaluation.stats)}
 
 
-def _load_results(truth: COCO, results: list[dict]) -> COCO:
+def _load_results(ground_truth: COCO, results: list[dict]) -> COCO:
     if results:
-        return truth.loadRes(results)
-    empty = COCO()  # loadRes wants a first one
-    empty.dataset = {**truth.dataset, "annotations": []}
+        return ground_truth.loadRes(results)
+    empty = COCO()  # loadRes requires at least one result
+    empty.dataset = {**ground_truth.dataset, "annotations": []}
     empty.createIndex()
     return empty
 
@@ -224,35 +245,35 @@ def make_detections(
     image_id: int,
     category_ids: Sequence[int],
 ) -> list[dict]:
-    """An image's results as COCO's files have them, for ``evaluate_coco``, and for JSON.
+    """Convert the detections of an image to COCO's result format, for ``evaluate_coco`` and for JSON files.
 
     Args:
       boxes: float (n, 4), x1, y1, x2, y2 in pixels of the original image.
       labels: int (n,), from 0.
       scores: float (n,).
       masks: bool (n, H, W), of the original image, or None.
-      image_id: the image's number in the ground truth.
-      category_ids: of the labels, in order.
+      image_id: id of the image in the ground truth.
+      category_ids: COCO category id of every label.
 
     Returns:
-      {"image_id", "category_id", "bbox": x, y, width, height, "score"}, and with masks "segmentation", a compressed RLE whose
-      counts are text, of each. A result with a number that is not finite is left out.
+      {"image_id", "category_id", "bbox": x, y, width, height, "score"} per detection, and with masks "segmentation", a
+      compressed RLE with counts of type str. Detections with a box or score that is not finite are left out.
     """
     boxes, scores = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(scores, np.float64)
-    sizes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    found = []
-    for index in np.flatnonzero(np.isfinite(sizes).all(axis=1) & np.isfinite(scores)):
+    coco_boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    detections = []
+    for index in np.flatnonzero(np.isfinite(coco_boxes).all(axis=1) & np.isfinite(scores)):
         detection = {
             "image_id": int(image_id),
             "category_id": int(category_ids[int(labels[index])]),
-            "bbox": sizes[index].tolist(),
+            "bbox": coco_boxes[index].tolist(),
             "score": float(scores[index]),
         }
-        found.append(detection | ({} if masks is None else {"segmentation": encode_mask(masks[index])}))
-    return found
+        detections.append(detection | ({} if masks is None else {"segmentation": encode_mask(masks[index])}))
+    return detections
 
 
 def encode_mask(mask: np.ndarray) -> dict:
-    """A mask bool (H, W) -> compressed RLE, {"size": [H, W], "counts": text}."""
+    """Encode a mask, bool (H, W), as a compressed RLE, {"size": [H, W], "counts": str}."""
     encoded = rle.encode(np.asfortranarray(mask, np.uint8))
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode()}

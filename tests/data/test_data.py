@@ -1,4 +1,4 @@
-"""The embedded data, its transforms, and batches that are a function of seed and step."""
+"""The embedded digits, and batches as a function of seed and step."""
 
 import itertools
 
@@ -27,20 +27,20 @@ def digits():
     return {split: load_source("mnist5k", split=split) for split in ("train", "validation")}
 
 
-def test_the_digits_are_split_by_class_without_overlap(digits):
+def test_the_digits_are_split_evenly_by_class_without_overlap(digits):
     train, validation = digits["train"], digits["validation"]
     assert (len(train), len(validation)) == (4000, 1000)
     assert train.images.dtype == np.uint8
     assert train[7]["image"].shape == (28, 28, 3)
     assert (np.bincount(train.labels) == 400).all()
     assert (np.bincount(validation.labels) == 100).all()
-    seen = {image.tobytes() for image in train.images}
-    assert not any(image.tobytes() in seen for image in validation.images)
+    train_images = {image.tobytes() for image in train.images}
+    assert not any(image.tobytes() in train_images for image in validation.images)
     zero = train.images[train.labels == 0].mean(axis=0)[..., 0]  # a ring: dark in the middle
     assert zero[14, 14] < 40 < 120 < zero[:, 14].max()
 
 
-def test_splits_are_stratified_and_repeat_with_the_seed():
+def test_splits_are_stratified_and_reproducible():
     labels = np.array([0] * 10 + [1] * 30)
     parts = split_stratified(labels, validation_fraction=0.2, seed=3)
     assert sorted([*parts["train"], *parts["validation"]]) == list(range(40))
@@ -50,7 +50,7 @@ def test_splits_are_stratified_and_repeat_with_the_seed():
     assert (parts["train"] != split_stratified(labels, validation_fraction=0.2, seed=4)["train"]).any()
 
 
-def test_unknown_sources_are_refused():
+def test_unknown_names_and_splits_are_rejected():
     with pytest.raises(UserError, match="Unknown data set 'mnist5'; choose one of mnist5k"):
         load_source("mnist5", split="train")
     with pytest.raises(UserError, match="Unknown split 'val'; choose one of train, validation"):
@@ -68,7 +68,7 @@ def assert_equal(left, right):
             np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_batches_repeat_with_the_seed_and_start_at_any_step(digits):
+def test_batches_are_reproducible_and_can_start_at_any_step(digits):
     batches = take(digits["train"], 5)
     assert batches[0]["image"].shape == (8, 32, 32, 3)
     assert batches[0]["image"].dtype == np.uint8
@@ -77,14 +77,14 @@ def test_batches_repeat_with_the_seed_and_start_at_any_step(digits):
     assert (batches[0]["image"] != take(digits["train"], 1, seed=2)[0]["image"]).any()
 
 
-def test_workers_change_nothing(digits):
+def test_batches_do_not_depend_on_the_number_of_workers(digits):
     threads = take(digits["train"], 5)
     for workers in (1, 2):
         assert_equal(threads, take(digits["train"], 5, workers=workers))
     assert_equal(threads[3:], take(digits["train"], 2, workers=2, start_step=3))  # as after a resume
 
 
-def test_an_epoch_has_every_example_once_and_the_next_is_shuffled_anew(digits):
+def test_every_epoch_contains_all_examples_in_a_new_order(digits):
     class Numbered:
         def __len__(self):
             return 24
@@ -99,14 +99,14 @@ def test_an_epoch_has_every_example_once_and_the_next_is_shuffled_anew(digits):
 
 
 @pytest.mark.parametrize("parts", [((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 1, 4, 5), (2, 3, 6, 7))])
-def test_processes_share_the_examples_of_a_step(digits, parts):
+def test_processes_load_their_rows_of_a_batch(digits, parts):
     whole = take(digits["train"], 3)
     for rows in parts:
         for batch, part in zip(whole, take(digits["train"], 3, rows=rows), strict=True):
             assert_equal([{key: array[list(rows)] for key, array in batch.items()}], [part])
 
 
-def test_every_example_is_evaluated_once_whatever_the_batch_and_processes(digits):
+def test_every_example_is_evaluated_once_for_any_batch_size_and_number_of_processes(digits):
     source = digits["validation"]
     transform = make_eval_transform(resize=36, image_size=32)
     for batch_size, processes in [(300, 1), (64, 3), (1000, 1), (400, 2)]:

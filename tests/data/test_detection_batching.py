@@ -1,7 +1,8 @@
-"""Batches for detection: one bucket each, the same whoever loads them, every image as often as the others."""
+"""Batches for detection: buckets, reproducibility over workers and processes, and sampling frequency of images."""
 
 import collections
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ EVAL_TRANSFORM = make_detection_eval_transform(scale=(96, 64))
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Eleven photographs of several sizes; the only object of each is of a class of its own, and as large as the image."""
+    """Eleven photographs of several sizes, each with one object that fills the image and has its own class."""
     directory = tmp_path_factory.mktemp("coco")
     images = {k + 1: photographs(width=width, height=height)[k] for k, (height, width) in enumerate(SIZES)}
     annotations = [annotation(k, k, k, np.ones(images[k].shape[:2], bool)) for k in images]
@@ -49,19 +50,19 @@ def load(directory, split="train"):
 
 def take(source, count, transform=TRANSFORM, **options):
     batches = make_detection_train_batches(source, transform, **({"batch_size": 4, "seed": 5} | options))
-    taken = list(itertools.islice(batches, count))
+    result = list(itertools.islice(batches, count))
     batches.close()
-    return taken
+    return result
 
 
-def assert_same(batches, others, rows=slice(None)):
+def assert_equal(batches, others, rows=slice(None)):
     for batch, reference in zip(batches, others, strict=True):
         assert set(batch) == set(reference)
         for name, values in batch.items():
             np.testing.assert_array_equal(values, reference[name][rows])
 
 
-def test_training_batches_are_the_same_with_workers_and_with_processes(directory):
+def test_training_batches_do_not_depend_on_workers_and_processes(directory):
     source = load(directory)
     whole = take(source, 6)
     assert len({batch["image"].shape for batch in whole}) > 1
@@ -79,10 +80,10 @@ def test_training_batches_are_the_same_with_workers_and_with_processes(directory
             "dropped": ((), np.int32),
             "damaged": ((), np.int32),
         }
-    assert_same(take(source, 6, workers=2), whole)
-    assert_same(take(source, 6, rows=[0, 1]), whole, [0, 1])
-    assert_same(take(source, 6, rows=[3, 1]), whole, [3, 1])
-    assert_same(take(source, 2, start_step=4), whole[4:])
+    assert_equal(take(source, 6, workers=2), whole)
+    assert_equal(take(source, 6, rows=[0, 1]), whole, [0, 1])
+    assert_equal(take(source, 6, rows=[3, 1]), whole, [3, 1])
+    assert_equal(take(source, 2, start_step=4), whole[4:])
     other = take(source, 6, seed=6)
     assert any(
         a["image"].shape != b["image"].shape or (a["image"] != b["image"]).any()
@@ -90,42 +91,42 @@ def test_training_batches_are_the_same_with_workers_and_with_processes(directory
     )
 
 
-def test_a_batch_has_the_images_that_are_said(directory):
+def test_example_indices_are_the_images_of_a_batch(directory):
     source = load(directory)
     for step, batch in enumerate(take(source, 8), start=1):
         indices = detection_example_indices(source, TRANSFORM, seed=5, step=step, batch_size=4)
         for row, index in enumerate(indices):
-            found = batch["labels"][row][batch["box_mask"][row]].tolist()
-            assert found == [index]  # the only object of that image, as large as the image
+            labels = batch["labels"][row][batch["box_mask"][row]].tolist()
+            assert labels == [index]
 
 
-def test_every_batch_goes_to_the_smallest_bucket_of_its_images(directory):
+def test_every_batch_has_the_smallest_bucket_of_its_images(directory):
     for batch in take(load(directory), 12):
         shape = batch["image"].shape[1:3]
-        chosen = TRANSFORM.choose_buckets(batch["valid"])
-        assert {TRANSFORM.buckets[k] for k in chosen} == {shape}
+        buckets = TRANSFORM.choose_buckets(batch["valid"])
+        assert {TRANSFORM.buckets[k] for k in buckets} == {shape}
 
 
-def test_images_come_equally_often_whatever_their_bucket():
-    """Over many epochs; the two long images fill buckets that few others fall into."""
+def test_images_of_all_buckets_occur_equally_often():
+    """Averages over many epochs, with two long images that fill buckets with few others."""
     plan = _DetectionPlan(np.array(SIZES, np.int32), TRANSFORM, seed=5, batch_size=4)
     epochs, steps = 400, len(SIZES) // 4
     indices = [plan.example(step, row)[0] for step in range(steps * epochs) for row in range(4)]
     shares = np.bincount(indices, minlength=len(SIZES)) * len(SIZES) / len(indices)
-    # An image comes once an epoch on average; its spread in one, where batches are filled up or left out, is about one.
+    # An image occurs once per epoch on average, with a standard deviation of about one because of filled and omitted batches.
     assert np.abs(shares - 1).max() < 4 * 1.5 / np.sqrt(epochs)
 
 
-def test_every_pass_has_an_order_and_draws_of_its_own():
+def test_every_pass_has_a_new_order_and_new_draws():
     plan = _DetectionPlan(np.array([(60, 60)] * 64, np.int32), TRANSFORM, seed=5, batch_size=8)
-    (first, views, *_), (second, others, *_) = plan._plan(0), plan._plan(1)
+    (first, views, *_), (second, other_views, *_) = plan._plan(0), plan._plan(1)
     assert sorted(first) == sorted(second) == list(range(64))
     assert (first != second).any()
-    assert 0.2 < (views.flip == others.flip).mean() < 0.8
-    assert 0.2 < (views.flip == others.flip[np.argsort(second)][first]).mean() < 0.8
+    assert 0.2 < (views.flip == other_views.flip).mean() < 0.8
+    assert 0.2 < (views.flip == other_views.flip[np.argsort(second)][first]).mean() < 0.8
 
 
-def test_draws_differ_from_image_to_image():
+def test_images_are_augmented_independently():
     source = load_detection_source("digits_on_photographs", split="train")
     transform = make_detection_train_transform(**SMALL | {"masks": False})
     batches = take(source, 8, transform, batch_size=16)
@@ -135,9 +136,9 @@ def test_draws_differ_from_image_to_image():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_plans_hold_whole_groups_and_a_part_of_what_is_left(batch_size):
+def test_plans_contain_full_batches_and_some_of_the_remainders(batch_size):
     rng = np.random.default_rng(0)
-    chosen, tries = collections.Counter(), 300
+    counts, tries = collections.Counter(), 300
     groups = rng.choice(4, 48, p=[0.6, 0.3, 0.08, 0.02])
     for _ in range(tries):
         plan = plan_batches(groups, batch_size=batch_size, rng=rng)
@@ -145,44 +146,47 @@ def test_plans_hold_whole_groups_and_a_part_of_what_is_left(batch_size):
         assert (groups[plan] == groups[plan[:, :1]]).all()
         for row in plan:
             members = np.count_nonzero(groups == groups[row[0]])
-            assert len(set(row.tolist())) == min(batch_size, members)  # nothing twice while there are others
-        chosen.update(groups[plan].ravel().tolist())
-    for group, count in collections.Counter(groups.tolist()).items():
-        # The number of images of a group is off by less than a batch in each plan, and right on average.
-        assert abs(chosen[group] / tries - count) < 4 * 0.5 * batch_size / np.sqrt(tries) + 1e-9
+            assert len(set(row.tolist())) == min(
+                batch_size, members
+            )  # repeated only if the group is smaller than a batch
+        counts.update(groups[plan].ravel().tolist())
+    for group, size in collections.Counter(groups.tolist()).items():
+        # In each plan, the count of a group differs from its size by less than a batch; on average it is equal.
+        assert abs(counts[group] / tries - size) < 4 * 0.5 * batch_size / np.sqrt(tries) + 1e-9
 
 
-def test_a_source_smaller_than_a_batch(directory):
+def test_a_source_may_be_smaller_than_a_batch(directory):
     source = load(directory)
     batches = take(source, 3, batch_size=16)
     assert [len(batch["image"]) for batch in batches] == [16] * 3
-    with_all = {
+    indices = {
         index
         for step in range(1, 30)
         for index in detection_example_indices(source, TRANSFORM, seed=5, step=step, batch_size=16)
     }
-    assert with_all == set(range(len(source)))
+    assert indices == set(range(len(source)))
 
 
-def test_a_damaged_image_is_replaced_within_its_bucket(directory, tmp_path):
+def test_a_damaged_image_is_replaced_within_its_bucket(tmp_path, caplog, monkeypatch):
     images = {k + 1: photographs(width=width, height=height)[k] for k, (height, width) in enumerate(SIZES)}
     annotations = [annotation(k, k, 1, np.ones(images[k].shape[:2], bool)) for k in images]
     write(tmp_path, images=images, annotations=annotations, categories=[{"id": 1, "name": "a"}])
     for number in (1, 6, 7):
         (tmp_path / f"train/img_{number}.png").write_bytes(b"x")
     source = load(tmp_path)
-    with pytest.warns(UserWarning, match="The next one is taken instead"):
-        batches = take(source, 10)
+    monkeypatch.setattr(logging.getLogger("dat_jax"), "propagate", True)
+    batches = take(source, 10)
+    assert "img_1.png cannot be decoded" in caplog.text
     assert sum(batch["damaged"].sum() for batch in batches) > 0
     for batch in batches:
         assert (batch["valid"] <= batch["image"].shape[1:3]).all()
 
 
-def test_an_image_of_another_size_ends_the_training(directory, tmp_path):
+def test_an_image_of_another_size_is_an_error(directory):
     source = load(directory)
     sizes = source.sizes.copy()
     source.sizes[:] = 50
-    with pytest.raises(UserError, match="wanted 50 x 50 as in"):
+    with pytest.raises(UserError, match="expected 50 x 50 as in"):
         take(source, 3)
     source.sizes[:] = sizes
 
@@ -190,7 +194,7 @@ def test_an_image_of_another_size_ends_the_training(directory, tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_every_image_is_evaluated_once(directory, batch_size):
     source = load(directory, "validation")
-    seen, shapes = [], []
+    indices, shapes = [], []
     for batch in make_detection_eval_batches(source, EVAL_TRANSFORM, batch_size=batch_size):
         assert {name: values.dtype for name, values in batch.items()} == {
             "image": np.uint8,
@@ -206,19 +210,19 @@ def test_every_image_is_evaluated_once(directory, batch_size):
         assert mask[0] == 1
         assert mask == sorted(mask, reverse=True)
         for row, index in enumerate(batch["index"].tolist()):
-            wanted = EVAL_TRANSFORM(source[index])
+            expected = EVAL_TRANSFORM(source[index])
             assert batch["original"][row].tolist() == list(SIZES[index])
-            for name, values in wanted.items():
+            for name, values in expected.items():
                 np.testing.assert_array_equal(batch[name][row], values)
-        seen.extend(index for index, counts in zip(batch["index"].tolist(), mask, strict=True) if counts)
-    assert sorted(seen) == list(range(len(SIZES)))
+        indices.extend(index for index, counts in zip(batch["index"].tolist(), mask, strict=True) if counts)
+    assert sorted(indices) == list(range(len(SIZES)))
     assert shapes == sorted(shapes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_processes_evaluate_their_rows_of_the_same_batches(directory, workers):
+def test_processes_load_their_rows_of_evaluation_batches(directory, workers):
     source = load(directory, "validation")
     whole = list(make_detection_eval_batches(source, EVAL_TRANSFORM, batch_size=4))
     for rows in ([0, 1], [2, 3]):
         part = list(make_detection_eval_batches(source, EVAL_TRANSFORM, batch_size=4, rows=rows, workers=workers))
-        assert_same(part, whole, rows)
+        assert_equal(part, whole, rows)

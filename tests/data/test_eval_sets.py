@@ -1,4 +1,4 @@
-"""Further evaluation sets: folders by name and by number, prepared directories, the Reassessed Labels."""
+"""Additional evaluation sets: folders named by class or label, prepared data sets, the Reassessed Labels."""
 
 import json
 
@@ -22,7 +22,7 @@ def save(path, image):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folders of four classes, validation images by their published names."""
+    """Folders of four classes, with the published names of validation images."""
     directory = tmp_path_factory.mktemp("data")
     images = photographs(width=40, height=30)
     for number, name in enumerate(CLASSES):
@@ -36,7 +36,7 @@ def validation(data):
     return load_source("", directory=str(data), split="validation")
 
 
-def test_folders_of_some_classes_are_labelled_by_name(data, validation, tmp_path):
+def test_folders_of_some_classes_are_labeled_by_name(data, validation, tmp_path):
     image = photographs(width=40, height=30)[9]
     for name in (CLASSES[3], CLASSES[1]):
         save(tmp_path / name / "x.png", image)
@@ -47,7 +47,7 @@ def test_folders_of_some_classes_are_labelled_by_name(data, validation, tmp_path
     np.testing.assert_array_equal(source[0]["image"], image)
 
 
-def test_folders_named_by_numbers_are_indices(validation, tmp_path):
+def test_folders_named_by_numbers_are_labels(validation, tmp_path):
     for number in range(4):
         save(tmp_path / str(number) / "x.png", photographs(width=40, height=30)[number])
     source, classes = load_eval_sets({"v2": str(tmp_path)}, validation)["v2"]
@@ -56,7 +56,7 @@ def test_folders_named_by_numbers_are_indices(validation, tmp_path):
     assert list(index_by_name_or_number(["10", "2"], [f"c{i}" for i in range(11)], place="here")) == [10, 2]
 
 
-def test_a_prepared_set_is_relabelled(data, validation, tmp_path):
+def test_a_prepared_data_set_is_relabeled(data, validation, tmp_path):
     for name in CLASSES[2:]:
         save(tmp_path / "images" / name / "x.png", photographs(width=40, height=30)[0])
     images = str(tmp_path / "images")
@@ -66,7 +66,7 @@ def test_a_prepared_set_is_relabelled(data, validation, tmp_path):
     assert [int(source[index]["label"]) for index in range(2)] == [2, 3]
 
 
-def test_reassessed_labels_go_by_the_numbers_of_the_images(validation, tmp_path):
+def test_reassessed_labels_are_matched_by_image_number(validation, tmp_path):
     (tmp_path / "real.json").write_text(json.dumps([[3, 1], [2], [], [0]]))
     source, classes = load_eval_sets({"real": str(tmp_path / "real.json")}, validation)["real"]
     assert classes is None
@@ -74,23 +74,23 @@ def test_reassessed_labels_go_by_the_numbers_of_the_images(validation, tmp_path)
     np.testing.assert_array_equal(source[1]["image"], validation[1]["image"])
 
 
-def test_what_does_not_fit_is_said(data, validation, tmp_path):
+def test_invalid_sets_are_rejected(data, validation, tmp_path):
     with pytest.raises(UserError, match="There is no directory .*nowhere"):
         load_eval_sets({"a": str(tmp_path / "nowhere")}, validation)
     save(tmp_path / "set" / "dog" / "x.png", photographs(width=40, height=30)[0])
     with pytest.raises(
-        UserError, match="has classes that the model's data have not: dog; wanted folders named as the 4"
+        UserError, match="has classes that the model's data set does not have: dog; expected .* the 4 classes"
     ):
         load_eval_sets({"a": str(tmp_path / "set")}, validation)
     with pytest.raises(UserError, match="Reassessed Labels .* cannot be read"):
         load_eval_sets({"real": str(tmp_path / "real.json")}, validation)
     (tmp_path / "real.json").write_text("[[7]]")
-    with pytest.raises(UserError, match="have classes beyond the 4"):
+    with pytest.raises(UserError, match="have labels outside the 4 classes"):
         load_eval_sets({"real": str(tmp_path / "real.json")}, validation)
     (tmp_path / "real.json").write_text("[[0], [1]]")
     source, _ = load_eval_sets({"real": str(tmp_path / "real.json")}, validation)["real"]
-    with pytest.raises(UserError, match="want images named ILSVRC2012_val_00000001 to 00000002, got .*00000004"):
+    with pytest.raises(UserError, match="expect images named ILSVRC2012_val_00000001 to 00000002, got .*00000004"):
         source[0]
     digits = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int32), ("0",))
-    with pytest.raises(UserError, match="are for ImageNet's validation images"):
+    with pytest.raises(UserError, match="require the validation images of ImageNet"):
         load_eval_sets({"real": str(tmp_path / "real.json")}, digits)

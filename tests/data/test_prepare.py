@@ -1,4 +1,4 @@
-"""Tars and folders written as a data set of TFDS, interrupted, resumed, and read again."""
+"""`python -m dat_jax.data.prepare`: data sets from tars and folders, interruption and resuming, invalid input."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def encode(image, kind="JPEG"):
 
 
 def make_images():
-    """{split: {class: {file name: bytes}}}: 3 and 1 crops of photographs a class, some of them odd, one cut off."""
+    """{split: {class: {file name: bytes}}}: 3 and 1 crops per class, some in unusual formats, one of them truncated."""
     photographs = []
     for path in photograph_files()[:2]:
         with Image.open(path) as image:
@@ -50,7 +50,7 @@ def make_images():
     train["n00000001"]["n00000001_2.JPEG"] = encode(crop().convert("CMYK"))
     train["n00000001"]["n00000001_10.JPEG"] = encode(crop(), "PNG")
     train["n00000002"]["n00000002_1.JPEG"] = encode(crop().convert("L"))
-    # the classes of the flat images are not in the order of their names
+    # The order of the image names is not the order of the classes.
     validation = {name: {f"ILSVRC2012_val_{20 - i:08d}.JPEG": encode(crop())} for i, name in enumerate(CLASSES)}
     return {"train": train, "validation": validation}
 
@@ -78,10 +78,10 @@ def images():
 
 @pytest.fixture(scope="module")
 def inputs(images, tmp_path_factory):
-    """A training tar of tars and a flat validation tar, with the list of its classes."""
+    """A training tar with one tar per class, and a flat validation tar with a list of its classes."""
     root = tmp_path_factory.mktemp("tars")
     inner = {}
-    for name in reversed(CLASSES):  # neither archives nor files are stored in order
+    for name in reversed(CLASSES):  # neither archives nor files are stored in sorted order
         files = dict(reversed(images["train"][name].items()))
         inner[f"{name}.tar"] = write_tar(root / "inner.tar", {**files, f"._{name}_1.JPEG": b"x", "readme.txt": b"x"})
     write_tar(root / "train.tar", inner)
@@ -99,8 +99,8 @@ def inputs(images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(inputs, tmp_path_factory):
     output = tmp_path_factory.mktemp("prepared")
-    said = prepare(**inputs, output=str(output))
-    assert said == (
+    message = prepare(**inputs, output=str(output))
+    assert message == (
         f"{output} is complete: 59 train images, 1 damaged and left out; 20 validation images, 0 damaged and left out."
     )
     return output
@@ -110,18 +110,18 @@ def shard_bytes(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.glob("*.array_record-*"))}
 
 
-def test_what_was_prepared_is_what_pillow_reads_in_the_order_of_classes_and_names(images, prepared):
+def test_prepared_images_are_sorted_and_have_the_pixels_of_pillow(images, prepared):
     for split in ("train", "validation"):
         source = load_source("", split=split, directory=str(prepared))
         assert source.class_names == CLASSES
-        wanted = [
+        expected = [
             (label, data)
             for label, name in enumerate(CLASSES)
             for file_name, data in sorted(images[split][name].items())
             if file_name != DAMAGED
         ]
-        assert len(source) == len(wanted)
-        for index, (label, data) in enumerate(wanted):
+        assert len(source) == len(expected)
+        for index, (label, data) in enumerate(expected):
             record = source[index]
             pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
             np.testing.assert_array_equal(record["image"], pixels)
@@ -130,13 +130,13 @@ def test_what_was_prepared_is_what_pillow_reads_in_the_order_of_classes_and_name
             assert record["label"].dtype == np.int32
 
 
-def test_the_damaged_image_is_named_with_the_reason(prepared):
+def test_damaged_images_are_listed_with_the_reason(prepared):
     split, name, reason = (prepared / "damaged.txt").read_text().strip().split("\t")
     assert (split, name) == ("train", f"n00000003.tar/{DAMAGED}")
     assert "truncated" in reason
 
 
-def test_tfds_reads_it_and_the_bytes_are_unchanged(images, prepared):
+def test_tfds_reads_the_data_set_and_files_are_unchanged(images, prepared):
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(prepared)
@@ -150,7 +150,7 @@ def test_tfds_reads_it_and_the_bytes_are_unchanged(images, prepared):
     np.testing.assert_array_equal(decoded["image"], np.asarray(Image.open(io.BytesIO(data))))
 
 
-def test_folders_give_the_records_of_tars(images, inputs, prepared, tmp_path):
+def test_folders_give_the_same_records_as_tars(images, inputs, prepared, tmp_path):
     write_folders(tmp_path / "train", images["train"])
     write_folders(tmp_path / "val", images["validation"])
     (tmp_path / "train" / "notes.txt").write_text("not an image")
@@ -167,7 +167,7 @@ def test_folders_give_the_records_of_tars(images, inputs, prepared, tmp_path):
     assert shard_bytes(tmp_path / "other") == shard_bytes(prepared)
 
 
-def test_what_was_interrupted_goes_on_and_ends_the_same(inputs, prepared, tmp_path, monkeypatch):
+def test_an_interrupted_call_is_resumed_with_the_same_result(inputs, prepared, tmp_path, monkeypatch):
     write, written = program.write_shard, []
 
     def write_three(shard):
@@ -180,13 +180,12 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(inputs, prepared, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         prepare(**inputs, output=str(tmp_path))
     assert len(shard_bytes(tmp_path)) == 3
-    with pytest.raises(UserError, match=r"is not complete: run `python -m dat_jax.data.prepare` again"):
+    with pytest.raises(UserError, match=r"is incomplete: run `python -m dat_jax.data.prepare` again"):
         load_source("", split="train", directory=str(tmp_path))
 
-    gone = written[1]
-    (tmp_path / gone).unlink()
-    (tmp_path / written[2]).write_bytes(b"cut off")
-    (tmp_path / "progress" / "train-00005.1.array_record").write_bytes(b"of a call that was killed")
+    (tmp_path / written[1]).unlink()
+    (tmp_path / written[2]).write_bytes(b"truncated")
+    (tmp_path / "progress" / "train-00005.1.array_record").write_bytes(b"left by a call that was killed")
     monkeypatch.setattr(program, "write_shard", lambda shard: (written.append(shard.path.name), write(shard))[1])
     prepare(**inputs, output=str(tmp_path))
     assert written[3:5] == written[1:3]
@@ -196,7 +195,7 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(inputs, prepared, tmp_pa
     assert not list((tmp_path / "progress").glob("*.array_record"))
 
     count = len(written)
-    assert "is complete already: 59 train images" in prepare(**inputs, output=str(tmp_path))
+    assert "is already complete: 59 train images" in prepare(**inputs, output=str(tmp_path))
     assert len(written) == count
 
 
@@ -205,7 +204,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_a_killed_program_leaves_no_partial_shard_and_goes_on_in_workers(inputs, prepared, tmp_path):
+def test_a_killed_command_leaves_no_partial_shard_and_can_be_resumed_with_workers(inputs, prepared, tmp_path):
     arguments = [f"--{name}={value}" for name, value in inputs.items()]
     arguments += [f"--output={tmp_path}", "--workers=2"]
     command = [sys.executable, "-m", "dat_jax.data.prepare", *arguments]
@@ -229,13 +228,13 @@ def test_a_killed_program_leaves_no_partial_shard_and_goes_on_in_workers(inputs,
     assert len(load_source("", split="train", directory=str(tmp_path))) == 59
 
 
-def test_other_inputs_or_a_folder_in_use_are_refused(inputs, prepared, tmp_path):
+def test_other_inputs_and_folders_in_use_are_rejected(inputs, prepared, tmp_path):
     before = shard_bytes(prepared)
-    with pytest.raises(UserError, match="was begun with other images or another --records_per_shard"):
+    with pytest.raises(UserError, match="was started with other images or another --records_per_shard"):
         prepare(**{**inputs, "records_per_shard": 8}, output=str(prepared))
     other = tmp_path / "labels.txt"
     other.write_text("\n".join(CLASSES))
-    with pytest.raises(UserError, match="was begun with other images"):
+    with pytest.raises(UserError, match="was started with other images"):
         prepare(**{**inputs, "validation_labels": str(other)}, output=str(prepared))
     assert shard_bytes(prepared) == before
     with pytest.raises(UserError, match="is not empty: choose another --output"):
@@ -244,23 +243,25 @@ def test_other_inputs_or_a_folder_in_use_are_refused(inputs, prepared, tmp_path)
         prepare(**inputs, output=str(other))
 
 
-def test_wrong_inputs_are_said(images, inputs, tmp_path):
+def test_invalid_inputs_are_rejected(images, inputs, tmp_path):
     wrong = {**inputs, "output": str(tmp_path / "output")}
 
-    def refused(match, **changed):
+    def assert_rejected(match, **changed):
         with pytest.raises(UserError, match=match):
             prepare(**{**wrong, **changed})
         assert not (tmp_path / "output").exists()
 
-    refused("There is no tar or folder of images at nothing.tar", train="nothing.tar")
-    refused("have no classes: wanted class folders", train=inputs["validation"])
-    refused("holds 20 images without classes: give them", validation_labels="")
-    refused("labels.txt cannot be read", validation_labels=str(tmp_path / "labels.txt"))
+    assert_rejected("There is no tar or folder of images at nothing.tar", train="nothing.tar")
+    assert_rejected("have no classes: expected class folders", train=inputs["validation"])
+    assert_rejected("contains 20 images without classes: set --validation_labels", validation_labels="")
+    assert_rejected("labels.txt cannot be read", validation_labels=str(tmp_path / "labels.txt"))
     (tmp_path / "short.txt").write_text("n00000001\n" * 19)
-    refused("has 19 lines for the 20 images", validation_labels=str(tmp_path / "short.txt"))
+    assert_rejected("has 19 lines for the 20 images", validation_labels=str(tmp_path / "short.txt"))
     (tmp_path / "numbers.txt").write_text("490\n" * 20)
-    refused("has classes that the training images have not: 490", validation_labels=str(tmp_path / "numbers.txt"))
-    refused("lie in classes: leave out --validation_labels", validation=inputs["train"])
+    assert_rejected(
+        "has classes that are missing in the training images: 490", validation_labels=str(tmp_path / "numbers.txt")
+    )
+    assert_rejected("already have classes: omit --validation_labels", validation=inputs["train"])
 
     data = pathlib.Path(inputs["train"]).read_bytes()
     for name, content in (
@@ -271,17 +272,17 @@ def test_wrong_inputs_are_said(images, inputs, tmp_path):
         ("nothing.tar", b""),
     ):
         (tmp_path / name).write_bytes(content)
-        refused(f"{name} cannot be read as an uncompressed tar", train=str(tmp_path / name))
+        assert_rejected(f"{name} cannot be read as an uncompressed tar", train=str(tmp_path / name))
     write_tar(tmp_path / "texts.tar", {"readme.txt": b"x", "._a.JPEG": b"x"})
-    refused("texts.tar holds no images", train=str(tmp_path / "texts.tar"))
+    assert_rejected("texts.tar contains no images", train=str(tmp_path / "texts.tar"))
     write_tar(tmp_path / "zipped.tar", {"n00000001.tar.gz": b"x"})
-    refused("n00000001.tar.gz in .*zipped.tar is compressed", train=str(tmp_path / "zipped.tar"))
+    assert_rejected("n00000001.tar.gz in .*zipped.tar is compressed", train=str(tmp_path / "zipped.tar"))
     write_folders(tmp_path / "mixed", images["train"])
     (tmp_path / "mixed" / "loose.png").write_bytes(b"x")
-    refused("holds classes, but also images without one: loose.png", train=str(tmp_path / "mixed"))
+    assert_rejected("contains classes, but also images without a class: loose.png", train=str(tmp_path / "mixed"))
 
 
-def test_a_split_without_a_whole_image_is_refused(images, inputs, tmp_path):
+def test_a_split_with_only_damaged_images_is_rejected(images, inputs, tmp_path):
     folder = tmp_path / "val" / CLASSES[0]
     folder.mkdir(parents=True)
     (folder / "a.png").write_bytes(b"no image")
@@ -290,7 +291,7 @@ def test_a_split_without_a_whole_image_is_refused(images, inputs, tmp_path):
         prepare(**changed, output=str(tmp_path / "output"))
 
 
-def test_a_shard_of_damaged_images_alone_is_an_empty_one(images, inputs, tmp_path):
+def test_a_shard_with_only_damaged_images_is_empty(images, inputs, tmp_path):
     write_folders(
         tmp_path / "train", {"a": {f"{i}.png": b"no image" for i in range(4)}, "b": images["train"][CLASSES[5]]}
     )
@@ -301,20 +302,20 @@ def test_a_shard_of_damaged_images_alone_is_an_empty_one(images, inputs, tmp_pat
     assert [int(source[index]["label"]) for index in range(len(source))] == [1, 1, 1]
 
 
-def test_imagenet_is_counted_before_anything_is_written(tmp_path, monkeypatch):
+def test_the_images_of_imagenet_are_counted_before_anything_is_written(tmp_path, monkeypatch):
     synsets = program._read_imagenet_list("labels.txt")
     assert len(synsets) == 1000
     assert synsets == sorted(synsets)
-    truth = program._read_imagenet_list("validation_labels.txt")
+    labels = program._read_imagenet_list("validation_labels.txt")
     flat = [Member("v.tar", 0, 1, f"{index:05d}.JPEG", "") for index in range(50_000)]
     train = [Member("t.tar", 0, 1, f"{name}.tar/{name}_1.JPEG", name) for name in synsets]
     monkeypatch.setattr(program, "list_images", lambda path: {"t": train, "v": flat}[path])
     members, class_names = program.list_splits(train="t", validation="v")
     assert list(class_names) == synsets
     by_name = {member.name: member.class_name for member in members["validation"]}
-    assert [by_name[member.name] for member in flat] == truth
+    assert [by_name[member.name] for member in flat] == labels
     output = tmp_path / "output"
-    with pytest.raises(UserError, match="1,281,167 and 50,000 images, t has 1,000 and v has 50,000.*--incomplete"):
+    with pytest.raises(UserError, match="1,281,167 and 50,000 images, but t has 1,000 and v has 50,000.*--incomplete"):
         prepare(train="t", validation="v", output=str(output))
     assert not output.exists()
     monkeypatch.setattr(program, "write_shards", lambda shards, **_: None)
@@ -323,7 +324,7 @@ def test_imagenet_is_counted_before_anything_is_written(tmp_path, monkeypatch):
     assert json.loads((output / "progress" / "inputs.json").read_text())["images"]["train"] == 1000
 
 
-def test_members_are_read_where_they_lie(images, inputs):
+def test_images_are_read_from_archives_without_unpacking(images, inputs):
     members = list_images(inputs["train"])
     assert len(members) == 60
     for member in members:
@@ -337,13 +338,13 @@ def test_members_are_read_where_they_lie(images, inputs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Wanted: --train=PATH --validation=PATH --output=DIR"),
+        ([], "expected --train=PATH --validation=PATH --output=DIR"),
         (["--train=a", "--validation=b", "--output=c", "--workers=0"], "--workers=0"),
         (["--tran=a"], "Unknown command line flag 'tran'"),
         (["--train=nothing.tar", "--validation=b", "--output=c"], "There is no tar or folder of images at nothing.tar"),
     ],
 )
-def test_mistakes_end_with_one_sentence(arguments, message):
+def test_user_errors_are_printed_as_one_line(arguments, message):
     result = run(*arguments)
     assert result.returncode == 1
     assert message in result.stderr

@@ -1,6 +1,7 @@
-"""Batches for segmentation: the same crops whoever loads them, every example evaluated once."""
+"""Batches for segmentation: reproducibility over workers and processes, every example evaluated once."""
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ TRANSFORM = make_segmentation_eval_transform(scale=(128, 64), ratios=(0.5, 1.0))
 
 
 def sized_source():
-    """Images of several sizes; a label map holds the example's index in its first pixel."""
+    """Images of several sizes; the first pixel of a label map is the index of the example."""
     images = [photographs(width=width, height=height)[k] for k, (height, width) in enumerate(SIZES)]
     labels = [np.random.default_rng(k).integers(0, 11, size, dtype=np.uint8) for k, size in enumerate(SIZES)]
     for index, label in enumerate(labels):
@@ -41,12 +42,12 @@ def train_batches(rows=None, workers=0, count=3):
     source = load_segmentation_source("digits_on_photographs", split="train")
     transform = make_segmentation_train_transform(scale=(192, 96), crop_size=96, max_class_ratio=0.9)
     batches = make_train_batches(source, transform, batch_size=4, seed=5, rows=rows, workers=workers)
-    taken = list(itertools.islice(batches, count))
+    result = list(itertools.islice(batches, count))
     batches.close()
-    return taken
+    return result
 
 
-def test_training_batches_are_the_same_with_workers_and_with_processes():
+def test_training_batches_do_not_depend_on_workers_and_processes():
     whole = train_batches()
     assert whole[0]["image"].shape == (4, 96, 96, 3)
     assert whole[0]["label"].shape == (4, 96, 96)
@@ -65,7 +66,7 @@ def test_training_batches_are_the_same_with_workers_and_with_processes():
                 np.testing.assert_array_equal(values, reference[name][rows])
 
 
-def test_how_many_damaged_images_were_passed_over_is_in_the_batch(tmp_path):
+def test_batches_contain_the_number_of_skipped_damaged_images(tmp_path, caplog, monkeypatch):
     for folder in ("images/train", "labels/train"):
         (tmp_path / folder).mkdir(parents=True)
     for name in "abcd":
@@ -75,16 +76,17 @@ def test_how_many_damaged_images_were_passed_over_is_in_the_batch(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\n")
     source = load_segmentation_source("", split="train", directory=str(tmp_path))
     transform = make_segmentation_train_transform(scale=(40, 40), crop_size=32)
-    with pytest.warns(UserWarning, match=r"b\.jpg cannot be decoded"):
-        batch = next(make_train_batches(source, transform, batch_size=4, seed=0))
+    monkeypatch.setattr(logging.getLogger("dat_jax"), "propagate", True)
+    batch = next(make_train_batches(source, transform, batch_size=4, seed=0))
+    assert "b.jpg cannot be decoded" in caplog.text
     assert sorted(batch["damaged"].tolist()) == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_every_example_is_counted_once(batch_size):
+def test_every_example_is_evaluated_once(batch_size):
     source = sized_source()
     batches = list(make_sized_eval_batches(source, TRANSFORM, batch_size=batch_size))
-    seen = []
+    evaluated = []
     for batch in batches:
         assert set(batch) == {"view_0", "view_1", "label", "size", "mask"}
         assert [batch[name].dtype for name in ("view_0", "label", "size", "mask")] == [
@@ -96,27 +98,27 @@ def test_every_example_is_counted_once(batch_size):
         assert batch["label"].shape[1:] == tuple(-(-largest // 64) * 64)
         for row, index in enumerate(indices):
             height, width = SIZES[index]
-            wanted = TRANSFORM(source[index])
+            expected = TRANSFORM(source[index])
             assert batch["size"][row].tolist() == [height, width]
-            np.testing.assert_array_equal(batch["label"][row, :height, :width], wanted["label"])
+            np.testing.assert_array_equal(batch["label"][row, :height, :width], expected["label"])
             assert (batch["label"][row, height:] == 255).all()
             assert (batch["label"][row, :, width:] == 255).all()
             for name in ("view_0", "view_1"):
-                np.testing.assert_array_equal(batch[name][row], wanted[name])
+                np.testing.assert_array_equal(batch[name][row], expected[name])
         mask = batch["mask"].tolist()
         assert mask[0] == 1
         assert mask == sorted(mask, reverse=True)
         assert set(mask) <= {0, 1}
-        seen.extend(index for index, counts in zip(indices, mask, strict=True) if counts)
-    assert sorted(seen) == list(range(len(SIZES)))
-    shapes = [TRANSFORM.view_shapes(*SIZES[index]) for index in seen]
+        evaluated.extend(index for index, counts in zip(indices, mask, strict=True) if counts)
+    assert sorted(evaluated) == list(range(len(SIZES)))
+    shapes = [TRANSFORM.view_shapes(*SIZES[index]) for index in evaluated]
     assert shapes == sorted(shapes)
     groups = [shapes.count(shape) for shape in set(shapes)]
     assert len(batches) == sum(-(-count // batch_size) for count in groups)
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(2, 0), (4, 0), (4, 2)])
-def test_processes_take_their_rows_of_the_same_batches(batch_size, workers):
+def test_processes_load_their_rows_of_evaluation_batches(batch_size, workers):
     source = sized_source()
     whole = list(make_sized_eval_batches(source, TRANSFORM, batch_size=batch_size))
     half = batch_size // 2
@@ -124,14 +126,14 @@ def test_processes_take_their_rows_of_the_same_batches(batch_size, workers):
         list(make_sized_eval_batches(source, TRANSFORM, batch_size=batch_size, rows=rows, workers=workers))
         for rows in (range(half), range(half, batch_size))
     ]
-    for together, first, second in zip(whole, *parts, strict=True):
-        for name, values in together.items():
+    for batch, first, second in zip(whole, *parts, strict=True):
+        for name, values in batch.items():
             np.testing.assert_array_equal(np.concatenate([first[name], second[name]]), values)
     assert sum(batch["mask"].sum() for part in parts for batch in part) == len(SIZES)
 
 
-def test_sizes_that_come_to_the_same_views_share_batches():
-    """Views of 80 x 120 and of 40 x 60 are equal; their label maps are padded to the larger one."""
+def test_sizes_with_equal_view_shapes_share_batches():
+    """80 x 120 and 40 x 60 have equal view shapes; their label maps are padded to the larger size."""
     source = sized_source()
     assert TRANSFORM.view_shapes(40, 60) == TRANSFORM.view_shapes(80, 120)
     batches = list(make_sized_eval_batches(source, TRANSFORM, batch_size=5))
@@ -141,7 +143,7 @@ def test_sizes_that_come_to_the_same_views_share_batches():
     assert mixed["mask"].tolist() == [1, 1, 1, 1, 1]
 
 
-def test_the_composed_examples_are_one_group():
+def test_synthetic_examples_form_one_group():
     source = load_segmentation_source("digits_on_photographs", split="validation")
     transform = make_segmentation_eval_transform(scale=(64, 64))
     batches = list(make_sized_eval_batches(source, transform, batch_size=48))
@@ -152,12 +154,12 @@ def test_the_composed_examples_are_one_group():
         np.testing.assert_array_equal(labels[index], source[index]["label"])
 
 
-def test_no_examples_are_no_batches():
+def test_an_empty_source_gives_no_batches():
     empty = SegmentationArraySource([], [], ("a",))
     assert list(make_sized_eval_batches(empty, TRANSFORM, batch_size=2)) == []
 
 
-def test_an_example_that_cannot_be_read_ends_the_evaluation():
+def test_an_unreadable_example_is_an_error_in_evaluation():
     class Broken(SegmentationArraySource):
         def __getitem__(self, index):
             raise UserError("The image x cannot be decoded.")

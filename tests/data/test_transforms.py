@@ -1,4 +1,4 @@
-"""Transforms of one record: evaluation against Pillow, the crop against the recipe's distribution."""
+"""Transforms for classification: evaluation against Pillow, random crops against the distribution of the recipe."""
 
 import io
 
@@ -13,7 +13,7 @@ from dat_jax.errors import UserError
 from tests.helpers.photographs import photograph_files, photographs
 from tests.reference.augmentation import draw_boxes
 
-P_VALUE = 1e-3  # of each statistical test; the draws are seeded, so that a pass stays a pass
+P_VALUE = 1e-3  # of each statistical test; the draws are seeded, so that results are reproducible
 RECIPE = dict(
     image_size=96,
     min_crop_area=0.08,
@@ -37,21 +37,21 @@ def pillow(data):
 
 
 @pytest.mark.parametrize(("resize", "image_size"), [(256, 224), (384, 384)])
-def test_evaluation_has_the_pixels_of_pillow_on_twenty_photographs(resize, image_size):
+def test_evaluation_equals_pillow_on_twenty_photographs(resize, image_size):
     transform = make_eval_transform(resize=resize, image_size=image_size)
     files = [path.read_bytes() for path in photograph_files()]
-    # as JPEG files of other sizes and ratios, at the quality of ImageNet's
+    # JPEG files of other sizes and aspect ratios, with the quality of ImageNet's.
     files += [encode(image, quality=90) for image in photographs(width=500, height=375)[:9]]
     files += [encode(image, quality=90) for image in photographs(width=230, height=410)[9:17]]
     assert len(files) == 20
     for data in files:
-        wanted = Image.open(io.BytesIO(data)).convert("RGB").resize((resize, resize), Image.Resampling.BICUBIC)
+        expected = Image.open(io.BytesIO(data)).convert("RGB").resize((resize, resize), Image.Resampling.BICUBIC)
         border = (resize - image_size) // 2
-        wanted = np.asarray(wanted)[border : border + image_size, border : border + image_size]
+        expected = np.asarray(expected)[border : border + image_size, border : border + image_size]
         record = {"image": decode_image(data, name="a"), "label": np.int32(3)}
-        got = transform(record)
-        np.testing.assert_array_equal(got["image"], wanted)
-        assert got["label"] == 3
+        result = transform(record)
+        np.testing.assert_array_equal(result["image"], expected)
+        assert result["label"] == 3
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_evaluation_has_the_pixels_of_pillow_on_twenty_photographs(resize, image
         ("BMP", "RGB", {}),
     ],
 )
-def test_files_of_every_kind_decode_as_pillow_does(kind, mode, options):
+def test_files_of_all_formats_are_decoded_as_by_pillow(kind, mode, options):
     for image in photographs(width=61, height=45)[:3]:
         file = io.BytesIO()
         Image.fromarray(image).convert(mode).save(file, kind, **options)
@@ -79,48 +79,48 @@ def test_files_of_every_kind_decode_as_pillow_does(kind, mode, options):
 
 def test_orientation_tags_are_not_applied():
     tags = Image.Exif()
-    tags[0x0112] = 6  # turned by a quarter
+    tags[0x0112] = 6  # orientation: rotated by 90 degrees
     image = photographs(width=61, height=45)[0]
     assert decode_image(encode(image, exif=tags), name="a").shape == (45, 61, 3)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.6, 0.9])
-def test_what_is_no_image_or_cut_off_is_named(kept):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.6, 0.9])
+def test_truncated_images_are_rejected_by_name(fraction):
     for data in (encode(photographs(width=300, height=200)[0], kind) for kind in ("JPEG", "PNG")):
-        cut = data[: int(kept * len(data))]
+        truncated = data[: int(fraction * len(data))]
         with pytest.raises(UserError, match="The image dog.JPEG cannot be decoded: "):
-            decode_image(cut, name="dog.JPEG")
-        assert check_image(cut)
+            decode_image(truncated, name="dog.JPEG")
+        assert check_image(truncated)
 
 
 @pytest.mark.parametrize(("width", "height", "limit"), [(448, 448, 1.8), (300, 250, 1.8), (150, 170, 1.0)])
-def test_resizing_for_training_is_close_to_pillows(width, height, limit):
-    """Mean distance in 1/255; OpenCV's cubic alone is up to four times as far where it shrinks."""
+def test_resizing_for_training_is_close_to_pillow(width, height, limit):
+    """Mean difference in 1/255; without blurring it is up to four times as large for reductions."""
     for image in photographs(width=width, height=height)[:6]:
-        wanted = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
-        assert np.abs(resize_bicubic(image, width=224, height=224) - wanted).mean() < limit
+        expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(resize_bicubic(image, width=224, height=224) - expected).mean() < limit
 
 
-def test_without_random_changes_training_resizes_the_image():
+def test_training_without_random_operations_only_resizes():
     for image in photographs(width=96, height=96)[:2]:
-        got = make_train_transform(**PLAIN)({"image": image, "label": 1}, np.random.default_rng(0))
-        np.testing.assert_array_equal(got["image"], image)
-        assert got["label"] == 1
+        result = make_train_transform(**PLAIN)({"image": image, "label": 1}, np.random.default_rng(0))
+        np.testing.assert_array_equal(result["image"], image)
+        assert result["label"] == 1
 
 
-def test_half_of_the_images_are_mirrored():
+def test_half_of_the_images_are_flipped():
     image = photographs(width=24, height=24)[0]
     transform = make_train_transform(**{**PLAIN, "image_size": 24, "flip_probability": 0.5})
     flipped = 0
     for seed in range(2000):
-        got = transform({"image": image}, np.random.default_rng(seed))["image"]
-        mirrored = np.array_equal(got, image[:, ::-1])
-        assert mirrored or np.array_equal(got, image)
-        flipped += mirrored
+        result = transform({"image": image}, np.random.default_rng(seed))["image"]
+        is_flipped = np.array_equal(result, image[:, ::-1])
+        assert is_flipped or np.array_equal(result, image)
+        flipped += is_flipped
     assert stats.binomtest(flipped, 2000).pvalue > P_VALUE
 
 
-def test_the_full_recipe_is_a_function_of_the_generator():
+def test_the_full_recipe_depends_only_on_the_generator():
     image = photographs(width=120, height=100)[0]
     transform = make_train_transform(**RECIPE)
     images = [transform({"image": image}, np.random.default_rng(seed))["image"] for seed in (1, 1, 2, 3, 4)]
@@ -130,8 +130,8 @@ def test_the_full_recipe_is_a_function_of_the_generator():
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (1200, 300)])
-def test_crops_have_the_recipes_areas_aspects_and_places(width, height):
-    """20,000 draws against 20,000 of the rule written out in numpy, by two-sample Kolmogorov-Smirnov tests."""
+def test_crops_have_the_areas_aspect_ratios_and_positions_of_the_recipe(width, height):
+    """Compares 20,000 draws with a NumPy reference by two-sample Kolmogorov-Smirnov tests."""
     rng = np.random.default_rng(0)
     draws = [draw_crop(rng, width=width, height=height, min_area=0.08, max_aspect=4 / 3) for _ in range(20_000)]
     x, y, w, h = np.array(draws).T
@@ -140,7 +140,7 @@ def test_crops_have_the_recipes_areas_aspects_and_places(width, height):
     assert (x + w <= width).all()
     assert (y + h <= height).all()
     bound = np.log(4 / 3)
-    wanted_h, wanted_w = draw_boxes(
+    expected_h, expected_w = draw_boxes(
         np.random.default_rng(1),
         20_000,
         height=height,
@@ -150,17 +150,17 @@ def test_crops_have_the_recipes_areas_aspects_and_places(width, height):
         fits=lambda h, w: (h <= height) & (w <= width),
     )
     fallback = (w == min(width, round(height * 4 / 3))) & (h == height) & (x == (width - w) // 2)
-    assert abs(fallback.mean() - (1 - len(wanted_h) / 20_000)) < 0.01
+    assert abs(fallback.mean() - (1 - len(expected_h) / 20_000)) < 0.01
     x, y, w, h = (values[~fallback] for values in (x, y, w, h))
-    assert stats.ks_2samp(w * h, wanted_w * wanted_h).pvalue > P_VALUE
-    assert stats.ks_2samp(w / h, wanted_w / wanted_h).pvalue > P_VALUE
-    for place, room in ((x, width - w), (y, height - h)):
-        free = room >= 60  # enough places for a continuous test; a place stands for an interval of 1 / (room + 1)
-        jitter = np.random.default_rng(2).uniform(size=free.sum())
-        assert stats.kstest((place[free] + jitter) / (room[free] + 1), "uniform").pvalue > P_VALUE
+    assert stats.ks_2samp(w * h, expected_w * expected_h).pvalue > P_VALUE
+    assert stats.ks_2samp(w / h, expected_w / expected_h).pvalue > P_VALUE
+    for position, margin in ((x, width - w), (y, height - h)):
+        is_wide = margin >= 60  # enough positions for a continuous test, where each is an interval of 1 / (margin + 1)
+        jitter = np.random.default_rng(2).uniform(size=is_wide.sum())
+        assert stats.kstest((position[is_wide] + jitter) / (margin[is_wide] + 1), "uniform").pvalue > P_VALUE
 
 
-def test_where_no_crop_fits_the_largest_central_one_is_taken():
+def test_the_largest_central_crop_is_used_if_no_random_one_fits():
     rng = np.random.default_rng(0)
     assert draw_crop(rng, width=1000, height=10, min_area=0.9, max_aspect=4 / 3) == (493, 0, 13, 10)
     assert draw_crop(rng, width=9, height=1000, min_area=0.9, max_aspect=4 / 3) == (0, 494, 9, 12)

@@ -1,4 +1,4 @@
-"""Accuracy over a data set, against counting by hand."""
+"""Accuracy over a data set, compared with NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +9,11 @@ from dat_jax.evaluation.classification import make_evaluator
 def make_batches(logits, labels, batch_size):
     for first in range(0, len(labels), batch_size):
         indices = first + np.arange(batch_size)
-        kept = np.minimum(indices, len(labels) - 1)
-        yield {"logits": logits[kept], "label": labels[kept], "mask": (indices < len(labels)).astype(np.float32)}
+        clipped = np.minimum(indices, len(labels) - 1)
+        yield {"logits": logits[clipped], "label": labels[clipped], "mask": (indices < len(labels)).astype(np.float32)}
 
 
-def test_metrics_are_those_counted_by_hand_and_filling_does_not_count():
+def test_metrics_equal_numpy_and_filling_is_not_counted():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(23, 7)).astype(np.float32), rng.integers(0, 7, 23)
     order = np.argsort(-logits, axis=-1)
@@ -27,30 +27,30 @@ def test_metrics_are_those_counted_by_hand_and_filling_does_not_count():
         np.testing.assert_allclose(metrics["loss"], -log_probabilities[np.arange(23), labels].mean(), rtol=1e-5)
 
 
-def test_logits_that_say_nothing_score_nothing():
+def test_constant_logits_have_zero_accuracy():
     evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})
     metrics = evaluate({}, make_batches(np.zeros((10, 10), np.float32), np.arange(10), 10))
     assert (metrics["top1"], metrics["top5"]) == (0.0, 0.0)
 
 
-def test_logits_that_are_not_numbers_score_nothing():
+def test_nan_logits_have_zero_accuracy():
     evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})
     metrics = evaluate({}, make_batches(np.full((10, 10), np.nan, np.float32), np.arange(10), 10))
     assert metrics["top1"] == 0.0
 
 
-def test_of_a_set_with_some_classes_only_those_are_predicted():
+def test_predictions_can_be_restricted_to_some_classes():
     logits = np.array([[5.0, 1.0, 0.0, 4.0], [9.0, 0.0, 3.0, 2.0]], np.float32)
     evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})
     batches = list(make_batches(logits, np.array([3, 3]), 2))
     assert evaluate({}, batches)["top1"] == 0.0
     metrics = evaluate({}, batches, classes=[2, 3])
     assert (metrics["top1"], metrics["top5"], metrics["examples"]) == (50.0, 100.0, 2)
-    wanted = -(logits[:, 3] - np.log(np.exp(logits[:, 2:]).sum(axis=-1))).mean()
-    np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
+    expected = -(logits[:, 3] - np.log(np.exp(logits[:, 2:]).sum(axis=-1))).mean()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
-def test_any_acceptable_class_is_right_and_examples_without_one_do_not_count():
+def test_any_acceptable_class_is_correct_and_examples_without_one_are_not_counted():
     logits = np.eye(4, dtype=np.float32)
     acceptable = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]], bool)
     evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})

@@ -1,4 +1,4 @@
-"""mIoU and its relatives: by hand, against a plain confusion matrix, and over views, windows and devices."""
+"""mIoU and related metrics: a case by hand, a confusion matrix, and evaluation over views, windows and devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ CLASSES = 5
 
 
 def quarter(images):
-    """A stand-in for a network: logits at a quarter of the size, by fixed weights of the mean colours there."""
+    """A substitute for a network: logits at a quarter of the size, from fixed weights of the resized image."""
     height, width = (-(-side // 4) for side in images.shape[1:3])
     weights = np.random.default_rng(0).standard_normal((3, CLASSES)).astype(np.float32)
     scaled = resize_bilinear(images.astype(jnp.float32) / 64 - 2, (height, width))
@@ -32,32 +32,32 @@ def predict(variables, batch):
 
 
 def confusion(labels, predictions, classes):
-    """(labelled, predicted) pixels, by counting."""
+    """Return the number of pixels by label and prediction, (classes, classes)."""
     valid = labels != 255
     matrix = np.zeros((classes, classes), np.int64)
     np.add.at(matrix, (labels[valid], predictions[valid]), 1)
     return matrix
 
 
-def plain_metrics(matrix):
-    right, labelled, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+def reference_metrics(matrix):
+    correct, labeled, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     ious, accuracies = [], []
     for k in range(len(matrix)):
-        union = labelled[k] + predicted[k] - right[k]
+        union = labeled[k] + predicted[k] - correct[k]
         if union:
-            ious.append(right[k] / union)
-        if labelled[k]:
-            accuracies.append(right[k] / labelled[k])
-    return {"mIoU": 100 * np.mean(ious), "mAcc": 100 * np.mean(accuracies), "aAcc": 100 * right.sum() / labelled.sum()}
+            ious.append(correct[k] / union)
+        if labeled[k]:
+            accuracies.append(correct[k] / labeled[k])
+    return {"mIoU": 100 * np.mean(ious), "mAcc": 100 * np.mean(accuracies), "aAcc": 100 * correct.sum() / labeled.sum()}
 
 
 def one_hot_logits(predictions, classes):
-    """Logits whose likeliest class is given, at full size: the "network" sees an image of four times the size."""
+    """Logits with the given predictions at full size, as for an image of four times the size."""
     return jnp.asarray(np.eye(classes, dtype=np.float32)[predictions] * 20)
 
 
 def evaluate_maps(labels, predictions, classes):
-    """Through the evaluator, with label maps of the size of the logits."""
+    """Evaluate predictions with label maps of the size of the logits."""
     height, width = labels.shape[1:]
     evaluate = segmentation.make_evaluator(lambda logits, batch: {"logits": logits})
     batch = {
@@ -72,12 +72,12 @@ def evaluate_maps(labels, predictions, classes):
 def test_a_case_computed_by_hand():
     labels = np.array([[[0, 0, 1], [1, 2, 255]]], np.uint8)
     predictions = np.array([[[0, 1, 1], [1, 0, 2]]])
-    # Class 0: 1 of 3 (two labelled, two predicted); 1: 2 of 3; 2: 0 of 1, the ignored pixel counts nowhere; 3: not there.
-    found = evaluate_maps(labels, predictions, 4)
-    assert found["mIoU"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 0) / 3)
-    assert found["mAcc"] == pytest.approx(100 * (1 / 2 + 1 + 0) / 3)
-    assert found["aAcc"] == pytest.approx(100 * 3 / 5)
-    assert found["images"] == 1
+    # IoU of class 0: 1 / 3 (two labeled, two predicted); 1: 2 / 3; 2: 0 / 1, without the ignored pixel; 3: undefined.
+    metrics = evaluate_maps(labels, predictions, 4)
+    assert metrics["mIoU"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 0) / 3)
+    assert metrics["mAcc"] == pytest.approx(100 * (1 / 2 + 1 + 0) / 3)
+    assert metrics["aAcc"] == pytest.approx(100 * 3 / 5)
+    assert metrics["images"] == 1
 
 
 def test_a_thousand_random_maps():
@@ -85,19 +85,19 @@ def test_a_thousand_random_maps():
     classes = 7
     labels = rng.integers(0, classes + 1, (1000, 12, 9)).astype(np.uint8)
     labels[labels == classes] = 255
-    labels[:, :2] = 3  # not all evenly
+    labels[:, :2] = 3  # uneven class frequencies
     predictions = rng.integers(0, classes - 1, (1000, 12, 9))  # the last class is never predicted
     predictions = np.where(rng.uniform(size=labels.shape) < 0.6, np.where(labels < classes, labels, 0), predictions)
-    wanted = plain_metrics(confusion(labels, predictions, classes))
-    found = evaluate_maps(labels, predictions, classes)
-    for name, value in wanted.items():
-        assert found[name] == pytest.approx(value, rel=1e-9), name
+    expected = reference_metrics(confusion(labels, predictions, classes))
+    metrics = evaluate_maps(labels, predictions, classes)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-9), name
 
 
-def test_nothing_labelled_is_no_error():
+def test_metrics_without_labeled_pixels_are_zero():
     labels = np.full((1, 4, 4), 255, np.uint8)
-    found = evaluate_maps(labels, np.zeros((1, 4, 4), int), 3)
-    assert [found[name] for name in ("mIoU", "mAcc", "aAcc", "loss")] == [0, 0, 0, 0]
+    metrics = evaluate_maps(labels, np.zeros((1, 4, 4), int), 3)
+    assert [metrics[name] for name in ("mIoU", "mAcc", "aAcc", "loss")] == [0, 0, 0, 0]
 
 
 def make_source(sizes, seed=0):
@@ -116,8 +116,8 @@ def make_source(sizes, seed=0):
 SIZES = [(60, 80), (60, 80), (80, 60), (61, 80), (60, 80), (50, 90)]
 
 
-def plainly(source, *, scale, ratios, flip):
-    """One image after the other, with whole probabilities: the published steps as they are said."""
+def evaluate_one_by_one(source, *, scale, ratios, flip):
+    """Reference that applies the published steps to one image at a time."""
     matrix = 0
     for index in range(len(source)):
         record = source[index]
@@ -132,31 +132,33 @@ def plainly(source, *, scale, ratios, flip):
                 probabilities = jax.nn.softmax(resize_bilinear(logits, (height, width)), axis=-1)[0]
                 total += probabilities[:, ::-1] if mirrored else probabilities
         matrix = matrix + confusion(record["label"], np.asarray(total).argmax(axis=-1), CLASSES)
-    return plain_metrics(matrix)
+    return reference_metrics(matrix)
 
 
 @pytest.mark.parametrize(("ratios", "flip"), [((1.0,), False), ((0.5, 1.0, 1.3), True)])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_views_of_many_sizes_are_scored_as_one_by_one(ratios, flip, batch_size):
+def test_batches_of_many_sizes_equal_single_images(ratios, flip, batch_size):
     source = make_source(SIZES)
     scale = (200, 70)
     transform = make_segmentation_eval_transform(scale=scale, ratios=ratios)
     evaluate = segmentation.make_evaluator(predict, flip=flip)
-    found = evaluate({}, make_sized_eval_batches(source, transform, batch_size=batch_size))
-    assert found["images"] == len(source)
-    for name, value in plainly(source, scale=scale, ratios=ratios, flip=flip).items():
-        assert found[name] == pytest.approx(value, rel=2e-3), name  # a pixel or two between two classes
+    metrics = evaluate({}, make_sized_eval_batches(source, transform, batch_size=batch_size))
+    assert metrics["images"] == len(source)
+    for name, value in evaluate_one_by_one(source, scale=scale, ratios=ratios, flip=flip).items():
+        assert metrics[name] == pytest.approx(value, rel=2e-3), (
+            name
+        )  # a pixel or two may be on the boundary between two classes
 
 
-def test_many_devices_count_each_image_once():
+def test_several_devices_count_each_image_once():
     source = make_source(SIZES)
     transform = make_segmentation_eval_transform(scale=(200, 70))
     evaluate = segmentation.make_evaluator(predict)
-    one = evaluate({}, make_sized_eval_batches(source, transform, batch_size=1))
+    single = evaluate({}, make_sized_eval_batches(source, transform, batch_size=1))
     mesh = sharding.make_mesh(data=4, fsdp=2)
     batches = make_sized_eval_batches(source, transform, batch_size=8)
-    many = evaluate({}, (sharding.put_batch(batch, mesh) for batch in batches))
-    assert many == pytest.approx(one, rel=1e-6)
+    sharded = evaluate({}, (sharding.put_batch(batch, mesh) for batch in batches))
+    assert sharded == pytest.approx(single, rel=1e-6)
 
 
 def test_windows_cover_an_image_as_published():
@@ -175,26 +177,26 @@ def test_logits_of_windows_are_averaged(flip):
     windows = segmentation.slide((70, 100), window=64, stride=48)
     total = 0
     for mirrored in (False, True) if flip else (False,):
-        seen = image[:, ::-1] if mirrored else image
+        view = image[:, ::-1] if mirrored else image
         logits, count = np.zeros((70, 100, CLASSES)), np.zeros((70, 100, 1))
         for top, left, height, width in windows:
             cut = np.s_[top : top + height, left : left + width]
-            logits[cut] += resize_bilinear(quarter(jnp.asarray(seen[cut])[None]), (height, width))[0]
+            logits[cut] += resize_bilinear(quarter(jnp.asarray(view[cut])[None]), (height, width))[0]
             count[cut] += 1
         probabilities = jax.nn.softmax(resize_bilinear(jnp.asarray(logits / count)[None], (35, 45)), axis=-1)[0]
         total += probabilities[:, ::-1] if mirrored else probabilities
-    wanted = np.asarray(total).max(axis=-1) / (1 + flip)
+    expected = np.asarray(total).max(axis=-1) / (1 + flip)
     segment = segmentation.make_segmenter(predict, flip=flip, window=64, stride=48)
     labels, probabilities = segment({}, [image[None]], jnp.array([[35, 45]]), (35, 45))
-    np.testing.assert_allclose(probabilities[0], wanted, atol=1e-5)
+    np.testing.assert_allclose(probabilities[0], expected, atol=1e-5)
     assert (np.asarray(labels[0]) == np.asarray(total).argmax(axis=-1)).mean() > 0.999
 
 
-def test_pictures_are_saved(tmp_path):
+def test_figures_are_saved(tmp_path):
     source = make_source(SIZES[:3])
     transform = make_segmentation_eval_transform(scale=(200, 70))
     records = [transform(source[index]) | {"image": source[index]["image"]} for index in range(3)]
-    segmentation.save_pictures(
+    segmentation.save_figures(
         segmentation.make_segmenter(predict),
         {},
         records,
@@ -202,5 +204,5 @@ def test_pictures_are_saved(tmp_path):
         palette=make_palette(CLASSES),
         directory=tmp_path,
     )
-    with Image.open(tmp_path / "segmentations.png") as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "segmentations.png") as figure:
+        assert min(figure.size) > 300

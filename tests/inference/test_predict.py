@@ -292,7 +292,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (
             "cannot be decoded",
             "more than 8 bits",
-            "of no known kind",
+            "format is not recognized",
             "4 x 64 pixels become 4 x 64: wanted sides of at least 32",
         ),
         strict=True,

@@ -175,7 +175,7 @@ def test_what_cannot_be_drawn_is_named_and_the_others_are_done(export, folder, t
     assert run(export, folder, f"--output={tmp_path / 'out'}", f"--labels={tmp_path / 'labels'}", *SMALL) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"error: .*a.jpg: The label file .*a.png has 64 x 60 pixels: wanted 64 x 64\.", first)
-    assert re.fullmatch(r"error: The image .*c.jpg cannot be decoded: it is of no known kind\.", second)
+    assert re.fullmatch(r"error: The image .*c.jpg cannot be decoded: the image format is not recognized\.", second)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
 
 

@@ -115,7 +115,7 @@ class ClassificationTask(Task):
         indices = np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int)
         records = [transform(source[int(index)]) for index in np.random.default_rng(0).permutation(indices)]
         batch = {key: np.stack([record[key] for record in records]) for key in records[0]}
-        evaluation.save_pictures(predict, variables, batch, class_names=source.class_names, directory=directory)
+        evaluation.save_figures(predict, variables, batch, class_names=source.class_names, directory=directory)
 
     def _eval_transform(self):
         return make_eval_transform(resize=self.config.data.eval_resize, image_size=self.config.data.image_size)

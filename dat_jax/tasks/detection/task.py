@@ -136,7 +136,7 @@ class DetectionTask(Task):
             record = source[int(index)]
             masks = np.stack([decode_mask(mask) for mask in record["masks"]]).astype(bool) if record["masks"] else None
             examples.append(({**record, "masks": masks}, transform(record)))
-        evaluation.save_pictures(
+        evaluation.save_figures(
             predict,
             variables,
             examples,

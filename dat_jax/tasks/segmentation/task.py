@@ -107,7 +107,7 @@ class SegmentationTask(Task):
         """See ``Task``. Each example has its own size."""
         source, transform = self.eval_source, self._eval_transform()
         indices = np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int)
-        evaluation.save_pictures(
+        evaluation.save_figures(
             evaluation.make_segmenter(predict, **self._inference_options()),
             variables,
             [transform(source[int(index)]) | {"image": source[int(index)]["image"]} for index in indices],
