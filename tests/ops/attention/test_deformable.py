@@ -222,7 +222,7 @@ def test_on_a_large_map_no_array_has_the_pairs_of_all_queries_and_keys():
     ],
 )
 def test_query_tiles_by_hand(map_shape, pairs, wanted):
-    assert dispatch.choose_query_tile(map_shape, pairs_a_query=pairs) == wanted
+    assert dispatch.choose_query_tile(map_shape, pairs_per_query=pairs) == wanted
 
 
 @pytest.mark.parametrize("bias_batch", [None, 1, 2])
@@ -270,9 +270,9 @@ def test_a_table_without_points_or_with_a_bias_is_refused(given_names):
     shapes = {"table": (1, 3, 3), "points": (1, 1, 2, 2), "bias": (1, 1, 4, 2)}
     options = {name: jnp.zeros(shapes[name]) for name in given_names}
     query, keys = jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 3))
-    with pytest.raises(ValueError, match="wants a table with its points, or a bias, not both"):
+    with pytest.raises(ValueError, match="expected either a table with points, or a bias"):
         da.deformable_attention(query, keys, keys, num_heads=1, **options)
-    with pytest.raises(ValueError, match="wants a table with its points, or a bias, not both"):
+    with pytest.raises(ValueError, match="expected either a table with points, or a bias"):
         da.deformable_attention_weights(query, keys, num_heads=1, **options)
 
 

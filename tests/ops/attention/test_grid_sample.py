@@ -140,7 +140,7 @@ def test_to_pixels_by_hand(map_shape, expected):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 2), (1, 1, 4, 2), (2, 2, 4, 3), (2, 2, 4)])
 def test_points_that_do_not_fit_are_refused(shape):
     with pytest.raises(
-        ValueError, match=r"wants points \(B, G, N, 2\) with B = 2 and G a divisor of 4 .* got .* \((2|1), "
+        ValueError, match=r"expected points \(B, G, N, 2\) with B = 2 and G a divisor of 4 .* got .* \((2|1), "
     ):
         gs.grid_sample(jnp.zeros((2, 3, 3, 4)), jnp.zeros(shape))
 

@@ -118,7 +118,7 @@ def test_window_starts_follow_the_rule(size, kernel_size):
 def test_a_map_smaller_than_the_window_is_refused(map_shape):
     maps, table = jnp.zeros((1, *map_shape, 2)), jnp.zeros((1, 5, 5))
     with pytest.raises(
-        ValueError, match=f"window of 3 needs a map at least that large, got {map_shape[0]} x {map_shape[1]}"
+        ValueError, match=f"window of 3 needs map sides of at least 3, got {map_shape[0]} x {map_shape[1]}"
     ):
         na.neighborhood_attention(maps, maps, maps, table, kernel_size=3, num_heads=1)
 
@@ -126,7 +126,7 @@ def test_a_map_smaller_than_the_window_is_refused(map_shape):
 @pytest.mark.parametrize("shape", [(2, 5, 5), (1, 3, 5), (5, 5)])
 def test_a_table_that_does_not_fit_is_refused(shape):
     maps = jnp.zeros((1, 4, 4, 2))
-    with pytest.raises(ValueError, match=rf"wants a table \(1, 5, 5\), got \({shape[0]}, {shape[1]}"):
+    with pytest.raises(ValueError, match=rf"expected a table \(1, 5, 5\), got \({shape[0]}, {shape[1]}"):
         na.neighborhood_attention(maps, maps, maps, jnp.zeros(shape), kernel_size=3, num_heads=1)
 
 

@@ -164,12 +164,12 @@ def test_log_displacements_equal_the_definition(x64, map_shape):
 
 @pytest.mark.parametrize("shape", [(3, 3, 3), (3, 3)])
 def test_table_that_does_not_fit_the_groups_is_refused(shape):
-    with pytest.raises(ValueError, match=r"wants a table .* M a multiple of 2 groups, got \(3, 3"):
+    with pytest.raises(ValueError, match=r"expected a table .* M a multiple of 2 groups, got \(3, 3"):
         position_bias.table_position_bias(jnp.zeros(shape), jnp.zeros((1, 2, 1, 2)), map_shape=(2, 2))
 
 
 def test_slice_on_another_map_size_is_refused():
-    with pytest.raises(ValueError, match=r'"slice" wants .* got a table \(3, 3\) for the map \(2, 3\); "matmul"'):
+    with pytest.raises(ValueError, match=r'"slice" expected .* got a table \(3, 3\) for the map \(2, 3\); "matmul"'):
         bias_of_keys(jnp.zeros((3, 3)), jnp.zeros((1, 2)), (2, 3), "slice")
 
 

@@ -105,14 +105,14 @@ def test_relative_position_index_follows_the_formula(window_size):
 @pytest.mark.parametrize("map_shape", [(4, 5), (5, 4), (1, 1)])
 def test_a_map_of_broken_windows_is_refused(map_shape):
     maps, table = jnp.zeros((1, *map_shape, 2)), jnp.zeros((9, 1))
-    with pytest.raises(ValueError, match=f"whole windows of 2, got {map_shape[0]} x {map_shape[1]}; pad it"):
+    with pytest.raises(ValueError, match=f"multiples of 2, got {map_shape[0]} x {map_shape[1]}; pad"):
         attend(2, 1, False)(maps, maps, maps, table)
 
 
 @pytest.mark.parametrize("shape", [(9, 2), (4, 1), (3, 3)])
 def test_a_table_that_does_not_fit_is_refused(shape):
     maps = jnp.zeros((1, 4, 4, 2))
-    with pytest.raises(ValueError, match=rf"wants a table \(9, 1\), got \({shape[0]}, {shape[1]}\)"):
+    with pytest.raises(ValueError, match=rf"expected a table \(9, 1\), got \({shape[0]}, {shape[1]}\)"):
         attend(2, 1, True)(maps, maps, maps, jnp.zeros(shape))
 
 

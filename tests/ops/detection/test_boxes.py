@@ -136,7 +136,7 @@ def test_all_boxes_are_valid_without_a_mask():
 def test_wrong_modes_and_shapes_are_refused():
     with pytest.raises(ValueError, match="modes"):
         bx.pairwise_iou(jnp.zeros((1, 4)), jnp.zeros((1, 4)), mode="giou")
-    with pytest.raises(ValueError, match="pairwise_iou wants"):
+    with pytest.raises(ValueError, match="pairwise_iou expected"):
         bx.pairwise_iou(jnp.zeros((1, 5)), jnp.zeros((1, 4)))
-    with pytest.raises(ValueError, match="aligned_giou wants"):
+    with pytest.raises(ValueError, match="aligned_giou expected"):
         bx.aligned_giou(jnp.zeros((1, 4)), jnp.zeros((2, 4)))

@@ -205,7 +205,7 @@ def test_images_are_mapped():
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match="nms wants boxes"):
+    with pytest.raises(ValueError, match="nms expected boxes"):
         nms.nms(jnp.zeros((3, 5)), jnp.zeros(3), threshold=0.5)
-    with pytest.raises(ValueError, match="multiclass_nms wants boxes"):
+    with pytest.raises(ValueError, match="multiclass_nms expected boxes"):
         nms.multiclass_nms(jnp.zeros((3, 4)), jnp.zeros((2, 5)), **OPTIONS)

@@ -172,7 +172,7 @@ def test_bfloat16_features_give_bfloat16():
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match="RoIAlign wants"):
+    with pytest.raises(ValueError, match="RoIAlign expected"):
         ra.pyramid_roi_align([np.zeros((2, 2, 1))], np.zeros((1, 4)), size=2)
-    with pytest.raises(ValueError, match="RoIAlign wants"):
+    with pytest.raises(ValueError, match="RoIAlign expected"):
         ra.roi_align(np.zeros((2, 2, 1)), np.zeros((1, 5)), size=2)

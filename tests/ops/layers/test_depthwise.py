@@ -95,7 +95,9 @@ def test_shifts_equal_the_plain_convolution(x64, kernel_size, extra, stride, pad
 
 @pytest.mark.parametrize("shape", [(3, 3, 1, 4), (3, 2, 1, 2), (3, 3, 2, 1), (3, 3, 2)])
 def test_a_kernel_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=rf"wants a kernel \(K, K, 1, 2\), got \({shape[0]}, {shape[1]}, {shape[2]}"):
+    with pytest.raises(
+        ValueError, match=rf"expected a kernel \(K, K, 1, 2\), got \({shape[0]}, {shape[1]}, {shape[2]}"
+    ):
         depthwise.depthwise_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros(shape))
 
 

@@ -43,7 +43,7 @@ def test_bfloat16():
 
 
 def test_the_kernel_is_chosen_where_it_is_asked_for_and_fits():
-    assert mlp.chooses_kernel((1, 14, 14, 256), 1024, "pallas")
-    assert not mlp.chooses_kernel((1, 14, 14, 256), 1024, "auto")
-    assert not mlp.chooses_kernel((1, 7, 7, 1024), 4096, "pallas")
-    assert not mlp.chooses_kernel((1, 200, 334, 64), 256, "pallas")
+    assert mlp.uses_pallas((1, 14, 14, 256), 1024, "pallas")
+    assert not mlp.uses_pallas((1, 14, 14, 256), 1024, "auto")
+    assert not mlp.uses_pallas((1, 7, 7, 1024), 4096, "pallas")
+    assert not mlp.uses_pallas((1, 200, 334, 64), 256, "pallas")

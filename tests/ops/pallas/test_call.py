@@ -55,7 +55,7 @@ def value_and_gradients(*arguments):
 def test_on_another_platform_they_are_refused():
     token = dispatch._INTERPRET.set(False)
     try:
-        with pytest.raises(ValueError, match='"pallas" is for TPUs, the program is for cpu; choose "auto"'):
+        with pytest.raises(ValueError, match='"pallas" is for TPUs, but .* for cpu; choose "auto"'):
             everything(*make_arguments(2, jnp.float32))
     finally:
         dispatch._INTERPRET.reset(token)
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused():
     def attend(x, table):
         return na.neighborhood_attention(x, x, x, table, kernel_size=7, num_heads=2, implementation="pallas")
 
-    with pytest.raises(ValueError, match="MiB of the 100 in VMEM"):
+    with pytest.raises(ValueError, match="MiB of VMEM .* limit of 100 MiB"):
         jax.eval_shape(attend, x, table)
 
 
