@@ -1,1 +1,9 @@
-"""flax.linen modules: the DAT backbone and what is built on it."""
+"""flax.linen modules.
+
+* ``dat``, ``attention``, ``layers``: the DAT backbone and classifier.
+* ``backbone``, ``fpn``: feature maps and pyramids for dense prediction.
+* ``segmentation``: SemanticFPN and UperNet.
+* ``retinanet``, ``rpn``, ``rcnn``: detectors.
+* ``registry``, ``catalogue``: models by name, and facts about them.
+* ``key_positions``, ``attention_weights``: what the attention blocks of a model look at, for figures.
+"""

@@ -1,6 +1,6 @@
-"""The attention of each stage type: parameters and projections around the functions of ``dat_jax.ops``.
+"""Attention modules of the stage types: parameters and projections around the functions of ``dat_jax.ops.attention``.
 
-All take and return (B, H, W, C), of any H and W.
+Each module maps (B, H, W, C) to (B, H, W, C), for any H and W.
 """
 
 import math
@@ -11,37 +11,46 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.models.layers import DepthwiseConv, LayerNorm, Linear, conv, table_init, uniform_init
-from dat_jax.ops.attention import deformable as deformable_ops
-from dat_jax.ops.attention import grid_sample as gs
-from dat_jax.ops.attention import multi_head as attention_ops
-from dat_jax.ops.attention import neighborhood as neighborhood_ops
-from dat_jax.ops.attention import position_bias as bias_ops
-from dat_jax.ops.attention import slide as slide_ops
-from dat_jax.ops.attention import window as window_ops
-from dat_jax.ops.layers import activation
+from dat_jax.ops.attention.deformable import deformable_attention, key_grid_shape, key_positions
+from dat_jax.ops.attention.grid_sample import grid_sample, to_pixels
+from dat_jax.ops.attention.multi_head import multi_head_attention
+from dat_jax.ops.attention.neighborhood import neighborhood_attention
+from dat_jax.ops.attention.position_bias import log_displacements
+from dat_jax.ops.attention.slide import slide_attention
+from dat_jax.ops.attention.window import window_attention
+from dat_jax.ops.layers.activation import gelu
 
 POSITION_BIAS_KINDS = ("table", "dwc", "fixed", "log_cpb", "none")
 
 
 def _pad_bottom_right(x, height, width):
-    """Zeros below and to the right, up to the given size."""
+    """Pads with zeros below and to the right, up to the given size."""
     return jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
 
 
 class DeformableAttention(nn.Module):
     """Deformable attention with a position bias of one of five kinds (stage type D).
 
-    Sows the key positions as intermediates/positions: (B, G, Hk, Wk, 2), (y, x) normalised to [-1, 1].
+    It sows the key positions as intermediates/positions: (B, G, Hk, Wk, 2), (y, x), normalized to [-1, 1].
 
     Attributes:
-      num_heads, num_groups: M and G; G divides M, M divides the channels.
-      key_stride, offset_kernel: s and k of the offset network's depthwise convolution.
+      num_heads: M, a divisor of the channels.
+      num_groups: G, a divisor of M.
+      key_stride: stride of the offset network's depthwise convolution.
+      offset_kernel: kernel size of that convolution.
       offset_range_factor: f; negative for free offsets and clamped positions.
-      position_bias: "table", "dwc" (a depthwise convolution of the queries added to the output), "fixed" (one number for
-        each head, query and key), "log_cpb" (a small network on log-spaced displacements) or "none".
-      use_offsets: False samples nothing: keys are x average-pooled, without any position bias.
-      table_shape: (H0, W0), the map that tables are made for.
+      position_bias: the kind of position bias.
+
+        * "table": a lookup in a table.
+        * "dwc": a depthwise convolution of the queries, added to the output.
+        * "fixed": one parameter for each head, query and key.
+        * "log_cpb": a small network on log-spaced displacements.
+        * "none": no position bias.
+      use_offsets: False for no offsets and no sampling: the keys are x average-pooled, without position bias.
+      table_shape: (H0, W0), shape of the map that tables are made for.
       form: "dat_pp" or "cvpr2022", see ``DAT.deformable_form``.
+      dtype: of the computation; positions are float32 or better.
+      implementation: "auto", "plain" or "pallas", for every op in the module, see ``ops.dispatch``.
 
     Source: DAT (CVPR 2022), section 3.2; DAT++ (2309.01430), section 3.3; kinds as in the published code.
     """
@@ -56,22 +65,22 @@ class DeformableAttention(nn.Module):
     table_shape: tuple[int, int]
     form: str = "dat_pp"
     dtype: Any = jnp.float32
-    implementation: str = "auto"  # "auto", "plain" or "pallas", of every op inside
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
         groups, kind = self.num_groups, self.position_bias
         if channels % groups or self.num_heads % groups:
-            raise ValueError(f"{groups} groups must divide the {channels} channels and the {self.num_heads} heads.")
+            raise ValueError(f"The {groups} groups must divide the {channels} channels and the {self.num_heads} heads.")
         if kind not in POSITION_BIAS_KINDS:
             raise ValueError(f"Unknown position bias {kind!r}; choose one of {', '.join(POSITION_BIAS_KINDS)}.")
 
         query = Linear(channels, name="proj_q", dtype=self.dtype)(x)
         if self.use_offsets:
             positions = self._to_positions(self._predict_offsets(query))
-            points = gs.to_pixels(positions, (height, width)).reshape(batch, groups, -1, 2)
-            sampled = gs.grid_sample(x, points, implementation=self.implementation)
+            points = to_pixels(positions, (height, width)).reshape(batch, groups, -1, 2)
+            sampled = grid_sample(x, points, implementation=self.implementation)
         else:
             key_shape = self._key_shape((height, width))
             shape = (batch, groups, *key_shape, 2)
@@ -91,14 +100,14 @@ class DeformableAttention(nn.Module):
             bias = self._fixed_bias((height, width))
         elif self.use_offsets and kind == "log_cpb":
             bias = self._log_cpb(positions.reshape(batch, groups, -1, 2), (height, width))
-        out = deformable_ops.deformable_attention(
+        out = deformable_attention(
             query,
             key,
             value,
             num_heads=self.num_heads,
             **lookup,
             bias=bias,
-            points_inside=self.offset_range_factor < 0,  # then they are clamped
+            points_inside=self.offset_range_factor < 0,  # such positions are clamped
             implementation=self.implementation,
         )
         if self.use_offsets and kind == "dwc":
@@ -106,38 +115,38 @@ class DeformableAttention(nn.Module):
         return Linear(channels, name="proj_out", dtype=self.dtype)(out)
 
     def _key_shape(self, map_shape):
-        return deformable_ops.key_grid_shape(map_shape, kernel_size=self.offset_kernel, stride=self.key_stride)
+        return key_grid_shape(map_shape, kernel_size=self.offset_kernel, stride=self.key_stride)
 
     def _to_positions(self, offsets):
-        return deformable_ops.key_positions(offsets, range_factor=self.offset_range_factor, form=self.form)
+        return key_positions(offsets, range_factor=self.offset_range_factor, form=self.form)
 
     def _predict_offsets(self, query):
-        """(B, H, W, C) -> (B, G, Hk, Wk, 2). All in float32 or better: a position has to resolve parts of a pixel."""
+        """(B, H, W, C) -> (B, G, Hk, Wk, 2). In float32 or better: positions must resolve fractions of a pixel."""
         channels = query.shape[-1]
         dtype = jnp.promote_types(self.dtype, jnp.float32)
-        groups, k, s = self.num_groups, self.offset_kernel, self.key_stride
-        padding = 0 if k == s else k // 2
+        groups, kernel_size, stride = self.num_groups, self.offset_kernel, self.key_stride
+        padding = 0 if kernel_size == stride else kernel_size // 2
         options = dict(groups=groups, dtype=dtype, implementation=self.implementation)
-        x = DepthwiseConv(k, s, padding, **options, name="conv_offset_0")(query)  # channels stay packed until here
+        x = DepthwiseConv(kernel_size, stride, padding, **options, name="conv_offset_0")(query)
         x = jnp.moveaxis(x.reshape(*x.shape[:3], groups, channels // groups), 3, 1)  # (B, G, Hk, Wk, C / G)
-        x = activation.gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
+        x = gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
         return Linear(2, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
 
     def _fixed_bias(self, map_shape):
-        """(1, M, H * W, N): the learned bias, resized linearly over queries and keys on a map of another size."""
+        """(1, M, H * W, N): the learned bias, resized linearly over queries and keys if the map has another size."""
         key_shape, table_keys = self._key_shape(map_shape), self._key_shape(self.table_shape)
-        learned = (self.num_heads, math.prod(self.table_shape), math.prod(table_keys))
-        bias = self.param("rpe_table", table_init(0.01), learned)
+        shape = (self.num_heads, math.prod(self.table_shape), math.prod(table_keys))
+        bias = self.param("rpe_table", table_init(0.01), shape)
         if map_shape != self.table_shape:
             bias = bias.reshape(self.num_heads, *self.table_shape, *table_keys)
             bias = jax.image.resize(bias, (self.num_heads, *map_shape, *key_shape), "linear", antialias=False)
         return bias.reshape(1, self.num_heads, math.prod(map_shape), math.prod(key_shape))
 
     def _log_cpb(self, positions, map_shape):
-        """(B, M, H * W, N)."""
+        """(B, G, N, 2) -> bias (B, M, H * W, N)."""
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         heads = self.num_heads // self.num_groups
-        x = bias_ops.log_displacements(positions, map_shape=map_shape)
+        x = log_displacements(positions, map_shape=map_shape)
         x = nn.relu(Linear(32, name="rpe_table_0", dtype=dtype)(x))
         x = Linear(heads, name="rpe_table_2", dtype=dtype, use_bias=False)(x)  # (B, G, H * W, N, M / G)
         return jnp.moveaxis(x, -1, 2).reshape(x.shape[0], self.num_heads, *x.shape[2:4])
@@ -146,24 +155,28 @@ class DeformableAttention(nn.Module):
 def table_lookup(
     positions: jax.Array, map_shape: tuple[int, int], table_shape: tuple[int, int], form: str
 ) -> dict[str, Any]:
-    """Arguments "points" and "query_grid" of the ops that look a position bias up in a table.
+    """Arguments "points" and "query_grid" of ``deformable_attention`` with a table.
 
     Args:
-      positions: (B, G, Hk, Wk, 2), (y, x) in normalized coordinates.
+      positions: (B, G, Hk, Wk, 2), key positions (y, x) in normalized coordinates.
       map_shape: (H, W) of the map.
       table_shape: (H0, W0) of the map that the table was made for.
       form: see ``DAT.deformable_form``.
     """
-    sampled, grid = (map_shape, "corners") if form == "dat_pp" else (table_shape, "centers")
-    return dict(points=gs.to_pixels(positions, sampled).reshape(*positions.shape[:2], -1, 2), query_grid=grid)
+    pixel_shape, grid = (map_shape, "corners") if form == "dat_pp" else (table_shape, "centers")
+    return dict(points=to_pixels(positions, pixel_shape).reshape(*positions.shape[:2], -1, 2), query_grid=grid)
 
 
 def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) -> jax.Array:
-    """Mean over windows of stride x stride, over the pixels that exist where the last window hangs over the border.
+    """Mean over windows of stride x stride pixels; windows that reach over the border average the pixels inside the map.
 
     Args:
       x: (B, H, W, C).
-      pooled_shape: (H', W'). A window without any pixel, where that asks for more than there are, gives zero.
+      stride: side and step of the windows.
+      pooled_shape: (H', W'). Windows entirely outside the map give zero.
+
+    Returns:
+      (B, H', W', C).
     """
     covered = tuple(size * stride for size in pooled_shape)
 
@@ -176,8 +189,16 @@ def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) ->
 
 
 class NeighborhoodAttention(nn.Module):
-    """Neighborhood attention (stage type N). A side smaller than the window is padded with zeros before the
-    projection, unmasked, and cropped after, as published for dense prediction.
+    """Neighborhood attention (stage type N).
+
+    A side smaller than the window is padded with zeros before the projection, without a mask, and cropped after the
+    attention, as published for dense prediction.
+
+    Attributes:
+      num_heads: M, a divisor of the channels.
+      kernel_size: side of the window in pixels.
+      dtype: of the computation.
+      implementation: see ``ops.dispatch``.
     """
 
     num_heads: int
@@ -192,7 +213,7 @@ class NeighborhoodAttention(nn.Module):
         x = _pad_bottom_right(x, max(height, k), max(width, k))
         query, key, value = jnp.split(Linear(3 * channels, name="qkv", dtype=self.dtype)(x), 3, axis=-1)
         table = self.param("rpb", table_init(0.02), (self.num_heads, 2 * k - 1, 2 * k - 1))
-        out = neighborhood_ops.neighborhood_attention(
+        out = neighborhood_attention(
             query,
             key,
             value,
@@ -205,8 +226,16 @@ class NeighborhoodAttention(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Window attention (stage type L), or with shifted windows (S). A map that is not whole windows is padded with
-    zeros before the projection, unmasked, and cropped after, as published for dense prediction.
+    """Window attention (stage type L), or shifted window attention (stage type S).
+
+    A side that is not a multiple of the window is padded with zeros before the projection, without a mask, and cropped after the
+    attention, as published for dense prediction.
+
+    Attributes:
+      num_heads: M, a divisor of the channels.
+      window_size: side of the windows in pixels.
+      shifted: whether the windows are shifted.
+      dtype: of the computation.
     """
 
     num_heads: int
@@ -222,17 +251,22 @@ class WindowAttention(nn.Module):
         query, key, value = jnp.split(Linear(3 * channels, name="proj_qkv", dtype=self.dtype)(x), 3, axis=-1)
         shape = ((2 * w - 1) ** 2, self.num_heads)
         table = self.param("relative_position_bias_table", table_init(0.01), shape)
-        out = window_ops.window_attention(
-            query, key, value, table, window_size=w, num_heads=self.num_heads, shifted=self.shifted
-        )
+        out = window_attention(query, key, value, table, window_size=w, num_heads=self.num_heads, shifted=self.shifted)
         return Linear(channels, name="proj_out", dtype=self.dtype)(out[:, :height, :width])
 
 
 class SpatialReductionAttention(nn.Module):
-    """Attention of every pixel to a map reduced ``ratio`` times by a strided convolution (stage type P).
+    """Attention of every pixel to a map that a strided convolution reduced (stage type P).
 
-    Rows and columns beyond whole windows of the convolution are not seen by it, as published; a map smaller than one
-    window is padded with zeros up to it. Source: Pyramid Vision Transformer (2102.12122).
+    As published, the convolution ignores rows and columns beyond its last whole window. A map smaller than one window is padded
+    with zeros to one window.
+
+    Attributes:
+      num_heads: M, a divisor of the channels.
+      ratio: stride and kernel size of the convolution; 1 for no convolution.
+      dtype: of the computation.
+
+    Source: Pyramid Vision Transformer (2102.12122).
     """
 
     num_heads: int
@@ -250,12 +284,19 @@ class SpatialReductionAttention(nn.Module):
             x = LayerNorm(name="proj_ds_1", dtype=self.dtype)(x)
         packed = Linear(2 * channels, name="kv", dtype=self.dtype)(x.reshape(batch, -1, channels))
         key, value = jnp.split(packed, 2, axis=-1)
-        out = attention_ops.multi_head_attention(query, key, value, num_heads=self.num_heads)
+        out = multi_head_attention(query, key, value, num_heads=self.num_heads)
         return Linear(channels, name="proj", dtype=self.dtype)(out.reshape(batch, height, width, channels))
 
 
 class SlideAttention(nn.Module):
-    """Slide attention (stage type E), inside a quarter of the channels; these must be a multiple of 4 * heads."""
+    """Slide attention (stage type E), computed in a quarter of the channels.
+
+    Attributes:
+      num_heads: M; 4 * M divides the channels.
+      dtype: of the computation.
+
+    Source: Slide-Transformer (2304.04237), in the form of the published DAT++ code.
+    """
 
     num_heads: int
     dtype: Any = jnp.float32
@@ -265,7 +306,9 @@ class SlideAttention(nn.Module):
         batch, height, width, channels = x.shape
         inner, heads = channels // 4, self.num_heads
         if channels % (4 * heads):
-            raise ValueError(f"Slide attention wants channels divisible by 4 * {heads} heads, got {channels}.")
+            raise ValueError(
+                f"Slide attention expected channels that are a multiple of 4 * {heads} heads, got {channels}."
+            )
         packed = Linear(3 * inner, name="qkv", dtype=self.dtype)(x)
         packed = packed.reshape(batch, height, width, heads, 3, inner // heads)  # ordered (head, q | k | v, width)
         query, key, value = (packed[..., i, :].reshape(batch, height, width, inner) for i in range(3))
@@ -274,7 +317,7 @@ class SlideAttention(nn.Module):
         bias_fixed = self.param("dep_conv_bias", uniform_init(9), (versions,))
         bias_learned = self.param("dep_conv1_bias", uniform_init(9), (versions,))
         table = self.param("relative_position_bias_table", table_init(0.01), (1, heads, 1, 9, 1, 1))
-        out = slide_ops.slide_attention(
+        out = slide_attention(
             query,
             key,
             value,

@@ -1,4 +1,4 @@
-"""The backbone of dense prediction: DAT's feature maps, each with a norm of its own."""
+"""The backbone of dense prediction: the feature maps of a DAT, each with its own norm."""
 
 from typing import Any
 
@@ -11,9 +11,15 @@ from dat_jax.models.layers import LayerNorm
 
 
 class Backbone(nn.Module):
-    """(B, H, W, 3), normalised -> the four maps of ``DAT.features``, those of ``out_indices`` after a LayerNorm each.
+    """Images (B, H, W, 3), normalized -> the four maps of ``DAT.features``, with a LayerNorm on some of them.
 
-    The next stage gets the map before its norm. ``dat`` is used without its classifier, so there are no parameters of one.
+    The next stage gets the map without this norm.
+
+    Attributes:
+      dat: the model; its classifier is not used and has no parameters.
+      out_indices: indices of the maps with a norm.
+      dtype: of the norms.
+
     Source: the published detection and segmentation code.
     """
 

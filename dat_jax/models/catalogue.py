@@ -1,4 +1,4 @@
-"""What is known of the variants: sizes as counted, accuracies as published."""
+"""Facts about the variants: counted sizes and published accuracies."""
 
 import dataclasses
 
@@ -12,11 +12,12 @@ class ModelDescription:
     """A variant with 1,000 classes.
 
     Attributes:
-      name: of ``create_model``.
-      image_size: side of the images that it is made for, pixels.
-      parameters: how many numbers; None where the variant is not counted here, likewise the next.
-      multiply_adds: of one such image, as ``experiments/multiply_adds`` counts them.
-      top1: published accuracy on ImageNet-1k at that size, percent; None where none is known.
+      name: name for ``create_model``.
+      image_size: side of its images in pixels.
+      parameters: number of parameters; None if not counted.
+      multiply_adds: number of multiply-adds per image of that size, counted by ``experiments/multiply_adds``; None if not
+        counted.
+      top1: published top-1 accuracy on ImageNet-1k at that size in percent; None if unknown.
     """
 
     name: str
@@ -26,7 +27,7 @@ class ModelDescription:
     top1: float | None
 
 
-# Parameters, multiply-adds, top-1 as published: DAT++ (2309.01430), DAT v1 (CVPR 2022).
+# Parameters, multiply-adds, top-1 accuracy as published in DAT++ (2309.01430) and DAT v1 (CVPR 2022).
 _KNOWN = {
     "dat_pp_tiny": (23_962_876, 4_258_983_616, 83.9),
     "dat_pp_small": (53_127_366, 9_382_477_344, 84.6),
@@ -39,11 +40,14 @@ _KNOWN = {
     "dat_base_384": (88_178_272, 49_449_656_320, 84.8),
     "dat_pp_nano": (1_311_696, 15_589_248, None),
 }
-_IMAGE_SIZES = {"dat_pp_base_384": 384}  # where it is not that of the tables
+_IMAGE_SIZES = {"dat_pp_base_384": 384}  # variants whose images are not of the size that position tables are made for
 
 
 def describe_models(filter: str = "*") -> list[ModelDescription]:
-    """Of the names that match a pattern, see ``list_models``. ``python -m dat_jax --list_models`` prints them."""
+    """Descriptions of the models whose names match a pattern, see ``list_models``.
+
+    ``python -m dat_jax --list_models`` prints them.
+    """
     return [_describe(name) for name in list_models(filter)]
 
 

@@ -1,4 +1,4 @@
-"""DAT and DAT++: the backbone and its classifier."""
+"""DAT and DAT++: the backbone and the classifier."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from dat_jax.models import attention
 from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
-from dat_jax.ops.attention import deformable as deformable_ops
-from dat_jax.ops.layers import activation
+from dat_jax.ops.attention.deformable import FORMS
+from dat_jax.ops.layers.activation import gelu
 
 STAGE_TYPES = {
     "N": "neighborhood attention",
@@ -22,21 +22,27 @@ STAGE_TYPES = {
     "X": "depthwise convolution",
 }
 MIN_IMAGE_SIDE = 32
-LATER_STAGE_TYPES = frozenset("NEX")  # they came with DAT++: DAT v1 as released has none of them
-DEFORMABLE_FORMS = deformable_ops.FORMS  # of ``DAT.deformable_form``
+LATER_STAGE_TYPES = frozenset("NEX")  # introduced with DAT++, not in the released DAT v1
+DEFORMABLE_FORMS = FORMS  # choices of ``DAT.deformable_form``
 _REMAT_POLICIES = {
     "none": None,
     "blocks": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_ENTRY_A_STAGE = (
+_PER_STAGE_FIELDS = (
     *("dims", "num_heads", "num_groups", "key_strides", "offset_kernels", "offset_range_factors", "position_bias"),
     *("use_offsets", "window_sizes", "neighborhood_sizes", "reduction_ratios", "lpu", "conv_mlp", "layer_scale_init"),
 )
 
 
 class Stem(nn.Module):
-    """(B, H, W, 3) -> (B, H / 4, W / 4, features), rounded up with convolutions, down with plain patches."""
+    """Images (B, H, W, 3) -> (B, H / 4, W / 4, features).
+
+    Attributes:
+      features: output channels.
+      conv_patches: True for two overlapping convolutions, which round sizes up; False for plain patches, which round down.
+      dtype: of the computation.
+    """
 
     features: int
     conv_patches: bool
@@ -49,13 +55,19 @@ class Stem(nn.Module):
             return LayerNorm(name="norm1", dtype=self.dtype)(x)
         half = self.features // 2
         x = conv(half, 3, kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
-        x = activation.gelu(LayerNorm(name="norm1", dtype=self.dtype)(x))
+        x = gelu(LayerNorm(name="norm1", dtype=self.dtype)(x))
         x = conv(self.features, half, kernel_size=3, stride=2, padding=1, name="conv2", dtype=self.dtype)(x)
         return LayerNorm(name="norm2", dtype=self.dtype)(x)
 
 
 class DownProjection(nn.Module):
-    """(B, H, W, C) -> (B, H / 2, W / 2, features), rounded as the stem's."""
+    """(B, H, W, C) -> (B, H / 2, W / 2, features).
+
+    Attributes:
+      features: output channels.
+      conv_patches: True for overlapping convolutions, which round sizes up; False for plain patches, which round down.
+      dtype: of the computation.
+    """
 
     features: int
     conv_patches: bool
@@ -70,7 +82,17 @@ class DownProjection(nn.Module):
 
 
 class Block(nn.Module):
-    """(LPU,) attention and MLP, each in a residual branch. ``make_attention`` makes the attention, given its name."""
+    """Local perception unit (optional), attention and MLP, each in a residual branch.
+
+    Attributes:
+      make_attention: function of a name that returns the attention module.
+      expansion: hidden width of the MLP, in widths of the stage.
+      lpu: whether there is a local perception unit, a 3 x 3 depthwise convolution.
+      conv_mlp: whether the MLP has a convolution.
+      layer_scale_init: initial LayerScale; not positive for none.
+      dtype: of the computation.
+      implementation: see ``ops.dispatch``.
+    """
 
     make_attention: Any
     expansion: int
@@ -96,7 +118,18 @@ class Block(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """(LPU,) then one residual branch of depthwise convolution, LayerNorm and MLP, as in ConvNeXt (stage type X)."""
+    """Local perception unit (optional), then depthwise convolution, LayerNorm and MLP in one branch (stage type X).
+
+    Attributes:
+      window_size: kernel size of the convolution, odd.
+      expansion: hidden width of the MLP, in widths of the stage.
+      lpu: whether there is a local perception unit, a 3 x 3 depthwise convolution.
+      conv_mlp: whether the MLP has a convolution.
+      dtype: of the computation.
+      implementation: see ``ops.dispatch``.
+
+    Source: ConvNeXt (2201.03545), as in the published DAT++ code.
+    """
 
     window_size: int
     expansion: int
@@ -117,15 +150,16 @@ class ConvBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, after a projection where the width changes.
+    """The blocks of one resolution, after a linear layer if the input has other channels.
 
     Attributes:
-      features: width.
-      blocks: functions of a name and a parent, each making a block.
-      drop_path_rates: of the blocks.
-      period: blocks i and i + period are alike. Where scan is set, the repetitions are one loop over their stacked
-        parameters, so that one of them is compiled; parameters keep their names.
-      scan: see ``DAT``.
+      features: channels.
+      blocks: functions of a name and a parent that return a block.
+      drop_path_rates: drop path rate of each block.
+      period: blocks i and i + period have the same type.
+      scan: whether the repetitions of the first ``period`` blocks are one loop over their stacked parameters, so that only one
+        repetition is compiled. The parameters keep their names.
+      dtype: of the computation.
     """
 
     features: int
@@ -142,16 +176,16 @@ class Stage(nn.Module):
         if self.scan and len(self.blocks) > self.period and not self.is_initializing():
             return self._scan(x, train)
         for index, (make_block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
-            # Drop path is all that training changes; remat makes a traced number of a rate of zero.
+            # Training changes nothing but drop path. Under remat the rate is traced, so test for zero here.
             x = make_block(name=f"blocks_{index}", parent=self)(x, rate, train and rate > 0)
         return x
 
     def _scan(self, x, train):
-        """All repetitions of the first ``period`` blocks, in a loop."""
+        """Runs all repetitions of the first ``period`` blocks in a loop."""
         blocks = [make_block(name=None, parent=None) for make_block in self.blocks[: self.period]]
         params = self.variables["params"]
 
-        def stack(position):  # of the blocks at one position of the period: (repetitions, ...)
+        def stack(position):  # parameters of the blocks at one position of the period: (repetitions, ...)
             trees = [params[f"blocks_{index}"] for index in range(position, len(self.blocks), self.period)]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -176,64 +210,72 @@ class Stage(nn.Module):
 
         x, sown = jax.lax.scan(repetition, x, ([stack(position) for position in range(self.period)], rates, keys))
         for index in range(len(self.blocks) if sow else 0):
-            of_block = jax.tree.map(lambda leaf, i=index: leaf[i // self.period], sown[index % self.period])
-            if of_block:
-                self.put_variable("intermediates", f"blocks_{index}", of_block)
+            intermediates = jax.tree.map(lambda leaf, i=index: leaf[i // self.period], sown[index % self.period])
+            if intermediates:
+                self.put_variable("intermediates", f"blocks_{index}", intermediates)
         return x
 
 
 def _remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The block as ``DAT.remat`` says."""
+    """Applies ``DAT.remat`` to a block."""
     if policy == "none":
         return block
-    # ``train`` decides what is computed; the module itself is argument 0
+    # Argument 3 is ``train``, which changes the computation; argument 0 is the module.
     return nn.remat(block, static_argnums=(3,), policy=_REMAT_POLICIES[policy])
 
 
 def _period(kinds: str) -> int:
-    """Of "NDNDND" 2, of "DD" 1, of "NDD" 3."""
+    """Length of the shortest repeated part: 2 for "NDNDND", 1 for "DD", 3 for "NDD"."""
     return next(p for p in range(1, len(kinds) + 1) if kinds[:p] * (len(kinds) // p) == kinds)
 
 
 class DAT(nn.Module):
     """Vision transformer with deformable attention.
 
-    ``model.apply(variables, images, train=False)`` takes images (B, H, W, 3), normalised by the ImageNet mean and
-    deviation, of any size from 32 x 32, and returns logits (B, num_classes) in float32 or better. Training needs a
-    random key "dropout" where the drop path rate is not zero.
+    ``model.apply(variables, images, train=False)`` takes images (B, H, W, 3) of any size from 32 x 32, normalized by the ImageNet
+    mean and standard deviation, and returns logits (B, num_classes) in float32 or better. Training needs a random key "dropout"
+    if the drop path rate is not zero.
 
-    Attributes (tuples have one entry a stage):
-      num_classes: width of the head.
-      image_size: side, or (height, width), of the images that position tables are made for; others work as well.
-      dim_stem, dims: widths.
-      stages: a string of block types a stage, such as "ND"; ``STAGE_TYPES`` lists them.
-      num_heads: attention heads.
-      num_groups, key_strides, offset_kernels, offset_range_factors, position_bias, use_offsets: of D blocks, see
-        ``attention.DeformableAttention``.
-      deformable_form: which of the two published forms D blocks have. Both have the same parameters, so only the numbers
-        show which form weights were trained with. With n keys on a side of H pixels, offset o of key i and range factor f:
+    Attributes:
+      num_classes: number of classes.
+      image_size: side, or (height, width), of the images that position tables are made for; other sizes work as well.
+      dim_stem: channels of the stem.
+      dims: channels of each stage. All tuples have one entry per stage.
+      stages: block types of each stage as a string, such as "ND"; ``STAGE_TYPES`` lists them.
+      num_heads: number of attention heads.
+      num_groups: number of offset groups of D blocks, see ``attention.DeformableAttention``.
+      key_strides: stride of the key grid of D blocks.
+      offset_kernels: kernel size of the offset network of D blocks.
+      offset_range_factors: offset range factor of D blocks.
+      position_bias: position bias of D blocks, one of ``attention.POSITION_BIAS_KINDS``.
+      use_offsets: whether D blocks have offsets.
+      deformable_form: which of the two published forms D blocks have. Both have the same parameters, so weights do not show
+        which form they were trained with. With n keys on a side of H pixels, offset o of key i and range factor f:
 
-        * "dat_pp", the form published with DAT++: reference point r = (i + 0.5) / (n - 1) * 2 - 1, position
-          clip(r + o, -1, 1) if f < 0, else r + tanh(o) * f / (n - 1). Query i looks its position bias up at
+        * "dat_pp", the form published with DAT++: the reference point is r = (i + 0.5) / (n - 1) * 2 - 1, the position is
+          clip(r + o, -1, 1) if f < 0, otherwise r + tanh(o) * f / (n - 1). For the position bias query i is at
           2 i / (H - 1) - 1.
-        * "cvpr2022", DAT v1 as it was released: r = (i + 0.5) / n * 2 - 1, position tanh(r + o) if f < 0, else
-          r + tanh(o) * f / n (r + o if f = 0). Query i looks its position bias up at (i + 0.5) / H * 2 - 1. There is no
-          position bias "log_cpb".
-      window_sizes: of L, S and X blocks. neighborhood_sizes: of N blocks. reduction_ratios: of P blocks.
-      lpu, conv_mlp: whether a stage's blocks have a local perception unit, a convolution in the MLP.
-      conv_patches: overlapping convolutions in stem and down-projections (DAT++), or plain patches.
+        * "cvpr2022", the form of the released DAT v1: r = (i + 0.5) / n * 2 - 1, the position is tanh(r + o) if f < 0, r + o if
+          f = 0, otherwise r + tanh(o) * f / n. For the position bias query i is at (i + 0.5) / H * 2 - 1. There is no position
+          bias "log_cpb".
+      window_sizes: side of the windows of L, S and X blocks.
+      neighborhood_sizes: side of the windows of N blocks.
+      reduction_ratios: reduction of the map in P blocks.
+      lpu: whether blocks have a local perception unit.
+      conv_mlp: whether blocks have a convolution in the MLP.
       layer_scale_init: initial LayerScale; not positive for none.
-      expansion: width of the MLPs, in widths of the stage.
-      drop_path_rate: of the last block; rises linearly from 0 over all blocks.
-      remat: what is computed again in the backward pass instead of kept: "none", "blocks" (all but the inputs of the
-        blocks) or "dots" (all but those and the results of linear layers).
-      scan_blocks: the repeated blocks of a stage are one loop over their stacked parameters instead of so many copies,
-        which compiles faster. Parameters have the same names, results differ by rounding, drop path by its draws.
-      dtype: of the computation. Parameters are float32; positions, softmax and statistics float32 or better.
-      implementation: "auto" or "plain", of every op, or "pallas", TPU kernels of those that have one (see ``ops.dispatch``).
+      conv_patches: True for overlapping convolutions in stem and down-projections (DAT++), False for plain patches.
+      expansion: hidden width of the MLPs, in widths of the stage.
+      drop_path_rate: drop path rate of the last block; rates rise linearly from 0 over all blocks.
+      remat: what the backward pass recomputes to save memory: "none", "blocks" (all but the inputs of the blocks) or "dots" (all
+        but those and the results of linear layers).
+      scan_blocks: whether the repeated blocks of a stage are one loop over stacked parameters, which compiles faster.
+        Parameters keep their names; results differ by rounding, and drop path draws other random numbers.
+      dtype: of the computation. Parameters are float32; positions, softmax and statistics are float32 or better.
+      implementation: "auto", "plain" or "pallas", for every op, see ``ops.dispatch``.
 
     Raises:
-      ValueError: the settings do not fit together, or images have an impossible shape.
+      ValueError: the settings are inconsistent, or images have a wrong shape.
 
     Source: DAT++ (2309.01430), section 3 and table 1; DAT (CVPR 2022).
     """
@@ -288,9 +330,7 @@ class DAT(nn.Module):
         self.cls_head = Linear(self.num_classes, dtype=jnp.promote_types(self.dtype, jnp.float32))
 
     def features(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
-        """(B, H, W, 3) -> the map after each stage, strides 4, 8, 16 and 32, (B, H_i, W_i, dims[i]), without any norm
-        after it.
-        """
+        """Images (B, H, W, 3) -> the map after each stage, (B, H_i, W_i, dims[i]), strides 4, 8, 16 and 32, without a norm."""
         self._check_images(images)
         x = self.patch_proj(images.astype(self.dtype))
         maps = []
@@ -300,7 +340,7 @@ class DAT(nn.Module):
         return tuple(maps)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """(B, H, W, 3) -> logits (B, num_classes)."""
+        """Images (B, H, W, 3) -> logits (B, num_classes)."""
         return self.classify(self.features(images, train=train)[-1])
 
     def classify(self, last_map: jax.Array) -> jax.Array:
@@ -309,7 +349,7 @@ class DAT(nn.Module):
         return self.cls_head(x.mean(axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
 
     def _block_maker(self, i: int, kind: str):
-        """A function of a name and a parent that makes a block of stage ``i``."""
+        """Returns a function of a name and a parent that creates a block of stage ``i``."""
         options = dict(dtype=self.dtype, implementation=self.implementation)
         common = dict(
             expansion=self.expansion,
@@ -350,27 +390,27 @@ class DAT(nn.Module):
         return lambda **place: make_block(make_attention, layer_scale_init=self.layer_scale_init[i], **common, **place)
 
     def map_shape(self, image_shape: tuple[int, int], *, stage: int) -> tuple[int, int]:
-        """(H, W) of a stage's map for images of a size."""
+        """(H, W) of the map of a stage for images of (height, width)."""
         stride = 4 * 2**stage
         return tuple(-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
 
     def table_shape(self, *, stage: int) -> tuple[int, int]:
-        """(H, W) of the map that a stage's position tables are made for."""
+        """(H, W) of the map that the position tables of a stage are made for."""
         configured = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
         return self.map_shape(configured, stage=stage)
 
     def _check(self):
         if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate wants a number from 0 to below 1, got {self.drop_path_rate}.")
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         if self.remat not in _REMAT_POLICIES:
             raise ValueError(f"Unknown remat {self.remat!r}; choose one of {', '.join(_REMAT_POLICIES)}.")
         if self.deformable_form not in DEFORMABLE_FORMS:
             choices = ", ".join(DEFORMABLE_FORMS)
             raise ValueError(f"Unknown deformable_form {self.deformable_form!r}; choose one of {choices}.")
-        for name in _ENTRY_A_STAGE:
+        for name in _PER_STAGE_FIELDS:
             if len(getattr(self, name)) != len(self.stages):
                 raise ValueError(
-                    f"{name} wants one entry for each of the {len(self.stages)} stages, got {getattr(self, name)}."
+                    f"{name} expected one entry for each of the {len(self.stages)} stages, got {getattr(self, name)}."
                 )
         for i, kinds in enumerate(self.stages):
             unknown = set(kinds) - set(STAGE_TYPES)
@@ -379,13 +419,13 @@ class DAT(nn.Module):
                 raise ValueError(f"Unknown block type {sorted(unknown)[0]!r} in stages; choose from {choices}.")
             if "D" in kinds and self.position_bias[i] == "log_cpb" and self.deformable_form == "cvpr2022":
                 raise ValueError(f'Stage {i}: deformable_form "cvpr2022" has no position bias "log_cpb".')
-            if "X" in kinds and self.window_sizes[i] % 2 == 0:  # the residual sum needs a map of the same size
-                raise ValueError(f"Stage {i}: X blocks want an odd window, got {self.window_sizes[i]}.")
+            if "X" in kinds and self.window_sizes[i] % 2 == 0:  # an even window would change the size of the map
+                raise ValueError(f"Stage {i}: X blocks need an odd window size, got {self.window_sizes[i]}.")
             if set(kinds) & set("NDLSPE") and self.dims[i] % self.num_heads[i]:
                 raise ValueError(f"Stage {i}: {self.num_heads[i]} heads do not divide {self.dims[i]} channels.")
 
     def _check_images(self, images):
         if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
             raise ValueError(
-                f"DAT wants images (B, H, W, 3) with sides of at least {MIN_IMAGE_SIDE} pixels, got {images.shape}."
+                f"DAT expected images (B, H, W, 3) with sides of at least {MIN_IMAGE_SIDE} pixels, got {images.shape}."
             )

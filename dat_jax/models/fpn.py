@@ -13,15 +13,17 @@ EXTRA_LEVELS = ("convolutions", "subsampling")
 
 
 class FPN(nn.Module):
-    """Maps (B, H_i, W_i, C_i), fine to coarse -> as many of width ``features``, and coarser ones: 1 x 1, top-down sums, 3 x 3.
+    """Maps (B, H_i, W_i, C_i), from fine to coarse -> levels (B, H_i, W_i, features), and optionally coarser ones.
 
-    Neither norm nor activation; the coarser map is resized by nearest neighbour to the exact size of the finer one.
+    1 x 1 convolutions, sums from coarse to fine, then 3 x 3 convolutions, without norms or activations. For the sum the coarser
+    map is resized by nearest neighbor to the exact size of the finer one.
 
     Attributes:
-      features: width of all levels.
-      levels: how many come out; 0 for as many as go in.
-      extra: where the further ones come from: "convolutions", 3 x 3 with stride 2, the first on the coarsest map that goes in
-        and each other one on the level before it; or "subsampling" of the level before by 2.
+      features: channels of all levels.
+      levels: number of levels in the output; 0 for the number of input maps.
+      extra: how the additional levels are computed. "convolutions": 3 x 3 with stride 2, the first one of the coarsest input map,
+        every other one of the level before it. "subsampling": every second pixel of the level before it.
+      dtype: of the computation.
     """
 
     features: int = 256

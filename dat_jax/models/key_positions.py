@@ -1,4 +1,4 @@
-"""Where the deformable blocks of a model sample their maps."""
+"""Key positions of the deformable blocks of a model, by block."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,28 +7,31 @@ from dat_jax.models.dat import DAT
 
 
 def name_positions(sown: Mapping[str, Any], dat: DAT, image_shape: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """What a DAT sowed, by block.
+    """Key positions that a DAT sowed, by block.
 
     Args:
-      sown: its "intermediates"; empty where no block is deformable.
+      sown: the "intermediates" collection of the DAT; empty if no block is deformable.
       dat: the model.
-      image_shape: (height, width) of the images that it saw.
+      image_shape: (height, width) of its input images.
 
     Returns:
-      {"positions": of every D block, "stages_2/blocks_1", those of its keys, (B, G, Hk, Wk, 2), (y, x), -1 and 1 the centres
-      of the first and last pixel of its map; "map_shapes": the (height, width) of that map}.
+      Two dictionaries with a key for every D block, such as "stages_2/blocks_1".
+
+      * "positions": key positions, (B, G, Hk, Wk, 2), (y, x), with -1 and 1 at the centers of the first and last pixel of the
+        block's map.
+      * "map_shapes": (height, width) of that map.
     """
     positions = {
-        f"{stage}/{block}": of_block["attn"]["positions"][0]
+        f"{stage}/{block}": intermediates["attn"]["positions"][0]
         for stage, blocks in sown.items()
-        for block, of_block in blocks.items()
+        for block, intermediates in blocks.items()
     }
     return {
         "positions": positions,
-        "map_shapes": {name: dat.map_shape(image_shape, stage=_stage_of(name)) for name in positions},
+        "map_shapes": {name: dat.map_shape(image_shape, stage=_stage_index(name)) for name in positions},
     }
 
 
-def _stage_of(block_name: str) -> int:
-    """stages_2/blocks_5 -> 2."""
+def _stage_index(block_name: str) -> int:
+    """Index of the stage: "stages_2/blocks_5" -> 2."""
     return int(block_name.split("/")[0].removeprefix("stages_"))

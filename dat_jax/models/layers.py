@@ -1,4 +1,8 @@
-"""Layers that the blocks of every stage share. Maps are (B, H, W, C); parameters are float32."""
+"""Layers that the blocks of all stages share. Maps are (B, H, W, C); parameters are float32.
+
+Each module declares parameters and calls one function of ``dat_jax.ops.layers``. Algorithms for one platform are selected there,
+by ``ops.dispatch``.
+"""
 
 import math
 from typing import Any
@@ -7,15 +11,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops.layers import activation, depthwise, normalization
-from dat_jax.ops.layers import linear as linear_ops
-from dat_jax.ops.layers import mlp as mlp_ops
+from dat_jax.ops.layers.activation import gelu_linear
+from dat_jax.ops.layers.depthwise import depthwise_conv
+from dat_jax.ops.layers.linear import linear
+from dat_jax.ops.layers.mlp import conv_mlp, uses_pallas
+from dat_jax.ops.layers.normalization import layer_norm
 
-_STATISTICS_RATE = 0.1  # of BatchNorm, PyTorch's momentum
+_STATISTICS_RATE = 0.1  # of BatchNorm's running averages, as PyTorch's momentum
 
 
 def uniform_init(fan_in: int) -> nn.initializers.Initializer:
-    """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): what the published models start from, weights and biases alike."""
+    """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), the published initialization of kernels and biases."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -25,12 +31,18 @@ def uniform_init(fan_in: int) -> nn.initializers.Initializer:
 
 
 def table_init(std: float) -> nn.initializers.Initializer:
-    """Normal of this standard deviation. Published as truncated at -2 and 2, which is 100 deviations away or more."""
+    """Normal with this standard deviation. Published as truncated at -2 and 2, which is at least 100 deviations away."""
     return nn.initializers.normal(std)
 
 
 class Linear(nn.Module):
-    """nn.Dense by ``ops.layers.linear``, with the published initialisation."""
+    """``nn.Dense`` with the published initialization.
+
+    Attributes:
+      features: output channels.
+      dtype: of the computation.
+      use_bias: whether to add a bias.
+    """
 
     features: int
     dtype: Any
@@ -44,7 +56,42 @@ class Linear(nn.Module):
             x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
             return x @ kernel
         bias = self.param("bias", init, (self.features,))
-        return linear_ops.linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
+        return linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
+
+
+class GeluLinear(nn.Module):
+    """The exact GELU, then ``Linear`` with bias, as one op: the backward pass stores the input but not its GELU.
+
+    Attributes:
+      features: output channels.
+      dtype: of the computation.
+    """
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        init = uniform_init(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,))
+        return gelu_linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
+
+
+class LayerNorm(nn.Module):
+    """``nn.LayerNorm`` over channels with epsilon 1e-5 and statistics in float32 or better.
+
+    Attributes:
+      dtype: of the input and the output.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x.astype(self.dtype), scale, bias, 1e-5)
 
 
 def conv(
@@ -58,7 +105,7 @@ def conv(
     dtype: Any,
     use_bias: bool = True,
 ) -> nn.Conv:
-    """nn.Conv, square, with the published initialisation."""
+    """``nn.Conv`` with a square kernel and the published initialization."""
     init = uniform_init(in_features * kernel_size**2)
     return nn.Conv(
         features,
@@ -73,36 +120,16 @@ def conv(
     )
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over channels, eps 1e-5, statistics in float32 or better."""
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return normalization.layer_norm(x.astype(self.dtype), scale, bias, 1e-5)
-
-
-class GeluLinear(nn.Module):
-    """GELU, then a linear layer; parameters are those of ``Linear``."""
-
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        init = uniform_init(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        bias = self.param("bias", init, (self.features,))
-        return activation.gelu_linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
-
-
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with bias, zero padding ``padding`` (kernel_size // 2 unless given).
+    """Depthwise convolution with bias and zero padding.
 
-    ``groups`` consecutive runs of channels share their kernels and biases, which have as many channels as one run.
+    Attributes:
+      kernel_size: side of the square kernel.
+      stride: step along both axes.
+      padding: zeros on each side; None for kernel_size // 2.
+      groups: number of consecutive runs of channels that share kernels and biases; these have the channels of one run.
+      dtype: of the computation.
+      implementation: see ``ops.dispatch``.
     """
 
     kernel_size: int = 3
@@ -120,7 +147,7 @@ class DepthwiseConv(nn.Module):
         bias = self.param("bias", init, (channels,))
         kernel, bias = jnp.tile(kernel, self.groups), jnp.tile(bias, self.groups)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        out = depthwise.depthwise_conv(
+        out = depthwise_conv(
             x,
             kernel,
             stride=self.stride,
@@ -131,7 +158,7 @@ class DepthwiseConv(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops the branch of an example with probability ``rate``, scales what stays by 1 / (1 - rate).
+    """Drops the branch of an example with probability ``rate`` and scales the others by 1 / (1 - rate).
 
     ``rate`` may be traced. Random stream: "dropout". Source: Deep Networks with Stochastic Depth (1603.09382).
     """
@@ -141,16 +168,23 @@ class DropPath(nn.Module):
         if not train or (isinstance(rate, float) and rate == 0):
             return x
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
-        return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+        mask = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
+        return jnp.where(mask, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over all but the channels, eps 1e-5, statistics in float32 or better; training moves them by a tenth.
+    """BatchNorm over all axes but the channels, epsilon 1e-5, statistics in float32 or better.
 
-    The batch is the whole one, over all devices (the partitioner adds the sums), as PyTorch's SyncBatchNorm; as there the
-    variance that is kept is n / (n - 1) of the batch's. With ``mask``, bool (B,), only those rows count. Collection
-    "batch_stats": mean and var.
+    In training the running averages move by a tenth of the difference. They are in collection "batch_stats": mean and var. As
+    in PyTorch's SyncBatchNorm, and unlike ``nn.BatchNorm``:
+
+    * the batch is the global one, over all devices (the partitioner adds the sums);
+    * the running variance is unbiased, n / (n - 1) of the batch's variance.
+
+    With ``mask``, bool (B,), only those rows count.
+
+    Attributes:
+      dtype: of the output.
     """
 
     dtype: Any
@@ -160,30 +194,38 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
-        kept_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
-        kept_var = self.variable("batch_stats", "var", jnp.ones, channels)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train:
             axes = tuple(range(x.ndim - 1))
-            counted, count = None, x.size // x.shape[-1]
+            row_mask, count = None, x.size // x.shape[-1]
             if mask is not None:
-                counted = mask.reshape(-1, *(1,) * (x.ndim - 1))
+                row_mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
                 count = jnp.maximum(mask.sum() * (count // x.shape[0]), 1)
-            mean = wide.sum(axes, where=counted) / count
+            mean = wide.sum(axes, where=row_mask) / count
             square = jnp.square(wide - mean.reshape((1,) * len(axes) + channels))
-            var = square.sum(axes, where=counted) / count
+            var = square.sum(axes, where=row_mask) / count
             if not self.is_initializing():
-                kept_mean.value += _STATISTICS_RATE * (mean - kept_mean.value)
-                kept_var.value += _STATISTICS_RATE * (var * count / jnp.maximum(count - 1, 1) - kept_var.value)
+                running_mean.value += _STATISTICS_RATE * (mean - running_mean.value)
+                running_var.value += _STATISTICS_RATE * (var * count / jnp.maximum(count - 1, 1) - running_var.value)
         else:
-            mean, var = kept_mean.value, kept_var.value
+            mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + 1e-5)
         shape = (1,) * (x.ndim - 1) + channels
         return (wide * factor.reshape(shape) + (bias - mean * factor).reshape(shape)).astype(self.dtype)
 
 
 class ConvUnit(nn.Module):
-    """Square convolution without bias that keeps the size, BatchNorm (see there), ReLU: the unit of the published heads."""
+    """Convolution without bias, BatchNorm and ReLU, the unit of the published heads. The size of the map stays.
+
+    ``mask`` is passed to ``BatchNorm``.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel, odd.
+      dtype: of the computation.
+    """
 
     features: int
     kernel_size: int
@@ -191,16 +233,25 @@ class ConvUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool, mask: jax.Array | None = None):
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        sides, padding = (self.kernel_size,) * 2, self.kernel_size // 2
         x = nn.Conv(
-            self.features, sides, padding=padding, use_bias=False, kernel_init=init, dtype=self.dtype, name="conv"
+            self.features,
+            (self.kernel_size, self.kernel_size),
+            padding=self.kernel_size // 2,
+            use_bias=False,
+            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            dtype=self.dtype,
+            name="conv",
         )(x)
         return nn.relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train, mask=mask))
 
 
 class LayerScale(nn.Module):
-    """Multiplies every channel by a learned factor. Source: CaiT (2103.17239)."""
+    """Multiplies every channel by a learned factor. Source: CaiT (2103.17239).
+
+    Attributes:
+      initial_value: of the factors.
+      dtype: of the computation.
+    """
 
     initial_value: float
     dtype: Any = jnp.float32
@@ -211,8 +262,13 @@ class LayerScale(nn.Module):
         return x * scale.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
-class Affine(nn.Module):
-    """Kernel and bias of a layer, named and initialised as those of ``Linear`` and ``DepthwiseConv``."""
+class KernelAndBias(nn.Module):
+    """The parameters of a ``Linear`` or ``DepthwiseConv`` without its computation, with the same names and initialization.
+
+    Attributes:
+      kernel_shape: shape of the kernel; the bias has its last axis.
+      fan_in: number of inputs of one output.
+    """
 
     kernel_shape: tuple[int, ...]
     fan_in: int
@@ -224,7 +280,14 @@ class Affine(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, (a depthwise 3 x 3 convolution added,) GELU, linear; ``expansion`` times as wide inside."""
+    """Linear, GELU, linear; with ``depthwise`` a 3 x 3 depthwise convolution is added before the GELU.
+
+    Attributes:
+      expansion: hidden width, in widths of the input.
+      depthwise: whether there is a convolution.
+      dtype: of the computation.
+      implementation: see ``ops.dispatch``.
+    """
 
     expansion: int = 4
     depthwise: bool = False
@@ -234,12 +297,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels, hidden = x.shape[-1], self.expansion * x.shape[-1]
-        if self.depthwise and mlp_ops.chooses_kernel(x.shape, hidden, self.implementation):
-            linear1 = Affine((channels, hidden), channels, name="linear1")()
-            convolution = Affine((3, 3, 1, hidden), 9, name="dwc")()
-            linear2 = Affine((hidden, channels), hidden, name="linear2")()
+        if self.depthwise and uses_pallas(x.shape, hidden, self.implementation):  # one op, with the parameters below
+            linear1 = KernelAndBias((channels, hidden), channels, name="linear1")()
+            convolution = KernelAndBias((3, 3, 1, hidden), 9, name="dwc")()
+            linear2 = KernelAndBias((hidden, channels), hidden, name="linear2")()
             x = x.astype(self.dtype)
-            return mlp_ops.conv_mlp(x, *linear1, *convolution, *linear2, implementation=self.implementation)
+            return conv_mlp(x, *linear1, *convolution, *linear2, implementation=self.implementation)
         x = Linear(hidden, name="linear1", dtype=self.dtype)(x)
         if self.depthwise:
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x)

@@ -1,4 +1,4 @@
-"""Mask R-CNN (1703.06870) and Cascade Mask R-CNN (1906.09756): the networks, without the choice of boxes between them."""
+"""Mask R-CNN (1703.06870) and Cascade Mask R-CNN (1906.09756): the networks, without the selection of boxes between them."""
 
 from typing import Any
 
@@ -12,19 +12,22 @@ from dat_jax.models.fpn import FPN
 from dat_jax.models.layers import ConvUnit
 from dat_jax.models.rpn import ANCHOR_RATIOS, ANCHOR_SCALES, RPNHead
 
-BOX_SIDE, MASK_SIDE = 7, 14  # sides of the features that RoIAlign extracts for the heads, as published
+BOX_SIDE, MASK_SIDE = 7, 14  # published sides of the RoI features for the heads
 CASCADE_STAGES = 3
-BOX_HEAD_SIZES = {True: dict(num_convs=4, num_layers=1), False: dict(num_convs=0, num_layers=2)}  # of a cascade or not
+BOX_HEAD_SIZES = {True: dict(num_convs=4, num_layers=1), False: dict(num_convs=0, num_layers=2)}  # key: is it a cascade
 
 
 class BoxHead(nn.Module):
-    """(N, 7, 7, C) -> logits (N, K + 1), the last for background, and deltas (N, K * 4), class by class; float32 or better.
+    """RoI features (N, 7, 7, C) -> logits (N, K + 1), background last, and deltas (N, K * 4), class-major; float32 or better.
 
-    With ``mask``, bool (N,), only those rows count in BatchNorm's statistics.
+    With ``mask``, bool (N,), only those rows count in the statistics of BatchNorm.
 
     Attributes:
-      num_convs: 3 x 3 units with BatchNorm before (published 4 in a cascade, else 0).
-      num_layers: hidden linear layers of ``width`` (published 1 in a cascade, else 2).
+      num_classes: K, without background.
+      num_convs: number of 3 x 3 convolutions with BatchNorm (published: 4 in a cascade, otherwise 0).
+      num_layers: number of hidden linear layers after them (published: 1 in a cascade, otherwise 2).
+      width: features of the hidden linear layers.
+      dtype: of the hidden layers.
     """
 
     num_classes: int
@@ -45,16 +48,22 @@ class BoxHead(nn.Module):
             init = nn.initializers.xavier_uniform()
             x = nn.relu(nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name=f"shared_fcs_{index}")(x))
 
-        def last(features, std, name):
+        def output_layer(features, std, name):
             return nn.Dense(features, kernel_init=nn.initializers.normal(std), dtype=wide, name=name)(x)
 
-        return last(self.num_classes + 1, 0.01, "fc_cls"), last(4 * self.num_classes, 0.001, "fc_reg")
+        return output_layer(self.num_classes + 1, 0.01, "fc_cls"), output_layer(4 * self.num_classes, 0.001, "fc_reg")
 
 
 class MaskHead(nn.Module):
-    """(N, 14, 14, C) -> logits (N, 28, 28, K), float32 or better: 3 x 3 convolutions, doubled by a 2 x 2 deconvolution, 1 x 1.
+    """RoI features (N, 14, 14, C) -> logits (N, 28, 28, K), float32 or better.
 
-    The deconvolution has stride 2, so that it is a product at every pixel and a rearrangement.
+    3 x 3 convolutions, a 2 x 2 deconvolution that doubles the size, and a 1 x 1 convolution. The stride of the deconvolution is
+    2, so it is a matrix product at every pixel and a rearrangement.
+
+    Attributes:
+      num_classes: K.
+      num_convs: number of 3 x 3 convolutions.
+      dtype: of the hidden layers.
     """
 
     num_classes: int
@@ -79,23 +88,29 @@ class MaskHead(nn.Module):
 class RCNN(nn.Module):
     """Backbone, pyramid of five levels (strides 4 to 64), RPN, and the heads for boxes and masks.
 
-    Variables are "params" and, of a cascade, "batch_stats". Methods take and give arrays; boxes are chosen, and features cut
-    out of the pyramid, in ``tasks.detection.detector``.
+    The variables are "params" and, in a cascade, "batch_stats". Methods are functions of arrays; ``tasks.detection.detector``
+    selects the boxes and extracts their features from the pyramid.
 
     Attributes:
       dat: the backbone; its classifier is not used.
-      num_classes: without background.
-      cascade: three box and mask heads with BatchNorm, and a last level that is subsampled (Cascade), or one of each and a
-        last level by convolution (Mask R-CNN).
-      features: width of the pyramid. width: of the box heads' linear layers.
-      box_convs, box_layers: numbers of convolutions and of hidden linear layers in each box head; None for the published
-        ones, 4 and 1 in a cascade, 0 and 2 otherwise.
+      num_classes: number of classes, without background.
+      cascade: True for Cascade Mask R-CNN: three box and mask heads, with BatchNorm in the box heads, and a last level by
+        subsampling. False for Mask R-CNN: one head of each kind, and a last level by convolution.
+      features: channels of the pyramid.
+      width: features of the hidden linear layers in the box heads.
+      box_convs: number of convolutions in each box head; None for the published number, 4 in a cascade and 0 otherwise.
+      box_layers: number of hidden linear layers in each box head; None for the published number, 1 in a cascade and 2 otherwise.
       mask_convs: number of convolutions in each mask head.
-      box_side, mask_side: sides of the features that RoIAlign extracts for the heads.
-      anchor_scales, anchor_ratios: of the RPN's anchors at every place, see ``ops.detection.anchors``.
-      anchor_means, anchor_stds: means and deviations of the RPN's deltas, see ``ops.detection.boxes.encode_boxes``.
-      box_means, box_stds: means and deviations of each box head's deltas, four numbers per head; empty for the published
-        ones, see ``tasks.detection.rcnn``.
+      box_side: side of the RoI features for the box heads.
+      mask_side: side of the RoI features for the mask heads.
+      anchor_scales: scales of the RPN's anchors at every position, see ``ops.detection.anchors``.
+      anchor_ratios: aspect ratios of the RPN's anchors at every position, see ``ops.detection.anchors``.
+      anchor_means: means of the RPN's deltas, see ``ops.detection.boxes.encode_boxes``.
+      anchor_stds: standard deviations of the RPN's deltas, see ``ops.detection.boxes.encode_boxes``.
+      box_means: means of each box head's deltas, four numbers per head; empty for the published ones, see
+        ``tasks.detection.rcnn``.
+      box_stds: standard deviations of each box head's deltas, four numbers per head; empty for the published ones.
+      dtype: of the computation.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """
@@ -126,8 +141,8 @@ class RCNN(nn.Module):
         self.rpn_head = RPNHead(num_anchors, self.features, dtype=self.dtype)
         published = BOX_HEAD_SIZES[self.cascade]
         sizes = {
-            name: default if chosen is None else chosen
-            for (name, default), chosen in zip(published.items(), (self.box_convs, self.box_layers), strict=True)
+            name: default if value is None else value
+            for (name, default), value in zip(published.items(), (self.box_convs, self.box_layers), strict=True)
         }
         options = dict(num_classes=self.num_classes, dtype=self.dtype)
         self.bbox_heads = [BoxHead(width=self.width, **sizes, **options) for _ in range(self.stages)]
@@ -135,30 +150,30 @@ class RCNN(nn.Module):
 
     @property
     def stages(self) -> int:
-        """How many heads of each kind there are."""
+        """Number of heads of each kind."""
         return CASCADE_STAGES if self.cascade else 1
 
     def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
-        """(B, H, W, 3) -> the five levels (B, H_i, W_i, features)."""
+        """Images (B, H, W, 3) -> the five levels (B, H_i, W_i, features)."""
         return self.neck(self.backbone(images, train=train))
 
     def propose(self, pyramid: tuple[jax.Array, ...]) -> dict[str, tuple[jax.Array, ...]]:
-        """{"scores": (B, H_i, W_i, A) of each level, "deltas": (B, H_i, W_i, A * 4)}, see ``RPNHead``."""
+        """{"scores": (B, H_i, W_i, A), "deltas": (B, H_i, W_i, A * 4)} of each level, see ``RPNHead``."""
         scores, deltas = zip(*map(self.rpn_head, pyramid), strict=True)
         return {"scores": scores, "deltas": deltas}
 
     def boxes(
-        self, cuts: jax.Array, *, stage: int = 0, train: bool = False, mask: jax.Array | None = None
+        self, roi_features: jax.Array, *, stage: int = 0, train: bool = False, mask: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """(N, 7, 7, features) -> logits (N, K + 1) and deltas (N, K * 4) of a stage, see ``BoxHead``."""
-        return self.bbox_heads[stage](cuts, train=train, mask=mask)
+        """RoI features (N, 7, 7, features) -> logits (N, K + 1) and deltas (N, K * 4) of a stage, see ``BoxHead``."""
+        return self.bbox_heads[stage](roi_features, train=train, mask=mask)
 
-    def masks(self, cuts: jax.Array, *, stage: int = 0) -> jax.Array:
-        """(N, 14, 14, features) -> logits (N, 28, 28, K) of a stage."""
-        return self.mask_heads[stage](cuts)
+    def masks(self, roi_features: jax.Array, *, stage: int = 0) -> jax.Array:
+        """RoI features (N, 14, 14, features) -> logits (N, 28, 28, K) of a stage, see ``MaskHead``."""
+        return self.mask_heads[stage](roi_features)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, tuple[jax.Array, ...]]:
-        """What the RPN says. Initialises every head."""
+        """Images (B, H, W, 3) -> the outputs of the RPN, see ``propose``. Also initializes all heads."""
         pyramid = self.pyramid(images, train=train)
         if self.is_initializing():
             for stage in range(self.stages):

@@ -1,4 +1,4 @@
-"""The published variants by name."""
+"""Creation of models by name."""
 
 import dataclasses
 import difflib
@@ -15,12 +15,12 @@ Detector = RetinaNet | RCNN
 
 
 def _dat_pp(dims, num_heads, num_groups, drop_path_rate) -> dict[str, Any]:
-    """DAT++ (2309.01430), table 1. The rest is the defaults of ``DAT``."""
+    """Settings of DAT++ (2309.01430), table 1. The others are the defaults of ``DAT``."""
     return dict(dim_stem=dims[0], dims=dims, num_heads=num_heads, num_groups=num_groups, drop_path_rate=drop_path_rate)
 
 
 def _dat(dims, num_heads, num_groups, third_stage, drop_path_rate) -> dict[str, Any]:
-    """DAT v1 (CVPR 2022), table 1: windows first, deformable attention in the last two stages, in its released form."""
+    """Settings of DAT v1 (CVPR 2022), table 1: deformable attention in the last two stages, in its released form."""
     return dict(
         dim_stem=dims[0],
         dims=dims,
@@ -45,14 +45,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dat_pp_tiny": _TINY,
     "dat_pp_small": _dat_pp((96, 192, 384, 768), (3, 6, 12, 24), (1, 2, 3, 6), 0.4),
     "dat_pp_base": _BASE,
-    "dat_pp_base_384": {**_BASE, "drop_path_rate": 0.6},  # keeps tables made for 224, as published
+    "dat_pp_base_384": {**_BASE, "drop_path_rate": 0.6},  # position tables made for 224, as published
     # DAT+, the paper's ablation: dat_pp_tiny without its convolutions.
     "dat_p_tiny": {**_TINY, "lpu": (False,) * 4, "conv_mlp": (False,) * 4, "conv_patches": False},
     "dat_tiny": _dat((96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 6), "LD" * 3, 0.2),
     "dat_small": _dat((96, 192, 384, 768), (3, 6, 12, 24), (1, 1, 3, 6), "LD" * 9, 0.3),
     "dat_base": _BASE_V1,
-    "dat_base_384": {**_BASE_V1, "image_size": 384, "window_sizes": (12,) * 4},  # tables made for 384
-    # Not published: small enough to train on a CPU in minutes, on images of 48 x 48.
+    "dat_base_384": {**_BASE_V1, "image_size": 384, "window_sizes": (12,) * 4},  # position tables made for 384
+    # Not published: trains on a CPU in minutes, on images of 48 x 48.
     "dat_pp_nano": dict(
         image_size=48,
         dim_stem=32,
@@ -69,19 +69,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def list_models(filter: str = "*") -> list[str]:
-    """Names that ``create_model`` knows and that match a pattern, such as "*pp*": * any characters, ? one, [ab] one of them."""
+    """Names of models for ``create_model``.
+
+    Args:
+      filter: a pattern for the names, such as "*pp*": * matches any characters, ? one character, [ab] one of these.
+    """
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, filter)]
 
 
 def create_model(name: str, **overrides) -> DAT:
-    """Makes a model by name.
+    """Creates a DAT classifier by name.
 
     Args:
       name: one of ``list_models()``.
       **overrides: attributes of ``DAT``, such as num_classes, image_size, drop_path_rate, dtype.
 
     Raises:
-      ValueError: unknown name or attribute; the nearest known one is named.
+      ValueError: unknown name or attribute; the message suggests the nearest known one.
     """
     if name not in VARIANTS:
         raise ValueError(f"Unknown model {name!r}{_nearest(name, VARIANTS)}. Models: {', '.join(VARIANTS)}.")
@@ -93,16 +97,16 @@ _HEADS = {"sem_fpn": dict(channels=128), "upernet": dict(channels=512)}  # as pu
 
 
 def create_segmentor(name: str, *, backbone: str | Mapping[str, Any] | DAT, **overrides) -> Segmentor:
-    """Makes a segmentor.
+    """Creates a segmentation model.
 
     Args:
-      name: of the head, "sem_fpn" or "upernet".
-      backbone: a name of ``list_models()``, {"name": one, any attribute of ``DAT``: value}, or a DAT; its dtype is that of
-        the heads.
+      name: name of the head, "sem_fpn" or "upernet".
+      backbone: one of ``list_models()``; or a mapping with such a "name" and attributes of ``DAT``; or a DAT. The heads have its
+        dtype.
       **overrides: attributes of ``Segmentor``, such as num_classes.
 
     Raises:
-      ValueError: unknown name or attribute; the nearest known one is named.
+      ValueError: unknown name or attribute; the message suggests the nearest known one.
     """
     if name not in _HEADS:
         raise ValueError(f"Unknown head {name!r}{_nearest(name, _HEADS)}. Heads: {', '.join(_HEADS)}.")
@@ -119,15 +123,15 @@ _DETECTORS = {
 
 
 def create_detector(name: str, *, backbone: str | Mapping[str, Any] | DAT, **overrides) -> Detector:
-    """Makes a detector.
+    """Creates a detector.
 
     Args:
       name: "retinanet", "mask_rcnn" or "cascade_mask_rcnn".
-      backbone: as of ``create_segmentor``.
-      **overrides: attributes of ``RetinaNet`` or of ``RCNN``, such as num_classes.
+      backbone: see ``create_segmentor``.
+      **overrides: attributes of ``RetinaNet`` or ``RCNN``, such as num_classes.
 
     Raises:
-      ValueError: unknown name or attribute; the nearest known one is named.
+      ValueError: unknown name or attribute; the message suggests the nearest known one.
     """
     if name not in _DETECTORS:
         raise ValueError(f"Unknown detector {name!r}{_nearest(name, _DETECTORS)}. Detectors: {', '.join(_DETECTORS)}.")
@@ -138,7 +142,7 @@ def create_detector(name: str, *, backbone: str | Mapping[str, Any] | DAT, **ove
 
 
 def name_detector(model: Detector) -> str:
-    """What ``create_detector`` calls it."""
+    """Name of a detector for ``create_detector``."""
     if isinstance(model, RetinaNet):
         return "retinanet"
     return "cascade_mask_rcnn" if model.cascade else "mask_rcnn"
@@ -150,9 +154,9 @@ def _make_backbone(backbone: str | Mapping[str, Any] | DAT) -> DAT:
     return create_model(backbone) if isinstance(backbone, str) else create_model(**backbone)
 
 
-def _check_attributes(kind: type, given: Mapping[str, Any]) -> None:
+def _check_attributes(kind: type, attributes: Mapping[str, Any]) -> None:
     fields = [field.name for field in dataclasses.fields(kind) if field.name not in ("parent", "name")]
-    for key in given:
+    for key in attributes:
         if key not in fields:
             raise ValueError(
                 f"{kind.__name__} has no attribute {key!r}{_nearest(key, fields)}. Attributes: {', '.join(fields)}."

@@ -1,4 +1,4 @@
-"""RetinaNet (1708.02002): a score of every class and a box for every anchor."""
+"""RetinaNet (1708.02002): class scores and a box for every anchor."""
 
 import math
 from typing import Any
@@ -12,13 +12,13 @@ from dat_jax.models.dat import DAT
 from dat_jax.models.fpn import FPN
 
 STRIDES = (8, 16, 32, 64, 128)
-ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # times the stride
+ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # multiples of the stride
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height over width
-_PRIOR = 0.01  # probability of every class that an untrained head gives
+_PRIOR = 0.01  # initial probability of every class
 
 
-def small_conv(features: int, side: int, *, name: str, dtype: Any, bias: float = 0.0) -> nn.Conv:
-    """A convolution that keeps the size, initialised as the published dense heads: N(0, 0.01)."""
+def small_conv(features: int, side: int, *, name: str | None, dtype: Any, bias: float = 0.0) -> nn.Conv:
+    """A convolution that keeps the size of the map, initialized like the published dense heads: N(0, 0.01)."""
     return nn.Conv(
         features,
         (side, side),
@@ -31,9 +31,16 @@ def small_conv(features: int, side: int, *, name: str, dtype: Any, bias: float =
 
 
 class RetinaHead(nn.Module):
-    """(B, H, W, C) -> scores (B, H, W, A * K), logits, anchor by anchor, and deltas (B, H, W, A * 4), float32 or better.
+    """(B, H, W, C) -> score logits (B, H, W, A * K), anchor-major, and deltas (B, H, W, A * 4), float32 or better.
 
-    One head for all levels.
+    All levels share one head.
+
+    Attributes:
+      num_classes: K, without background.
+      num_anchors: A, anchors per position.
+      features: channels of the hidden convolutions.
+      depth: number of hidden convolutions in each of the two branches.
+      dtype: of the hidden convolutions.
     """
 
     num_classes: int
@@ -60,15 +67,18 @@ class RetinaHead(nn.Module):
 
 
 class RetinaNet(nn.Module):
-    """Images (B, H, W, 3), normalised -> {"scores", "deltas": of each of five levels, strides 8 to 128, see ``RetinaHead``}.
+    """Images (B, H, W, 3), normalized -> {"scores", "deltas"}, each for five levels with strides 8 to 128, see ``RetinaHead``.
 
     Attributes:
       dat: the backbone; its classifier is not used.
-      num_classes: without background.
-      features: width of the pyramid and the head.
-      depth: number of convolutions before the last one in each branch of the head.
-      anchor_scales, anchor_ratios: of the anchors at every place, see ``ops.detection.anchors``.
-      anchor_means, anchor_stds: means and deviations of the deltas, see ``ops.detection.boxes.encode_boxes``.
+      num_classes: number of classes, without background.
+      features: channels of the pyramid and the head.
+      depth: number of hidden convolutions in each branch of the head.
+      anchor_scales: scales of the anchors at every position, see ``ops.detection.anchors``.
+      anchor_ratios: aspect ratios of the anchors at every position, see ``ops.detection.anchors``.
+      anchor_means: means of the deltas, see ``ops.detection.boxes.encode_boxes``.
+      anchor_stds: standard deviations of the deltas, see ``ops.detection.boxes.encode_boxes``.
+      dtype: of the computation.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """
@@ -90,7 +100,7 @@ class RetinaNet(nn.Module):
         self.bbox_head = RetinaHead(self.num_classes, num_anchors, self.features, self.depth, dtype=self.dtype)
 
     def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
-        """The five levels (B, H_i, W_i, features)."""
+        """Images (B, H, W, 3) -> the five levels (B, H_i, W_i, features)."""
         return self.neck(self.backbone(images, train=train)[1:])
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, tuple[jax.Array, ...]]:

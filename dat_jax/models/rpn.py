@@ -9,12 +9,18 @@ import jax.numpy as jnp
 from dat_jax.models.retinanet import small_conv
 
 STRIDES = (4, 8, 16, 32, 64)
-ANCHOR_SCALES = (8.0,)  # times the stride
+ANCHOR_SCALES = (8.0,)  # multiples of the stride
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height over width
 
 
 class RPNHead(nn.Module):
-    """(B, H, W, C) -> scores (B, H, W, A), logits, and deltas (B, H, W, A * 4), float32 or better. One for all levels."""
+    """(B, H, W, C) -> score logits (B, H, W, A) and deltas (B, H, W, A * 4), float32 or better. All levels share one head.
+
+    Attributes:
+      num_anchors: A, anchors per position.
+      features: channels of the hidden convolution.
+      dtype: of the hidden convolution.
+    """
 
     num_anchors: int
     features: int

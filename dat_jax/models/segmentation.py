@@ -15,7 +15,7 @@ from dat_jax.ops.layers.resize import adaptive_average_pool, resize_bilinear
 
 
 class PixelClassifier(nn.Module):
-    """Drops whole channels, then a 1 x 1 convolution: (B, H, W, C) -> logits (B, H, W, num_classes), float32 or better."""
+    """Dropout of whole channels and a 1 x 1 convolution: (B, H, W, C) -> logits (B, H, W, num_classes), float32 or better."""
 
     num_classes: int
     dropout: float
@@ -30,10 +30,16 @@ class PixelClassifier(nn.Module):
 
 
 class SemanticFPNHead(nn.Module):
-    """Sums the maps of an FPN at the size of the finest, and classifies (1901.02446).
+    """Sums the maps of an FPN at the size of the finest one, and classifies pixels (1901.02446).
 
-    Each coarser map is brought there by 3 x 3 units that are followed by doubling, as often as its stride asks for. Published
-    settings as defaults. Maps are of strides 4, 8, 16, ... of the image.
+    The maps have strides 4, 8, 16, ... Each coarser map is upsampled by 3 x 3 units, each followed by a doubling of the size. The
+    defaults are the published settings.
+
+    Attributes:
+      num_classes: number of classes.
+      channels: channels of the units.
+      dropout: rate of channels dropped before the classifier.
+      dtype: of the computation.
     """
 
     num_classes: int
@@ -56,7 +62,15 @@ class SemanticFPNHead(nn.Module):
 
 
 class UperNetHead(nn.Module):
-    """Pyramid pooling on the coarsest map, a top-down pyramid, all levels fused at the finest (1807.10221)."""
+    """Pyramid pooling on the coarsest map, a top-down pyramid, and fusion of all levels at the finest one (1807.10221).
+
+    Attributes:
+      num_classes: number of classes.
+      channels: channels of the units.
+      dropout: rate of channels dropped before the classifier.
+      pool_sides: sides of the maps of the pyramid pooling.
+      dtype: of the computation.
+    """
 
     num_classes: int
     channels: int = 512
@@ -85,7 +99,15 @@ class UperNetHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """3 x 3 units, one as published, and a classifier: the auxiliary head of UperNet."""
+    """3 x 3 units and a classifier, the auxiliary head of UperNet.
+
+    Attributes:
+      num_classes: number of classes.
+      channels: channels of the units.
+      num_convs: number of units (published: 1).
+      dropout: rate of channels dropped before the classifier.
+      dtype: of the computation.
+    """
 
     num_classes: int
     channels: int = 256
@@ -101,23 +123,27 @@ class FCNHead(nn.Module):
 
 
 class Segmentor(nn.Module):
-    """Backbone and heads: images (B, H, W, 3), normalised, of any size from 32 x 32 -> logits of every class.
+    """Backbone and heads: images (B, H, W, 3), normalized, of any size from 32 x 32 -> logits of every class.
 
-    ``model.apply(variables, images, train=False)`` gives {"logits": (B, H / 4, W / 4, num_classes) rounded up, and with an
-    auxiliary head "auxiliary_logits" at 1/16}, float32 or better. Variables are "params" and "batch_stats", the means and
-    variances of BatchNorm, which training updates (``mutable=["batch_stats"]``); over a mesh they are of the whole batch.
-    Training needs a random key "dropout".
+    ``model.apply(variables, images, train=False)`` returns a dictionary of arrays in float32 or better:
+
+    * "logits": (B, H / 4, W / 4, num_classes), with sizes rounded up.
+    * "auxiliary_logits": (B, H / 16, W / 16, num_classes), with sizes rounded up, if there is an auxiliary head.
+
+    The variables are "params" and "batch_stats", the running averages of BatchNorm. Training updates them
+    (``mutable=["batch_stats"]``), over a mesh with the statistics of the global batch, and needs a random key "dropout".
 
     Attributes:
       dat: the backbone; its classifier is not used.
-      num_classes: of pixels.
+      num_classes: number of classes.
       head: one of ``HEADS``.
-      channels: width of the head: published 128 (sem_fpn) and 512 (upernet).
-      neck_channels: of the FPN before sem_fpn's head.
-      pool_sides: sides of the maps that upernet's pyramid pooling produces.
-      auxiliary_channels: of upernet's auxiliary head on the third map; 0 for none.
+      channels: channels of the head (published: 128 for sem_fpn, 512 for upernet).
+      neck_channels: channels of the FPN before the head of sem_fpn.
+      pool_sides: sides of the maps of upernet's pyramid pooling.
+      auxiliary_channels: channels of upernet's auxiliary head on the third map; 0 for no auxiliary head.
       auxiliary_convs: number of 3 x 3 units in the auxiliary head.
-      dropout: of the channels before each classifier.
+      dropout: rate of channels dropped before each classifier.
+      dtype: of the computation.
 
     Raises:
       ValueError: unknown head.

@@ -1,9 +1,14 @@
-"""The one place that chooses between the exact algorithms of an op, by platform and size.
+"""The one place that chooses between the exact algorithms of an op, by platform and map size.
 
-Every op with several algorithms takes ``implementation=``: the name of one of them, "auto" for the fastest known on this
-platform, or "plain" for the obvious one that the others are tested against. "pallas" is the kernel for TPUs of the ops
-that have one, and "auto" for the others and for maps that are too large for VMEM. No kernel has run on a device yet, so
-that "auto" takes none.
+An op with several algorithms takes ``implementation=``:
+
+* "auto": the fastest known on this platform.
+* "plain": the obvious algorithm, the reference that the others are tested against.
+* "pallas": the TPU kernel of ops that have one (``ops.pallas``); "auto" for other ops, and for maps too large for VMEM. No
+  kernel has run on a device yet, so "auto" never selects one.
+* the name of an algorithm of the op, see ``IMPLEMENTATIONS``.
+
+Ops without that argument use the algorithms of ``ops.cpu`` on CPUs, see ``uses_cpu_algorithms``.
 """
 
 import contextlib
@@ -15,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# "slice", "rows" and "shifts" are in ``ops.cpu``, "pallas" is in ``ops.pallas``.
 IMPLEMENTATIONS = {
     "grid_sample": ("matmul", "gather", "map_coordinates", "pallas"),
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
@@ -32,18 +38,30 @@ PLAIN = {
     "depthwise_conv": "conv",
 }
 
-_KERNEL_PIXELS = 4096  # of the largest map that kernels take, an example of which lies in VMEM whole
+_MAX_KERNEL_PIXELS = 4096  # of a map that a Pallas kernel takes: one example must fit in VMEM
 
 _PLATFORM = contextvars.ContextVar("platform", default=None)
 
 
 def target_platform() -> str:
-    """What the program is compiled for: "cpu", "gpu" or "tpu". That of the default devices, unless ``compiling_for``."""
+    """Platform that programs are compiled for: "cpu", "gpu" or "tpu".
+
+    The platform of the default devices, unless ``compiling_for`` is active.
+    """
     return _PLATFORM.get() or jax.default_backend()
 
 
+def uses_cpu_algorithms() -> bool:
+    """Whether ops without ``implementation=`` (linear layers, sums of gradients) use the algorithms of ``ops.cpu``."""
+    return target_platform() == "cpu"
+
+
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of "auto", "float32" or "bfloat16"; auto is float32 on CPU, else bfloat16."""
+    """Dtype of the computation.
+
+    Args:
+      name: "float32", "bfloat16", or "auto": float32 on CPU, bfloat16 elsewhere.
+    """
     if name == "auto":
         name = "float32" if target_platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
@@ -51,9 +69,9 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """What is traced within is traced for another platform: "cpu", "gpu" or "tpu".
+    """Traces for another platform, "cpu", "gpu" or "tpu", within this context.
 
-    jax keeps the trace of a function object, so the functions have to be made within too.
+    jax caches the trace of a function object, so create the functions within the context too.
     """
     token = _PLATFORM.set(platform)
     try:
@@ -66,13 +84,13 @@ _INTERPRET = contextvars.ContextVar("interpret", default=False)
 
 
 def interprets_kernels() -> bool:
-    """Whether Pallas kernels are run step by step by jax, on any platform."""
+    """Whether jax interprets Pallas kernels, which it can do on any platform."""
     return _INTERPRET.get()
 
 
 @contextlib.contextmanager
 def interpreted_kernels() -> Iterator[None]:
-    """Kernels that are traced within are interpreted: slow, for tests on a machine without a TPU."""
+    """Interprets Pallas kernels that are traced within this context: slow, for tests on a machine without a TPU."""
     token = _INTERPRET.set(True)
     try:
         yield
@@ -84,16 +102,16 @@ _BATCH_SPLIT = contextvars.ContextVar("batch_split", default=(None, ()))
 
 
 def batch_split() -> tuple[Any, tuple[str, ...]]:
-    """(mesh, its axes that split the batch), or (None, ()) on one device or unless ``split_batch`` says."""
+    """(mesh, mesh axes that split the batch) of ``split_batch``; (None, ()) on one device or without it."""
     return _BATCH_SPLIT.get()
 
 
 @contextlib.contextmanager
 def split_batch(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Iterator[None]:
-    """Kernels that are traced within are run by each device on its own part of the batch.
+    """Runs Pallas kernels that are traced within this context per device, each on its part of the batch.
 
-    The partitioner does not know what a kernel does and would gather the batch for it. Batches have to be multiples of
-    the product of the axes.
+    The partitioner cannot look into a kernel and would gather the batch for it. Batch sizes must be multiples of the product
+    of the axes' sizes.
     """
     token = _BATCH_SPLIT.set((mesh, tuple(axes)) if mesh.size > 1 else (None, ()))
     try:
@@ -109,12 +127,14 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fi
       op: a key of ``IMPLEMENTATIONS``.
       implementation: "auto", "plain", "pallas" or an algorithm of the op.
       map_shape: (H, W) of the map that the op works on.
-      table_fits: of "position_bias", whether the table was made for this map size.
+      table_fits: for "position_bias", whether the table was made for this map size.
 
     Raises:
       ValueError: the op has no such implementation.
     """
-    if implementation == "pallas" and not ("pallas" in IMPLEMENTATIONS[op] and math.prod(map_shape) <= _KERNEL_PIXELS):
+    if implementation == "pallas" and not (
+        "pallas" in IMPLEMENTATIONS[op] and math.prod(map_shape) <= _MAX_KERNEL_PIXELS
+    ):
         implementation = "auto"
     if implementation == "auto":
         return _fastest(op, map_shape, table_fits)
@@ -127,7 +147,7 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fi
 
 
 def _fastest(op, map_shape, table_fits):
-    """On CPU by what was fastest there; products instead of gathers elsewhere, which has not been timed on a device yet."""
+    """Measured on CPU. Elsewhere matrix products instead of gathers, which have not been timed on a device yet."""
     cpu = target_platform() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts
@@ -139,28 +159,31 @@ def _fastest(op, map_shape, table_fits):
         if max(map_shape) <= 16:
             return "dense"
         return "rows" if cpu else "tiles"
-    # The matrix of hat weights has H * W numbers a point. On CPU the gather's few rows are always less work (56 x 56 x 64:
-    # 0.03 ms instead of 5, gradient 0.9 instead of 30; experiments/ops), elsewhere past this size.
+    # grid_sample: the matrix of hat weights has H * W numbers per point. On CPU, gathering a few rows is always less work
+    # (56 x 56 x 64: 0.03 ms instead of 5, gradient 0.9 instead of 30; experiments/ops), elsewhere on maps above this size.
     return "matmul" if not cpu and map_shape[0] * map_shape[1] <= 4096 else "gather"
 
 
-MAX_PAIRS = 2**23  # (head, query, key) of an image whose logits may stand in memory at a time; 32 MB in float32
-TILE_PAIRS = 2**22  # of a tile, where there are more
+# (head, query, key) triples per image. Up to MAX_PAIRS the logits of the whole map are in memory at once (32 MiB in float32);
+# above it attention runs in tiles of at most about TILE_PAIRS.
+MAX_PAIRS = 2**23
+TILE_PAIRS = 2**22
 
 
-def choose_query_tile(map_shape: tuple[int, int], *, pairs_a_query: int) -> tuple[int, int]:
-    """(height, width) of the tiles of queries that attention is done in: the whole map, or some whole rows, or part of one.
+def choose_query_tile(map_shape: tuple[int, int], *, pairs_per_query: int) -> tuple[int, int]:
+    """(height, width) of the tiles of queries for attention: the whole map, some whole rows, or part of one row.
 
-    Rows, because what the lookup of the position bias does for a row serves all of its columns: 40 square tiles took 17 s
-    where 34 tiles of rows and the whole map took 8 (backbone of dat_pp_tiny on 800 x 1333, 2 CPU cores).
+    Whole rows, because the position bias lookup of a row is shared by all of its columns: 40 square tiles took 17 s where 34
+    tiles of rows and the whole map took 8 (backbone of dat_pp_tiny on 800 x 1333, 2 CPU cores).
 
     Args:
       map_shape: (H, W) of the map of queries.
-      pairs_a_query: heads times keys.
+      pairs_per_query: number of heads times number of keys.
     """
     height, width = map_shape
-    if height * width * pairs_a_query <= MAX_PAIRS:
+    if height * width * pairs_per_query <= MAX_PAIRS:
         return map_shape
-    rows, columns = max(1, TILE_PAIRS // (pairs_a_query * width)), max(1, min(width, TILE_PAIRS // pairs_a_query))
-    # As many tiles as that asks for, and these as equal as they can be.
+    rows = max(1, TILE_PAIRS // (pairs_per_query * width))
+    columns = max(1, min(width, TILE_PAIRS // pairs_per_query))
+    # The fewest tiles of at most this size, with sides as equal as possible.
     return tuple(-(-size // -(-size // side)) for size, side in ((height, rows), (width, columns)))

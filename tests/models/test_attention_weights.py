@@ -1,4 +1,4 @@
-"""Attention weights of a model's blocks, computed again, give what its attention gave."""
+"""Attention weights of a model's blocks reproduce the output of its attention."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ IMAGES = np.random.default_rng(1).standard_normal((2, 48, 64, 3)).astype(np.floa
 
 
 def make_model(**settings):
-    """Every kind of bias; the last stage's map is smaller than the window."""
+    """A model with every kind of bias; the map of the last stage is smaller than the window."""
     return DAT(
         **dict(
             num_classes=3,
@@ -39,7 +39,7 @@ RELEASED = dict(
 
 
 @pytest.fixture(scope="module", params=[{}, RELEASED], ids=["dat_pp", "cvpr2022"])
-def looked(request):
+def results(request):
     model = make_model(**request.param)
     variables = random_variables(model, IMAGES)
     capture = dict(
@@ -47,33 +47,33 @@ def looked(request):
         capture_intermediates=lambda module, _: module.name in ("attn", "proj_v", "qkv", "rpe_table"),
     )
     _, state = jax.jit(lambda v, x: model.apply(v, x, **capture))(variables, IMAGES)
-    found = jax.jit(lambda v, x: compute_attention(model, v, x))(variables, IMAGES)
-    return model, variables, jax.device_get(state["intermediates"]), jax.device_get(found)
+    attention = jax.jit(lambda v, x: compute_attention(model, v, x))(variables, IMAGES)
+    return model, variables, jax.device_get(state["intermediates"]), jax.device_get(attention)
 
 
-def test_weights_times_values_are_the_output_of_the_models_own_attention(looked):
-    _, variables, states, found = looked
-    assert list(found) == [
+def test_weights_times_values_equal_the_output_of_the_model(results):
+    _, variables, states, attention = results
+    assert list(attention) == [
         f"stages_{i}/blocks_{j}" for i, j in ((0, 0), (0, 1), (1, 0), (1, 2), (2, 0), (3, 0), (3, 1))
     ]
-    for name, block in found.items():
+    for name, block in attention.items():
         stage, index = name.split("/")
         params, state = variables["params"][stage][index]["attn"], states[stage][index]["attn"]
-        wanted = state["__call__"][0]
+        expected = state["__call__"][0]
         weights = block["weights"]
         if "positions" in block:
             values, projection = state["proj_v"]["__call__"][0], params["proj_out"]
             heads = np.stack(np.split(values, weights.shape[1], axis=-1), axis=1)  # (B, M, N, D)
-            out = np.moveaxis(weights @ heads, 1, 2).reshape(wanted.shape)
+            out = np.moveaxis(weights @ heads, 1, 2).reshape(expected.shape)
             if "rpe_table" in state:
                 out = out + state["rpe_table"]["__call__"][0]  # "dwc"
             np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
             assert block["references"].shape == block["positions"].shape[2:]
         else:
             values, projection = np.split(state["qkv"]["__call__"][0], 3, axis=-1)[2], params["proj"]
-            out = _attend_to_windows(weights, values)[:, : wanted.shape[1], : wanted.shape[2]]
+            out = _attend_to_windows(weights, values)[:, : expected.shape[1], : expected.shape[2]]
         kernel = projection["kernel"].reshape(out.shape[-1], -1)
-        np.testing.assert_allclose(out @ kernel + projection["bias"], wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(out @ kernel + projection["bias"], expected, rtol=1e-5, atol=1e-5)
 
 
 def _attend_to_windows(weights, values):
@@ -88,26 +88,26 @@ def _attend_to_windows(weights, values):
     return np.concatenate(list(np.moveaxis(out, 1, 0)), axis=-1)
 
 
-def test_keys_are_where_the_model_says_and_every_group_has_its_own(looked):
-    _, _, states, found = looked
-    positions = found["stages_2/blocks_0"]["positions"]
+def test_positions_equal_the_sown_ones_and_differ_between_groups(results):
+    _, _, states, attention = results
+    positions = attention["stages_2/blocks_0"]["positions"]
     np.testing.assert_array_equal(positions, states["stages_2"]["blocks_0"]["attn"]["positions"][0])
     assert positions.shape[:2] == (2, 2)
     assert abs(positions[:, 0] - positions[:, 1]).max() > 1e-3
 
 
-def test_a_model_whose_blocks_are_scanned_and_recomputed_has_the_same(looked):
-    model, variables, _, found = looked
+def test_scan_and_remat_change_nothing(results):
+    model, variables, _, attention = results
     model = model.clone(scan_blocks=True, remat="blocks")
     again = jax.jit(lambda v, x: compute_attention(model, v, x))(variables, IMAGES)
-    assert found
-    assert set(again) == set(found)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), found)
+    assert attention
+    assert set(again) == set(attention)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), attention)
 
 
 def test_keys_without_offsets_have_no_bias():
     model = make_model(use_offsets=(False,) * 4)
     variables = random_variables(model, IMAGES)
-    found = compute_attention(model, variables, IMAGES)["stages_0/blocks_1"]
-    positions = found["positions"]
-    np.testing.assert_allclose(positions[0, 0], np.clip(found["references"], -1, 1))
+    attention = compute_attention(model, variables, IMAGES)["stages_0/blocks_1"]
+    positions = attention["positions"]
+    np.testing.assert_allclose(positions[0, 0], np.clip(attention["references"], -1, 1))

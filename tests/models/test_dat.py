@@ -1,4 +1,4 @@
-"""The model over its settings: block types, position biases, sizes, dtypes, drop path, initialisation, errors."""
+"""The model and its settings: block types, position biases, sizes, dtypes, drop path, initialization, errors."""
 
 import math
 
@@ -15,12 +15,12 @@ from tests.reference import compare
 
 
 def make_small(**overrides):
-    """Two stages of one block each."""
+    """A model of two stages with one block each."""
     settings = dict(
         num_classes=5,
         image_size=64,
         dim_stem=8,
-        dims=(16, 24),  # neither equal to the stem's nor doubling
+        dims=(16, 24),  # different from the stem, and not doubled
         stages=("N", "D"),
         num_heads=(2, 2),
         num_groups=(1, 2),
@@ -79,7 +79,7 @@ def test_every_position_bias_takes_any_map(kind, use_offsets):
     assert has_table == (kind != "none" and use_offsets)
 
 
-def test_fixed_bias_is_used_as_it_is_at_its_own_size():
+def test_fixed_bias_is_not_resized_on_the_map_it_was_made_for():
     model, images = make_small(position_bias=("none", "fixed")), random_images(1, 64, 64)
     variables = random_variables(model, images)
     table = variables["params"]["stages_1"]["blocks_0"]["attn"]["rpe_table"]
@@ -88,7 +88,7 @@ def test_fixed_bias_is_used_as_it_is_at_its_own_size():
     assert jnp.abs(gradients["stages_1"]["blocks_0"]["attn"]["rpe_table"]).max() > 0
 
 
-def test_positions_without_offsets_are_the_reference_grid():
+def test_positions_without_offsets_equal_the_reference_grid():
     model = make_small(use_offsets=(True, False))
     _, state = run(model, random_images(1, 64, 64), mutable=["intermediates"])
     positions = state["intermediates"]["stages_1"]["blocks_0"]["attn"]["positions"][0]
@@ -97,7 +97,7 @@ def test_positions_without_offsets_are_the_reference_grid():
     np.testing.assert_allclose(positions[0, 1, 0, :, 1], lines, rtol=1e-6)
 
 
-def test_the_smallest_image_has_a_map_of_one_pixel():
+def test_smallest_image_has_a_map_of_one_pixel():
     model = dat_jax.create_model("dat_pp_nano", image_size=32, stages=("N", "N", "N", "D"))
     logits = run(model, random_images(1, 32, 32))
     assert jnp.isfinite(logits).all()
@@ -110,21 +110,21 @@ def test_the_smallest_image_has_a_map_of_one_pixel():
 
 
 def test_features_round_sizes_up_with_convolutions_and_down_with_patches():
-    for conv_patches, wanted in [(True, [(12, 17), (6, 9)]), (False, [(11, 16), (5, 8)])]:
+    for conv_patches, expected in [(True, [(12, 17), (6, 9)]), (False, [(11, 16), (5, 8)])]:
         maps = run(make_small(conv_patches=conv_patches), random_images(1, 45, 67), method="features")
-        assert [x.shape[1:3] for x in maps] == wanted
+        assert [x.shape[1:3] for x in maps] == expected
         assert [x.shape[3] for x in maps] == [16, 24]
 
 
-def test_bfloat16_computes_near_float32_with_float32_parameters_and_positions():
+def test_bfloat16_is_close_to_float32_with_float32_parameters_and_positions():
     images = random_images(2, 64, 64)
     variables = random_variables(make_small(), images)
-    wanted = apply(make_small(), variables, images)
-    got, state = apply(make_small(dtype=jnp.bfloat16), variables, images, mutable=["intermediates"])
+    expected = apply(make_small(), variables, images)
+    actual, state = apply(make_small(dtype=jnp.bfloat16), variables, images, mutable=["intermediates"])
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    assert got.dtype == jnp.float32
+    assert actual.dtype == jnp.float32
     assert state["intermediates"]["stages_1"]["blocks_0"]["attn"]["positions"][0].dtype == jnp.float32
-    np.testing.assert_allclose(got, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(actual, expected, atol=0.05 * float(jnp.abs(expected).max()))
     assert apply(make_small(dtype=jnp.bfloat16), variables, images, method="features")[0].dtype == jnp.bfloat16
 
 
@@ -135,7 +135,7 @@ def test_drop_path_drops_whole_examples_only_in_training():
     evaluated = apply(model, variables, images)
     np.testing.assert_allclose(evaluated, jnp.broadcast_to(evaluated[:1], evaluated.shape), rtol=1e-4)
     trained = apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(2)})
-    # The last block has two branches, each kept or dropped for a whole example: at most four results.
+    # The last block has two branches, each dropped or not for a whole example: at most four different results.
     assert 2 <= len(np.unique(np.round(np.asarray(trained), 4), axis=0)) <= 4
 
 
@@ -159,22 +159,22 @@ def value_gradients_and_intermediates(model, variables, images):
     "options",
     [dict(scan_blocks=True), dict(remat="blocks"), dict(remat="dots"), dict(remat="dots", scan_blocks=True)],
 )
-def test_loops_and_recomputation_change_nothing(x64, options):
-    """Loss, gradients and key positions, of parameters of the same names."""
+def test_scan_and_remat_change_nothing(x64, options):
+    """Compares loss, gradients and key positions, for parameters with the same names."""
     settings = dict(stages=("NDND", "DD"), dtype=jnp.float64, drop_path_rate=0.2)
     images = random_images(2, 40, 56).astype(jnp.float64)
     plain, model = make_small(**settings), make_small(**settings, **options)
     variables = random_variables(plain, images)
     same = jax.tree.map(lambda a, b: a.shape == b.shape, variables, random_variables(model, images))
     assert all(jax.tree.leaves(same))
-    (wanted_loss, wanted_state), wanted = value_gradients_and_intermediates(plain, variables, images)
+    (expected_loss, expected_state), expected = value_gradients_and_intermediates(plain, variables, images)
     (loss, state), gradients = value_gradients_and_intermediates(model, variables, images)
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-12)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), state, wanted_state)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), gradients, wanted)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), state, expected_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), gradients, expected)
 
 
-def test_loops_compile_one_repetition():
+def test_scan_compiles_one_repetition():
     model = make_small(stages=("NDNDND", "D"))
     images = random_images(1, 64, 64)
     variables = random_variables(model, images)
@@ -185,13 +185,13 @@ def test_loops_compile_one_repetition():
     assert products[1] < 0.5 * products[0]
 
 
-def test_in_loops_every_block_drops_by_its_own_rate():
-    """Rates 0, 1/6 ... 1/2; the last block's two branches are each dropped for half of the examples."""
+def test_scan_uses_the_drop_path_rate_of_each_block():
+    """Rates 0, 1/6 ... 1/2: each of the two branches of the last block is dropped for half of the examples."""
     images = jnp.broadcast_to(random_images(1, 64, 64), (64, 64, 64, 3))
     model = make_small(stages=("D", "DDD"), drop_path_rate=0.5, scan_blocks=True)
     variables = random_variables(model, images)
     zeroed = jax.tree.map(jnp.zeros_like, variables["params"]["stages_1"])
-    zeroed["blocks_2"] = variables["params"]["stages_1"]["blocks_2"]  # only the last block does anything
+    zeroed["blocks_2"] = variables["params"]["stages_1"]["blocks_2"]  # only the last block changes its input
     variables = {"params": {**variables["params"], "stages_1": zeroed}}
     trained = apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(2)})
     results, counts = np.unique(np.round(np.asarray(trained), 4), axis=0, return_counts=True)
@@ -201,7 +201,7 @@ def test_in_loops_every_block_drops_by_its_own_rate():
         apply(make_small(remat="all"), variables, images)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialization_equals_the_published_one():
     model = make_small(stages=("ND", "D"), image_size=224)
     params = jax.jit(model.init)(jax.random.key(0), random_images(1, 64, 64))["params"]
     block = params["stages_0"]["blocks_1"]
@@ -230,14 +230,14 @@ def test_initialisation_is_the_published_one():
         (dict(stages=("N", "Q")), (1, 64, 64), "Unknown block type 'Q'.*choose from"),
         (dict(num_heads=(3, 2)), (1, 64, 64), "3 heads do not divide 16 channels"),
         (dict(num_groups=(1, 5)), (1, 64, 64), "5 groups must divide"),
-        (dict(lpu=(True,)), (1, 64, 64), "lpu wants one entry for each of the 2 stages"),
+        (dict(lpu=(True,)), (1, 64, 64), "lpu expected one entry for each of the 2 stages"),
         (dict(position_bias=("table", "tabel")), (1, 64, 64), "Unknown position bias 'tabel'; choose one of table"),
-        (dict(stages=("E", "D"), num_heads=(8, 2)), (1, 64, 64), "divisible by 4 \\* 8 heads"),
-        (dict(stages=("X", "D"), window_sizes=(4, 7)), (1, 64, 64), "X blocks want an odd window, got 4"),
-        (dict(drop_path_rate=1.0), (1, 64, 64), "drop_path_rate wants a number from 0 to below 1, got 1.0"),
+        (dict(stages=("E", "D"), num_heads=(8, 2)), (1, 64, 64), "multiple of 4 \\* 8 heads"),
+        (dict(stages=("X", "D"), window_sizes=(4, 7)), (1, 64, 64), "X blocks need an odd window size, got 4"),
+        (dict(drop_path_rate=1.0), (1, 64, 64), "drop_path_rate must be in .0, 1., got 1.0"),
         (dict(implementation="fast"), (1, 64, 64), "no implementation 'fast'; choose one of auto"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(overrides, shape, message):
+def test_invalid_settings_raise(overrides, shape, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(make_small(**overrides).init, jax.random.key(0), jnp.zeros((*shape, 3)))

@@ -1,4 +1,4 @@
-"""The two published forms of deformable attention, as modules, against the definition in normalized coordinates."""
+"""The two published forms of deformable attention as modules, compared with the definition in normalized coordinates."""
 
 import math
 
@@ -10,7 +10,7 @@ import pytest
 import dat_jax
 from dat_jax.models.attention import DeformableAttention
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import grid_sample as gs
+from dat_jax.ops.attention.grid_sample import to_pixels
 from tests.helpers.random_variables import random_variables
 from tests.reference import attention as reference
 from tests.reference import compare, sampling
@@ -19,8 +19,8 @@ TABLE_MAP = (4, 5)
 
 
 @pytest.fixture(autouse=True)
-def kernels_on_this_machine():
-    """Pallas kernels are interpreted, as there is no TPU."""
+def interpreted_kernels():
+    """Interprets Pallas kernels, as there is no TPU."""
     with dispatch.interpreted_kernels():
         yield
 
@@ -42,36 +42,36 @@ def make_attention(implementation="auto", *, form="cvpr2022", range_factor=2.0, 
 
 
 def attend_by_definition(params, x, positions):
-    """Features sampled at given positions, the attention with the bias of half-pixel queries, and the projections."""
+    """Samples features at the positions, and computes the projections and the attention with half-pixel queries."""
     map_shape = x.shape[1:3]
     flat_positions = positions.reshape(*positions.shape[:2], -1, 2)
 
     def project(name, x):
         return x @ params[name]["kernel"] + params[name]["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
 
-    sampled = sampling.grid_sample(x, gs.to_pixels(flat_positions, map_shape))
+    sampled = sampling.grid_sample(x, to_pixels(flat_positions, map_shape))
     bias = sampling.position_bias(params["rpe_table"], flat_positions, map_shape, released=True)
     flat_query = project("proj_q", x).reshape(x.shape[0], -1, x.shape[-1])
     out = reference.attend(flat_query, project("proj_k", sampled), project("proj_v", sampled), num_heads=4, bias=bias)
     return project("proj_out", out.reshape(x.shape))
 
 
-# The table's own map; square and rectangular ones of other sizes; a line; one pixel, which has one key.
+# The map that the table was made for; square and rectangular maps of other sizes; lines; one pixel, which has one key.
 @pytest.mark.parametrize("map_shape", [TABLE_MAP, (4, 4), (7, 3), (1, 5), (6, 1), (1, 1)])
 @pytest.mark.parametrize("range_factor", [2.0, 0.0, -1.0])
-def test_the_released_form_equals_its_definition_on_any_map(x64, map_shape, range_factor):
+def test_released_form_equals_its_definition_on_any_map(x64, map_shape, range_factor):
     (x,) = compare.normal(0, (2, *map_shape, 8))
     variables = random_variables(make_attention(range_factor=range_factor), x)
     for implementation in ("auto", "plain", "pallas"):
         module = make_attention(implementation, range_factor=range_factor)
-        got, state = jax.jit(lambda v, x, m=module: m.apply(v, x, mutable=["intermediates"]))(variables, x)
+        actual, state = jax.jit(lambda v, x, m=module: m.apply(v, x, mutable=["intermediates"]))(variables, x)
         (positions,) = state["intermediates"]["positions"]
         assert positions.shape == (2, 2, *map_shape, 2)
-        wanted = attend_by_definition(variables["params"], x, positions)
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+        expected = attend_by_definition(variables["params"], x, positions)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_gradients_of_the_released_form_are_the_same_in_every_implementation(x64):
+def test_gradients_of_the_released_form_agree_between_implementations(x64):
     (x,) = compare.normal(1, (1, 5, 4, 8))
     variables = random_variables(make_attention(), x)
 
@@ -79,24 +79,24 @@ def test_gradients_of_the_released_form_are_the_same_in_every_implementation(x64
         module = make_attention(implementation)
         return jax.jit(jax.grad(lambda v: jnp.sin(module.apply(v, x)).sum()))(variables)
 
-    wanted = gradients("plain")
-    assert float(jnp.abs(wanted["params"]["conv_offset_3"]["kernel"]).max()) > 1e-6
+    expected = gradients("plain")
+    assert float(jnp.abs(expected["params"]["conv_offset_3"]["kernel"]).max()) > 1e-6
     for implementation in ("auto", "pallas"):
         jax.tree.map(
-            lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-10),
+            lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10),
             gradients(implementation),
-            wanted,
+            expected,
         )
 
 
-def test_the_forms_are_different_functions_of_the_same_parameters(x64):
+def test_forms_differ_for_the_same_parameters(x64):
     (x,) = compare.normal(2, (1, *TABLE_MAP, 8))
     variables = random_variables(make_attention(), x)
     released, later = (make_attention(form=form).apply(variables, x) for form in ("cvpr2022", "dat_pp"))
     assert float(jnp.abs(released - later).max()) > 1e-3
 
 
-def test_named_models_have_the_form_that_their_weights_were_trained_with():
+def test_models_have_the_form_that_their_published_weights_were_trained_with():
     forms = {name: dat_jax.create_model(name).deformable_form for name in dat_jax.list_models()}
     released = {"dat_tiny", "dat_small", "dat_base", "dat_base_384"}
     assert {name for name, form in forms.items() if form == "cvpr2022"} == released
@@ -117,7 +117,7 @@ def test_dat_base_384_has_windows_of_12_and_tables_for_384():
         (dict(position_bias=("log_cpb",) * 4), 'Stage 2: deformable_form "cvpr2022" has no position bias "log_cpb".'),
     ],
 )
-def test_impossible_settings_are_refused(settings, message):
+def test_invalid_settings_raise(settings, message):
     model = dat_jax.create_model("dat_tiny", **settings)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))

@@ -1,4 +1,4 @@
-"""The detectors' pyramids and dense outputs agree with the recorded arrays of the published ones."""
+"""Pyramids and dense outputs of the detectors reproduce recorded arrays of the published models."""
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,11 @@ def check_dense_outputs(kind, dtype, tolerance):
         for level, x in enumerate(levels):
             assert x.dtype == dtype
             x, key = np.moveaxis(x, -1, 1), f"{name}{level}"
-            if level < 2:  # recorded is every fourth row and column
+            if level < 2:  # every fourth row and column is recorded
                 x, key = x[:, :, ::4, ::4], f"{key}_4"
-            wanted = arrays[key]
-            assert x.shape == wanted.shape
-            assert relative_error(x, wanted) < tolerance, (name, level)
+            expected = arrays[key]
+            assert x.shape == expected.shape
+            assert relative_error(x, expected) < tolerance, (name, level)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""The models agree with the recorded arrays of the published ones: forward, positions, loss and gradients."""
+"""Models reproduce recorded arrays of the published models: outputs, key positions, loss and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from dat_jax import conversion
 from dat_jax.tasks.classification.objective import smooth_labels, soft_cross_entropy
 from tests.helpers.golden_files import Golden, relative_error
 
-# Of recorded quantities: float64 ones, ones stored in float32, gradient norms, full gradients.
+# Recorded logits and positions are float64, stages are stored in float32; then gradient norms and full gradients.
 TOLERANCES = {
     "float64": {"logits": 1e-9, "stages": 1e-7, "positions": 1e-9, "norms": 1e-9, "gradients": 1e-7},
     "float32": {"logits": 1e-5, "stages": 1e-5, "positions": 1e-5, "norms": 1e-4, "gradients": 1e-4},
 }
-# In this block one key lies 2e-7 rows from a line of the position table, closer than float32 resolves there. Bilinear
-# sampling has a kink on the line, so the gradient of the key's position may be that of either side: 2e-3 of the whole.
+# In this block one key is 2e-7 rows from a row of the position table, closer than float32 resolves there. Bilinear sampling has
+# a kink on the row, so the gradient of the key's position may be that of either side: a relative difference of 2e-3.
 KINK = ("v1_cvpr2022_mini", "float32", "stages.2.attns.1.conv_offset.")
 
 
@@ -43,10 +43,10 @@ def check_golden(name: str, dtype: str, *, implementation: str = "auto") -> None
         assert golden.map_error(f"stage{index}", stage) < tolerance["stages"]
 
     recorded_positions = golden.group("pos.")
-    for key, wanted in recorded_positions.items():
+    for key, expected in recorded_positions.items():
         _, i, _, j = key.split(".")
-        got = sown[f"stages_{i}"][f"blocks_{j}"]["attn"]["positions"][0]
-        assert relative_error(got, wanted) < tolerance["positions"], key
+        actual = sown[f"stages_{i}"][f"blocks_{j}"]["attn"]["positions"][0]
+        assert relative_error(actual, expected) < tolerance["positions"], key
 
     ours, norms = conversion.to_official(model, gradients), golden.group("gradnorm.")
     assert set(ours) == set(norms)
@@ -55,14 +55,14 @@ def check_golden(name: str, dtype: str, *, implementation: str = "auto") -> None
         at_kink = (name, dtype) == KINK[:2] and key.startswith(KINK[2])
         return 5e-3 if at_kink else tolerance[kind]
 
-    for key, wanted in norms.items():
+    for key, expected in norms.items():
         norm = np.linalg.norm(ours[key])
         if key.endswith("proj_k.bias") and "rpe_table" in " ".join(ours):  # zero in exact arithmetic
             assert norm < 1e-6, key
         else:
-            assert relative_error(norm, wanted) < limit("norms", key), key
-    for key, wanted in golden.group("grad.").items():
-        assert relative_error(ours[key], wanted) < limit("gradients", key), key
+            assert relative_error(norm, expected) < limit("norms", key), key
+    for key, expected in golden.group("grad.").items():
+        assert relative_error(ours[key], expected) < limit("gradients", key), key
 
 
 @pytest.mark.parametrize("name", ["pp_mini", "v1_mini", "v1_cvpr2022_mini"])
@@ -78,8 +78,8 @@ def test_float64(name, x64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pp_mini", "v1_cvpr2022_mini"])
-def test_matmul_forms_of_an_accelerator_in_float64(name, x64, monkeypatch):
-    """The implementations that "auto" chooses on other platforms than the CPU."""
+def test_implementations_for_accelerators_in_float64(name, x64, monkeypatch):
+    """Tests the implementations that "auto" chooses on platforms other than the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     check_golden(name, "float64")
 

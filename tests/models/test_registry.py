@@ -1,4 +1,4 @@
-"""The variants: their sizes, every parameter's name and shape, and what create_model refuses."""
+"""The variants: sizes, name and shape of every parameter, and errors of the ``create_*`` functions."""
 
 import json
 import math
@@ -38,13 +38,13 @@ def parameter_shapes(name: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", dat_jax.list_models())
-def test_names_and_shapes_of_parameters_are_the_written_down_ones(name):
+def test_names_and_shapes_of_parameters_equal_the_recorded_ones(name):
     shapes = parameter_shapes(name)
     assert shapes == json.loads(_PARAMETERS.read_text())[name]
     if name in COUNTS:
         assert sum(map(math.prod, shapes.values())) == COUNTS[name]
-    (described,) = dat_jax.describe_models(name)
-    assert (described.name, described.parameters) == (name, sum(map(math.prod, shapes.values())))
+    (description,) = dat_jax.describe_models(name)
+    assert (description.name, description.parameters) == (name, sum(map(math.prod, shapes.values())))
 
 
 def test_every_published_variant_is_listed():
@@ -58,20 +58,20 @@ def test_models_are_listed_by_pattern():
 
 
 @pytest.mark.parametrize("name", ["dat_pp_nano", "dat_tiny"])
-def test_multiply_adds_are_those_that_are_counted(name):
-    (described,) = dat_jax.describe_models(name)
-    assert count(name, described.image_size) == (described.parameters, described.multiply_adds)
+def test_multiply_adds_equal_the_counted_ones(name):
+    (description,) = dat_jax.describe_models(name)
+    assert count(name, description.image_size) == (description.parameters, description.multiply_adds)
 
 
-def test_what_is_published_is_described():
-    described = {model.name: (model.image_size, model.top1) for model in dat_jax.describe_models()}
-    assert described["dat_pp_base"] == (224, 84.9)
-    assert described["dat_pp_base_384"] == (384, 85.9)
-    assert described["dat_tiny"] == (224, 82.0)
-    assert described["dat_pp_nano"] == (48, None)
+def test_descriptions_have_published_accuracies():
+    description = {model.name: (model.image_size, model.top1) for model in dat_jax.describe_models()}
+    assert description["dat_pp_base"] == (224, 84.9)
+    assert description["dat_pp_base_384"] == (384, 85.9)
+    assert description["dat_tiny"] == (224, 82.0)
+    assert description["dat_pp_nano"] == (48, None)
 
 
-def test_a_table_of_models_is_printed(capsys):
+def test_list_models_prints_a_table(capsys):
     main(["--list_models=dat_pp_s*"])
     header, line = capsys.readouterr().out.splitlines()
     assert header.split() == [
@@ -106,7 +106,7 @@ def test_overrides_replace_attributes():
     assert (model.num_classes, model.drop_path_rate, model.dims) == (7, 0.1, (64, 128, 256, 512))
 
 
-def test_unknown_names_are_refused_with_the_nearest():
+def test_unknown_names_raise_with_the_nearest_known_name():
     with pytest.raises(ValueError, match="'dat_pp_tinny', did you mean 'dat_pp_tiny'"):
         dat_jax.create_model("dat_pp_tinny")
     with pytest.raises(ValueError, match="'drop_path', did you mean 'drop_path_rate'"):
@@ -139,7 +139,7 @@ def test_detectors_by_name():
         ("retinanet", {"backbone": "dat_pp_nono"}, "Unknown model 'dat_pp_nono', did you mean 'dat_pp_nano'"),
     ],
 )
-def test_unknown_detectors_are_refused_with_the_nearest(name, settings, message):
+def test_unknown_detectors_raise_with_the_nearest_known_name(name, settings, message):
     with pytest.raises(ValueError, match=message):
         dat_jax.create_detector(name, **{"backbone": "dat_pp_nano", **settings})
 

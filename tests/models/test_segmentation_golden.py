@@ -1,4 +1,4 @@
-"""Backbone and segmentors agree with the recorded arrays of the published ones, forward, loss, gradients and test path."""
+"""Backbone and segmentors reproduce recorded arrays of the published models: outputs, loss, gradients and evaluation."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from dat_jax.tasks.segmentation.objective import make_segmentation_objective, se
 from tests.helpers.golden_files import Golden, channels_last, relative_error
 
 HEADS = ["sem_fpn_mini", "upernet_mini"]
-# Of values that were computed in float64 and stored in float32, of those stored in float64, and of gradient norms.
+# For values computed in float64 and stored in float32, for values stored in float64, and for gradient norms.
 TOLERANCES = {"float64": (1e-7, 1e-8, 1e-8), "float32": (1e-4, 1e-4, 1e-3)}
 
 
@@ -34,12 +34,12 @@ def check_backbone(dtype):
     dat = official.model_from_official(config, dtype=jnp.dtype(dtype))
     model = Backbone(dat, dtype=jnp.dtype(dtype))
     images = channels_last(golden.arrays["a.images"].astype(dtype))
-    wanted = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    # The names of a segmentor's backbone are those of the backbone alone, behind "backbone.".
+    expected = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    # In a segmentor the names of the backbone have the prefix "backbone.".
     recorded = {f"backbone.{name}": array for name, array in golden.state_dict.items()}
     entries = [
         official.Entry(path, leaf.shape, *dense.name_entry(("backbone", *path), dat, ()))
-        for path, leaf in flatten(wanted).items()
+        for path, leaf in flatten(expected).items()
     ]
     params = official.assemble(recorded, entries, is_ignored=lambda name: official.is_ignored(name[9:], dat))
 
@@ -65,13 +65,13 @@ def flatten(tree):
 
 def check_norms(gradients, norms, tolerance):
     assert set(gradients) == set(norms)
-    for name, wanted in norms.items():
+    for name, expected in norms.items():
         norm = np.linalg.norm(gradients[name])
-        # Zero in exact arithmetic: a shift of all keys, or one that BatchNorm takes off again.
-        if wanted < 1e-12 or (name.endswith("proj_k.bias") and name.replace("proj_k.bias", "rpe_table") in norms):
+        # Zero in exact arithmetic: a shift of all keys, or one that BatchNorm removes.
+        if expected < 1e-12 or (name.endswith("proj_k.bias") and name.replace("proj_k.bias", "rpe_table") in norms):
             assert norm < 1e-4, name
         else:
-            assert relative_error(norm, wanted) < tolerance, name
+            assert relative_error(norm, expected) < tolerance, name
 
 
 def check_evaluation_mode(name, dtype):
@@ -84,7 +84,7 @@ def check_evaluation_mode(name, dtype):
     for index, x in enumerate(sown["neck" if "neck" in sown else "backbone"]["__call__"][0]):
         assert relative_error(jnp.abs(x).mean(), golden.arrays[f"feat.mean_abs{index}"]) < close
         if "neck" in sown:
-            x = jnp.moveaxis(x, -1, 1)  # recorded of the finest level is every fourth row and column
+            x = jnp.moveaxis(x, -1, 1)  # every fourth row and column of the finest level is recorded
             x, key = (x, f"neck{index}") if index else (x[:, :, ::4, ::4], "neck0_4")
             assert relative_error(x, golden.arrays[key]) < close
     assert relative_error(first("logits"), golden.arrays["logits"]) < close
@@ -92,7 +92,7 @@ def check_evaluation_mode(name, dtype):
         assert relative_error(first("auxiliary_logits"), golden.arrays["aux_logits"]) < close
     full = resize_bilinear(outputs["logits"], golden.images.shape[1:3])
 
-    # The test path of an image that fills only a part of the input.
+    # Evaluation of an image that fills only a part of the input.
     meta = json.loads(str(golden.arrays["test.meta"]))
     (height, width, _), original = meta["img_shape"], tuple(meta["ori_shape"][:2])
     probabilities = jax.nn.softmax(resize_bilinear(full[:1, :height, :width], original), axis=-1)
@@ -100,16 +100,16 @@ def check_evaluation_mode(name, dtype):
     check_labels(probabilities[0].argmax(axis=-1), golden.arrays["test.pred"], probabilities[0], close)
 
 
-def check_labels(got, wanted, probabilities, tolerance):
-    """Equal wherever the two likeliest classes are further apart than the tolerance, and that nearly everywhere."""
+def check_labels(actual, expected, probabilities, tolerance):
+    """Checks that labels are equal where the two likeliest classes differ by more than the tolerance: nearly everywhere."""
     top = np.sort(np.asarray(probabilities), axis=-1)[..., -2:]
     clear = top[..., 1] - top[..., 0] > 2 * tolerance
     assert clear.mean() > 0.99
-    np.testing.assert_array_equal(np.asarray(got)[clear], wanted[clear])
+    np.testing.assert_array_equal(np.asarray(actual)[clear], expected[clear])
 
 
 def check_multi_scale(name, dtype):
-    """Raw image to label map: resizing, six views, mean of their probabilities."""
+    """Checks evaluation from raw image to label map: resizing, six views, mean of their probabilities."""
     (golden, model, variables), (close, _, _) = load(name, dtype), TOLERANCES[dtype]
     image = np.ascontiguousarray(golden.arrays["ms.raw_bgr"][..., ::-1])
     transform = make_segmentation_eval_transform(
@@ -117,11 +117,11 @@ def check_multi_scale(name, dtype):
     )
     record = transform({"image": image, "label": np.zeros(image.shape[:2], np.uint8)})
     mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
-    for index, wanted in golden.group("ms.view").items():
-        np.testing.assert_array_equal(record[f"view_{index}"].transpose(2, 0, 1), wanted)
+    for index, expected in golden.group("ms.view").items():
+        np.testing.assert_array_equal(record[f"view_{index}"].transpose(2, 0, 1), expected)
     inputs = [(record[f"view_{index}"] - mean) / std for index in range(3)]
 
-    def predict(variables, batch):  # inputs that are normalised, so that rounding of those is left out
+    def predict(variables, batch):  # inputs are normalized already, which excludes their rounding
         return model.apply(variables, batch["image"])
 
     views = [jnp.asarray(x, dtype)[None] for x in inputs]
@@ -146,22 +146,22 @@ def check_training(name, dtype):
             rngs={"dropout": jax.random.key(0)},
         )
         value, accuracy = segmentation_loss(outputs["logits"], labels)
-        found = {"train.decode.loss_ce": value, "train.decode.acc_seg": accuracy}
+        metrics = {"train.decode.loss_ce": value, "train.decode.acc_seg": accuracy}
         if "auxiliary_logits" in outputs:
             auxiliary, accuracy = segmentation_loss(outputs["auxiliary_logits"], labels)
-            found |= {"train.aux.loss_ce": 0.4 * auxiliary, "train.aux.acc_seg": accuracy}
+            metrics |= {"train.aux.loss_ce": 0.4 * auxiliary, "train.aux.acc_seg": accuracy}
             value += 0.4 * auxiliary
-        return value, (found, outputs, state)
+        return value, (metrics, outputs, state)
 
-    (value, (found, outputs, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    (value, (metrics, outputs, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     assert relative_error(value, golden.arrays["train.loss"]) < exact
-    for key, got in found.items():
-        assert relative_error(got, golden.arrays[key]) < max(exact, 1e-6 if key.endswith("acc_seg") else 0), key
+    for key, actual in metrics.items():
+        assert relative_error(actual, golden.arrays[key]) < max(exact, 1e-6 if key.endswith("acc_seg") else 0), key
     assert relative_error(jnp.moveaxis(outputs["logits"], -1, 1), golden.arrays["train.logits"]) < 10 * close
     ours = segmentors.segmentor_to_official(model, {"params": gradients, **state})
-    for key, wanted in golden.group("after.").items():
+    for key, expected in golden.group("after.").items():
         if not key.endswith("tracked"):
-            assert relative_error(ours[key], wanted) < close, key
+            assert relative_error(ours[key], expected) < close, key
     ours = {key: x for key, x in ours.items() if not key.endswith(("running_mean", "running_var", "tracked"))}
     check_norms(ours, golden.group("gradnorm."), norms_close)
 
@@ -198,8 +198,8 @@ def test_multi_scale_and_flip_in_float64(name, x64):
     check_multi_scale(name, "float64")
 
 
-def test_the_task_is_what_was_recorded():
-    """Its loss of uint8 images, with padding cleared, is the model's of the normalised ones."""
+def test_loss_of_the_task_equals_the_loss_of_the_model():
+    """The task gets uint8 images and clears padding; the model gets normalized images."""
     golden, model, variables = load("upernet_mini", "float32")
     rng = np.random.default_rng(0)
     batch = {
@@ -214,12 +214,12 @@ def test_the_task_is_what_was_recorded():
     task = make_segmentation_objective(model, auxiliary_weight=0.4)
     value, metrics, state = jax.jit(task.loss)(variables, batch, jax.random.key(0))
 
-    def directly(variables, images):
+    def compute_losses(variables, images):
         rngs = {"dropout": jax.random.key(0)}
         outputs, _ = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
         return [segmentation_loss(outputs[key], batch["label"])[0] for key in ("logits", "auxiliary_logits")]
 
-    main, auxiliary = jax.jit(directly)(variables, images.astype(np.float32))
+    main, auxiliary = jax.jit(compute_losses)(variables, images.astype(np.float32))
     np.testing.assert_allclose(value, main + 0.4 * auxiliary, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], value)
     assert list(state) == ["batch_stats"]

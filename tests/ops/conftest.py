@@ -1,4 +1,4 @@
-"""Kernels for TPUs are interpreted in the tests of the ops."""
+"""Interprets TPU kernels in all tests of ops."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from dat_jax.ops import dispatch
 
 @pytest.fixture(autouse=True)
 def interpreted_kernels():
-    """Of every test here."""
+    """Interprets Pallas kernels, as there is no TPU."""
     with dispatch.interpreted_kernels():
         yield

@@ -1,4 +1,4 @@
-"""The choice between the algorithms of an op."""
+"""Choice between the algorithms of an op."""
 
 import jax
 import pytest
@@ -12,7 +12,7 @@ def test_every_op_has_a_plain_algorithm():
 
 
 @pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
-def test_a_named_algorithm_is_taken(op):
+def test_a_named_algorithm_is_chosen(op):
     for name in dispatch.IMPLEMENTATIONS[op]:
         assert dispatch.choose(op, name, map_shape=(8, 8)) == name
     assert dispatch.choose(op, "plain", map_shape=(8, 8)) == dispatch.PLAIN[op]
@@ -21,18 +21,18 @@ def test_a_named_algorithm_is_taken(op):
 @pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("map_shape", [(1, 1), (14, 14), (56, 56), (200, 334)])
-def test_auto_takes_one_of_the_algorithms(monkeypatch, op, platform, map_shape):
+def test_auto_chooses_one_of_the_algorithms(monkeypatch, op, platform, map_shape):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert dispatch.choose(op, "auto", map_shape=map_shape) in dispatch.IMPLEMENTATIONS[op]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_auto_slices_only_a_table_that_fits(monkeypatch, platform):
+def test_auto_chooses_slice_only_for_a_fitting_table(monkeypatch, platform):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert dispatch.choose("position_bias", "auto", map_shape=(8, 8), table_fits=False) != "slice"
 
 
-def test_on_this_cpu_the_measured_choices_are_taken():
+def test_auto_chooses_the_measured_algorithms_on_cpu():
     chosen = {op: dispatch.choose(op, "auto", map_shape=(56, 56), table_fits=True) for op in dispatch.IMPLEMENTATIONS}
     assert chosen == {
         "grid_sample": "gather",
@@ -49,7 +49,7 @@ def test_on_this_cpu_the_measured_choices_are_taken():
 
 
 @pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
-def test_an_unknown_algorithm_is_refused_with_the_choices(op):
+def test_unknown_algorithm_raises_with_the_choices(op):
     choices = ", ".join(("auto", "plain", *dispatch.IMPLEMENTATIONS[op]))
     with pytest.raises(ValueError, match=f"{op} has no implementation 'fastest'; choose one of {choices}"):
         dispatch.choose(op, "fastest", map_shape=(8, 8))

@@ -1,4 +1,4 @@
-"""Attention, one head at a time, over all pairs of pixels: a rule decides for each pair whether and how it counts."""
+"""Attention, one head at a time, over all pairs of pixels: a rule decides for each pair whether it is masked and its bias."""
 
 import math
 
@@ -29,18 +29,18 @@ def attend(query, key, value, *, num_heads, bias=None, allowed=None):
 
 
 def pixels(map_shape):
-    """All (row, column) of a map, in the order of the flattened map."""
+    """All (row, column) pairs of a map, in the order of the flattened map."""
     return [(i, j) for i in range(map_shape[0]) for j in range(map_shape[1])]
 
 
 def attend_over_map(query, key, value, **options):
-    """``attend`` of all pixels of maps (B, H, W, C) to all pixels."""
+    """``attend`` from all pixels of maps (B, H, W, C) to all pixels."""
     flat = [x.reshape(x.shape[0], -1, x.shape[-1]) for x in (query, key, value)]
     return attend(*flat, **options).reshape(query.shape)
 
 
 def neighborhood(position, size, kernel_size):
-    """The keys that a query sees, along one axis: a window around it, shifted inward at the borders."""
+    """Keys of a query along one axis: a window around it, shifted inward at the borders."""
     start = min(max(position - kernel_size // 2, 0), size - kernel_size)
     return range(start, start + kernel_size)
 
@@ -65,14 +65,14 @@ def window_attention(query, key, value, table, *, window_size, num_heads, shifte
     shift = math.ceil(w / 2) if shifted else 0
 
     def rolled(pixel):
-        """Where the pixel is once the map has been rolled by -shift."""
+        """Position of the pixel after rolling the map by -shift."""
         return [(position - shift) % size for position, size in zip(pixel, map_shape, strict=True)]
 
     def window(pixel):
         return [position // w for position in rolled(pixel)]
 
     def region(pixel):
-        """Bands of the rolled map: those of one region were neighbours before it was rolled."""
+        """Bands of the rolled map: pixels of one region were neighbors before the roll."""
         splits = [(size - w, size - shift) for size in map_shape]
         return [(p >= first) + (p >= second) for p, (first, second) in zip(rolled(pixel), splits, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The recipe's augmentation, slow and obvious: Pillow's operations, and draws written out with numpy."""
+"""Reference of the augmentation: operations of Pillow, and random draws written out with numpy."""
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -7,7 +7,7 @@ FILL = (124, 116, 104)
 
 
 def apply_with_pillow(image: Image.Image, name: str, magnitude: float, sign: int) -> Image.Image:
-    """One RandAugment operation at a magnitude, with Pillow's own functions."""
+    """Applies one RandAugment operation with functions of Pillow."""
     m = magnitude
     resampled = dict(resample=Image.Resampling.BICUBIC, fillcolor=FILL)
 
@@ -46,9 +46,9 @@ def apply_with_pillow(image: Image.Image, name: str, magnitude: float, sign: int
 
 
 def draw_boxes(rng, count, *, height, width, area, log_aspect, fits):
-    """``count`` boxes (h, w): the first fitting one of ten draws each; those without are left out.
+    """Draws ``count`` boxes (h, w): the first fitting one of ten attempts each, without those that never fit.
 
-    aspect is what the first side is divided by: h = sqrt(area / aspect), w = sqrt(area * aspect).
+    The aspect ratio is width / height: h = sqrt(area / aspect), w = sqrt(area * aspect).
     """
     areas = rng.uniform(*area, (count, 10)) * height * width
     aspects = np.exp(rng.uniform(*log_aspect, (count, 10)))

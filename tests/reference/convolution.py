@@ -1,4 +1,4 @@
-"""Depthwise convolution: the window under the kernel, written out for every output pixel."""
+"""Reference of the depthwise convolution: the window of every output pixel."""
 
 import jax.numpy as jnp
 import numpy as np

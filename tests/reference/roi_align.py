@@ -1,4 +1,4 @@
-"""RoIAlign, one sample at a time: the loop of the published operator, forward and transposed."""
+"""Reference of RoIAlign: the loop of the published operator, one sample at a time, forward and transposed."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def bilinear(position, size):
-    """[(pixel, weight), ...] of a position on a line of pixels; nothing farther than a pixel outside."""
+    """[(pixel, weight), ...] of a position on a line of pixels; empty if more than one pixel outside."""
     if position < -1 or position > size:
         return []
     position = max(position, 0.0)
@@ -17,7 +17,7 @@ def bilinear(position, size):
 
 
 def samples(box, size, spatial_scale, sampling_ratio, shape):
-    """(bin row, bin column, row, column, weight) of every pixel that every sample of a box reads."""
+    """Yields (bin row, bin column, row, column, weight) for every pixel that a sample of a box reads."""
     x1, y1, x2, y2 = (float(side) * spatial_scale - 0.5 for side in box)
     sides = (y2 - y1) / size, (x2 - x1) / size
     counts = [sampling_ratio or max(math.ceil(side), 0) for side in sides]

@@ -1,10 +1,10 @@
-"""Bilinear sampling and position biases from their definitions, in normalised coordinates where these are."""
+"""References of bilinear sampling and position biases, from their definitions."""
 
 import jax.numpy as jnp
 
 
 def hat(positions, size):
-    """(...,) -> (..., size): weight of each pixel of a line at each position."""
+    """(...,) -> (..., size): weight of each pixel of a line at each position, in pixels."""
     pixels = jnp.arange(size).reshape((1,) * positions.ndim + (size,))
     return jnp.maximum(0, 1 - jnp.abs(pixels - positions[..., None]))
 
@@ -20,13 +20,13 @@ def grid_sample(features, points):
 
 
 def to_normalized(points, map_shape):
-    """(..., 2) in pixels -> -1 and 1 at the centres of the first and last pixel, 0 on a side of one pixel."""
+    """(..., 2) in pixels -> normalized, -1 and 1 at the centers of the first and last pixel; 0 on a side of one pixel."""
     sides = [2 * points[..., i] / (n - 1) - 1 if n > 1 else 0 * points[..., i] for i, n in enumerate(map_shape)]
     return jnp.stack(sides, axis=-1)
 
 
 def query_positions(map_shape, released=False):
-    """(H * W, 2): the pixels of a map in normalized coordinates; with half pixels as in the released DAT v1."""
+    """(H * W, 2): pixels of a map in normalized coordinates; with ``released`` at half pixels, as in the released DAT v1."""
     pixels = [(float(i), float(j)) for i in range(map_shape[0]) for j in range(map_shape[1])]
     if released:
         return (jnp.asarray(pixels) + 0.5) / jnp.asarray(map_shape, float)[None] * 2 - 1
@@ -53,7 +53,7 @@ def position_bias(table, positions, map_shape, released=False):
 
 
 def log_displacements(positions, map_shape):
-    """Normalised (B, G, N, 2) -> (B, G, H * W, N, 2): sign(d) * log2(|d| + 1) / log2(8) of d = 4 * displacement."""
+    """Normalized (B, G, N, 2) -> (B, G, H * W, N, 2): sign(d) * log2(|d| + 1) / log2(8) of d = 4 * displacement."""
     d = 4 * displacements(positions, map_shape)
     return jnp.where(d < 0, -1, 1) * jnp.log(jnp.where(d < 0, -d, d) + 1) / jnp.log(8.0)
 

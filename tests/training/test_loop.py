@@ -131,7 +131,7 @@ def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
         ({"mesh.data": 3}, "data=3 x fsdp=1 does not make up 8 devices"),
         ({"mesh.fsdp": 3}, "does not make up 8 devices"),
         ({"data.name": "mnist"}, "Unknown data set 'mnist'; choose one of mnist5k, halves"),
-        ({"data.image_size": 16}, "config.model cannot be built: DAT wants images .* at least 32 pixels, got"),
+        ({"data.image_size": 16}, "config.model cannot be built: DAT .* images .* at least 32 pixels, got"),
         ({"model.name": "dat_pp_nanno"}, "Unknown model 'dat_pp_nanno', did you mean 'dat_pp_nano'"),
         ({"model.dtype": "float16"}, "model.dtype wants one of auto, float32, bfloat16, got 'float16'"),
     ],

@@ -1,4 +1,4 @@
-"""Deformable attention: every query attends to N keys at positions that were learned from the image."""
+"""Deformable attention: every query attends to N keys at positions that the network predicts from the image."""
 
 import math
 
@@ -7,18 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import multi_head as attention
 from dat_jax.ops.attention import position_bias
-from dat_jax.ops.pallas import deformable as kernels
+from dat_jax.ops.attention.multi_head import attention_weights, multi_head_attention
+from dat_jax.ops.pallas import deformable as pallas_deformable
+
+FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_points`` and ``key_positions``
 
 
 def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int) -> tuple[int, int]:
     """(Hk, Wk): shape of the key grid, the output of a convolution with padding kernel // 2 (0 if kernel == stride)."""
     padding = 0 if kernel_size == stride else kernel_size // 2
     return tuple((size + 2 * padding - kernel_size) // stride + 1 for size in map_shape)
-
-
-FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_points`` and ``key_positions``
 
 
 def reference_points(key_shape: tuple[int, int], dtype=jnp.float32, *, form: str = "dat_pp") -> jax.Array:
@@ -40,7 +39,7 @@ def reference_points(key_shape: tuple[int, int], dtype=jnp.float32, *, form: str
 
 
 def _key_steps(count: int, form: str) -> int:
-    """The number that a side of ``count`` keys is divided by: steps between keys ("dat_pp") or keys ("cvpr2022")."""
+    """Divisor of a side of ``count`` keys: the number of steps between keys ("dat_pp") or of keys ("cvpr2022")."""
     if form not in FORMS:
         raise ValueError(f"Unknown form of deformable attention {form!r}; choose one of {', '.join(FORMS)}.")
     return max(count - 1, 1) if form == "dat_pp" else count
@@ -95,63 +94,67 @@ def deformable_attention(
     implementation: str = "auto",
     tile_shape: tuple[int, int] | None = None,
 ) -> jax.Array:
-    """Attention of every pixel to the N sampled keys, with the position bias of a table or a given one.
+    """Attention of every pixel to the N sampled keys, with a position bias from a table or as an array.
 
-    On a large map its tiles are done one after the other, and computed again in the backward pass: the logits and
-    biases of one tile are all that stands in memory at a time. A bias that is given stands there as it is.
+    A large map is computed in tiles of queries, one after the other, and recomputed in the backward pass: only the logits and
+    biases of one tile are in memory at a time. With ``bias`` the whole map is computed at once.
 
     Args:
       query: (B, H, W, C).
-      key, value: (B, N, C), projections of the features sampled at ``points``.
+      key: (B, N, C), a projection of the features sampled at ``points``.
+      value: (B, N, C), another projection of these features.
       num_heads: M; heads of a group are consecutive.
       points: (B, G, N, 2), key positions (y, x), needed with ``table``; in pixels of the map, or with ``query_grid`` "centers"
         in pixels of the map that the table was made for.
       table: (M, 2 * H0 - 1, 2 * W0 - 1) position bias table, see ``position_bias.table_position_bias``.
       bias: (B | 1, M, H * W, N), a bias of another kind.
-      points_inside: no point lies outside the map, which "pallas" makes use of.
+      points_inside: whether all points are inside the map, which allows a faster Pallas kernel.
       query_grid: "corners" or "centers", see ``position_bias.table_position_bias``.
-      implementation: of the table's lookup; or "pallas", a kernel for TPUs that does all of it. See ``dispatch``.
-      tile_shape: (height, width) of the tiles of queries, the map's own for one. Unless given ``dispatch`` chooses.
+      implementation: algorithm of the table lookup, or "pallas", a kernel for TPUs for the whole op. See ``dispatch``.
+      tile_shape: (height, width) of the tiles of queries; the map's shape for one tile. By default ``dispatch`` chooses.
 
     Returns:
       (B, H, W, C), of the dtype of ``value``.
 
     Raises:
-      ValueError: table and bias are both given, or a table without points.
+      ValueError: both a table and a bias are given, or a table without points.
 
     Source: DAT (CVPR 2022), equations 8 and 9.
     """
     _check_bias(points, table, bias)
     map_shape = query.shape[1:3]
     lookup = dict(map_shape=map_shape, query_grid=query_grid)
-    by_kernel = dispatch.choose("deformable_attention", _of_attention(implementation), map_shape=map_shape) == "pallas"
+    use_pallas = (
+        dispatch.choose("deformable_attention", _attention_implementation(implementation), map_shape=map_shape)
+        == "pallas"
+    )
 
-    def attend_by_kernel(queries, tile):
+    def attend_with_pallas(queries, tile):
         options = dict(num_heads=num_heads)
         fits = table is not None and position_bias.table_fits(table, **lookup)
-        if fits and points_inside and tile.shape == map_shape and kernels.table_fits(table.shape):
-            return kernels.deformable_attention(queries, key, value, points=points, table=table, **options)
+        if fits and points_inside and tile.shape == map_shape and pallas_deformable.table_fits(table.shape):
+            return pallas_deformable.deformable_attention(queries, key, value, points=points, table=table, **options)
         tile_bias = None
         if table is not None:
             tile_bias = position_bias.table_position_bias_by_key(table, points, **lookup, tile=tile)
         elif bias is not None:
             tile_bias = jnp.broadcast_to(bias, (queries.shape[0], *bias.shape[1:])).swapaxes(2, 3)
-        return kernels.deformable_attention(queries, key, value, bias=tile_bias, **options)
+        return pallas_deformable.deformable_attention(queries, key, value, bias=tile_bias, **options)
 
     def attend(queries, tile):  # (B, tile height, tile width, C)
-        if by_kernel:
-            return attend_by_kernel(queries, tile)
+        if use_pallas:
+            return attend_with_pallas(queries, tile)
         tile_bias = bias
         if table is not None:
             tile_bias = position_bias.table_position_bias(
                 table, points, **lookup, tile=tile, implementation=implementation
             )
         flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
-        out = attention.multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
+        out = multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
         return out.reshape(queries.shape)
 
     if tile_shape is None:
-        tile_shape = dispatch.choose_query_tile(map_shape, pairs_a_query=num_heads * key.shape[1])
+        tile_shape = dispatch.choose_query_tile(map_shape, pairs_per_query=num_heads * key.shape[1])
     if bias is not None or tile_shape == map_shape:
         return attend(query, position_bias.Tile((0, 0), map_shape))
     return _map_tiles(attend, query, tile_shape)
@@ -170,33 +173,39 @@ def deformable_attention_weights(
     """Attention weights, for visualization. The whole map is computed at once.
 
     Args:
-      query, key, num_heads, points, table, bias, query_grid: as of ``deformable_attention``.
+      query: (B, H, W, C).
+      key: (B, N, C).
+      num_heads: M.
+      points: see ``deformable_attention``.
+      table: see ``deformable_attention``.
+      bias: see ``deformable_attention``.
+      query_grid: see ``deformable_attention``.
 
     Returns:
-      (B, M, H * W, N), float32 or better; a query's sum to 1.
+      (B, M, H * W, N), float32 or better; the weights of a query sum to 1.
 
     Raises:
-      ValueError: table and bias are both given, or a table without points.
+      ValueError: both a table and a bias are given, or a table without points.
     """
     _check_bias(points, table, bias)
     if table is not None:
         bias = position_bias.table_position_bias(table, points, map_shape=query.shape[1:3], query_grid=query_grid)
     flat = query.reshape(query.shape[0], -1, query.shape[-1])
-    return attention.attention_weights(flat, key, num_heads=num_heads, bias=bias)
+    return attention_weights(flat, key, num_heads=num_heads, bias=bias)
 
 
 def _check_bias(points, table, bias):
     if table is not None and (bias is not None or points is None):
-        raise ValueError("deformable_attention wants a table with its points, or a bias, not both.")
+        raise ValueError("deformable_attention expected either a table with points, or a bias.")
 
 
-def _of_attention(implementation):
-    """The attention's own, where a name is one of the table's lookup."""
+def _attention_implementation(implementation):
+    """Implementation of the attention: "auto" if the name is an algorithm of the table lookup."""
     return implementation if implementation in dispatch.IMPLEMENTATIONS["deformable_attention"] else "auto"
 
 
 def _map_tiles(function, x, tile_shape):
-    """Applies a function of a tile (B, h, w, C) and its place to all tiles of (B, H, W, C), in turn, with recomputation."""
+    """Applies ``function(tile, Tile)`` to all tiles (B, h, w, C) of x (B, H, W, C), in turn; the backward pass recomputes."""
     batch, height, width, channels = x.shape
     counts = tuple(-(-size // side) for size, side in zip((height, width), tile_shape, strict=True))
     padding = tuple(count * side - size for count, side, size in zip(counts, tile_shape, (height, width), strict=True))
@@ -208,11 +217,11 @@ def _map_tiles(function, x, tile_shape):
     )
 
     @jax.checkpoint
-    def one(place, tile):
-        return function(tile, position_bias.Tile(place, tile_shape))
+    def apply_to_tile(first, tile):
+        return function(tile, position_bias.Tile(first, tile_shape))
 
     def step(_, item):
-        return None, one(*item)
+        return None, apply_to_tile(*item)
 
     _, out = lax.scan(step, None, ((rows.reshape(-1), columns.reshape(-1)), tiles))
     out = out.reshape(*counts, batch, *tile_shape, channels).transpose(2, 0, 3, 1, 4, 5)

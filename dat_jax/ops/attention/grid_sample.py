@@ -2,11 +2,11 @@
 
 THE COORDINATE CONVENTION of this project, stated once:
 
-* A point is (y, x), in PIXELS of the map it samples. Pixel centres are integers: the
-  first pixel of a row is at 0.0 and the last at size - 1 ("aligned corners").
-* A position between centres blends its four neighbours linearly. A neighbour outside the map counts as zero.
-* Normalised coordinates, where -1 and 1 are the centres of the first and the last pixel, appear only where
-  a published formula is written in them; ``to_pixels`` converts.
+* A point is (y, x), in PIXELS of the map it samples. Pixel centers are integers: the first pixel of a row is at 0.0 and the
+  last at size - 1 ("aligned corners").
+* A position between centers blends its four neighbors linearly. A neighbor outside the map counts as zero.
+* Normalized coordinates, where -1 and 1 are the centers of the first and the last pixel, appear only where a published formula
+  is written in them; ``to_pixels`` converts them.
 """
 
 import jax
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.pallas import sampling as kernels
+from dat_jax.ops.pallas import sampling as pallas_sampling
 
 
 def to_pixels(points: jax.Array, map_shape: tuple[int, int]) -> jax.Array:
-    """Normalised points to pixels of a map.
+    """Converts normalized points to pixels of a map.
 
     Args:
-      points: (..., 2), (y, x), -1 and 1 the centres of the first and last pixel.
-      map_shape: (height, width) of the map. A side of one pixel has its only centre at 0, whatever the point.
+      points: (..., 2), (y, x), with -1 and 1 at the centers of the first and last pixel.
+      map_shape: (height, width) of the map. On a side of one pixel every point is at its only center, 0.
 
     Returns:
       (..., 2) in pixels, of the dtype of ``points``.
@@ -32,23 +32,23 @@ def to_pixels(points: jax.Array, map_shape: tuple[int, int]) -> jax.Array:
 
 
 def linear_weights(positions: jax.Array, size: int) -> jax.Array:
-    """Weight of each pixel of a line at each position: the hat max(0, 1 - |i - position|).
+    """Weight of each pixel of a line at each position: the hat function max(0, 1 - |i - position|).
 
-    Written by floor and fraction, so that on a pixel centre the derivative is the one to the right, as in a
-    sampler that blends the pixels floor(p) and floor(p) + 1.
+    It is written with floor and fraction, so that on a pixel center the derivative is the one to the right, as in a sampler
+    that blends the pixels floor(p) and floor(p) + 1.
 
     Args:
       positions: (...,) in pixels.
       size: number of pixels of the line.
 
     Returns:
-      (..., size): at most two non-zero weights each; less than one in sum outside the line.
+      (..., size): at most two nonzero weights per position; their sum is less than one outside the line.
     """
     lower = jnp.floor(positions)
     fraction = (positions - lower)[..., None]
     lower = lower[..., None]
     pixels = jnp.arange(size, dtype=positions.dtype).reshape((1,) * positions.ndim + (size,))
-    zero = 0 * fraction  # NaN for a position that is: a broken position must not look like one outside the line
+    zero = 0 * fraction  # NaN if the position is NaN, which must not look like a position outside the line
     return jnp.where(pixels == lower, 1 - fraction, zero) + jnp.where(pixels == lower + 1, fraction, zero)
 
 
@@ -57,10 +57,13 @@ def grid_sample(features: jax.Array, points: jax.Array, *, implementation: str =
 
     Args:
       features: (B, H, W, C) float. Channels are split into G consecutive groups of C / G.
-      points: (B, G, N, 2) float, (y, x) in pixels, any real value. Kept in float32 or better.
-      implementation: "gather" reads four neighbours a point; "matmul" multiplies with a (N, H * W) matrix of
-        hat weights, without a gather or a scatter in either direction; "pallas" does that in a kernel for TPUs;
-        "map_coordinates" is ``jax.scipy.ndimage.map_coordinates`` with order 1, the plain reference. See ``dispatch``.
+      points: (B, G, N, 2) float, (y, x) in pixels, any real value. Converted to float32 or better.
+      implementation: see ``dispatch``.
+
+        * "gather" reads four neighbors per point.
+        * "matmul" multiplies with a (N, H * W) matrix of hat weights, without a gather or a scatter in either direction.
+        * "pallas" is a kernel for TPUs that does the same.
+        * "map_coordinates" is ``jax.scipy.ndimage.map_coordinates`` with order 1, the plain reference.
 
     Returns:
       (B, N, C), of the dtype of ``features``.
@@ -74,13 +77,13 @@ def grid_sample(features: jax.Array, points: jax.Array, *, implementation: str =
     groups = points.shape[1] if points.ndim == 4 else 0
     if not groups or points.shape[0] != batch or points.shape[3] != 2 or channels % groups:
         raise ValueError(
-            f"grid_sample wants points (B, G, N, 2) with B = {batch} and G a divisor of {channels} channels, "
+            f"grid_sample expected points (B, G, N, 2) with B = {batch} and G a divisor of {channels} channels, "
             f"got points of shape {points.shape}."
         )
     points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
     implementation = dispatch.choose("grid_sample", implementation, map_shape=(height, width))
     if implementation == "pallas":
-        return kernels.grid_sample(features, points)
+        return pallas_sampling.grid_sample(features, points)
     grouped = features.reshape(batch, height, width, groups, channels // groups)
     samplers = {"gather": _sample_gather, "matmul": _sample_matmul, "map_coordinates": _sample_map_coordinates}
     sampled = samplers[implementation](grouped, points)

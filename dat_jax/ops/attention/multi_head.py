@@ -1,4 +1,4 @@
-"""Multi-head attention on packed channels: the core that the other attention ops share."""
+"""Multi-head attention on packed channels, the core of the other attention ops."""
 
 import functools
 import math
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dat_jax.ops import recompute
-from dat_jax.ops.layers import reduction
+from dat_jax.ops import memory
+from dat_jax.ops.layers.reduction import sum_over_axes
 
 _RESULTS = "attention_results"
-# Of ``jax.checkpoint``: what ``attend`` computed is kept, how its arguments were put together is not.
+# Policy for ``jax.checkpoint``: keep the results of ``attend``, recompute its arguments.
 KEEP_RESULTS = jax.checkpoint_policies.save_only_these_names(_RESULTS)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
-    """(..., N, C) -> (..., N, M, D), heads consecutive in the channels.
+    """(..., N, C) -> (..., N, M, D); heads are consecutive in the channels.
 
     Raises:
       ValueError: C is not a multiple of ``num_heads``.
@@ -43,9 +43,10 @@ def multi_head_attention(
 
     Args:
       query: (..., Nq, C).
-      key, value: (..., Nk, C).
-      num_heads: M; head width D = C / M.
-      bias: broadcastable to (..., M, Nq, Nk), same rank; -inf masks a pair out.
+      key: (..., Nk, C).
+      value: (..., Nk, C).
+      num_heads: M; the head width is D = C / M.
+      bias: broadcastable to (..., M, Nq, Nk), of the same rank; -inf masks a pair out.
 
     Returns:
       (..., Nq, C), of the dtype of ``value``. Logits and softmax are float32 or better.
@@ -58,13 +59,16 @@ def multi_head_attention(
 
 
 def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, bias: jax.Array | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(D) + bias), to look at: ``multi_head_attention`` never holds all of it.
+    """Attention weights softmax(q k^T / sqrt(D) + bias), for visualization. ``multi_head_attention`` never holds them.
 
     Args:
-      query, key, num_heads, bias: as there.
+      query: (..., Nq, C).
+      key: (..., Nk, C).
+      num_heads: M; the head width is D = C / M.
+      bias: broadcastable to (..., M, Nq, Nk), of the same rank; -inf masks a pair out.
 
     Returns:
-      (..., M, Nq, Nk), float32 or better; a query's sum to 1.
+      (..., M, Nq, Nk), float32 or better; the weights of a query sum to 1.
     """
     q, k = (jnp.moveaxis(split_heads(x, num_heads), -2, -3) for x in (query, key))
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -73,13 +77,15 @@ def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, bias:
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D) + bias) v of heads.
+    """softmax(q k^T / sqrt(D) + bias) v, with the heads among the leading axes.
 
-    For the backward pass it keeps its inputs and its output; the weights are computed again.
+    For the backward pass it keeps its inputs and its output, and recomputes the weights.
 
     Args:
-      query: (..., Nq, D). key, value: (..., Nk, D).
-      bias: broadcastable to (..., Nq, Nk), same rank, float32 or better.
+      query: (..., Nq, D).
+      key: (..., Nk, D).
+      value: (..., Nk, D).
+      bias: broadcastable to (..., Nq, Nk), of the same rank, float32 or better.
 
     Returns:
       (..., Nq, D), of the dtype of ``value``.
@@ -89,13 +95,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) 
     scale = 1 / math.sqrt(query.shape[-1])
     if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
         return _attend(query * scale, key, value, bias, 1.0)
-    return _attend(query, key, value, bias, scale)  # of the logits, as a narrow query would be rounded again
+    return _attend(query, key, value, bias, scale)  # scales the logits: a scaled bfloat16 query would be rounded again
 
 
 def attend_backward(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, out: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The backward pass of ``attend`` from its arguments, its output and the gradient of that: gradients of the arguments."""
+    """Gradients of the arguments of ``attend``, from its arguments, its output and the gradient of the output."""
     scale = 1 / math.sqrt(query.shape[-1])
     if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
         to_query, *others = _attend_backward(1.0, (query * scale, key, value, bias, out), gradient)
@@ -106,7 +112,7 @@ def attend_backward(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query, key, value, bias, scale):
     exponentials, total = _exponentials(query, key, bias, scale)
-    # Divided after the product: D numbers a query instead of Nk. On CPU the whole is then one loop that writes no weights.
+    # Divides after the product: D numbers per query instead of Nk. On CPU all is then one loop that writes no weights.
     product = jnp.einsum(
         "...qk,...kd->...qd", exponentials.astype(value.dtype), value, preferred_element_type=total.dtype
     )
@@ -114,7 +120,7 @@ def _attend(query, key, value, bias, scale):
 
 
 def _exponentials(query, key, bias, scale):
-    """exp(logits - the largest of the query), (..., Nq, Nk), and their sums, (..., Nq, 1)."""
+    """exp(logits - their maximum per query), (..., Nq, Nk), and the sums, (..., Nq, 1)."""
     dtype = jnp.promote_types(query.dtype, bias.dtype)
     logits = _times(jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=dtype), scale) + bias
     exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -131,20 +137,20 @@ def _attend_forward(query, key, value, bias, scale):
 
 
 def _attend_backward(scale, residuals, gradient):
-    query, key, value, bias, out = recompute.barrier(residuals)
+    query, key, value, bias, out = memory.recompute_from(residuals)
     exponentials, total = _exponentials(query, key, bias, scale)
     dtype = total.dtype
     weights = exponentials / total
     to_weights = jnp.einsum("...qd,...kd->...qk", gradient, value, preferred_element_type=dtype)
-    along = (gradient.astype(dtype) * out.astype(dtype)).sum(axis=-1, keepdims=True)
-    to_logits = weights * (to_weights - along)
+    projection = (gradient.astype(dtype) * out.astype(dtype)).sum(axis=-1, keepdims=True)
+    to_logits = weights * (to_weights - projection)
     scaled = _times(to_logits, scale).astype(query.dtype)
     to_query = jnp.einsum("...qk,...kd->...qd", scaled, key)
-    # In this order what a product has to transpose is the gradient or the query, not the weights.
+    # In this order the products transpose the gradient or the query, not the weights.
     to_key = jnp.einsum("...qd,...qk->...dk", query, scaled).swapaxes(-1, -2)
     to_value = jnp.einsum("...qd,...qk->...dk", gradient, weights.astype(value.dtype)).swapaxes(-1, -2)
-    summed = [axis for axis, size in enumerate(bias.shape) if size == 1 and to_logits.shape[axis] > 1]
-    return to_query, to_key, to_value, reduction.sum_over_axes(to_logits, summed).astype(bias.dtype)
+    broadcast_axes = [axis for axis, size in enumerate(bias.shape) if size == 1 and to_logits.shape[axis] > 1]
+    return to_query, to_key, to_value, sum_over_axes(to_logits, broadcast_axes).astype(bias.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

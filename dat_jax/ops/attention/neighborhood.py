@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import multi_head as attention
-from dat_jax.ops.attention import neighborhood_rows
-from dat_jax.ops.attention import neighborhood_tiles as tiles
+from dat_jax.ops.attention import neighborhood_tiles
+from dat_jax.ops.attention.multi_head import attention_weights, multi_head_attention
+from dat_jax.ops.attention.neighborhood_tiles import tile_line, tile_side, window_starts
+from dat_jax.ops.cpu import neighborhood_rows
 from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
 
 
@@ -23,17 +24,24 @@ def neighborhood_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D) + table) v over the window of each query.
 
-    The window of row i starts at clip(i - K // 2, 0, H - K), columns likewise: it never shrinks.
+    The window of the query at row i and column j starts at row clip(i - K // 2, 0, H - K) and column clip(j - K // 2, 0, W - K).
+    At the borders it is shifted inward, so it always has K x K keys.
 
     Args:
-      query, key, value: (B, H, W, C), heads consecutive in the channels.
+      query: (B, H, W, C), heads consecutive in the channels.
+      key: (B, H, W, C).
+      value: (B, H, W, C).
       table: (M, 2K - 1, 2K - 1), read at key - query + K - 1.
-      kernel_size: K, at most H and W.
+      kernel_size: K, side of the window in pixels, at most H and W.
       num_heads: M.
-      implementation: "gather" reads K * K keys per query, the plain reference. "tiles" takes tiles of queries against
-        the one halo of keys that holds all their windows: dense products with a static mask. "dense" is one tile.
-        "rows" takes the tiles one row after the other. "pallas" is a kernel for TPUs.
-        See ``dispatch``.
+      implementation: see ``dispatch``.
+
+        * "gather" reads K * K keys per query, the plain reference.
+        * "tiles" multiplies tiles of queries with the halo of keys that contains all their windows: dense products with a
+          static mask.
+        * "dense" does so with the whole map as one tile.
+        * "rows" does so for one row of tiles after the other (for CPUs).
+        * "pallas" is a kernel for TPUs.
 
     Returns:
       (B, H, W, C), of the dtype of ``value``.
@@ -45,20 +53,21 @@ def neighborhood_attention(
     """
     height, width = query.shape[1:3]
     if min(height, width) < kernel_size:
-        raise ValueError(f"A window of {kernel_size} needs a map at least that large, got {height} x {width}.")
+        raise ValueError(
+            f"A window of {kernel_size} needs map sides of at least {kernel_size}, got {height} x {width}."
+        )
     if table.shape != (num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1):
         side = 2 * kernel_size - 1
-        raise ValueError(f"neighborhood_attention wants a table {(num_heads, side, side)}, got {table.shape}.")
+        raise ValueError(f"neighborhood_attention expected a table {(num_heads, side, side)}, got {table.shape}.")
     implementation = dispatch.choose("neighborhood_attention", implementation, map_shape=(height, width))
     if implementation == "gather":
-        return _gathered(query, key, value, table, kernel_size, num_heads)
+        return _attend_gathered(query, key, value, table, kernel_size, num_heads)
     if implementation == "pallas":
-        return _by_kernel(query, key, value, table, kernel_size, num_heads)
+        return _attend_with_pallas(query, key, value, table, kernel_size, num_heads)
     if implementation == "rows":
         return neighborhood_rows.neighborhood_attention(query, key, value, table, kernel_size, num_heads)
-    dense = implementation == "dense"
-    tile = (height, width) if dense else (tiles.tile_side(height), tiles.tile_side(width))
-    return tiles.neighborhood_attention(
+    tile = (height, width) if implementation == "dense" else (tile_side(height), tile_side(width))
+    return neighborhood_tiles.neighborhood_attention(
         query, key, value, table, kernel_size=kernel_size, num_heads=num_heads, tile=tile
     )
 
@@ -66,33 +75,38 @@ def neighborhood_attention(
 def neighborhood_attention_weights(
     query: jax.Array, key: jax.Array, table: jax.Array, *, kernel_size: int, num_heads: int
 ) -> jax.Array:
-    """What ``neighborhood_attention`` weighs the values of a window with, to look at.
+    """Attention weights of ``neighborhood_attention``, for visualization.
 
     Args:
-      query, key, table, kernel_size, num_heads: as there.
+      query: (B, H, W, C), heads consecutive in the channels.
+      key: (B, H, W, C).
+      table: (M, 2K - 1, 2K - 1).
+      kernel_size: K.
+      num_heads: M.
 
     Returns:
-      (B, M, H, W, K, K), float32 or better; a query's sum to 1. The first key is that of ``tiles.window_starts``.
+      (B, M, H, W, K, K), float32 or better; the weights of a query sum to 1. ``neighborhood_tiles.window_starts`` has the first
+      row and column of each window.
     """
     height, width = query.shape[1:3]
     rows, columns = _window_lines((height, width), kernel_size)
     bias = _window_bias(table, rows, columns, kernel_size)
     keys = _gather_windows(key, rows, columns)
-    weights = attention.attention_weights(query[:, :, :, None], keys, num_heads=num_heads, bias=bias)
+    weights = attention_weights(query[:, :, :, None], keys, num_heads=num_heads, bias=bias)
     return jnp.moveaxis(weights[..., 0, :], 3, 1).reshape(-1, num_heads, height, width, kernel_size, kernel_size)
 
 
-def _gathered(query, key, value, table, kernel_size, num_heads):
+def _attend_gathered(query, key, value, table, kernel_size, num_heads):
     rows, columns = _window_lines(query.shape[1:3], kernel_size)
     bias = _window_bias(table, rows, columns, kernel_size)
     key, value = (_gather_windows(x, rows, columns) for x in (key, value))
-    queries = query[:, :, :, None]  # one query attends to its own K * K keys
-    return attention.multi_head_attention(queries, key, value, num_heads=num_heads, bias=bias).reshape(query.shape)
+    queries = query[:, :, :, None]  # the pixels are batch axes: one query attends to K * K keys
+    return multi_head_attention(queries, key, value, num_heads=num_heads, bias=bias).reshape(query.shape)
 
 
 def _window_lines(map_shape, kernel_size):
     """Rows and columns of the window of every row and column of queries: (H, K), (W, K)."""
-    return tuple(tiles.window_starts(size, kernel_size)[:, None] + np.arange(kernel_size) for size in map_shape)
+    return tuple(window_starts(size, kernel_size)[:, None] + np.arange(kernel_size) for size in map_shape)
 
 
 def _gather_windows(x, rows, columns):
@@ -110,14 +124,14 @@ def _window_bias(table, rows, columns, kernel_size):
     return jnp.moveaxis(bias, 0, 2)[None, :, :, :, None]
 
 
-def _by_kernel(query, key, value, table, kernel_size, num_heads):
+def _attend_with_pallas(query, key, value, table, kernel_size, num_heads):
     height, width = query.shape[1:3]
     rows = pallas_neighborhood.choose_rows((height, width), kernel_size)
     return pallas_neighborhood.neighborhood_attention(
-        # Where they were split from one projection the compiler takes that, in both directions.
+        # If they were split from one projection, the compiler uses that directly, in both directions.
         jnp.concatenate([query, key, value], axis=-1),
         table,
-        row_tiles=tiles.tile_line(height, rows, kernel_size),
-        column_tile=tiles.tile_line(width, width, kernel_size)[1][0],
+        row_tiles=tile_line(height, rows, kernel_size),
+        column_tile=tile_line(width, width, kernel_size)[1][0],
         num_heads=num_heads,
     )

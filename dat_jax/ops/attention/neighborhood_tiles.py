@@ -1,4 +1,4 @@
-"""Neighborhood attention by tiles of queries, each against the one halo of keys that holds all their windows."""
+"""Neighborhood attention by tiles of queries, each with the halo of keys that contains all its windows."""
 
 import functools
 import math
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dat_jax.ops.attention import multi_head as attention
+from dat_jax.ops.attention.multi_head import KEEP_RESULTS, attend
 
 
 def window_starts(size: int, kernel_size: int) -> np.ndarray:
-    """(size,): first key of the window of each query along one axis."""
+    """(size,): first key of each query's window, along one axis."""
     return np.clip(np.arange(size) - kernel_size // 2, 0, size - kernel_size)
 
 
 def tile_side(size: int, choices: tuple[int, ...] = (7, 8)) -> int:
-    """Whichever of the choices pads the side less, the first of equals; at most the side."""
+    """The choice with the least padding of a side of ``size`` pixels (the first of equals), at most ``size``."""
     return min(size, min(choices, key=lambda tile: math.ceil(size / tile) * tile))
 
 
@@ -24,11 +24,14 @@ def tile_line(size: int, tile: int, kernel_size: int, *, even: bool = False) -> 
     """Geometry of the tiles along one axis.
 
     Args:
-      even: the halos' steps are equal, a tile wide, so that the first and the last ones reach beyond the map.
+      size: pixels of the map.
+      tile: pixels of a tile.
+      kernel_size: pixels of a window.
+      even: whether the halos are at equal steps, of one tile; then the first and the last one reach beyond the map.
 
     Returns:
-      (T,) first key of each tile's halo, and (T, tile, halo) index into the table's axis of each (query, key), -1 where
-      the key is outside the query's window. Queries beyond the map take the window of the last one; they are dropped.
+      (T,) first key of each tile's halo, and (T, tile, halo) index into the table's axis of each (query, key) pair, -1 where
+      the key is outside the query's window. Queries beyond the map have the window of the last query; callers drop them.
     """
     first_query = np.arange(math.ceil(size / tile)) * tile
     queries = np.minimum(first_query[:, None] + np.arange(tile), size - 1)
@@ -49,8 +52,13 @@ def tile_line(size: int, tile: int, kernel_size: int, *, even: bool = False) -> 
 def tile_bias(table, row_index, column_index):
     """(tile rows, tile columns, M, queries, keys): the table's entries, -inf outside the windows.
 
-    The lookup separates into rows and columns: two products with one-hot matrices, exact and without a scatter in the
-    backward pass.
+    The lookup separates into rows and columns: two products with one-hot matrices, exact and without a scatter in the backward
+    pass.
+
+    Args:
+      table: (M, 2K - 1, 2K - 1).
+      row_index: (tile rows, tile height, halo height), from ``tile_line``.
+      column_index: (tile columns, tile width, halo width), from ``tile_line``.
     """
     pixels = jnp.arange(table.shape[1])
     rows, columns = (
@@ -70,15 +78,27 @@ def tile_bias(table, row_index, column_index):
 def neighborhood_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, table: jax.Array, *, kernel_size: int, num_heads: int, tile
 ) -> jax.Array:
-    """As ``neighborhood_attention.neighborhood_attention``, all tiles (height, width) at a time.
+    """See ``neighborhood.neighborhood_attention``. Computes all tiles at once.
 
-    They are cut out again in the backward pass: their halos hold every key three to four times.
+    The backward pass cuts the tiles out again: their halos hold every key three to four times.
+
+    Args:
+      query: (B, H, W, C), heads consecutive in the channels.
+      key: (B, H, W, C).
+      value: (B, H, W, C).
+      table: (M, 2K - 1, 2K - 1).
+      kernel_size: K.
+      num_heads: M.
+      tile: (height, width) of a tile.
+
+    Returns:
+      (B, H, W, C).
     """
-    tiled = functools.partial(_tiled, kernel_size=kernel_size, num_heads=num_heads, tile=tile)
-    return jax.checkpoint(tiled, policy=attention.KEEP_RESULTS)(query, key, value, table)
+    attend_tiles = functools.partial(_attend_tiles, kernel_size=kernel_size, num_heads=num_heads, tile=tile)
+    return jax.checkpoint(attend_tiles, policy=KEEP_RESULTS)(query, key, value, table)
 
 
-def _tiled(query, key, value, table, kernel_size, num_heads, tile):
+def _attend_tiles(query, key, value, table, kernel_size, num_heads, tile):
     batch, height, width, channels = query.shape
     row_starts, row_index = tile_line(height, tile[0], kernel_size)
     column_starts, column_index = tile_line(width, tile[1], kernel_size)
@@ -92,7 +112,7 @@ def _tiled(query, key, value, table, kernel_size, num_heads, tile):
     def rows_of_keys(x):  # (B, H, W, C) -> (tile rows, B, halo, W, C)
         return jnp.stack([x[:, start : start + halo_rows] for start in row_starts])
 
-    def attend_row(row):  # of tiles
+    def attend_row(row):  # one row of tiles
         queries, keys, values, index = row
         queries = queries.reshape(batch, tile[0], tile_columns, tile[1], num_heads, -1).transpose(0, 2, 4, 1, 3, 5)
 
@@ -103,13 +123,11 @@ def _tiled(query, key, value, table, kernel_size, num_heads, tile):
 
         bias = tile_bias(table, index[None], column_index)  # (1, tile columns, M, queries, keys)
         queries = queries.reshape(batch, tile_columns, num_heads, tile[0] * tile[1], -1)
-        out = attention.attend(
-            queries, halos(keys), halos(values), bias.astype(jnp.promote_types(table.dtype, "float32"))
-        )
+        out = attend(queries, halos(keys), halos(values), bias.astype(jnp.promote_types(table.dtype, "float32")))
         out = out.reshape(batch, tile_columns, num_heads, *tile, -1).transpose(0, 3, 1, 4, 2, 5)
         return out.reshape(batch, tile[0], tile_columns * tile[1], channels)
 
     rows = (rows_of_queries(query), rows_of_keys(key), rows_of_keys(value), jnp.asarray(row_index))
-    attend_row = jax.checkpoint(attend_row, policy=attention.KEEP_RESULTS)
+    attend_row = jax.checkpoint(attend_row, policy=KEEP_RESULTS)
     out = jnp.moveaxis(jax.vmap(attend_row)(rows), 0, 1)
     return out.reshape(batch, tile_rows * tile[0], tile_columns * tile[1], channels)[:, :height, :width]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dat_jax.ops.attention import multi_head as attention
+from dat_jax.ops.attention.multi_head import multi_head_attention
 
 
 def window_attention(
@@ -20,12 +20,14 @@ def window_attention(
     """Attention within windows of w x w, with a learned bias by relative position.
 
     Args:
-      query, key, value: (B, H, W, C), H and W multiples of w.
+      query: (B, H, W, C), H and W multiples of w.
+      key: (B, H, W, C).
+      value: (B, H, W, C).
       table: ((2w - 1)^2, M), read at (dy + w - 1) * (2w - 1) + (dx + w - 1) with (dy, dx) = query - key.
-      window_size: w.
+      window_size: w, side of the windows in pixels.
       num_heads: M.
-      shifted: rolls the map by -ceil(w / 2) first and back after; pairs that only the roll brought into one window get
-        -100 added to their logits, as published.
+      shifted: whether to roll the map by -ceil(w / 2) before and back after the attention. Pairs that are in one window only
+        because of the roll get -100 added to their logits, as published.
 
     Returns:
       (B, H, W, C), of the dtype of ``value``.
@@ -37,9 +39,11 @@ def window_attention(
     """
     (batch, height, width, channels), w = query.shape, window_size
     if height % w or width % w:
-        raise ValueError(f"window_attention wants a map of whole windows of {w}, got {height} x {width}; pad it.")
+        raise ValueError(
+            f"window_attention expected map sides that are multiples of {w}, got {height} x {width}; pad the map."
+        )
     if table.shape != ((2 * w - 1) ** 2, num_heads):
-        raise ValueError(f"window_attention wants a table {((2 * w - 1) ** 2, num_heads)}, got {table.shape}.")
+        raise ValueError(f"window_attention expected a table {((2 * w - 1) ** 2, num_heads)}, got {table.shape}.")
     shift = -(-w // 2) if shifted else 0
 
     def partition(x):  # (B, H, W, C) -> (B, windows, w * w, C)
@@ -51,23 +55,21 @@ def window_attention(
     if shift:
         mask = jnp.asarray(_shift_mask(height, width, w, shift), bias.dtype)  # (windows, w * w, w * w)
         bias = bias + mask[None, :, None]
-    out = attention.multi_head_attention(
-        partition(query), partition(key), partition(value), num_heads=num_heads, bias=bias
-    )
+    out = multi_head_attention(partition(query), partition(key), partition(value), num_heads=num_heads, bias=bias)
     out = out.reshape(batch, height // w, width // w, w, w, channels).swapaxes(2, 3)
     out = out.reshape(batch, height, width, channels)
     return jnp.roll(out, (shift, shift), axis=(1, 2)) if shift else out
 
 
 def relative_position_index(window_size: int) -> np.ndarray:
-    """(w * w, w * w): row of the bias table for every (query, key) of a window."""
+    """(w * w, w * w): row of the bias table for every (query, key) pair of a window."""
     w = window_size
     y, x = np.divmod(np.arange(w * w), w)
     return (y[:, None] - y[None, :] + w - 1) * (2 * w - 1) + (x[:, None] - x[None, :] + w - 1)
 
 
 def _shift_mask(height, width, window_size, shift):
-    """(windows, w * w, w * w): -100 between pixels of different regions of the rolled map, else 0."""
+    """(windows, w * w, w * w): -100 between pixels of different regions of the rolled map, 0 elsewhere."""
 
     def regions(size):  # (size,): three bands, split at size - w and size - shift
         line = np.arange(size)

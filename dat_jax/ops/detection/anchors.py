@@ -1,7 +1,7 @@
-"""Anchor boxes of a feature pyramid, and which of them an image may use.
+"""Anchor boxes of a feature pyramid, and masks of the anchors that an image may use.
 
-Anchors of a level are ordered (row, column, base anchor). The anchor at column x and row y of a map of stride s is centred
-at (s * x, s * y), without half a pixel of offset. Boxes are as in ``boxes``.
+The anchors of a level are ordered by (row, column, base anchor). The anchor at column x and row y of a map of stride s is
+centered at (s * x, s * y), without an offset of half a pixel. For the format of boxes see ``boxes``.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,19 @@ import numpy as np
 
 
 def base_anchors(stride: int, *, scales: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
-    """The anchors around (0, 0) of one level, (A, 4) float32, A = ratios x scales, ratio-major.
+    """Anchors around (0, 0) of one level.
 
     A ratio r is height over width: width = stride * scale / sqrt(r), height = stride * scale * sqrt(r).
 
-    Source: MMDetection 2.26, ``AnchorGenerator``, in its float32.
+    Args:
+      stride: pixels of the image per pixel of the map.
+      scales: sizes, as multiples of the stride.
+      ratios: height over width.
+
+    Returns:
+      (A, 4) float32 with A = len(ratios) * len(scales), ratio-major.
+
+    Source: MMDetection 2.26, ``AnchorGenerator``, which also computes in float32.
     """
     root = np.sqrt(np.asarray(ratios, np.float32))[:, None]
     scales = np.asarray(scales, np.float32)[None, :]
@@ -32,19 +40,19 @@ def make_anchors(
     scales: Sequence[float],
     ratios: Sequence[float],
 ) -> list[jax.Array]:
-    """All anchors of every level.
+    """Makes all anchors of every level.
 
     Args:
       map_shapes: (height, width) of each level's map.
-      strides: pixels of the image in one of the map, a level.
-      scales: as in ``base_anchors``, the same at every level.
-      ratios: as in ``base_anchors``.
+      strides: for each level, pixels of the image per pixel of the map.
+      scales: see ``base_anchors``; the same at every level.
+      ratios: see ``base_anchors``; the same at every level.
 
     Returns:
-      One (H * W * A, 4) float32 a level, in pixels of the image.
+      For each level an array (H * W * A, 4), float32, in pixels of the image.
 
     Raises:
-      ValueError: there are not as many strides as maps.
+      ValueError: the numbers of strides and maps differ.
     """
     anchors = []
     for (height, width), stride in zip(map_shapes, strides, strict=True):
@@ -59,19 +67,19 @@ def make_anchors(
 def anchor_validity(
     map_shapes: Sequence[tuple[int, int]], *, strides: Sequence[int], per_position: int, pad_shape
 ) -> list[jax.Array]:
-    """Which anchors start inside the padded image: those whose centre does. The rest of an anchor may be outside.
+    """Mask of the anchors whose center is inside the padded image. The rest of such an anchor may be outside.
 
     Args:
       map_shapes: (height, width) of each level's map.
-      strides: as in ``make_anchors``.
+      strides: see ``make_anchors``.
       per_position: A, the number of base anchors.
-      pad_shape: (height, width) in pixels to which this image was padded, at most the batch's; may be traced.
+      pad_shape: (height, width) in pixels to which this image was padded, at most the shape of the batch; may be traced.
 
     Returns:
-      One (H * W * A,) bool a level.
+      For each level an array (H * W * A,), bool.
 
     Raises:
-      ValueError: there are not as many strides as maps.
+      ValueError: the numbers of strides and maps differ.
     """
     validity = []
     for shape, stride in zip(map_shapes, strides, strict=True):
@@ -81,9 +89,18 @@ def anchor_validity(
 
 
 def inside_image(anchors: jax.Array, *, image_shape, border: float = 0) -> jax.Array:
-    """Which anchors (N, 4) lie in an image of (height, width), which may be traced, by at most ``border`` pixels outside.
+    """Mask of the anchors that are inside an image, or reach at most ``border`` pixels beyond it.
 
-    (N,) bool. The right and lower edge must be strictly less than the width or height plus the border, as published.
+    The right edge must be strictly less than the width plus the border, the lower edge than the height plus the border, as
+    published.
+
+    Args:
+      anchors: (N, 4).
+      image_shape: (height, width) in pixels; may be traced.
+      border: in pixels.
+
+    Returns:
+      (N,) bool.
 
     Source: MMDetection 2.26, ``anchor_inside_flags`` with allowed_border >= 0.
     """

@@ -1,6 +1,6 @@
-"""Masks of instances: cut out under boxes for training, and pasted back into the image for results.
+"""Instance masks: cropped to boxes for training, and pasted into the image for results.
 
-Boxes are as in ``boxes``; the centre of pixel (i, j) is at (i + 1/2, j + 1/2).
+For the format of boxes see ``boxes``; the center of pixel (i, j) is at (i + 1/2, j + 1/2).
 """
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dat_jax.ops.detection import boxes as bx
-from dat_jax.ops.detection import roi_align as ra
+from dat_jax.ops.detection.boxes import clip_boxes, replace_invalid
+from dat_jax.ops.detection.roi_align import apply_weights, axis_weights, map_chunks
 
 
 def crop_masks(
@@ -23,17 +23,17 @@ def crop_masks(
     packed: bool = False,
     chunk: int = 8,
 ) -> jax.Array:
-    """Each box's part of its mask, by RoIAlign with ratio 0: soft, from 0 to 1.
+    """Crops a mask to each box, by RoIAlign with sampling ratio 0: soft values from 0 to 1.
 
     Args:
-      masks: (G, H, W) bool or 0 and 1; packed, uint8 (G, H, W / 8).
-      boxes: (K, 4) in pixels of the masks; clipped to them.
-      indices: (K,) int, which mask each box is cut from.
+      masks: (G, H, W) bool or 0 and 1; if packed, (G, H, W / 8) uint8.
+      boxes: (K, 4) in pixels of the masks; they are clipped to the masks.
+      indices: (K,) int, the mask of each box.
       size: P, the side of the result.
-      mask_shape: (height, width) that count, if the rest of ``masks`` is padding; may be traced. The whole unless given.
-      valid: (K,) bool; for others the result is 0, whatever box and index are. None for all.
-      packed: whether a byte of the masks has eight pixels, the first in its highest bit, as of ``numpy.packbits``.
-      chunk: boxes treated at once; memory is ``chunk * H * W`` numbers.
+      mask_shape: (height, width) of the masks without padding; may be traced. None if there is no padding.
+      valid: (K,) bool; the result of an invalid box is 0, whatever the box and index are. None if all are valid.
+      packed: whether a byte of the masks has eight pixels, the first one in the highest bit, as by ``numpy.packbits``.
+      chunk: number of boxes processed at once; memory is ``chunk * H * W`` numbers.
 
     Returns:
       (K, P, P) float, without gradient.
@@ -43,43 +43,43 @@ def crop_masks(
     rows_of_masks, columns_of_masks = masks.shape[1], masks.shape[2] * (8 if packed else 1)
     height, width = (rows_of_masks, columns_of_masks) if mask_shape is None else mask_shape
     valid = jnp.ones(boxes.shape[0], bool) if valid is None else valid
-    boxes = bx.replace_invalid(lax.stop_gradient(boxes), valid)
+    boxes = replace_invalid(lax.stop_gradient(boxes), valid)
     boxes = boxes.astype(jnp.promote_types(boxes.dtype, jnp.float32))
-    boxes = bx.clip_boxes(boxes, image_shape=(height, width))
+    boxes = clip_boxes(boxes, image_shape=(height, width))
     indices = jnp.where(valid, indices, 0)
 
     def crop_chunk(arguments):
         boxes, indices, valid = arguments
-        rows = ra.axis_weights(boxes[:, 1], boxes[:, 3], rows_of_masks, size, extent=height)
-        columns = ra.axis_weights(boxes[:, 0], boxes[:, 2], columns_of_masks, size, extent=width)
-        chosen = jnp.asarray(masks)[indices]
-        chosen = jnp.unpackbits(chosen, axis=-1) if packed else chosen
-        cropped = ra.apply_weights("khw", chosen.astype(boxes.dtype), rows, columns)
+        rows = axis_weights(boxes[:, 1], boxes[:, 3], rows_of_masks, size, extent=height)
+        columns = axis_weights(boxes[:, 0], boxes[:, 2], columns_of_masks, size, extent=width)
+        box_masks = jnp.asarray(masks)[indices]
+        box_masks = jnp.unpackbits(box_masks, axis=-1) if packed else box_masks
+        cropped = apply_weights("khw", box_masks.astype(boxes.dtype), rows, columns)
         return jnp.where(valid[:, None, None], cropped, 0)
 
-    return lax.stop_gradient(ra.map_chunks(crop_chunk, (boxes, indices, valid), chunk))
+    return lax.stop_gradient(map_chunks(crop_chunk, (boxes, indices, valid), chunk))
 
 
 def mask_targets(masks: jax.Array, boxes: jax.Array, indices: jax.Array, **options) -> jax.Array:
-    """``crop_masks`` with a threshold: (K, P, P) bool, True from 1/2 on."""
+    """``crop_masks`` with a threshold: (K, P, P) bool, True where the value is at least 1/2."""
     return crop_masks(masks, boxes, indices, **options) >= 0.5
 
 
 def paste_masks(
     probabilities: np.ndarray, boxes: np.ndarray, shape: tuple[int, int], *, threshold: float | None = None
 ) -> np.ndarray:
-    """Pastes the masks of boxes into images, on the host: numpy, for images of any size.
+    """Pastes the masks of boxes into images, with numpy on the host, for images of any size.
 
-    A pixel's centre, in the coordinates of its box, is sampled bilinearly; around the mask all is zero. As published, only
-    pixels within one of the box rounded outward are computed. The blend with zero around a mask reaches half of a mask's
-    pixel out of the box, which is more in a box of over 56 pixels: what is cut off there is below half the mask's
-    border. In float32, as published.
+    The mask is sampled bilinearly at the center of each pixel, in coordinates of the box, and is zero outside. As published, only
+    pixels at most one pixel outside the box (rounded outward) are computed. The blend with zero reaches half a mask pixel beyond
+    the box, which is more than that for a box of over 56 pixels: the values that are cut off are below half of those at
+    the mask's border. Computed in float32, as published.
 
     Args:
       probabilities: (n, M, M).
-      boxes: (n, 4) in pixels of the image; they may reach outside. One without area gives zeros.
+      boxes: (n, 4) in pixels of the image; they may reach outside. A box without area gives zeros.
       shape: (height, width) of the image.
-      threshold: with it, the result is bool, True from the threshold on.
+      threshold: if given, the result is bool, True where the value is at least the threshold.
 
     Returns:
       (n, height, width) float32 or bool.
@@ -100,7 +100,7 @@ def paste_masks(
 
 
 def _paste_weights(start, stop, pixels, side):
-    """First pixel reached, and (pixels reached, side): how much of each line of the mask."""
+    """First pixel to compute, and the weight of each line of the mask in each pixel: (pixels, side)."""
     first, last = max(0, int(np.floor(start)) - 1), min(pixels, int(np.ceil(stop)) + 1)
     centers = np.arange(first, max(first, last), dtype=np.float32) + np.float32(0.5)
     positions = (centers - start) / (stop - start) * np.float32(side) - np.float32(0.5)

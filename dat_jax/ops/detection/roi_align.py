@@ -1,10 +1,10 @@
-"""RoIAlign: maps resampled to a small square under each box, as the mean of bilinear samples in every bin.
+"""RoIAlign: resamples the part of a map inside each box to a small square of bins, each the mean of bilinear samples.
 
 The samples of a box are a grid of rows and columns, so the result is A F B^T with the map F and two small matrices: no gather,
 and no scatter in the backward pass.
 
-Coordinates of boxes are continuous, as in ``boxes``; the centre of pixel i is at i + 1/2 ("aligned"). A sample within a
-pixel of the map takes the nearest pixel's value, one farther outside is 0. Positions are computed in float32 or better.
+Coordinates of boxes are continuous, see ``boxes``; the center of pixel i is at i + 1/2 ("aligned"). A sample at most one pixel
+outside the map has the value of the nearest pixel, a sample farther outside is 0. Positions are computed in float32 or better.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dat_jax.ops.detection import boxes as bx
+from dat_jax.ops.detection.boxes import areas, replace_invalid
 
 
 def roi_align(
@@ -26,17 +26,17 @@ def roi_align(
     valid: jax.Array | None = None,
     chunk: int = 32,
 ) -> jax.Array:
-    """Features under each box, of one map.
+    """Features inside each box, from one map.
 
     Args:
       features: (H, W, C). Differentiable; the boxes have no gradient.
       boxes: (K, 4), of any size and anywhere.
-      size: P, bins a side.
+      size: P, number of bins along each axis.
       spatial_scale: pixels of the map per unit of the boxes, 1 / stride.
-      sampling_ratio: samples a bin and axis. 0 takes ceil(side / P) with the side of the box in pixels of the map; the
-        result is then 0 for a box with a side of zero or less.
-      valid: (K,) bool; for others the result is 0, whatever the box is. None for all.
-      chunk: boxes treated at once; memory is ``chunk * P * W * C`` numbers.
+      sampling_ratio: number of samples per bin and axis. 0 for ceil(side / P), with the side of the box in pixels of the map;
+        then the result is 0 for a box with a side of zero or less.
+      valid: (K,) bool; the result of an invalid box is 0, whatever the box is. None if all are valid.
+      chunk: number of boxes processed at once; memory is ``chunk * P * W * C`` numbers.
 
     Returns:
       (K, P, P, C), of the dtype of ``features``. Costs K * P * W * (H + P) * C multiplications.
@@ -55,13 +55,21 @@ def roi_align(
 
 
 def assign_levels(boxes: jax.Array, *, levels: int = 4, finest: float = 56.0) -> jax.Array:
-    """The level of a pyramid for each box: floor(log2(sqrt(area) / finest + 1e-6)), cut to [0, levels - 1].
+    """Pyramid level of each box: floor(log2(sqrt(area) / finest + 1e-6)), clipped to [0, levels - 1].
 
-    Boxes (..., 4) -> (...,) int32. Without the logarithm, whose rounding matters at powers of two.
+    It is computed without the logarithm, whose rounding matters at powers of two.
+
+    Args:
+      boxes: (..., 4) in pixels of the image.
+      levels: number of levels.
+      finest: square root of an area, in pixels; level 0 has the boxes up to twice this size, and each further level doubles it.
+
+    Returns:
+      (...,) int32.
 
     Source: Feature Pyramid Networks (CVPR 2017), equation 1; MMDetection 2.26, ``SingleRoIExtractor``.
     """
-    scale = jnp.sqrt(jnp.maximum(bx.areas(boxes), 0)) / finest + 1e-6
+    scale = jnp.sqrt(jnp.maximum(areas(boxes), 0)) / finest + 1e-6
     return sum((scale >= 2.0**level).astype(jnp.int32) for level in range(1, levels)) + jnp.zeros(
         scale.shape, jnp.int32
     )
@@ -78,35 +86,35 @@ def pyramid_roi_align(
     valid: jax.Array | None = None,
     chunk: int = 32,
 ) -> jax.Array:
-    """Features under each box, from the level of the pyramid that fits the box's area.
+    """Features inside each box, from the pyramid level that fits the area of the box.
 
-    Every box is multiplied with every level, and its matrices are zero for all levels but its own. As each level has a
-    quarter of the pixels of the one before, that is a third more than the finest level alone; which level a box has is
-    known too late for arrays of static size to save it.
+    Every box is multiplied with every level, with matrices that are zero for all levels but its own, because arrays have static
+    shapes and the level of a box is not known when the program is compiled. Each level has a quarter of the pixels of the one
+    before, so this costs a third more than the finest level alone.
 
     Args:
       maps: (H, W, C) of each level, finest first.
       boxes: (K, 4) in pixels of the image.
-      size: P, bins a side.
-      strides: pixels of the image in one of the map, a level.
+      size: P, number of bins along each axis.
+      strides: for each level, pixels of the image per pixel of the map.
       finest: see ``assign_levels``.
       sampling_ratio: see ``roi_align``.
       valid: see ``roi_align``.
-      chunk: see ``roi_align``; by the finest map.
+      chunk: see ``roi_align``; the finest map determines the memory.
 
     Returns:
       (K, P, P, C), of the dtype of the maps.
 
     Raises:
-      ValueError: there are not as many strides as maps, or a shape is wrong.
+      ValueError: the numbers of strides and maps differ, or a shape is wrong.
     """
     if len(maps) != len(strides) or any(features.ndim != 3 for features in maps) or boxes.shape[1:] != (4,):
         raise ValueError(
-            f"RoIAlign wants maps (H, W, C), a stride for each and boxes (K, 4), got {[x.shape for x in maps]}, "
+            f"RoIAlign expected maps (H, W, C), a stride for each and boxes (K, 4), got {[x.shape for x in maps]}, "
             f"strides {tuple(strides)} and {boxes.shape}."
         )
     valid = jnp.ones(boxes.shape[0], bool) if valid is None else valid
-    boxes = bx.replace_invalid(lax.stop_gradient(boxes), valid)
+    boxes = replace_invalid(lax.stop_gradient(boxes), valid)
     boxes = boxes.astype(jnp.promote_types(boxes.dtype, jnp.float32))
     level_of_box = assign_levels(boxes, levels=len(maps), finest=finest)
 
@@ -131,19 +139,22 @@ def pyramid_roi_align(
 def axis_weights(
     start: jax.Array, stop: jax.Array, pixels: int, size: int, sampling_ratio: int = 0, extent: jax.Array | None = None
 ) -> jax.Array:
-    """How much each pixel of a line adds to each bin of each box: (K, P, pixels).
+    """Weight of each pixel of a line in each bin of each box.
 
-    With ratio 0 a bin wider than one pixel has samples more than half a pixel apart, so that of a bin's samples at most four
-    are within a pixel of a given one. Only these are looked at, six with a margin for rounding: the cost does not
-    depend on the sizes of the boxes, and the result is exact for all of them.
+    With sampling ratio 0 the samples of a bin wider than one pixel are more than half a pixel apart, so at most four of them are
+    within one pixel of any given pixel. Only these are evaluated, six with a margin for rounding: the cost does not depend on
+    the sizes of the boxes, and the result is exact for all sizes.
 
     Args:
-      start: (K,), where the boxes begin along this axis, in continuous coordinates of the map.
-      stop: (K,), where they end.
+      start: (K,), lower edges of the boxes along this axis, in continuous coordinates of the map.
+      stop: (K,), upper edges.
       pixels: number of pixels of the line.
       size: P, number of bins.
       sampling_ratio: see ``roi_align``.
-      extent: number of pixels that count, if the rest is padding; may be traced.
+      extent: number of pixels without padding; may be traced. None if there is no padding.
+
+    Returns:
+      (K, P, pixels), of the dtype of ``start``, without gradient.
     """
     dtype = start.dtype
     last = jnp.asarray(pixels if extent is None else extent, dtype) - 1
@@ -157,7 +168,7 @@ def axis_weights(
     else:
         samples = jnp.ceil(bin_side)
         spacing = bin_side / jnp.maximum(samples, 1)
-        # First sample of the bin at pixel - 1 or after. A box of one sample a bin or none needs no search.
+        # First sample of the bin at or after pixel - 1. Not needed for boxes with at most one sample per bin.
         near = jnp.ceil((pixel - 1 - bin_start) / jnp.where(samples > 1, spacing, 1) - 0.5) - 1
         near = jnp.where(samples > 1, near, 0)
         candidates = range(6)
@@ -172,7 +183,17 @@ def axis_weights(
 
 
 def apply_weights(axes: str, features: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """(K, P, H) and (K, P, W) on ``features``, whose axes are h, w and possibly k and c -> (K, P, P[, C])."""
+    """Applies weights of rows (K, P, H) and columns (K, P, W) to features.
+
+    Args:
+      axes: letters of the axes of ``features``: h, w, and optionally k and c.
+      features: the map, or one map per box.
+      rows: (K, P, H).
+      columns: (K, P, W).
+
+    Returns:
+      (K, P, P), or (K, P, P, C) if ``axes`` has c.
+    """
     rows, columns = rows.astype(features.dtype), columns.astype(features.dtype)
     rest = axes.replace("k", "").replace("h", "").replace("w", "")
     lines = jnp.einsum(f"kph,{axes}->kpw{rest}", rows, features, precision=lax.Precision.HIGHEST)
@@ -180,7 +201,13 @@ def apply_weights(axes: str, features: jax.Array, rows: jax.Array, columns: jax.
 
 
 def map_chunks(function, arguments, chunk: int):
-    """``function`` of arrays with a leading axis, ``chunk`` rows at a time: the last chunk is padded with zeros."""
+    """Applies ``function`` to ``chunk`` rows of arrays at a time. The last chunk is padded with zeros, which are cut off again.
+
+    Args:
+      function: a function of a tree of arrays (chunk, ...), which returns an array (chunk, ...).
+      arguments: a tree of arrays with the same leading axis.
+      chunk: number of rows per call.
+    """
     count = jax.tree.leaves(arguments)[0].shape[0]
     chunk = max(1, min(chunk, count))
     steps = -(-count // chunk)

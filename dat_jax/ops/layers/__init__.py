@@ -1,1 +1,1 @@
-"""Layers without parameters: convolution, normalization, activation, MLP and resizing."""
+"""Layers without parameters: linear, convolution, normalization, activation, MLP and resizing."""

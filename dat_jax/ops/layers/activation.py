@@ -1,19 +1,28 @@
-"""GELU, and the linear layer after it, with backward passes that keep the input alone."""
+"""The exact GELU, alone or followed by a linear layer. Both keep only their inputs for the backward pass."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops import recompute
-from dat_jax.ops.layers import linear, reduction
+from dat_jax.ops import memory
+from dat_jax.ops.layers.linear import linear
+from dat_jax.ops.layers.reduction import sum_outer_products, sum_over_positions
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x * Phi(x), of any shape and in the dtype of ``x``; computed in float32 or better.
+    """The exact GELU, x * Phi(x), of any shape.
 
-    Its backward pass computes everything again from x: what JAX's own derivative keeps is five arrays of this size.
+    Its backward pass recomputes everything from ``x``: JAX's own derivative stores five arrays of this size.
+
+    Args:
+      x: any shape.
+
+    Returns:
+      The shape and dtype of ``x``; computed in float32 or better.
+
+    Source: Gaussian Error Linear Units (1606.08415).
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * _normal_cdf(wide)).astype(x.dtype)
@@ -28,7 +37,7 @@ def _gelu_forward(x):
 
 
 def _gelu_backward(x, gradient):
-    return (_gelu_derivative(recompute.barrier(x), gradient),)
+    return (_gelu_derivative(memory.recompute_from(x), gradient),)
 
 
 def _gelu_derivative(x, gradient):
@@ -42,16 +51,17 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def gelu_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """gelu(x) @ kernel + bias, keeping x but not gelu(x) for the backward pass.
+    """gelu(x) @ kernel + bias; ``x`` is stored for the backward pass, gelu(x) is not.
 
     Args:
       x: (..., C).
-      kernel: (C, features). bias: (features,). All of one dtype.
+      kernel: (C, features), of the dtype of ``x``.
+      bias: (features,), of the dtype of ``x``.
 
     Returns:
       (..., features).
     """
-    return linear.linear(gelu(x), kernel, bias)
+    return linear(gelu(x), kernel, bias)
 
 
 def _gelu_linear_forward(x, kernel, bias):
@@ -59,10 +69,10 @@ def _gelu_linear_forward(x, kernel, bias):
 
 
 def _gelu_linear_backward(residuals, gradient):
-    x, kernel = recompute.barrier(residuals[0]), residuals[1]
-    to_kernel = linear.kernel_gradient(gelu(x), gradient)
+    x, kernel = memory.recompute_from(residuals[0]), residuals[1]
+    to_kernel = sum_outer_products(gelu(x), gradient)
     to_x = _gelu_derivative(x, gradient @ kernel.T)
-    return to_x, to_kernel, reduction.sum_over_positions(gradient).astype(gradient.dtype)
+    return to_x, to_kernel, sum_over_positions(gradient).astype(gradient.dtype)
 
 
 gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)

@@ -4,13 +4,20 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.layers import activation, depthwise
-from dat_jax.ops.pallas import mlp as kernels
+from dat_jax.ops.layers.activation import gelu_linear
+from dat_jax.ops.layers.depthwise import depthwise_conv
+from dat_jax.ops.pallas import mlp as pallas_mlp
 
 
-def chooses_kernel(shape: tuple[int, ...], hidden: int, implementation: str) -> bool:
-    """Whether ``conv_mlp`` of x (B, H, W, C) is to be a kernel: where it is asked for and its weights fit in VMEM."""
-    fits = shape[-1] * hidden <= kernels.MAX_WEIGHTS
+def uses_pallas(shape: tuple[int, ...], hidden: int, implementation: str) -> bool:
+    """Whether ``conv_mlp`` runs as a Pallas kernel: if ``dispatch`` selects it and the weights fit in VMEM.
+
+    Args:
+      shape: (B, H, W, C), the shape of the input.
+      hidden: E, the hidden width.
+      implementation: see ``conv_mlp``.
+    """
+    fits = shape[-1] * hidden <= pallas_mlp.MAX_WEIGHTS
     return fits and dispatch.choose("conv_mlp", implementation, map_shape=tuple(shape[1:3])) == "pallas"
 
 
@@ -28,15 +35,18 @@ def conv_mlp(
     """gelu(h + convolution(h)) kernel2 + bias2 with h = x kernel1 + bias1, and the exact GELU.
 
     Args:
-      x: (B, H, W, C); the result is of its dtype.
-      kernel1, bias1: (C, E), (E,).
-      taps, taps_bias: (3, 3, 1, E), (E,), of the convolution.
-      kernel2, bias2: (E, C), (C,).
-      implementation: "products", op by op, each in the dtype of ``x``; "pallas" is a kernel for TPUs, which rounds to it
-        only what it multiplies with the two kernels. See ``dispatch``.
+      x: (B, H, W, C).
+      kernel1: (C, E), kernel of the first linear layer.
+      bias1: (E,).
+      taps: (3, 3, 1, E), kernel of the depthwise convolution.
+      taps_bias: (E,).
+      kernel2: (E, C), kernel of the second linear layer.
+      bias2: (C,).
+      implementation: "products" runs op by op, each in the dtype of ``x``; "pallas" is a kernel for TPUs, which rounds to
+        that dtype only the operands of the two matrix products. See ``dispatch``.
 
     Returns:
-      (B, H, W, C).
+      (B, H, W, C), of the dtype of ``x``.
 
     Source: DAT++ (2309.01430), section 3.3.
     """
@@ -44,13 +54,11 @@ def conv_mlp(
         wide = jnp.promote_types(x.dtype, jnp.float32)
         rows = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (bias1, taps, taps_bias, bias2))
         bias1, taps, taps_bias, bias2 = rows
-        parameters = kernels.Parameters(kernel1.astype(x.dtype), bias1, taps, taps_bias, kernel2.astype(x.dtype), bias2)
-        return kernels.conv_mlp(x, parameters)
+        kernel1, kernel2 = kernel1.astype(x.dtype), kernel2.astype(x.dtype)
+        return pallas_mlp.conv_mlp(x, pallas_mlp.Parameters(kernel1, bias1, taps, taps_bias, kernel2, bias2))
     kernel1, bias1, taps, taps_bias, kernel2, bias2 = (
         y.astype(x.dtype) for y in (kernel1, bias1, taps, taps_bias, kernel2, bias2)
     )
     x = x @ kernel1 + bias1.reshape(1, 1, 1, -1)
-    convolved = depthwise.depthwise_conv(
-        x, taps, padding=1, implementation="plain" if implementation == "plain" else "auto"
-    )
-    return activation.gelu_linear(x + (convolved + taps_bias.reshape(1, 1, 1, -1)), kernel2, bias2)
+    convolved = depthwise_conv(x, taps, padding=1, implementation="plain" if implementation == "plain" else "auto")
+    return gelu_linear(x + (convolved + taps_bias.reshape(1, 1, 1, -1)), kernel2, bias2)

@@ -1,12 +1,12 @@
-"""LayerNorm over channels, with a backward pass that keeps its input and two numbers a position."""
+"""LayerNorm over channels. For the backward pass it keeps its input and two numbers per position."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops import recompute
-from dat_jax.ops.layers import reduction
+from dat_jax.ops import memory
+from dat_jax.ops.layers.reduction import sum_over_positions
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -15,7 +15,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
 
     Args:
       x: (..., C).
-      scale, bias: (C,), float32 or better.
+      scale: (C,), float32 or better.
+      bias: (C,), float32 or better.
       epsilon: added to the (biased) variance.
 
     Returns:
@@ -44,17 +45,17 @@ def _forward(x, scale, bias, epsilon):
 
 
 def _backward(_, residuals, gradient):
-    x, scale, mean, inverse = recompute.barrier(residuals)
+    x, scale, mean, inverse = memory.recompute_from(residuals)
     normalized = (x.astype(mean.dtype) - mean) * inverse
     gradient = gradient.astype(mean.dtype)
     scaled = gradient * _as_row(scale, x.ndim)
-    along = (scaled * normalized).mean(axis=-1, keepdims=True)
-    to_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - normalized * along)
-    to_scale = reduction.sum_over_positions(gradient * normalized)
+    projection = (scaled * normalized).mean(axis=-1, keepdims=True)
+    to_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - normalized * projection)
+    to_scale = sum_over_positions(gradient * normalized)
     return (
         to_x.astype(x.dtype),
         to_scale.astype(scale.dtype),
-        reduction.sum_over_positions(gradient).astype(scale.dtype),
+        sum_over_positions(gradient).astype(scale.dtype),
     )
 
 

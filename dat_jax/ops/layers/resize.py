@@ -1,4 +1,4 @@
-"""Resizing of maps (B, H, W, C) as the published heads do it: pixels are areas, corners are not aligned, no antialiasing.
+"""Resizing of maps (B, H, W, C) as in the published heads: pixels are areas, corners are not aligned, no antialiasing.
 
 Bilinear resizing and adaptive pooling are separable, so they are two products with small matrices, one for rows and one for
 columns: no gather, and no scatter in the backward pass.
@@ -10,42 +10,71 @@ import numpy as np
 
 
 def resize_bilinear(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """(B, H, W, C) -> (B, *shape, C), of the same dtype.
+    """Resizes maps bilinearly, like PyTorch's ``interpolate`` (mode "bilinear", align_corners=False).
 
-    Pixel i of the result is sampled at (i + 1/2) * old / new - 1/2 pixels, cut to the map. As PyTorch's ``interpolate``
-    (bilinear, align_corners=False); jax.image.resize would antialias where the map shrinks.
+    Pixel i of the result is sampled at (i + 1/2) * old / new - 1/2 pixels, clipped to the map. By default
+    ``jax.image.resize`` differs where the map shrinks: it antialiases.
+
+    Args:
+      x: (B, H, W, C).
+      shape: (H', W').
+
+    Returns:
+      (B, H', W', C), of the dtype of ``x``.
     """
     if x.shape[1:3] == tuple(shape):
         return x
     rows, columns = (bilinear_weights(old, new) for old, new in zip(x.shape[1:3], shape, strict=True))
-    return _apply(x, rows, columns)
+    return _apply_weights(x, rows, columns)
 
 
 def bilinear_weights(old: int, new: int) -> np.ndarray:
-    """(new, old) float64: how much each old pixel adds to a new one."""
+    """(new, old) float64: the weight of each old pixel in each new pixel, along one axis."""
     center = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     return np.maximum(0, 1 - np.abs(center[:, None] - np.arange(old)[None, :]))
 
 
 def traced_bilinear_weights(old: int, new: jax.Array, *, count: int, dtype) -> jax.Array:
-    """``bilinear_weights`` for a traced ``new`` of at most ``count``: (count, old), rows from ``new`` on mean nothing."""
+    """``bilinear_weights`` for a traced ``new`` of at most ``count``.
+
+    Returns:
+      (count, old), of the given dtype. Rows from ``new`` on are undefined.
+    """
     center = jnp.clip((jnp.arange(count, dtype=dtype) + 0.5) * old / new.astype(dtype) - 0.5, 0, old - 1)
     return jnp.maximum(0, 1 - jnp.abs(center[:, None] - jnp.arange(old, dtype=dtype)[None, :]))
 
 
 def resize_nearest(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """(B, H, W, C) -> (B, *shape, C): pixel i is the old pixel floor(i * old / new), PyTorch's "nearest"."""
+    """Resizes maps like PyTorch's ``interpolate`` (mode "nearest"): new pixel i is old pixel floor(i * old / new).
+
+    Args:
+      x: (B, H, W, C).
+      shape: (H', W').
+
+    Returns:
+      (B, H', W', C), of the dtype of ``x``.
+    """
     for axis, new in zip((1, 2), shape, strict=True):
         old = x.shape[axis]
-        doubled = new % old == 0  # or more: no gather, and no scatter in the backward pass
-        x = jnp.repeat(x, new // old, axis) if doubled else jnp.take(x, np.arange(new) * old // new, axis)
+        is_multiple = new % old == 0  # then no gather, and no scatter in the backward pass
+        x = jnp.repeat(x, new // old, axis) if is_multiple else jnp.take(x, np.arange(new) * old // new, axis)
     return x
 
 
 def adaptive_average_pool(x: jax.Array, side: int) -> jax.Array:
-    """(B, H, W, C) -> (B, side, side, C): bin i is the mean from floor(i * old / side) to ceil((i + 1) * old / side)."""
+    """Averages maps over side x side bins, like PyTorch's ``adaptive_avg_pool2d``.
+
+    Along each axis bin i is the mean from floor(i * old / side) to ceil((i + 1) * old / side).
+
+    Args:
+      x: (B, H, W, C).
+      side: number of bins along each axis.
+
+    Returns:
+      (B, side, side, C), of the dtype of ``x``.
+    """
     rows, columns = (_pooling_weights(old, side) for old in x.shape[1:3])
-    return _apply(x, rows, columns)
+    return _apply_weights(x, rows, columns)
 
 
 def _pooling_weights(old: int, new: int) -> np.ndarray:
@@ -54,8 +83,8 @@ def _pooling_weights(old: int, new: int) -> np.ndarray:
     return inside / inside.sum(axis=1, keepdims=True)
 
 
-def _apply(x, rows, columns):
-    """Rows first: what is between has the old width. Products of the highest precision, for logits stay float32 on a TPU."""
+def _apply_weights(x, rows, columns):
+    """Applies the rows first: the intermediate map has the old width. Precision is the highest, as logits stay float32 on TPU."""
     rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
     x = jnp.einsum("yi,bijc->byjc", rows, x, precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("xj,byjc->byxc", columns, x, precision=jax.lax.Precision.HIGHEST)

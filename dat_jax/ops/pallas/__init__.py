@@ -1,1 +1,1 @@
-"""Kernels for TPUs, written in Pallas. Each has a plain counterpart in ``dat_jax.ops`` that it is tested against."""
+"""Kernels for TPUs, written in Pallas. Each is tested against its plain counterpart in ``dat_jax.ops``."""

@@ -1,12 +1,15 @@
-"""Multi-head attention whose scores never leave the chip: a kernel for the forward and one for the backward pass.
+"""Multi-head attention whose scores never leave the chip: one kernel for the forward and one for the backward pass.
 
-One grid step is one image. Its queries, keys and values lie in VMEM whole, channels packed; heads are split there, and the
-queries of a head are taken in spans, each against a run of keys. Scores are (keys, queries): queries lie along the 128
-lanes, where a map of 14 x 14 or more wastes little, and keys along the 8 sublanes, where 49 of them do. All keys of a query
-are there at once, so softmax needs no second pass and the backward pass computes the weights again from its inputs.
+One grid step is one image:
 
-The bias comes from a ``Bias``: an array, shared by the batch or not, or the product of sampling weights and a dense
-matrix, which is then never written anywhere.
+* Its queries, keys and values are in VMEM as a whole, with packed channels, and heads are split there.
+* The queries of a head are processed in spans, each with a range of keys.
+* Scores are (keys, queries). Queries are along the 128 lanes, where a map of 14 x 14 or more wastes little, and keys along the 8
+  sublanes, where 49 keys waste little.
+* All keys of a query are present at once, so softmax needs no second pass. The backward pass recomputes the weights.
+
+The bias is one of the classes in ``biases``: an array, shared by the batch or not, or the product of sampling weights and a dense
+matrix, which is never written to memory.
 """
 
 import dataclasses
@@ -22,7 +25,15 @@ from dat_jax.ops.pallas.call import Result, batched_call, dot
 
 
 class Span(NamedTuple):
-    """Queries from ``query``, so many, that attend to the keys from ``key``, so many, with bias number ``bias``."""
+    """A range of queries that attends to a range of keys.
+
+    Attributes:
+      query: first query.
+      queries: number of queries.
+      key: first key.
+      keys: number of keys.
+      bias: index of the bias.
+    """
 
     query: int
     queries: int
@@ -33,14 +44,14 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is static of a call.
+    """The static arguments of a call.
 
     Attributes:
       num_heads: M.
-      channels: C; heads consecutive.
-      spans: that cover all queries.
+      channels: C; heads are consecutive.
+      spans: spans that cover all queries.
       columns: first channel of query, key and value in their arrays.
-      packed: query, key and value are one array.
+      packed: whether query, key and value are one array.
     """
 
     num_heads: int
@@ -51,21 +62,21 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, channels per head."""
         return self.channels // self.num_heads
 
     @property
     def scale(self) -> float:
-        """Of the logits."""
+        """Factor of the logits, 1 / sqrt(D)."""
         return 1 / math.sqrt(self.width)
 
     @property
     def pairs(self) -> int:
-        """Of heads, queries and keys whose scores are computed for an example."""
+        """Number of attention scores per example."""
         return self.num_heads * sum(span.queries * span.keys for span in self.spans)
 
     def head(self, index: int) -> slice:
-        """Channels of a head."""
+        """Slice of the channels of a head."""
         return slice(index * self.width, (index + 1) * self.width)
 
 
@@ -81,7 +92,7 @@ def _load_span(refs, layout, span):
 
 
 def _weights(key, query_t, bias, scale):
-    """Softmax over the keys: numerators (K, Q) and what divides them (1, Q)."""
+    """Softmax over the keys: numerators (K, Q) and denominators (1, Q)."""
     logits = dot(key, query_t, 1, 0) * scale + bias
     numerators = jnp.exp(logits - logits.max(axis=0, keepdims=True))
     return numerators, numerators.sum(axis=0, keepdims=True)
@@ -138,12 +149,13 @@ def attention(layout: Layout, bias, arrays: tuple[jax.Array, ...], bias_arrays: 
     """softmax(q k^T / sqrt(D) + bias) v of a batch of packed arrays.
 
     Args:
-      layout: see there.
-      bias: one of the kinds above, with its arrays in ``bias_arrays``, float32.
-      arrays: query (B, Q, C), key and value (B, K, C), of one dtype; or one array that holds all three side by side.
+      layout: the static arguments.
+      bias: an instance of a class in ``biases``.
+      arrays: query (B, Q, C), key and value (B, K, C), of one dtype; or one array with all three side by side.
+      bias_arrays: the arrays of ``bias``, float32.
 
     Returns:
-      (B, Q, C), of their dtype. Logits and softmax are float32 or better.
+      (B, Q, C), of the dtype of ``arrays``. Logits and softmax are float32 or better.
 
     Raises:
       ValueError: see ``call.batched_call``.
@@ -198,7 +210,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _work_bytes(layout: Layout, dtype) -> int:
-    """Scores and three more arrays of their size, of the largest span; a few copies of the channels."""
+    """Memory for four arrays of the size of the scores of the largest span, and a few copies of the channels."""
     scores = max(math.ceil(s.keys / 8) * 8 * math.ceil(s.queries / 128) * 128 for s in layout.spans)
     rows = max(max(s.keys, s.queries) for s in layout.spans)
     return 4 * (4 * scores + 8 * rows * max(layout.channels, 128))

@@ -1,4 +1,4 @@
-"""Calling a kernel that works through a batch, an example a grid step."""
+"""Calls of kernels that process a batch, one example per grid step."""
 
 import dataclasses
 import math
@@ -14,13 +14,20 @@ from jax.sharding import PartitionSpec as P
 
 from dat_jax.ops import dispatch
 
-MAX_VMEM_BYTES = 100 * 2**20  # of the 128 MiB of a v5e or v6e
-_MARGIN_BYTES = 16 * 2**20  # for what the compiler keeps beside that
+MAX_VMEM_BYTES = 100 * 2**20  # a v5e or v6e has 128 MiB
+_MARGIN_BYTES = 16 * 2**20  # for the compiler's own arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of a kernel. ``batched``: an example a step; else summed over the batch in the kernel and over devices after it."""
+    """An array that a kernel computes.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype.
+      batched: whether each grid step writes one example. If not, the kernel sums over the batch, and ``batched_call`` over
+        devices.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
@@ -28,7 +35,7 @@ class Result:
 
 
 def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, precision=None) -> jax.Array:
-    """Product of two matrices over these axes, accumulated in float32 or better."""
+    """Product of two matrices over the given axis of each, accumulated in float32 or better."""
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=precision, preferred_element_type=dtype)
 
@@ -47,32 +54,34 @@ def batched_call(
     """Runs ``kernel(*operand refs, *result refs, *scratch refs)`` for each example of a batch.
 
     Args:
-      kernel: sees blocks (1, ...) of what is batched, and the whole of what is not, which stays in VMEM.
-      operands: array, and whether its first axis is the batch.
-      results: shapes with the batch.
-      flops, exponentials: of one example, for the compiler's estimate.
-      work_bytes: of the largest arrays that the kernel holds at a time besides its operands and results.
-      name: of the kernel, in profiles.
+      kernel: gets references to blocks (1, ...) of batched arrays, and to the whole of others, which stay in VMEM.
+      operands: arrays, each with a flag that its first axis is the batch.
+      results: shapes and dtypes of the results; shapes include the batch.
+      flops: FLOPs of one example, for the compiler's estimate.
+      exponentials: number of exponentials of one example, for the compiler's estimate.
+      work_bytes: size of the arrays that the kernel holds at a time besides its operands and results.
+      name: name of the kernel in profiles.
+      scratch: buffers that the kernel works in.
 
     Returns:
-      An array for each result.
+      A list with an array for each result.
 
     Raises:
-      ValueError: it does not fit in VMEM, or the program is for another platform than a TPU and not interpreted.
+      ValueError: an example does not fit in VMEM, or the target platform is not a TPU and kernels are not interpreted.
     """
     interpret = dispatch.interprets_kernels()
     if dispatch.target_platform() != "tpu" and not interpret:
         raise ValueError(
-            f'implementation="pallas" is for TPUs, the program is for {dispatch.target_platform()}; choose "auto", or '
-            "dispatch.interpreted_kernels() for a test."
+            f'implementation="pallas" is for TPUs, but the program is compiled for {dispatch.target_platform()}; choose '
+            '"auto", or use dispatch.interpreted_kernels() in a test.'
         )
     resident = [_stored_bytes(x.shape[1:] if batched else x.shape, x.dtype) for x, batched in operands]
     resident += [_stored_bytes(r.shape[1:] if r.batched else r.shape, r.dtype) for r in results]
     needed = 2 * sum(resident) + work_bytes  # blocks are double-buffered
     if needed > MAX_VMEM_BYTES:
         raise ValueError(
-            f'implementation="pallas" would need {needed / 2**20:.0f} MiB of the {MAX_VMEM_BYTES / 2**20:.0f} in VMEM for an '
-            'example of this size; choose "auto".'
+            f'implementation="pallas" needs {needed / 2**20:.0f} MiB of VMEM for an example of this size, more than the '
+            f'limit of {MAX_VMEM_BYTES / 2**20:.0f} MiB; choose "auto".'
         )
 
     def run(*arrays):
@@ -120,7 +129,7 @@ def _block(shape, batched) -> pl.BlockSpec:
 
 
 def _stored_bytes(shape, dtype) -> int:
-    """With the padding of tiles: 128 lanes, and 8 sublanes of 32 bits."""
+    """Size in VMEM, with the padding of tiles: 128 lanes, and 8 sublanes of 32 bits."""
     itemsize = jnp.dtype(dtype).itemsize
     rows, lanes = (1, 1, *shape)[-2:]
     tile = 32 // itemsize

@@ -1,4 +1,4 @@
-"""Deformable attention by the kernels of ``attention``."""
+"""Deformable attention with the kernels of ``attention``."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from dat_jax.ops.pallas import attention
 from dat_jax.ops.pallas.biases import BatchedBias, NoBias, TableBias, shift_bits
 
-MAX_MATRIX_BYTES = 12 * 2**20  # of ``shift_columns``: it and its gradient lie in VMEM, each twice
+MAX_MATRIX_BYTES = 12 * 2**20  # of the result of ``shift_columns``: it and its gradient are in VMEM, each twice
 
 
 def deformable_attention(
@@ -23,9 +23,10 @@ def deformable_attention(
 
     Args:
       query: (B, H, W, C).
-      key, value: (B, N, C).
+      key: (B, N, C).
+      value: (B, N, C).
       num_heads: M.
-      bias: (B, M, N, H * W), or none; or else points and table:
+      bias: (B, M, N, H * W), or None for no bias; instead of it ``points`` and ``table``:
       points: (B, G, N, 2), (y, x) in pixels, all inside the map.
       table: (M, 2 * H - 1, 2 * W - 1).
 
@@ -48,27 +49,27 @@ def deformable_attention(
 
 
 def table_fits(table_shape: tuple[int, ...]) -> bool:
-    """Whether the kernel can look a table (M, 2 * H - 1, 2 * W - 1) up itself, for a map of H x W."""
+    """Whether the kernel itself can look up a table (M, 2 * H - 1, 2 * W - 1), for a map of H x W."""
     heads, rows, columns = table_shape
     height, width = (rows + 1) // 2, (columns + 1) // 2
     return 4 * heads * (width + 1) * _lines(height) * width <= MAX_MATRIX_BYTES
 
 
 def _lines(height):
-    """Rows of lanes: those of the table and what the largest shift reads after them."""
+    """Rows along the lanes: those of the table, and those after them that the largest shift reads."""
     return height + 2 ** shift_bits(height)
 
 
 def shift_columns(table: jax.Array) -> jax.Array:
-    """The columns of queries of a map for a key on each of its columns, and on one more to the left.
+    """For a key on each column of the map, and on one more to the left, the columns of the table for all queries.
 
-    Rows and columns share one axis, along the lanes: with 14 columns there alone a tile would be almost empty.
+    Rows and columns share one axis, along the lanes: with 14 columns alone there, a tile would be almost empty.
 
     Args:
       table: (M, 2 * H - 1, 2 * W - 1).
 
     Returns:
-      (M, W + 1, L): [m, x + 1, (r, j)] = table[m, r, j - x + W - 1], zero where the table ends.
+      (M, W + 1, L): [m, x + 1, (r, j)] = table[m, r, j - x + W - 1], zero outside the table.
     """
     heads, rows, columns = table.shape
     height, width = (rows + 1) // 2, (columns + 1) // 2

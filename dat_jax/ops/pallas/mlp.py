@@ -1,9 +1,11 @@
-"""The MLP with a depthwise convolution inside; its hidden map, four times as wide, never leaves the chip.
+"""The MLP with a depthwise convolution. Its hidden map, four times as wide, never leaves the chip.
 
-One grid step is one image; a loop takes its hidden channels in runs of 128, the lanes of a register. The shifts of the
-convolution are reads of a map that lies flat, (H * W, 128), between zeros: a neighbour below is W rows on. Where that
-would reach around the end of a row, a copy without the last or the first column is read. The backward pass computes the
-hidden map again.
+One grid step is one image:
+
+* A loop processes the hidden channels in runs of 128, the lanes of a register.
+* The convolution reads a flat map (H * W, 128) between rows of zeros: the neighbor below a pixel is W rows further.
+* Where this would wrap around the end of a row, it reads a copy of the map without the last or the first column.
+* The backward pass recomputes the hidden map.
 """
 
 import functools
@@ -18,13 +20,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dat_jax.ops.pallas.call import Result, batched_call, dot
 
-MAX_WEIGHTS = 2_500_000  # C * E: they and their float32 gradients lie in VMEM, each twice
+MAX_WEIGHTS = 2_500_000  # C * E: the kernels and their float32 gradients are in VMEM, each twice
 _LANES = 128
 _TAPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 
 
 class Parameters(NamedTuple):
-    """kernel1 (C, E), bias1 (1, E), taps (9, E), taps_bias (1, E), kernel2 (E, C), bias2 (1, C); E the hidden width."""
+    """Parameters of the MLP, with hidden width E.
+
+    Attributes:
+      kernel1: (C, E).
+      bias1: (1, E).
+      taps: (9, E).
+      taps_bias: (1, E).
+      kernel2: (E, C).
+      bias2: (1, C).
+    """
 
     kernel1: jax.Array
     bias1: jax.Array
@@ -39,7 +50,7 @@ def conv_mlp(x: jax.Array, parameters: Parameters) -> jax.Array:
 
     Args:
       x: (B, H, W, C).
-      parameters: the kernels of the products of the dtype of ``x``, all others float32 or better.
+      parameters: kernel1 and kernel2 of the dtype of ``x``, the others float32 or better.
 
     Returns:
       (B, H, W, C).
@@ -95,7 +106,7 @@ def _call(kernel, width, operands, results, *, products, copies):
 
 
 def _border(width: int) -> int:
-    """Rows of zeros before and after the map: at least width + 1, of whole registers."""
+    """Number of rows of zeros before and after the map: at least width + 1, in whole registers."""
     return math.ceil((width + 1) / 8) * 8
 
 
@@ -107,23 +118,23 @@ def _clear_borders(ref, width, pixels):
 
 
 def _store_map(ref, width, values):
-    """The map, and before and after it its copies without the last and the first column."""
+    """Stores the map without its last column, the map, and the map without its first column."""
     pixels, border = values.shape[0], _border(width)
     index = lax.broadcasted_iota(jnp.int32, values.shape, 0).astype(jnp.float32)
-    column = index - jnp.floor((index + 0.5) / width) * width  # a division of integers is dear
-    for copy, kept in enumerate((column < width - 1, None, column > 0)):
-        ref[copy, border : border + pixels] = values if kept is None else jnp.where(kept, values, 0)
+    column = index - jnp.floor((index + 0.5) / width) * width  # integer division is slow
+    for copy, mask in enumerate((column < width - 1, None, column > 0)):
+        ref[copy, border : border + pixels] = values if mask is None else jnp.where(mask, values, 0)
 
 
 def _neighbors(ref, width, pixels):
-    """What each tap reads: for every pixel its neighbour there, zero outside the map."""
+    """For each tap, the neighbor of every pixel that it reads; zero outside the map."""
     for dy, dx in _TAPS:
         first = _border(width) + dy * width + dx
         yield ref[dx + 1, first : first + pixels]
 
 
 def _hidden(x_ref, kernel1, bias1, taps, taps_bias, ref, width):
-    """What GELU is applied to, (H * W, run); leaves the map that the taps read in ``ref``."""
+    """The input of the GELU, (H * W, run). The input of the convolution stays in ``ref``."""
     values = dot(x_ref[0], kernel1, 1, 0) + bias1
     _store_map(ref, width, values)
     for tap, neighbor in enumerate(_neighbors(ref, width, values.shape[0])):
@@ -181,9 +192,9 @@ def _backward_kernel(width, run, x_ref, k1, b1, taps, taps_bias, k2, b2, gradien
         sums = [(n * to_hidden).sum(axis=0, keepdims=True) for n in _neighbors(map_ref, width, pixels)]
         to_taps[:, at] += jnp.concatenate(sums)
         _store_map(gradient_map_ref, width, to_hidden)
-        turned = taps[:, at]
+        rotated = taps[:, at]
         for tap, neighbor in enumerate(_neighbors(gradient_map_ref, width, pixels)):
-            to_hidden = to_hidden + neighbor * turned[8 - tap : 9 - tap]
+            to_hidden = to_hidden + neighbor * rotated[8 - tap : 9 - tap]
         to_b1[:, at] += to_hidden.sum(axis=0, keepdims=True)
         to_hidden = to_hidden.astype(dtype)
         to_k1[:, at] += dot(x_ref[0], to_hidden, 0, 0)

@@ -1,4 +1,4 @@
-"""Neighborhood attention by the kernels of ``attention``: spans of whole rows of queries against the rows of their windows."""
+"""Neighborhood attention with the kernels of ``attention``: spans of whole rows of queries, with the rows of their windows."""
 
 import math
 
@@ -10,7 +10,7 @@ from jax import lax
 from dat_jax.ops.pallas import attention
 from dat_jax.ops.pallas.biases import SharedBias
 
-_SPAN_COST = 16  # of a head and span, in registers of 8 x 128 scores
+_SPAN_COST = 16  # fixed cost of a head and span, in registers of 8 x 128 scores
 
 
 def neighborhood_attention(
@@ -21,9 +21,9 @@ def neighborhood_attention(
     Args:
       packed: (B, H, W, 3C), query, key and value side by side.
       table: (M, 2K - 1, 2K - 1).
-      row_tiles: ((T,) first row of keys, (T, R, halo) index into the table's rows, -1 outside the window) of each tile of R
-        rows; R divides H.
-      column_tile: (W, W) index into the table's columns of each query and key, -1 outside the window.
+      row_tiles: for the T tiles of R rows, ((T,) first row of keys, (T, R, halo) index into the table's rows, -1 outside the
+        window); R divides H.
+      column_tile: (W, W) index into the table's columns of each (query, key) pair, -1 outside the window.
       num_heads: M.
 
     Returns:
@@ -46,7 +46,7 @@ def neighborhood_attention(
 
 
 def choose_rows(map_shape: tuple[int, int], kernel_size: int) -> int:
-    """Rows of queries a span: a divisor of H, that with the fewest registers of scores, small spans having a price."""
+    """Rows of queries per span: the divisor of H with the lowest cost, counted in registers of scores plus a cost per span."""
     height, width = map_shape
 
     def cost(rows):
@@ -57,7 +57,7 @@ def choose_rows(map_shape: tuple[int, int], kernel_size: int) -> int:
 
 
 def _span_bias(table, row_index, column_index):
-    """(kinds, M, halo * W, R * W): the table's entries, -inf outside the windows, by products with one-hot matrices."""
+    """(kinds, M, halo * W, R * W): entries of the table, -inf outside the windows, by products with one-hot matrices."""
     dtype = jnp.promote_types(table.dtype, jnp.float32)
     side = np.arange(table.shape[1])
     rows, columns = (jnp.asarray(index[..., None] == side, dtype) for index in (row_index, column_index))

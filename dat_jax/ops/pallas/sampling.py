@@ -1,4 +1,4 @@
-"""Bilinear sampling as a product with weights that are made in the kernel and never written anywhere."""
+"""Bilinear sampling as a product with weights that are computed in the kernel and never written to memory."""
 
 import functools
 
@@ -21,7 +21,7 @@ def grid_sample(features: jax.Array, points: jax.Array) -> jax.Array:
       (B, N, C), of the dtype of ``features``.
     """
     batch, height, width, channels = features.shape
-    flat = points.swapaxes(1, 2).reshape(batch, points.shape[2], -1)  # (B, N, 2 * G): all that a key has in one row
+    flat = points.swapaxes(1, 2).reshape(batch, points.shape[2], -1)  # (B, N, 2 * G): one row per key
     return _sample(points.shape[1], (height, width), features.reshape(batch, height * width, channels), flat)
 
 

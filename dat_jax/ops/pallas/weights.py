@@ -1,15 +1,15 @@
-"""Bilinear weights of the pixels of a map at points, made inside a kernel."""
+"""Bilinear weights of the pixels of a map at points, computed inside a kernel."""
 
 import jax.numpy as jnp
 from jax import lax
 
 
 def _lines(points_ref, group, map_shape):
-    """For rows, then columns: distance of every pixel's line from the line below each point, and the point's fraction."""
+    """For rows, then for columns: distance of every pixel's line to the line below each point, and the point's fraction."""
     height, width = map_shape
     keys = points_ref.shape[1]
     pixel = lax.broadcasted_iota(jnp.int32, (keys, height * width), 1).astype(jnp.float32)
-    row = jnp.floor((pixel + 0.5) / width)  # a division of integers is dear, and this one exact
+    row = jnp.floor((pixel + 0.5) / width)  # exact; integer division is slow
     for axis, line in ((0, row), (1, pixel - row * width)):
         position = points_ref[0, :, 2 * group + axis : 2 * group + axis + 1]  # (N, 1)
         lower = jnp.floor(position)
@@ -17,24 +17,26 @@ def _lines(points_ref, group, map_shape):
 
 
 def _hat(distance, fraction):
-    zero = 0 * fraction  # NaN for a position that is
+    zero = 0 * fraction  # NaN if the position is NaN
     return jnp.where(distance == 0, 1 - fraction, zero) + jnp.where(distance == 1, fraction, zero)
 
 
 def load_weights(points_ref, group: int, map_shape: tuple[int, int]):
-    """(N, H * W): what ``grid_sample.linear_weights`` makes for rows and columns, multiplied.
+    """(N, H * W): the product of ``grid_sample.linear_weights`` of rows and columns, for the points of a group.
 
     Args:
-      points_ref: a block (1, N, 2 * G), (y, x) of group after group, in pixels, float32 or better.
+      points_ref: a block (1, N, 2 * G), (y, x) group by group, in pixels, float32 or better.
+      group: index of the group.
+      map_shape: (H, W).
     """
     rows, columns = (_hat(*line) for line in _lines(points_ref, group, map_shape))
     return rows * columns
 
 
 def add_point_gradient(result_ref, points_ref, group: int, map_shape: tuple[int, int], gradient) -> None:
-    """Adds to a block (1, N, 2 * G) what a gradient (N, H * W) of the weights means for a group's points.
+    """Adds the gradient of a group's points, from the gradient (N, H * W) of the weights, to a block (1, N, 2 * G).
 
-    On a pixel's centre the derivative is the one to the right, as everywhere.
+    On a pixel center the derivative is the one to the right, as in the other implementations.
     """
     lines = list(_lines(points_ref, group, map_shape))
     hats = [_hat(*line) for line in lines]

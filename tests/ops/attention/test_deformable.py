@@ -1,4 +1,4 @@
-"""Deformable attention: the key grid, the positions, the attention with a position bias."""
+"""Deformable attention: key grid, key positions, and attention with a position bias."""
 
 import functools
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import deformable as da
-from dat_jax.ops.layers import depthwise
+from dat_jax.ops.attention import deformable
+from dat_jax.ops.layers.depthwise import depthwise_conv
 from tests.reference import attention as reference
 from tests.reference import compare, sampling
 
@@ -27,7 +27,7 @@ from tests.reference import compare, sampling
     ],
 )
 def test_key_grid_by_hand(map_shape, kernel_size, stride, expected):
-    assert da.key_grid_shape(map_shape, kernel_size=kernel_size, stride=stride) == expected
+    assert deformable.key_grid_shape(map_shape, kernel_size=kernel_size, stride=stride) == expected
 
 
 @compare.few_examples(12)
@@ -38,51 +38,51 @@ def test_key_grid_by_hand(map_shape, kernel_size, stride, expected):
 )
 def test_key_grid_is_the_shape_of_the_convolution(map_shape, half, stride):
     size = 2 * half + 1
-    convolve = functools.partial(depthwise.depthwise_conv, stride=stride, padding=0 if size == stride else half)
+    convolve = functools.partial(depthwise_conv, stride=stride, padding=0 if size == stride else half)
     if size == stride and min(map_shape) < size:
         map_shape = tuple(side + size for side in map_shape)
     out = jax.eval_shape(
         functools.partial(convolve, implementation="conv"), jnp.zeros((1, *map_shape, 1)), jnp.zeros((size, size, 1, 1))
     )
-    assert da.key_grid_shape(map_shape, kernel_size=size, stride=stride) == out.shape[1:3]
+    assert deformable.key_grid_shape(map_shape, kernel_size=size, stride=stride) == out.shape[1:3]
 
 
 def test_reference_points_by_hand():
-    points = da.reference_points((3, 2))
+    points = deformable.reference_points((3, 2))
     np.testing.assert_allclose(points[:, 0, 0], [-0.5, 0.5, 1.5])
     np.testing.assert_allclose(points[0, :, 1], [0, 2])
     np.testing.assert_array_equal(points[:, 0], np.stack([points[:, 0, 0], [0, 0, 0]], axis=-1))
-    np.testing.assert_array_equal(da.reference_points((1, 1)), [[[0, 0]]])
+    np.testing.assert_array_equal(deformable.reference_points((1, 1)), [[[0, 0]]])
 
 
 def test_free_offsets_are_clamped():
     offsets = np.asarray([[-0.25, 0.25], [-0.75, 0.25], [-3.0, -0.5]]).reshape(1, 1, 3, 1, 2)
-    positions = compare.run(functools.partial(da.key_positions, range_factor=-1), offsets)
+    positions = compare.run(functools.partial(deformable.key_positions, range_factor=-1), offsets)
     np.testing.assert_allclose(positions[0, 0, :, 0], [[-0.75, 0.25], [-0.25, 0.25], [-1, -0.5]])
 
 
 def test_bounded_offsets_move_at_most_the_factor_and_are_not_clamped():
     offsets = np.asarray([[0.0, 0.0], [99.0, -99.0], [99.0, 0.0]]).reshape(1, 1, 3, 1, 2)
-    positions = compare.run(functools.partial(da.key_positions, range_factor=2), offsets)
+    positions = compare.run(functools.partial(deformable.key_positions, range_factor=2), offsets)
     np.testing.assert_allclose(positions[0, 0, :, 0], [[-0.5, 0], [1.5, -2], [2.5, 0]])
 
 
-def test_the_step_of_bounded_offsets_is_rounded_to_float32(x64):
+def test_step_of_bounded_offsets_is_rounded_to_float32(x64):
     offsets = np.full((1, 1, 4, 4, 2), 0.5)
-    positions = compare.run(functools.partial(da.key_positions, range_factor=2.0), offsets)
-    moved = positions - np.asarray(da.reference_points((4, 4), jnp.float64))
-    np.testing.assert_allclose(moved, np.tanh(0.5) * 2 * np.float64(np.float32(1 / 3)), rtol=0, atol=1e-15)
+    positions = compare.run(functools.partial(deformable.key_positions, range_factor=2.0), offsets)
+    displacements = positions - np.asarray(deformable.reference_points((4, 4), jnp.float64))
+    np.testing.assert_allclose(displacements, np.tanh(0.5) * 2 * np.float64(np.float32(1 / 3)), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("key_shape", [(1, 1), (1, 4), (3, 2)])
 @pytest.mark.parametrize("range_factor", [-1.0, 0.0, 2.0])
 def test_positions_equal_the_definition(x64, key_shape, range_factor):
     np.testing.assert_allclose(
-        da.reference_points(key_shape, jnp.float64), sampling.reference_points(key_shape), atol=1e-15
+        deformable.reference_points(key_shape, jnp.float64), sampling.reference_points(key_shape), atol=1e-15
     )
     (offsets,) = compare.normal(0, (2, 3, *key_shape, 2))
     compare.assert_same(
-        {"key_positions": functools.partial(da.key_positions, range_factor=range_factor)},
+        {"key_positions": functools.partial(deformable.key_positions, range_factor=range_factor)},
         functools.partial(sampling.key_positions, range_factor=range_factor),
         offsets,
     )
@@ -92,36 +92,36 @@ def test_positions_equal_the_definition(x64, key_shape, range_factor):
 @pytest.mark.parametrize("range_factor", [-1.0, 0.0, 2.0])
 def test_positions_of_the_released_form_equal_the_definition(x64, key_shape, range_factor):
     np.testing.assert_allclose(
-        da.reference_points(key_shape, jnp.float64, form="cvpr2022"),
+        deformable.reference_points(key_shape, jnp.float64, form="cvpr2022"),
         sampling.reference_points(key_shape, released=True),
         atol=1e-15,
     )
     (offsets,) = compare.normal(0, (2, 3, *key_shape, 2))
     compare.assert_same(
-        {"key_positions": functools.partial(da.key_positions, range_factor=range_factor, form="cvpr2022")},
+        {"key_positions": functools.partial(deformable.key_positions, range_factor=range_factor, form="cvpr2022")},
         functools.partial(sampling.released_key_positions, range_factor=range_factor),
         offsets,
     )
 
 
 def test_positions_of_the_released_form_by_hand():
-    points = da.reference_points((4, 1), form="cvpr2022")
+    points = deformable.reference_points((4, 1), form="cvpr2022")
     np.testing.assert_allclose(points[:, 0], [[-0.75, 0], [-0.25, 0], [0.25, 0], [0.75, 0]])
     offsets = np.asarray([[0.0, 0.0], [99.0, -99.0]]).reshape(1, 1, 2, 1, 2)
-    bounded = compare.run(functools.partial(da.key_positions, range_factor=2, form="cvpr2022"), offsets)
+    bounded = compare.run(functools.partial(deformable.key_positions, range_factor=2, form="cvpr2022"), offsets)
     np.testing.assert_allclose(bounded[0, 0, :, 0], [[-0.5, 0], [1.5, -2]])
-    squashed = compare.run(functools.partial(da.key_positions, range_factor=-1, form="cvpr2022"), offsets)
+    squashed = compare.run(functools.partial(deformable.key_positions, range_factor=-1, form="cvpr2022"), offsets)
     np.testing.assert_allclose(squashed[0, 0, :, 0], [[np.tanh(-0.5), 0], [1, -1]], rtol=1e-6)
 
 
-def test_an_unknown_form_is_refused():
+def test_unknown_form_raises():
     with pytest.raises(ValueError, match="'cvpr2023'; choose one of dat_pp, cvpr2022"):
-        da.key_positions(jnp.zeros((1, 1, 2, 2, 2)), range_factor=2, form="cvpr2023")
+        deformable.key_positions(jnp.zeros((1, 1, 2, 2, 2)), range_factor=2, form="cvpr2023")
 
 
-@pytest.mark.parametrize("form", da.FORMS)
+@pytest.mark.parametrize("form", deformable.FORMS)
 def test_positions_of_float32_offsets_are_float32(form):
-    assert da.key_positions(jnp.zeros((1, 1, 2, 2, 2)), range_factor=2, form=form).dtype == jnp.float32
+    assert deformable.key_positions(jnp.zeros((1, 1, 2, 2, 2)), range_factor=2, form=form).dtype == jnp.float32
 
 
 def make_arguments(map_shape, table_map, *, heads, groups, keys, width, batch=2):
@@ -135,7 +135,7 @@ def make_arguments(map_shape, table_map, *, heads, groups, keys, width, batch=2)
 
 def attend(num_heads, implementation="auto", **options):
     def function(query, key, value, points, table):
-        return da.deformable_attention(
+        return deformable.deformable_attention(
             query, key, value, num_heads=num_heads, points=points, table=table, implementation=implementation, **options
         )
 
@@ -170,14 +170,14 @@ def test_maps_of_one_pixel_equal_the_reference(x64, map_shape, implementation):
     ("map_shape", "table_map", "heads", "groups", "tile_shape"),
     [
         ((4, 6), (4, 6), 2, 1, (2, 3)),
-        ((5, 7), (5, 7), 4, 2, (2, 3)),  # the last tiles hang over the border
+        ((5, 7), (5, 7), 4, 2, (2, 3)),  # the last tiles reach over the border
         ((5, 3), (5, 3), 2, 2, (5, 1)),
         ((3, 5), (3, 5), 1, 1, (1, 1)),
         ((5, 4), (3, 2), 2, 1, (3, 3)),
         ((4, 4), (6, 6), 2, 1, (7, 3)),  # a tile higher than the map
     ],
 )
-def test_tiles_equal_the_whole(x64, map_shape, table_map, heads, groups, tile_shape):
+def test_tiles_equal_the_whole_map(x64, map_shape, table_map, heads, groups, tile_shape):
     query, key, value, _, table = make_arguments(map_shape, table_map, heads=heads, groups=groups, keys=5, width=2)
     points = compare.random_points(1, (2, groups, 5), map_shape, margin=8.0)  # also far outside
     names = ("slice", "matmul", "gather") if map_shape == table_map else ("matmul", "gather")
@@ -186,16 +186,16 @@ def test_tiles_equal_the_whole(x64, map_shape, table_map, heads, groups, tile_sh
     compare.assert_same(functions, whole, query, key, value, points, table)
 
 
-def test_tiles_without_a_bias_equal_the_whole(x64):
+def test_tiles_without_a_bias_equal_the_whole_map(x64):
     query, key, value, *_ = make_arguments((5, 7), (5, 7), heads=2, groups=1, keys=4, width=3)
     whole, tiles = (
-        functools.partial(da.deformable_attention, num_heads=2, tile_shape=shape) for shape in ((5, 7), (3, 2))
+        functools.partial(deformable.deformable_attention, num_heads=2, tile_shape=shape) for shape in ((5, 7), (3, 2))
     )
     compare.assert_same({"tiles": tiles}, whole, query, key, value)
 
 
-def test_on_a_large_map_no_array_has_the_pairs_of_all_queries_and_keys():
-    """Neither forward nor backward: 2 heads x 96 x 160 queries x 600 keys would be 18 million numbers."""
+def test_large_map_has_no_array_of_all_query_key_pairs():
+    """In forward and backward pass: 2 heads x 96 x 160 queries x 600 keys would be 18 million numbers."""
     arguments = make_arguments((96, 160), (14, 14), heads=2, groups=1, keys=600, width=2, batch=1)
     program = jax.make_jaxpr(jax.grad(lambda *a: attend(2)(*a).sum(), argnums=(0, 1, 2, 3, 4)))(*arguments)
 
@@ -207,13 +207,13 @@ def test_on_a_large_map_no_array_has_the_pairs_of_all_queries_and_keys():
                 if hasattr(inner, "eqns"):
                     yield from sizes(inner)
 
-    found = list(sizes(program.jaxpr))
-    assert len(found) > 100
-    assert max(found) <= dispatch.MAX_PAIRS
+    array_sizes = list(sizes(program.jaxpr))
+    assert len(array_sizes) > 100
+    assert max(array_sizes) <= dispatch.MAX_PAIRS
 
 
 @pytest.mark.parametrize(
-    ("map_shape", "pairs", "wanted"),
+    ("map_shape", "pairs", "expected"),
     [
         ((56, 56), 2 * 49, (56, 56)),
         ((200, 336), 2 * 1050, (5, 336)),
@@ -221,34 +221,38 @@ def test_on_a_large_map_no_array_has_the_pairs_of_all_queries_and_keys():
         ((2, 2), 2**23, (1, 1)),
     ],
 )
-def test_query_tiles_by_hand(map_shape, pairs, wanted):
-    assert dispatch.choose_query_tile(map_shape, pairs_a_query=pairs) == wanted
+def test_query_tiles_by_hand(map_shape, pairs, expected):
+    assert dispatch.choose_query_tile(map_shape, pairs_per_query=pairs) == expected
 
 
 @pytest.mark.parametrize("bias_batch", [None, 1, 2])
-def test_given_or_no_bias_equals_the_reference(x64, bias_batch):
+def test_array_bias_or_no_bias_equals_the_reference(x64, bias_batch):
     arguments = compare.normal(0, (2, 2, 3, 4), (2, 5, 4), (2, 5, 4), *([(bias_batch, 2, 6, 5)] if bias_batch else []))
 
-    def wanted(query, key, value, bias=None):
+    def expected(query, key, value, bias=None):
         return reference.attend(query.reshape(2, 6, 4), key, value, num_heads=2, bias=bias).reshape(query.shape)
 
     def function(query, key, value, bias=None):
-        return da.deformable_attention(query, key, value, num_heads=2, bias=bias)
+        return deformable.deformable_attention(query, key, value, num_heads=2, bias=bias)
 
-    compare.assert_same({"deformable_attention": function}, wanted, *arguments)
+    compare.assert_same({"deformable_attention": function}, expected, *arguments)
 
 
 @pytest.mark.parametrize("kind", ["table", "bias", "none"])
-def test_weights_times_values_are_the_attention(x64, kind):
+def test_weights_times_values_equal_the_attention(x64, kind):
     query, key, value, points, table = make_arguments((5, 4), (3, 6), heads=4, groups=2, keys=7, width=3)
     (bias,) = compare.normal(2, (2, 4, 20, 7))
     options = {"table": dict(points=points, table=table), "bias": dict(bias=bias), "none": {}}[kind]
-    weights = compare.run(functools.partial(da.deformable_attention_weights, num_heads=4, **options), query, key)
+    weights = compare.run(
+        functools.partial(deformable.deformable_attention_weights, num_heads=4, **options), query, key
+    )
     assert weights.shape == (2, 4, 20, 7)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
-    wanted = compare.run(functools.partial(da.deformable_attention, num_heads=4, **options), query, key, value)
-    out = np.einsum("bmqk,bkmd->bqmd", weights, value.reshape(2, 7, 4, 3)).reshape(wanted.shape)
-    np.testing.assert_allclose(out, wanted, rtol=1e-10, atol=1e-12)
+    expected = compare.run(
+        functools.partial(deformable.deformable_attention, num_heads=4, **options), query, key, value
+    )
+    out = np.einsum("bmqk,bkmd->bqmd", weights, value.reshape(2, 7, 4, 3)).reshape(expected.shape)
+    np.testing.assert_allclose(out, expected, rtol=1e-10, atol=1e-12)
 
 
 @compare.few_examples(12)
@@ -265,18 +269,18 @@ def test_constant_values_give_the_constant(x64, map_shape, groups, keys):
     np.testing.assert_allclose(out, 0.5, rtol=1e-12)
 
 
-@pytest.mark.parametrize("given_names", [("table",), ("table", "bias"), ("table", "points", "bias")])
-def test_a_table_without_points_or_with_a_bias_is_refused(given_names):
+@pytest.mark.parametrize("argument_names", [("table",), ("table", "bias"), ("table", "points", "bias")])
+def test_table_without_points_or_with_a_bias_raises(argument_names):
     shapes = {"table": (1, 3, 3), "points": (1, 1, 2, 2), "bias": (1, 1, 4, 2)}
-    options = {name: jnp.zeros(shapes[name]) for name in given_names}
+    options = {name: jnp.zeros(shapes[name]) for name in argument_names}
     query, keys = jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 3))
-    with pytest.raises(ValueError, match="wants a table with its points, or a bias, not both"):
-        da.deformable_attention(query, keys, keys, num_heads=1, **options)
-    with pytest.raises(ValueError, match="wants a table with its points, or a bias, not both"):
-        da.deformable_attention_weights(query, keys, num_heads=1, **options)
+    with pytest.raises(ValueError, match="expected either a table with points, or a bias"):
+        deformable.deformable_attention(query, keys, keys, num_heads=1, **options)
+    with pytest.raises(ValueError, match="expected either a table with points, or a bias"):
+        deformable.deformable_attention_weights(query, keys, num_heads=1, **options)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "plain"])
 def test_bfloat16_gives_bfloat16(implementation):
     arguments = make_arguments((3, 4), (3, 4), heads=4, groups=2, keys=5, width=4)
-    compare.assert_close_in_bfloat16(attend(4, implementation), *arguments, tolerance=0.05, kept=(3, 4))
+    compare.assert_close_in_bfloat16(attend(4, implementation), *arguments, tolerance=0.05, keep_float32=(3, 4))

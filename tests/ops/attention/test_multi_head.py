@@ -1,4 +1,4 @@
-"""Plain multi-head attention: by hand and one head at a time."""
+"""Multi-head attention: cases by hand, and comparison with one head at a time."""
 
 import functools
 
@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dat_jax.ops.attention import multi_head as attention
+from dat_jax.ops.attention.multi_head import multi_head_attention, softmax, split_heads
 from tests.reference import attention as reference
 from tests.reference import compare
 
 
 def attend(query, key, value, **options):
-    return compare.run(functools.partial(attention.multi_head_attention, num_heads=1, **options), query, key, value)
+    return compare.run(functools.partial(multi_head_attention, num_heads=1, **options), query, key, value)
 
 
 def test_equal_logits_give_the_mean():
@@ -35,7 +35,7 @@ def test_bias_is_added_to_the_logits_and_minus_infinity_masks():
 
 def test_heads_are_consecutive_channels():
     x = jnp.arange(6).reshape(1, 6)
-    np.testing.assert_array_equal(attention.split_heads(x, 3), [[[0, 1], [2, 3], [4, 5]]])
+    np.testing.assert_array_equal(split_heads(x, 3), [[[0, 1], [2, 3], [4, 5]]])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_value_and_gradients_equal_the_reference(x64, queries, keys, channels, h
     def compute(function):
         return lambda q, k, v, bias=None: function(q, k, v, num_heads=heads, bias=bias)
 
-    functions = {"multi_head_attention": compute(attention.multi_head_attention)}
+    functions = {"multi_head_attention": compute(multi_head_attention)}
     compare.assert_same(functions, compute(reference.attend), *arguments)
 
 
@@ -64,7 +64,7 @@ def test_leading_axes_are_batch_axes(x64):
     arguments = compare.normal(0, (2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (1, 3, 2, 4, 5))
 
     def compute(q, k, v, bias):
-        return attention.multi_head_attention(q, k, v, num_heads=2, bias=bias)
+        return multi_head_attention(q, k, v, num_heads=2, bias=bias)
 
     def one_by_one(q, k, v, bias):
         outs = [[compute(q[i, j], k[i, j], v[i, j], bias[0, j]) for j in range(3)] for i in range(2)]
@@ -73,21 +73,19 @@ def test_leading_axes_are_batch_axes(x64):
     compare.assert_same({"batched": compute}, one_by_one, *arguments)
 
 
-def test_channels_that_do_not_split_are_refused():
+def test_channels_that_cannot_be_split_raise():
     with pytest.raises(ValueError, match="6 channels cannot be split into 4 heads"):
-        attention.split_heads(jnp.zeros((2, 6)), 4)
+        split_heads(jnp.zeros((2, 6)), 4)
     with pytest.raises(ValueError, match="3 channels cannot be split into 2 heads"):
-        attention.multi_head_attention(*[jnp.zeros((1, 2, 3))] * 3, num_heads=2)
+        multi_head_attention(*[jnp.zeros((1, 2, 3))] * 3, num_heads=2)
 
 
 def test_softmax_of_bfloat16_is_float32():
-    weights = attention.softmax(jnp.asarray([[0.0, 1.0, 300.0]], jnp.bfloat16))
+    weights = softmax(jnp.asarray([[0.0, 1.0, 300.0]], jnp.bfloat16))
     assert weights.dtype == jnp.float32
     np.testing.assert_allclose(weights, [[0, 0, 1]])
 
 
 def test_bfloat16_gives_bfloat16():
     arguments = compare.normal(0, (2, 4, 8), (2, 5, 8), (2, 5, 8))
-    compare.assert_close_in_bfloat16(
-        functools.partial(attention.multi_head_attention, num_heads=2), *arguments, tolerance=0.03
-    )
+    compare.assert_close_in_bfloat16(functools.partial(multi_head_attention, num_heads=2), *arguments, tolerance=0.03)

@@ -1,4 +1,4 @@
-"""Neighborhood attention: by hand, against the rule for every pair of pixels, between the algorithms."""
+"""Neighborhood attention: cases by hand, comparison with the rule for every pair, and between the algorithms."""
 
 import functools
 
@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import neighborhood as na
-from dat_jax.ops.attention import neighborhood_tiles
+from dat_jax.ops.attention import neighborhood
+from dat_jax.ops.attention.neighborhood import neighborhood_attention
+from dat_jax.ops.attention.neighborhood_tiles import window_starts
+from dat_jax.ops.cpu import neighborhood_rows
 from tests.reference import attention as reference
 from tests.reference import compare
 
@@ -19,7 +21,7 @@ NAMES = dispatch.IMPLEMENTATIONS["neighborhood_attention"]
 
 def attend(kernel_size, num_heads, implementation="auto"):
     return functools.partial(
-        na.neighborhood_attention, kernel_size=kernel_size, num_heads=num_heads, implementation=implementation
+        neighborhood_attention, kernel_size=kernel_size, num_heads=num_heads, implementation=implementation
     )
 
 
@@ -29,7 +31,7 @@ def make_arguments(map_shape, kernel_size, *, heads, width=2, batch=2):
 
 
 @pytest.mark.parametrize("implementation", NAMES)
-def test_equal_logits_give_the_mean_of_a_window_that_never_shrinks(implementation):
+def test_equal_logits_give_the_mean_of_a_full_window(implementation):
     value = np.broadcast_to(np.arange(5.0)[None, None, :, None], (1, 3, 5, 1))
     zeros, table = np.zeros(value.shape), np.zeros((1, 5, 5))
     out = compare.run(attend(3, 1, implementation), zeros, zeros, value, table)
@@ -60,7 +62,7 @@ def test_a_window_of_one_pixel_returns_the_values(implementation):
         ((3, 3), 3, 2),  # one window
         ((3, 9), 3, 1),
         ((4, 5), 2, 2),
-        ((9, 6), 5, 2),  # 9: two tiles, the last one not full
+        ((9, 6), 5, 2),  # a side of 9 has two tiles, the last one not full
         ((8, 17), 7, 1),
         ((15, 13), 13, 1),  # a window larger than a tile
         ((11, 4), 4, 3),
@@ -70,8 +72,8 @@ def test_a_window_of_one_pixel_returns_the_values(implementation):
 def test_value_and_gradients_equal_the_rule_for_every_pair(x64, map_shape, kernel_size, heads):
     arguments = make_arguments(map_shape, kernel_size, heads=heads)
     functions = {name: attend(kernel_size, heads, name) for name in NAMES}
-    wanted = functools.partial(reference.neighborhood_attention, kernel_size=kernel_size, num_heads=heads)
-    compare.assert_same(functions, wanted, *arguments)
+    expected = functools.partial(reference.neighborhood_attention, kernel_size=kernel_size, num_heads=heads)
+    compare.assert_same(functions, expected, *arguments)
 
 
 @pytest.mark.parametrize("map_shape", [(7, 7), (20, 18)])
@@ -85,11 +87,12 @@ def test_auto_equals_plain(x64, map_shape):
 def test_tiles_of_any_side_equal_the_rule(x64, kernel_size, extra, tile):
     map_shape = tuple(kernel_size + more for more in extra)
     arguments = make_arguments(map_shape, kernel_size, heads=1, batch=1)
-    wanted = functools.partial(reference.neighborhood_attention, kernel_size=kernel_size, num_heads=1)
+    expected = functools.partial(reference.neighborhood_attention, kernel_size=kernel_size, num_heads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighborhood_tiles, "tile_side", lambda size, *_: min(size, tile))
+        for module in (neighborhood, neighborhood_rows):
+            patch.setattr(module, "tile_side", lambda size, *_: min(size, tile))
         functions = {name: attend(kernel_size, 1, name) for name in ("tiles", "rows")}
-        compare.assert_same(functions, wanted, *arguments)
+        compare.assert_same(functions, expected, *arguments)
 
 
 @compare.few_examples(12)
@@ -109,28 +112,26 @@ def test_constant_values_give_the_constant(x64, kernel_size, extra, name):
 def test_window_starts_follow_the_rule(size, kernel_size):
     kernel_size = min(size, kernel_size)
     windows = [reference.neighborhood(position, size, kernel_size) for position in range(size)]
-    np.testing.assert_array_equal(
-        neighborhood_tiles.window_starts(size, kernel_size), [window.start for window in windows]
-    )
+    np.testing.assert_array_equal(window_starts(size, kernel_size), [window.start for window in windows])
 
 
 @pytest.mark.parametrize("map_shape", [(2, 5), (5, 2), (1, 1)])
-def test_a_map_smaller_than_the_window_is_refused(map_shape):
+def test_map_smaller_than_the_window_raises(map_shape):
     maps, table = jnp.zeros((1, *map_shape, 2)), jnp.zeros((1, 5, 5))
     with pytest.raises(
-        ValueError, match=f"window of 3 needs a map at least that large, got {map_shape[0]} x {map_shape[1]}"
+        ValueError, match=f"window of 3 needs map sides of at least 3, got {map_shape[0]} x {map_shape[1]}"
     ):
-        na.neighborhood_attention(maps, maps, maps, table, kernel_size=3, num_heads=1)
+        neighborhood_attention(maps, maps, maps, table, kernel_size=3, num_heads=1)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 5), (1, 3, 5), (5, 5)])
-def test_a_table_that_does_not_fit_is_refused(shape):
+def test_table_of_another_shape_raises(shape):
     maps = jnp.zeros((1, 4, 4, 2))
-    with pytest.raises(ValueError, match=rf"wants a table \(1, 5, 5\), got \({shape[0]}, {shape[1]}"):
-        na.neighborhood_attention(maps, maps, maps, jnp.zeros(shape), kernel_size=3, num_heads=1)
+    with pytest.raises(ValueError, match=rf"expected a table \(1, 5, 5\), got \({shape[0]}, {shape[1]}"):
+        neighborhood_attention(maps, maps, maps, jnp.zeros(shape), kernel_size=3, num_heads=1)
 
 
-def test_unknown_implementation_is_refused():
+def test_unknown_implementation_raises():
     maps, table = jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 5, 5))
     with pytest.raises(
         ValueError, match="has no implementation 'shifts'; choose one of auto, plain, rows, tiles, dense, gather"

@@ -1,4 +1,4 @@
-"""Position bias: by hand, against sampling the table at every pair, between the algorithms."""
+"""Position bias: cases by hand, comparison with sampling the table at every pair, and between the algorithms."""
 
 import functools
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import grid_sample as gs
 from dat_jax.ops.attention import position_bias
+from dat_jax.ops.attention.grid_sample import to_pixels
 from tests.reference import compare, sampling
 
 IMPLEMENTATIONS = ("auto", "plain", *dispatch.IMPLEMENTATIONS["position_bias"])
@@ -32,33 +32,33 @@ def make_table(seed, heads, map_shape):
 
 
 def bias_of_keys(table, keys, map_shape, implementation):
-    """A table of one head, keys (N, 2) -> (H, W, N)."""
+    """Bias (H, W, N) of keys (N, 2), for a table of one head."""
     table, points = np.asarray(table)[None], np.asarray(keys)[None, None]
     return compare.run(lookups(IMPLEMENTATIONS, map_shape)[implementation], table, points).reshape(*map_shape, -1)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_keys_of_a_two_by_two_map_by_hand(implementation):
-    table = np.arange(1.0, 10.0).reshape(3, 3)  # entry (1, 1), 5.0, is for no displacement
+    table = np.arange(1.0, 10.0).reshape(3, 3)  # entry (1, 1), 5.0, has displacement zero
     keys = [(0.0, 0.0), (1.0, 1.0), (0.5, 0.0), (-1.0, 0.0), (-9.0, 0.5), (1e12, -1e12)]
     bias = bias_of_keys(table, keys, (2, 2), implementation)
     np.testing.assert_allclose(bias[..., 0], [[5, 6], [8, 9]])
     np.testing.assert_allclose(bias[..., 1], [[1, 2], [4, 5]])
     np.testing.assert_allclose(bias[..., 2], [[3.5, 4.5], [6.5, 7.5]])
-    np.testing.assert_allclose(bias[..., 3], [[8, 9], [0, 0]])  # the lower row is beyond the table
+    np.testing.assert_allclose(bias[..., 3], [[8, 9], [0, 0]])  # the lower row is outside the table
     np.testing.assert_allclose(bias[..., 4:], np.zeros((2, 2, 2)))
 
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "slice"])
 def test_table_of_another_map_size_is_stretched(implementation):
-    table = np.outer(np.ones(3), [1.0, 2.0, 4.0])  # of a 2 x 2 map, here for three columns
+    table = np.outer(np.ones(3), [1.0, 2.0, 4.0])  # made for a 2 x 2 map, used for three columns
     bias = bias_of_keys(table, [(0.0, 1.0), (0.0, 0.0)], (2, 3), implementation)
     np.testing.assert_allclose(bias[0, :, 0], [1.5, 2, 3])
     np.testing.assert_allclose(bias[0, :, 1], [2, 3, 4])
 
 
 @pytest.mark.parametrize("implementation", FITTING)
-def test_one_pixel_has_one_entry(implementation):
+def test_map_of_one_pixel_has_one_entry(implementation):
     assert bias_of_keys([[3.0]], [(0.0, 0.0)], (1, 1), implementation).item() == 3.0
 
 
@@ -77,7 +77,7 @@ def test_heads_of_a_group_are_consecutive():
         ((1, 4), (1, 4), 2, 2, 3, FITTING),
         ((5, 1), (5, 1), 4, 2, 3, FITTING),
         ((3, 5), (3, 5), 6, 3, 4, FITTING),
-        ((2, 3), (4, 2), 2, 1, 2, (*ANY_SIZE, "map_coordinates", "auto")),  # larger and smaller
+        ((2, 3), (4, 2), 2, 1, 2, (*ANY_SIZE, "map_coordinates", "auto")),  # one side larger, one smaller
         ((5, 4), (3, 3), 4, 2, 3, ANY_SIZE),
         ((3, 3), (7, 5), 2, 2, 5, ANY_SIZE),
         ((1, 1), (3, 2), 2, 1, 1, ANY_SIZE),
@@ -130,8 +130,8 @@ def test_gradient_on_pixel_lines_is_the_one_to_the_right_in_the_table(implementa
 def test_slice_equals_matmul(x64, map_shape, groups, heads, seed):
     table = make_table(seed, groups * heads, map_shape)
     points = compare.random_points(seed, (2, groups, 4), map_shape, margin=float(2 * max(map_shape)))
-    wanted, got = (compare.run(f, table, points) for f in lookups(("matmul", "slice"), map_shape).values())
-    np.testing.assert_allclose(got, wanted, atol=1e-12)
+    expected, actual = (compare.run(f, table, points) for f in lookups(("matmul", "slice"), map_shape).values())
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
 @compare.few_examples(10)
@@ -163,17 +163,17 @@ def test_log_displacements_equal_the_definition(x64, map_shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 3), (3, 3)])
-def test_table_that_does_not_fit_the_groups_is_refused(shape):
-    with pytest.raises(ValueError, match=r"wants a table .* M a multiple of 2 groups, got \(3, 3"):
+def test_table_that_does_not_fit_the_groups_raises(shape):
+    with pytest.raises(ValueError, match=r"expected a table .* M a multiple of 2 groups, got \(3, 3"):
         position_bias.table_position_bias(jnp.zeros(shape), jnp.zeros((1, 2, 1, 2)), map_shape=(2, 2))
 
 
-def test_slice_on_another_map_size_is_refused():
-    with pytest.raises(ValueError, match=r'"slice" wants .* got a table \(3, 3\) for the map \(2, 3\); "matmul"'):
+def test_slice_on_another_map_size_raises():
+    with pytest.raises(ValueError, match=r'"slice" expected .* got a table \(3, 3\) for the map \(2, 3\); "matmul"'):
         bias_of_keys(jnp.zeros((3, 3)), jnp.zeros((1, 2)), (2, 3), "slice")
 
 
-def test_unknown_implementation_is_refused():
+def test_unknown_implementation_raises():
     points = jnp.zeros((1, 1, 1, 2))
     with pytest.raises(
         ValueError, match="position_bias has no implementation 'conv'; choose one of auto, plain, slice"
@@ -186,19 +186,19 @@ def test_bias_of_a_bfloat16_table_is_float32(implementation):
     table = make_table(0, 2, (2, 3))
     points = compare.random_points(1, (1, 1, 4), (2, 3))
     lookup = lookups(FITTING, (2, 3))[implementation]
-    got = compare.run(lookup, table.astype(jnp.bfloat16), points)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, compare.run(lookup, table, points), atol=0.02)
+    actual = compare.run(lookup, table.astype(jnp.bfloat16), points)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, compare.run(lookup, table, points), atol=0.02)
 
 
 @pytest.mark.parametrize("map_shape", [(4, 4), (3, 5), (1, 1), (1, 4), (7, 2)])
 @pytest.mark.parametrize("table_map", [(4, 4), (2, 3), (1, 5)])
 def test_centers_equal_the_definition_in_every_implementation(x64, map_shape, table_map):
-    """Queries at half pixels, as in the released DAT v1: on the table's own map size and on others."""
+    """Queries at half pixels, as in the released DAT v1, on the map size of the table and on others."""
     (positions,) = compare.normal(2, (2, 2, 3, 2))
 
     def lookup(table, positions, implementation):
-        points = gs.to_pixels(positions, table_map)
+        points = to_pixels(positions, table_map)
         options = dict(map_shape=map_shape, query_grid="centers", implementation=implementation)
         return position_bias.table_position_bias(table, points, **options)
 
@@ -218,7 +218,7 @@ def test_centers_of_a_map_of_two_by_hand():
     np.testing.assert_allclose(bias, [[4.0, 4.5], [5.5, 6.0]])
 
 
-def test_an_unknown_query_grid_is_refused():
+def test_unknown_query_grid_raises():
     with pytest.raises(ValueError, match="'edges'; choose one of corners, centers"):
         position_bias.table_position_bias(
             jnp.zeros((1, 3, 3)), jnp.zeros((1, 1, 1, 2)), map_shape=(2, 2), query_grid="edges"

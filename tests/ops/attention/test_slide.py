@@ -1,4 +1,4 @@
-"""Slide attention: by hand and against two convolutions, one fixed and one learned."""
+"""Slide attention: cases by hand, and comparison with two convolutions, one fixed and one learned."""
 
 import functools
 
@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dat_jax.ops.attention import slide as slide_attention
+from dat_jax.ops.attention.slide import slide_attention
 from tests.reference import attention as reference
 from tests.reference import compare
 
 
 def attend(num_heads, scale=0.5):
-    return functools.partial(slide_attention.slide_attention, num_heads=num_heads, scale=scale)
+    return functools.partial(slide_attention, num_heads=num_heads, scale=scale)
 
 
 def make_arguments(map_shape, *, heads, width, batch=2):
@@ -22,7 +22,7 @@ def make_arguments(map_shape, *, heads, width, batch=2):
 
 
 def attend_one_channel(query, value, *, kernel=None, bias=None, table=None):
-    """(H, W) maps of one head of one channel, all keys zero; what is not given is zero."""
+    """Attention on (H, W) maps of one head with one channel. All keys are zero, like arguments that are None."""
     query, value = (np.asarray(x, float)[None, ..., None] for x in (query, value))
     kernel = np.zeros((3, 3, 1, 9)) if kernel is None else kernel
     bias = np.zeros(9) if bias is None else bias
@@ -59,8 +59,8 @@ def test_learned_convolution_and_bias_are_added_to_the_copy():
 )
 def test_value_and_gradients_equal_the_reference(x64, map_shape, heads, width):
     arguments = make_arguments(map_shape, heads=heads, width=width)
-    wanted = functools.partial(reference.slide_attention, num_heads=heads, scale=0.5)
-    compare.assert_same({"slide_attention": attend(heads)}, wanted, *arguments)
+    expected = functools.partial(reference.slide_attention, num_heads=heads, scale=0.5)
+    compare.assert_same({"slide_attention": attend(heads)}, expected, *arguments)
 
 
 @compare.few_examples(6)

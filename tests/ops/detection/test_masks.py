@@ -1,4 +1,4 @@
-"""Mask targets and pasting: recorded arrays, padding, cases by hand."""
+"""Mask targets and pasting of masks: recorded arrays, padding, cases by hand."""
 
 import jax
 import numpy as np
@@ -34,17 +34,17 @@ def test_recorded_targets_in_float32_from_padded_masks(recorded):
     boxes = np.concatenate([boxes, np.full((2, 4), np.nan, np.float32)])
     indices = np.append(recorded["target_gt"], [7, -99])
     crop = jax.jit(lambda shape, valid: masks.mask_targets(padded, boxes, indices, mask_shape=shape, valid=valid))
-    got = crop(np.asarray(bitmaps.shape[1:]), np.arange(10) < 8)
-    np.testing.assert_array_equal(got[:8], recorded["target"])
-    assert not got[8:].any()
+    actual = crop(np.asarray(bitmaps.shape[1:]), np.arange(10) < 8)
+    np.testing.assert_array_equal(actual[:8], recorded["target"])
+    assert not actual[8:].any()
 
 
-def test_padding_of_masks_does_not_count_at_their_borders():
+def test_padding_of_masks_is_ignored_at_their_borders():
     ones, box = np.ones((1, 6, 9), bool), np.asarray([[0, 0, 9, 6]], np.float32)
     padded = np.pad(ones, [(0, 0), (0, 3), (0, 4)])
     for bitmaps in (ones, padded):
-        got = masks.crop_masks(bitmaps, box + 3, np.zeros(1, int), mask_shape=(6, 9))
-        np.testing.assert_allclose(got, 1, rtol=1e-6)
+        actual = masks.crop_masks(bitmaps, box + 3, np.zeros(1, int), mask_shape=(6, 9))
+        np.testing.assert_allclose(actual, 1, rtol=1e-6)
 
 
 def test_targets_of_boxes_outside_and_without_area_are_empty():
@@ -69,7 +69,7 @@ def test_recorded_pasting(recorded):
 def test_pasting_by_hand():
     mask = np.asarray([[[0.0, 1.0], [0.0, 1.0]]])
     pasted = masks.paste_masks(mask, np.asarray([[2.0, 1.0, 6.0, 3.0]]), (4, 8))
-    row = np.asarray([0, 0, 0, 0.25, 0.75, 0.75, 0.25, 0])  # reaches half a pixel of the mask outside the box
+    row = np.asarray([0, 0, 0, 0.25, 0.75, 0.75, 0.25, 0])  # reaches half a mask pixel beyond the box
     np.testing.assert_allclose(pasted[0], np.stack([0 * row, row, row, 0 * row]), atol=1e-6)
 
 

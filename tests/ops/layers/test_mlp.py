@@ -1,4 +1,4 @@
-"""The MLP with a convolution: by hand, the kernel against the products."""
+"""The MLP with a convolution: cases by hand, and the kernel compared with the products."""
 
 import functools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.layers import mlp
+from dat_jax.ops.layers.mlp import conv_mlp, uses_pallas
 from tests.reference import compare
 
 
@@ -16,34 +16,34 @@ def make_arguments(map_shape, channels, hidden):
 
 
 @pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS["conv_mlp"])
-def test_a_tap_reads_its_neighbour_and_nothing_outside(implementation):
-    """Large values, that GELU leaves as they are: each pixel and the one below it, to the left."""
+def test_a_tap_reads_its_neighbor_and_zero_outside(implementation):
+    """Sums each pixel and its lower left neighbor. GELU leaves large values unchanged."""
     x = 100 + np.arange(9.0).reshape(1, 3, 3, 1)
     taps, one, zero = np.zeros((3, 3, 1, 1)), np.ones((1, 1)), np.zeros(1)
     taps[2, 0] = 1
-    function = functools.partial(mlp.conv_mlp, implementation=implementation)
+    function = functools.partial(conv_mlp, implementation=implementation)
     out = compare.run(function, x, one, zero, taps, zero, one, zero)[0, :, :, 0]
     np.testing.assert_allclose(out, [[100, 204, 206], [103, 210, 212], [106, 107, 108]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("map_shape", "channels", "hidden"), [((5, 4), 3, 6), ((3, 7), 4, 256), ((1, 1), 2, 2)])
-def test_the_kernel_equals_the_products(x64, map_shape, channels, hidden):
+def test_pallas_equals_the_products(x64, map_shape, channels, hidden):
     arguments = make_arguments(map_shape, channels, hidden)
-    plain = functools.partial(mlp.conv_mlp, implementation="plain")
-    kernel = functools.partial(mlp.conv_mlp, implementation="pallas")
+    plain = functools.partial(conv_mlp, implementation="plain")
+    kernel = functools.partial(conv_mlp, implementation="pallas")
     compare.assert_same({"pallas": kernel}, plain, *arguments)
 
 
-def test_bfloat16():
+def test_bfloat16_is_close_to_float32():
     arguments = make_arguments((4, 5), 8, 32)
     arguments = [x if x.ndim == 4 and x.shape[0] == 2 else x / 4 for x in arguments]
     for implementation in dispatch.IMPLEMENTATIONS["conv_mlp"]:
-        function = functools.partial(mlp.conv_mlp, implementation=implementation)
+        function = functools.partial(conv_mlp, implementation=implementation)
         compare.assert_close_in_bfloat16(function, *arguments, tolerance=5e-2)
 
 
-def test_the_kernel_is_chosen_where_it_is_asked_for_and_fits():
-    assert mlp.chooses_kernel((1, 14, 14, 256), 1024, "pallas")
-    assert not mlp.chooses_kernel((1, 14, 14, 256), 1024, "auto")
-    assert not mlp.chooses_kernel((1, 7, 7, 1024), 4096, "pallas")
-    assert not mlp.chooses_kernel((1, 200, 334, 64), 256, "pallas")
+def test_pallas_is_used_if_requested_and_weights_fit():
+    assert uses_pallas((1, 14, 14, 256), 1024, "pallas")
+    assert not uses_pallas((1, 14, 14, 256), 1024, "auto")
+    assert not uses_pallas((1, 7, 7, 1024), 4096, "pallas")
+    assert not uses_pallas((1, 200, 334, 64), 256, "pallas")

@@ -1,4 +1,4 @@
-"""What the kernels have in common: where they run, what they refuse, how a mesh splits them; compiled for TPUs."""
+"""Common behavior of the kernels: platforms, memory limit, meshes, and compilation for TPUs."""
 
 import importlib.util
 
@@ -9,26 +9,25 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import deformable as da
-from dat_jax.ops.attention import grid_sample
-from dat_jax.ops.attention import neighborhood as na
-from dat_jax.ops.layers import mlp
-from dat_jax.profiling import hlo
-from dat_jax.profiling import topologies as targets
+from dat_jax.ops.attention.deformable import deformable_attention
+from dat_jax.ops.attention.grid_sample import grid_sample
+from dat_jax.ops.attention.neighborhood import neighborhood_attention
+from dat_jax.ops.layers.mlp import conv_mlp
+from dat_jax.profiling import hlo, topologies
 from dat_jax.profiling.flops import count_product_flops
 
 CHANNELS, HEADS, SIDE, KEYS = 32, 2, 4, 5
 
 
-def everything(x, points, table, neighborhood_table, weights):
-    """Each kernel once, on a map (B, 4, 4, 32)."""
+def run_all_kernels(x, points, table, neighborhood_table, weights):
+    """Runs each kernel once, on a map (B, 4, 4, 32)."""
     options = dict(implementation="pallas")
-    sampled = grid_sample.grid_sample(x, points, **options)
-    x = da.deformable_attention(
+    sampled = grid_sample(x, points, **options)
+    x = deformable_attention(
         x, sampled, sampled, num_heads=HEADS, points=points, table=table, points_inside=True, **options
     )
-    x = na.neighborhood_attention(x, x, x, neighborhood_table, kernel_size=3, num_heads=HEADS, **options)
-    return mlp.conv_mlp(x, *weights, **options)
+    x = neighborhood_attention(x, x, x, neighborhood_table, kernel_size=3, num_heads=HEADS, **options)
+    return conv_mlp(x, *weights, **options)
 
 
 def make_arguments(batch, dtype):
@@ -47,63 +46,61 @@ def make_arguments(batch, dtype):
 
 def value_and_gradients(*arguments):
     def loss(*arguments):
-        return (everything(*arguments).astype(jnp.float32) ** 2).sum()
+        return (run_all_kernels(*arguments).astype(jnp.float32) ** 2).sum()
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4))(*arguments)
 
 
-def test_on_another_platform_they_are_refused():
+def test_kernels_raise_on_another_platform():
     token = dispatch._INTERPRET.set(False)
     try:
-        with pytest.raises(ValueError, match='"pallas" is for TPUs, the program is for cpu; choose "auto"'):
-            everything(*make_arguments(2, jnp.float32))
+        with pytest.raises(ValueError, match='"pallas" is for TPUs, but .* for cpu; choose "auto"'):
+            run_all_kernels(*make_arguments(2, jnp.float32))
     finally:
         dispatch._INTERPRET.reset(token)
 
 
-def test_what_does_not_fit_is_refused():
+def test_kernel_that_does_not_fit_in_vmem_raises():
     x = jax.ShapeDtypeStruct((1, 64, 64, 2048), jnp.float32)
     table = jax.ShapeDtypeStruct((2, 13, 13), jnp.float32)
 
     def attend(x, table):
-        return na.neighborhood_attention(x, x, x, table, kernel_size=7, num_heads=2, implementation="pallas")
+        return neighborhood_attention(x, x, x, table, kernel_size=7, num_heads=2, implementation="pallas")
 
-    with pytest.raises(ValueError, match="MiB of the 100 in VMEM"):
+    with pytest.raises(ValueError, match="MiB of VMEM .* limit of 100 MiB"):
         jax.eval_shape(attend, x, table)
 
 
-def test_devices_of_a_mesh_give_what_one_does():
-    """What is of an example, and what is summed over the batch: the gradient of a table."""
+def test_a_mesh_of_devices_gives_the_result_of_one_device():
+    """Batched results, and results that are summed over the batch: the gradient of a table."""
     x, _, _, table, _ = make_arguments(4, jnp.float32)
 
     def loss(x, table):
         options = dict(kernel_size=3, num_heads=HEADS, implementation="pallas")
-        return (na.neighborhood_attention(x, 2 * x, x, table, **options) ** 2).sum()
+        return (neighborhood_attention(x, 2 * x, x, table, **options) ** 2).sum()
 
-    wanted = jax.jit(lambda *a: jax.value_and_grad(loss, argnums=(0, 1))(*a))(x, table)
+    expected = jax.jit(lambda *a: jax.value_and_grad(loss, argnums=(0, 1))(*a))(x, table)
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     with dispatch.split_batch(mesh, ("a", "b")):
-        got = jax.jit(lambda *a: jax.value_and_grad(loss, argnums=(0, 1))(*a))(x, table)
-    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+        actual = jax.jit(lambda *a: jax.value_and_grad(loss, argnums=(0, 1))(*a))(x, table)
+    for actual_array, expected_array in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual_array, expected_array, rtol=1e-4, atol=1e-4)
 
 
-def test_products_of_a_kernel_are_counted_for_the_batch():
+def test_flops_of_a_kernel_are_counted_for_the_whole_batch():
     arguments = make_arguments(4, jnp.float32)
     with jax.named_scope("count"):
         flops = count_product_flops(
-            jax.make_jaxpr(lambda x, *w: mlp.conv_mlp(x, *w, implementation="pallas"))(
-                arguments[0], *arguments[4]
-            ).jaxpr
+            jax.make_jaxpr(lambda x, *w: conv_mlp(x, *w, implementation="pallas"))(arguments[0], *arguments[4]).jaxpr
         )
     assert flops == 4 * 2 * 2 * SIDE * SIDE * CHANNELS * 4 * CHANNELS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "v5e:2x2"])
-def test_they_compile_for_a_tpu(topology):
-    """Eight kernels, forward and backward; on four chips each has its part of the batch and nothing is gathered."""
-    _, devices = targets.find_devices(topology)
+def test_kernels_compile_for_a_tpu(topology):
+    """Eight kernels, forward and backward. On four chips each chip has its part of the batch, without any gather."""
+    _, devices = topologies.find_devices(topology)
     mesh = jax.make_mesh((len(devices),), ("a",), axis_types=(AxisType.Auto,), devices=devices)
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("a",), ()))
     arguments = jax.eval_shape(lambda: make_arguments(4, jnp.bfloat16))
