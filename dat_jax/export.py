@@ -26,7 +26,7 @@ from absl import flags
 from dat_jax.cli.console import format_size, make_console, print_table
 from dat_jax.cli.flags import fail, run_tool
 from dat_jax.errors import UserError
-from dat_jax.storage import refuse_existing
+from dat_jax.storage import check_absent
 
 _FLAGS = {
     "What is written": ("formats=FORMAT,...",),
@@ -89,7 +89,7 @@ def export(trained: str, out: str, values: flags.FlagValues) -> dict:
     from dat_jax import inference
     from dat_jax.exporting import write_exported
 
-    refuse_existing(out)  # said before anything is loaded
+    check_absent(out)  # said before anything is loaded
     shape, batch = parse_image_size(values.image_size), parse_batch(values.batch)
     looker = inference.load(trained, classes=values.classes, resize=values.resize)
     if isinstance(looker, inference.Classifier) and shape and shape[0] == shape[1]:

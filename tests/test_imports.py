@@ -18,7 +18,7 @@ ALLOWED = {
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
     "dat_jax.tasks": {"dat_jax.tasks", "dat_jax.models", "dat_jax.ops", "jax", "optax"},
     "dat_jax.data": {
-        *("dat_jax.data", "dat_jax.cli", "dat_jax.errors"),
+        *("dat_jax.data", "dat_jax.cli", "dat_jax.errors", "dat_jax.storage"),
         *("PIL", "absl", "array_record", "cv2", "grain", "pycocotools", "rich", "tensorflow_datasets"),
     },
     "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.visualization", "jax", "pycocotools"},
@@ -44,7 +44,7 @@ ALLOWED = {
     "dat_jax.training": {
         *("dat_jax.training", "dat_jax.checkpoints", "dat_jax.tasks", "dat_jax.data", "dat_jax.evaluation"),
         *("dat_jax.models", "dat_jax.config", "dat_jax.cli.console", "dat_jax.errors", "dat_jax.ops.dispatch"),
-        *("dat_jax.parallel", "dat_jax.profiling", "dat_jax.visualization"),
+        *("dat_jax.parallel", "dat_jax.profiling", "dat_jax.storage", "dat_jax.visualization"),
         *("flax", "jax", "ml_collections", "optax", "rich", "tensorboardX", "wandb"),
     },
     "dat_jax.inference": {
@@ -70,8 +70,8 @@ ALLOWED = {
     # Entry points
     "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.models.catalogue"},
     "dat_jax.compile_report": {
-        *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "dat_jax.training.setups"),
-        *("absl", "jax", "ml_collections", "rich"),
+        *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "dat_jax.storage"),
+        *("dat_jax.training.setups", "absl", "jax", "ml_collections", "rich"),
     },
     "dat_jax.predict": {
         *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.inference", "PIL", "absl", "rich"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from dat_jax.checkpoints.manager import checksum, first_reason, read_arrays, write_arrays
 from dat_jax.errors import UserError
-from dat_jax.storage import appearing
+from dat_jax.storage import atomic_path
 
 
 def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], description: Mapping[str, Any]) -> str:
@@ -32,7 +32,7 @@ def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], desc
     Raises:
       UserError: the folder exists already, or cannot be written.
     """
-    with appearing(directory) as unfinished:
+    with atomic_path(directory) as unfinished:
         unfinished.mkdir()
         return write_export(unfinished, params=params, description=description)
 

@@ -22,7 +22,7 @@ from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT, DEFORMABLE_FORMS
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.storage import refuse_existing
+from dat_jax.storage import check_absent
 
 _FORM = "deformable_form"  # in the metadata of a .safetensors file
 _FORM_ROW = "deformable form"
@@ -93,7 +93,7 @@ def import_weights(
     Raises:
       UserError: damage, weights of another model, or ``out`` exists. Nothing is written then.
     """
-    refuse_existing(out)
+    check_absent(out)
     if pathlib.Path(out).suffix in SUFFIXES:
         raise UserError(f"OUT is the name of a folder where WEIGHTS is a file, got {out}.")
     state_dict, source, metadata = read_checkpoint(weights, weights=which)
@@ -141,7 +141,7 @@ def export_weights(trained: str, out: str, *, form: str | None = None) -> dict[s
     Raises:
       UserError: damage, or ``out`` exists. Nothing is written then.
     """
-    refuse_existing(out)
+    check_absent(out)
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT wants a name that ends in .safetensors where WEIGHTS is a folder, got {out}.")
     model, variables = load_trained(trained, deformable_form=form)

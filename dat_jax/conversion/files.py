@@ -14,7 +14,7 @@ from dat_jax.conversion import file_kinds, selection, torch_files
 from dat_jax.conversion.pickles import CodeError
 from dat_jax.conversion.torch_files import UnsupportedError, show
 from dat_jax.errors import UserError
-from dat_jax.storage import appearing
+from dat_jax.storage import atomic_path
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")  # usual ones; files are recognized by content
 _SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
@@ -127,6 +127,6 @@ def write_safetensors(
       UserError: the file exists already, or cannot be written.
     """
     # safetensors takes the memory as it lies, and its own files are for their owner alone.
-    with appearing(path) as unfinished:
+    with atomic_path(path) as unfinished:
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         unfinished.write_bytes(save(contiguous, metadata=dict(metadata) if metadata else None))

@@ -19,7 +19,7 @@ from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
 from dat_jax.inference import Classifier, Looker, Segmenter
 from dat_jax.models.dat import DAT
-from dat_jax.storage import appearing, refuse_existing
+from dat_jax.storage import atomic_path, check_absent
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")  # the last one is an extra
 MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.safetensors", "model.onnx"
@@ -56,11 +56,11 @@ def write_exported(
     directory = pathlib.Path(directory)
     if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats wants some of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
-    refuse_existing(directory)
+    check_absent(directory)
     shape, program, onnx = image_shape or choose_image_shape(looker), None, None
     settings = dict(image_shape=shape, preprocessing=preprocessing, batch=batch)
     check_program(looker, platforms=platforms, **settings)
-    with appearing(directory) as unfinished:
+    with atomic_path(directory) as unfinished:
         unfinished.mkdir()
         if "stablehlo" in formats:
             program = make_program(looker, platforms=platforms, **settings)

@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 import jax
 
+from dat_jax.errors import UserError
+from dat_jax.storage import check_writable
+
 
 def enable(setting: str, *, note: Callable[[str], None]) -> pathlib.Path | None:
     """Has jax keep compiled programs on disk from now on, those that took more than jax's own threshold of a second.
@@ -36,12 +39,9 @@ def enable(setting: str, *, note: Callable[[str], None]) -> pathlib.Path | None:
     if jax.default_backend() == "cpu":
         directory /= f"cpu-{_machine_digest()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        note(f"Warning: compiled programs are not kept, {directory} cannot be written: {error.strerror}.")
+        check_writable(directory)
+    except UserError as error:
+        note(f"Warning: compiled programs are not kept. {error}")
         return None
     jax.config.update("jax_compilation_cache_dir", str(directory))
     return directory

@@ -18,6 +18,7 @@ from dat_jax.cli.console import make_console, print_table
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost as distributed
 from dat_jax.parallel import sharding
+from dat_jax.storage import atomic_write_text, check_writable
 from dat_jax.training import compilation_cache
 from dat_jax.training.monitoring import health, logs
 from dat_jax.training.monitoring import metrics as metrics_lib
@@ -337,13 +338,7 @@ def _write_summary(
 
 def _make_directory(workdir: str) -> pathlib.Path:
     directory = pathlib.Path(workdir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{jax.process_index()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"The work directory {directory} cannot be written: {error.strerror}.") from error
+    check_writable(directory)
     return directory
 
 
@@ -357,7 +352,7 @@ def _make_writer(run: Run, directory: pathlib.Path, warn: Callable[[str], None])
     }
     for name, text in texts.items():
         try:
-            (directory / name).write_text(text)
+            atomic_write_text(directory / name, text)
         except OSError as error:
             warn(f"WARNING: {directory / name} could not be written: {error.strerror}.")
     chosen = logs.choose_logs(run.config.logs, directory, config=run.config.to_dict(), note=warn)

@@ -123,7 +123,7 @@ def test_an_interrupted_export_leaves_nothing(export, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pathlib.Path, "rename", interrupt)
+    monkeypatch.setattr(pathlib.Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_export(tmp_path / "out", params={"a": np.ones(2)}, description={})
     assert not list(tmp_path.iterdir())

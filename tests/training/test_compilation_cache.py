@@ -49,7 +49,7 @@ def test_a_directory_that_cannot_be_written_is_a_warning(enabled, tmp_path):
     notes = []
     assert compilation_cache.enable(str(tmp_path / "file" / "cache"), note=notes.append) is None
     assert len(notes) == 1
-    assert notes[0].startswith("Warning: compiled programs are not kept, ")
+    assert notes[0].startswith("Warning: compiled programs are not kept. ")
     assert notes[0].endswith("cannot be written: Not a directory.")
     assert jax.config.jax_compilation_cache_dir is None
 

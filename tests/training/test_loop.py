@@ -149,5 +149,5 @@ def test_settings_that_do_not_fit_are_refused(values, message, tmp_path):
 
 def test_a_work_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"work directory .* cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"folder .* cannot be written: Not a directory"):
         loop.train(tiny_config.get_config(), str(tmp_path / "file" / "run"))

@@ -1,7 +1,6 @@
 """summary.md: what a run was, what came of it, and how to go on, as Markdown in the work directory."""
 
 import math
-import os
 import pathlib
 import platform
 import shlex
@@ -10,6 +9,8 @@ from collections.abc import Mapping
 
 import flax
 import jax
+
+from dat_jax.storage import atomic_write_text
 
 SUMMARY = "summary.md"
 _PICTURES = ("curves.png", "predictions.png", "segmentations.png", "detections.png", "sampled_points.png")
@@ -116,14 +117,9 @@ def format_summary(
 
 
 def write_summary(directory: pathlib.Path, text: str) -> pathlib.Path:
-    """Writes summary.md, whole or not at all. Returns its path; an OSError says that it could not be written."""
+    """Write summary.md atomically and return its path. Raises an OSError if it cannot be written."""
     path = directory / SUMMARY
-    unfinished = path.with_name(f".{SUMMARY}.{os.getpid()}")
-    try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    atomic_write_text(path, text)
     return path
 
 
