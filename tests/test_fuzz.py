@@ -7,7 +7,6 @@ import os
 import pathlib
 import pickle
 import tempfile
-import types
 
 import numpy as np
 import pytest
@@ -18,9 +17,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import common
-from dat_jax.checkpoints import compatibility as continuation
-from dat_jax.checkpoints import integrity as manifest
-from dat_jax.checkpoints import manager as checkpoint
+from dat_jax.checkpoints import compatibility, directory, integrity
 from dat_jax.cli.flags import parse_flags
 from dat_jax.config.validation import make_schema, validate
 from dat_jax.conversion.files import read_weights, write_safetensors
@@ -223,8 +220,8 @@ def test_what_stands_on_a_command_line(key, value):
     assert not RUN_BY_CODE.exists()
 
 
-RUN = types.SimpleNamespace(config=common.get_config(), train_source=types.SimpleNamespace(class_names=("a", "b")))
-METADATA = json.dumps({"examples": 4, "config": RUN.config.to_dict(), "classes": 2}).encode()
+CONFIG = common.get_config()
+METADATA = json.dumps({"examples": 4, "config": CONFIG.to_dict(), "classes": 2}).encode()
 
 
 @always_the_same(1500)
@@ -232,19 +229,19 @@ METADATA = json.dumps({"examples": 4, "config": RUN.config.to_dict(), "classes":
     data=damaged(METADATA) | st.binary(max_size=40),
     anything=st.dictionaries(st.sampled_from(["config", "classes"]), VALUES),
 )
-def test_what_a_checkpoint_says_of_itself(tmp_path_factory, data, anything):
-    directory = tmp_path_factory.getbasetemp() / "fuzzed"
-    (directory / "metrics").mkdir(parents=True, exist_ok=True)
-    for name in (manifest.MANIFEST, "metrics/metrics", "metrics.jsonl"):
-        (directory / name).write_bytes(data)
-    metrics = checkpoint._read_metrics(directory)
+def test_metadata_of_a_checkpoint(tmp_path_factory, data, anything):
+    path = tmp_path_factory.getbasetemp() / "fuzzed"
+    (path / "metrics").mkdir(parents=True, exist_ok=True)
+    for name in (integrity.MANIFEST, "metrics/metrics", "metrics.jsonl"):
+        (path / name).write_bytes(data)
+    metrics = directory.read_metrics(path)
     assert metrics is None or isinstance(metrics, dict)
-    read_metrics(directory / "metrics.jsonl")
-    with pytest.raises(manifest.DamagedError):
-        manifest.check_files(directory)
-    said = [anything]
+    read_metrics(path / "metrics.jsonl")
+    with pytest.raises(integrity.DamagedError):
+        integrity.check_manifest(path)
+    inputs = [anything]
     with contextlib.suppress(ValueError):
-        said.append(json.loads(data))
-    for metadata in said:
+        inputs.append(json.loads(data))
+    for metadata in inputs:
         with contextlib.suppress(UserError):
-            continuation.check(metadata, RUN, note=lambda note: None)
+            compatibility.check(metadata, CONFIG, classes=2)

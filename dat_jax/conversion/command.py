@@ -10,9 +10,9 @@ import flax
 import jax
 import numpy as np
 
-from dat_jax.checkpoints.exports import load_export
-from dat_jax.checkpoints.loading import export_model, load_trained
-from dat_jax.checkpoints.manager import checksum
+from dat_jax.checkpoints.exports import export_model, load_export
+from dat_jax.checkpoints.integrity import hash_arrays
+from dat_jax.checkpoints.loading import load_trained
 from dat_jax.conversion import detectors, segmentors, selection
 from dat_jax.conversion.classifier_settings import read_yaml_config
 from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
@@ -282,7 +282,7 @@ def _fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 def _checksum(params) -> str:
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    return checksum({name: np.asarray(array) for name, array in flat.items()})
+    return hash_arrays({name: np.asarray(array) for name, array in flat.items()})
 
 
 def _rows(

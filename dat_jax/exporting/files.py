@@ -1,6 +1,5 @@
 """The folder of an exported model: files, a manifest with their digests, and what says whether they are whole."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -11,9 +10,11 @@ import jax
 import numpy as np
 
 from dat_jax import __version__
-from dat_jax.checkpoints.loading import describe_model, write_model
+from dat_jax.checkpoints.exports import write_model
+from dat_jax.checkpoints.integrity import check_digests, hash_file, list_files
+from dat_jax.checkpoints.model_description import describe_model
 from dat_jax.conversion.command import write_weights
-from dat_jax.errors import UserError, name_some
+from dat_jax.errors import UserError
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
@@ -23,7 +24,6 @@ from dat_jax.storage import atomic_path, check_absent
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")  # the last one is an extra
 MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.safetensors", "model.onnx"
-_CHUNK = 2**20
 
 
 def write_exported(
@@ -82,49 +82,40 @@ def write_exported(
             "preprocessing": describe_preprocessing(looker, image_shape=shape, inside=preprocessing == "inside"),
             "program": None if program is None else _describe_program(program, looker),
             "onnx": onnx,
-            "files": {name: _digest(unfinished / name) for name in _list_files(unfinished)},
+            "files": {name: _make_record(unfinished / name) for name in list_files(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
 def check_files(directory: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a folder that ``write_exported`` made, all of whose files are as they were written.
+    """Check every file of a folder that ``write_exported`` wrote against its manifest.
+
+    Returns:
+      Content of manifest.json.
 
     Raises:
-      UserError: it has no manifest, or files are missing or differ, each named.
+      UserError: the manifest is missing or damaged, or files are missing or differ; the files are named.
     """
     directory = pathlib.Path(directory)
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        wanted = {name: (record["bytes"], record["sha256"]) for name, record in manifest["files"].items()}
+        records = {
+            name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in manifest["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
-        raise UserError(f"{directory} is no folder of dat_jax.export, or damaged: {what}.") from error
-    damaged = []
-    for name, (size, digest) in wanted.items():
-        try:
-            found = _digest(directory / name)
-        except OSError:
-            damaged.append(f"{name} cannot be read")
-            continue
-        if found != {"bytes": size, "sha256": digest}:
-            damaged.append(f"{name} differs from what was written")
-    if damaged:
-        raise UserError(f"{directory} is damaged: {name_some(damaged)}.")
+        reason = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
+        raise UserError(f"{directory} is not a folder written by dat_jax.export, or is damaged: {reason}.") from error
+    check_digests(str(directory), saved=records, actual={name: _make_record(directory / name) for name in records})
     return manifest
 
 
-def _list_files(directory):
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-
-
-def _digest(path):
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _make_record(path: pathlib.Path) -> dict[str, Any] | None:
+    """Size and digest of a file, as the manifest has them; None if it cannot be read."""
+    try:
+        return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    except OSError:
+        return None
 
 
 def _name_task(looker):

@@ -11,10 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dat_jax.checkpoints import compatibility as continuation
-from dat_jax.checkpoints.loading import CLASS_NAMES
+from dat_jax.checkpoints import compatibility
+from dat_jax.checkpoints.class_names import CLASS_NAMES
 from dat_jax.checkpoints.manager import Checkpoints
-from dat_jax.cli.console import make_console, print_table
+from dat_jax.cli.console import configure_logging, make_console, print_table
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost as distributed
 from dat_jax.parallel import sharding
@@ -64,6 +64,7 @@ def train(
         a finite number, or too many images that cannot be read.
     """
     distributed.check_started()
+    configure_logging(quiet=quiet, enabled=jax.process_index() == 0)
     logs.check_logs(config.get("logs", ()))
     run, console, warn = make_run(config), _console(quiet), _console().print
     began = time.monotonic()
@@ -72,7 +73,7 @@ def train(
     kept = compilation_cache.enable(config.compilation_cache, note=warn)
     places = {"work directory": str(directory), "compiled programs": "not kept" if kept is None else f"kept in {kept}"}
     print_table(console, "dat_jax", {**describe(run), **places})
-    options = dict(metric=run.metric, keep=config.checkpoint.keep, note=warn)
+    options = dict(metric=run.metric, keep=config.checkpoint.keep)
 
     def summarize(step, ended=None):
         how = {"ended": ended, "seconds": time.monotonic() - began, "command_flags": command_flags}
@@ -87,7 +88,7 @@ def train(
         else:
             state, metadata = found
             del found  # which would keep the state's memory beside that of its copy
-            continuation.check(metadata, run, note=warn)
+            compatibility.check(metadata, run.config, classes=len(run.train_source.class_names))
             console.print(f"Resumed at step {int(state.step)} of {run.total_steps}.")
         ended, done = None, int(state.step) >= run.total_steps
         if done:
@@ -142,18 +143,18 @@ def evaluate(config: ConfigDict, workdir: str, *, quiet: bool = False) -> dict[s
       UserError: no checkpoint, or one of another model.
     """
     distributed.check_started()
+    configure_logging(quiet=quiet, enabled=jax.process_index() == 0)
     run, console, directory = make_run(config), _console(quiet), pathlib.Path(workdir)
     warn = _console().print
     compilation_cache.enable(config.compilation_cache, note=warn)
     if (directory / "checkpoints").is_dir():
-        options = dict(metric=run.metric, read_only=True, note=warn)
-        with Checkpoints(directory / "checkpoints", **options) as checkpoints:
+        with Checkpoints(directory / "checkpoints", metric=run.metric, read_only=True) as checkpoints:
             best = config.eval.checkpoint == "best"
             step = checkpoints.best_step() if best else checkpoints.latest_step()
             if step is None:
                 raise UserError(f"There is no complete checkpoint in {directory / 'checkpoints'}.")
             state, metadata = checkpoints.restore(step, run.abstract_state)
-            continuation.check_model(metadata, run)
+            compatibility.check_model(metadata, run.config, classes=len(run.train_source.class_names))
             origin = f"step {step} in {directory / 'checkpoints'}"
     elif config.init_from:
         state, origin = start_state(run, note=console.print), config.init_from
@@ -195,7 +196,7 @@ def _train_steps(
         if int(state.skipped_in_a_row):  # it would take the place of the last one that goes on
             warn(f"  not saved: step {step} is one of {int(state.skipped_in_a_row)} in a row that were skipped")
         else:
-            checkpoints.save(state, metadata=continuation.describe(run, step), metrics=metrics)
+            checkpoints.save(state, metadata=_describe_state(run, step), metrics=metrics)
 
     for step in range(start + 1, run.total_steps + 1):
         batch = next(batches)
@@ -256,10 +257,14 @@ def _check_skipped(run: Run, state: TrainState, values: list[dict], checkpoints:
             step=state.step - count, skipped=state.skipped - count, skipped_in_a_row=state.skipped_in_a_row * 0
         )
         if step not in checkpoints.steps() and step > 0:
-            checkpoints.save(before, metadata=continuation.describe(run, step))
+            checkpoints.save(before, metadata=_describe_state(run, step))
             checkpoints.wait()
         message += f", from step {step + 1} on. The checkpoint of step {step} has the state before them"
     raise UserError(f"{message}. Lower config.schedule.base_lr, or lengthen the warm-up.")
+
+
+def _describe_state(run: Run, step: int) -> dict:
+    return compatibility.describe(run.config, step=step, classes=len(run.train_source.class_names))
 
 
 def _summarize(values: list[dict]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax import inference
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
 from dat_jax.conversion.command import export_weights, import_weights
 from dat_jax.errors import UserError
@@ -354,7 +354,7 @@ def test_what_exists_is_not_overwritten(nano_file, tmp_path):
             "--model, --yaml and --weights are for a file of weights",
         ),
         (["a.pth", "b", "--weights=best"], "Flags: flag --weights=best: value should be one of <auto|ema|raw>"),
-        (["{tmp}", "{tmp}/b.safetensors"], r"Wanted an export \(with model.json\) or the work directory"),
+        (["{tmp}", "{tmp}/b.safetensors"], r"Expected a folder of weights \(with model.json\) or the work directory"),
         (["{tmp}/evil.pth", "{tmp}/out"], r"evil.pth would run code when PyTorch loads it \(it names os.system\)"),
         (["{tmp}/damaged", "{tmp}/b.safetensors"], r"damaged is damaged: cls_head/kernel cannot be read\."),
     ],

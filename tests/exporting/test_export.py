@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax import export, inference
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.conversion import to_official
 from dat_jax.errors import UserError
 from dat_jax.exporting import check_files, make_program
@@ -210,10 +210,10 @@ def test_a_changed_file_is_noticed(exported, trained, tmp_path, capsys):
     assert run(f"--check={out}") == 1
     assert capsys.readouterr().err == f"error: {out} is damaged: model.safetensors differs from what was written.\n"
     weights.unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors is missing or cannot be read"):
         check_files(out)
     assert run(f"--check={tmp_path}") == 1
-    assert "is no folder of dat_jax.export" in capsys.readouterr().err
+    assert "is not a folder written by dat_jax.export" in capsys.readouterr().err
 
 
 def test_an_interrupted_export_leaves_nothing(trained, tmp_path, monkeypatch, interruptible):
@@ -319,7 +319,7 @@ def test_onnx_without_its_library_and_of_a_detector_is_refused(trained, tmp_path
     ("arguments", "sentence"),
     [
         (["{trained}"], "Wanted: TRAINED OUT_DIR"),
-        (["nothing", "{out}"], "Wanted an export"),
+        (["nothing", "{out}"], "Expected a folder of weights"),
         (["{trained}", "{trained}"], "exists already and nothing is overwritten"),
         (
             ["{trained}", "{out}", "--formats=tflite"],
@@ -332,7 +332,7 @@ def test_onnx_without_its_library_and_of_a_detector_is_refused(trained, tmp_path
         (["{trained}", "{out}/in/it", "--formats=onnx"], "ONNX"),
         (["{trained}", "{out}", "--formats=orbax", "--platforms=gpu"], "platforms wants some of"),
         (["{trained}", "{out}" + "x" * 300], "cannot be written: File name too long"),
-        (["x" * 300, "{out}"], "Wanted an export"),
+        (["x" * 300, "{out}"], "Expected a folder of weights"),
         (["{trained}", "{out}", "--image_size=big"], "--image_size wants SIDE or HEIGHT,WIDTH"),
         (
             ["{trained}", "{out}", "--image_size=16"],
