@@ -11,9 +11,7 @@ What the training step takes on one chip; the largest batch of a GPU; where the 
 Needs the compiler: `pip install libtpu` for a TPU, `pip install "jax[cuda12]"` for a GPU. No data set is read.
 """
 
-import contextlib
 import json
-import os
 import pathlib
 from collections import Counter
 
@@ -26,24 +24,19 @@ from dat_jax.cli.flags import fail, run_tool
 from dat_jax.config import validate
 from dat_jax.config.files import define_config_flag
 from dat_jax.errors import UserError
+from dat_jax.storage import atomic_write_text
 
 
 def write_json(path: str | pathlib.Path, report: dict) -> None:
-    """Under a temporary name first.
+    """Write a report as JSON, atomically.
 
     Raises:
       UserError: it cannot be written.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        temporary.replace(path)
+        atomic_write_text(path, json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--json {path} cannot be written: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def print_report(console: Console, report: dict) -> None:

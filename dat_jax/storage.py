@@ -1,6 +1,11 @@
-"""New files and folders that appear when they are whole. Nothing that exists is overwritten."""
+"""Writing of files and folders: atomically, and checked before work starts.
+
+Everything in the package that is written as a whole (checkpoint manifests, folders of weights, exports, figures, reports) is
+written by ``atomic_path`` or ``atomic_write_text``, so that a reader never finds half of it.
+"""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import shutil
@@ -8,37 +13,99 @@ from collections.abc import Iterator
 
 from dat_jax.errors import UserError
 
+_NUMBERS = itertools.count()  # of temporary paths in this process
 
-def refuse_existing(path: str | os.PathLike) -> None:
-    """UserError where there is something of that name."""
-    if os.path.exists(path):  # unlike that of pathlib, of a name that cannot be looked up too
-        raise UserError(f"{path} exists already and nothing is overwritten; name another place.")
+
+def check_absent(path: str | os.PathLike) -> None:
+    """Check that nothing exists at a path that will be created, before the work for it starts.
+
+    Raises:
+      UserError: a file or folder of that name exists.
+    """
+    if os.path.exists(path):  # unlike pathlib's method, False for a name that the system refuses to look up
+        raise UserError(f"{path} exists already and nothing is overwritten; choose another path.")
+
+
+def check_writable(directory: str | os.PathLike) -> None:
+    """Create a folder, with its parents, unless it exists, and check that files can be created in it.
+
+    Raises:
+      UserError: the folder cannot be created or written to.
+    """
+    directory = pathlib.Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = _temporary_name(directory / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"The folder {directory} cannot be written: {error.strerror}.") from error
 
 
 @contextlib.contextmanager
-def appearing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A name beside ``path`` for a new file or folder, which becomes ``path`` at the end.
+def atomic_path(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Context with a temporary path for a new file or folder, which is renamed to ``path`` at the end.
 
-    Folders around it are made. After a failure nothing is left of it and of them.
+    The temporary path lies beside ``path`` and has the same suffix; the caller creates the file or folder there. Missing
+    parent folders are created. After a failure, the temporary file or folder and the new parents are removed, and ``path`` is
+    unchanged.
+
+    Args:
+      path: the file or folder.
+      overwrite: whether an existing file is replaced.
 
     Raises:
-      UserError: ``path`` exists, or cannot be written, which is what an OSError within means.
+      UserError: ``path`` exists and ``overwrite`` is False, or it cannot be written. An OSError inside the context counts as
+        a failure to write.
     """
     path = pathlib.Path(path)
-    refuse_existing(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    made = [parent for parent in path.parents if not os.path.exists(parent)]
+    if not overwrite:
+        check_absent(path)
+    new_parents = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
-        for parent in reversed(made):
+        for parent in reversed(new_parents):
             parent.mkdir(exist_ok=True)
-        yield unfinished
-        unfinished.rename(path)
+        with _rename_at_end(path) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a folder
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        for parent in made:
-            with contextlib.suppress(OSError):  # not empty: all went well
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # not empty: the write succeeded
                 parent.rmdir()
+
+
+def atomic_write_text(path: str | os.PathLike, text: str, *, errors: str = "strict") -> None:
+    """Write a text file in UTF-8, replacing an existing one as a whole.
+
+    Args:
+      path: the file.
+      text: its content.
+      errors: handling of characters that cannot be encoded, as in ``open``.
+
+    Raises:
+      OSError: it cannot be written. An existing file is unchanged then. It is not a UserError because most callers log it
+        and continue.
+    """
+    with _rename_at_end(pathlib.Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+@contextlib.contextmanager
+def _rename_at_end(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Context with a temporary path that becomes ``path`` at the end, or is removed after a failure."""
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()  # raises an OSError before any work is done if the system refuses the name
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a folder
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _temporary_name(path: pathlib.Path) -> pathlib.Path:
+    """A short name, because that of ``path`` may be as long as the system allows."""
+    return path.with_name(f".{os.getpid()}-{next(_NUMBERS)}.unfinished{path.suffix}")

@@ -15,9 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dat_jax.checkpoints import compatibility as continuation
-from dat_jax.checkpoints import integrity as manifest
-from dat_jax.checkpoints import manager as checkpoint
+from dat_jax.checkpoints import compatibility, directory, integrity
 from dat_jax.cli.flags import parse_flags
 from dat_jax.config import (
     get_classification_config,
@@ -236,19 +234,19 @@ METADATA = json.dumps({"examples": 4, "config": CONFIG.to_dict(), "classes": 2})
     data=damaged(METADATA) | st.binary(max_size=40),
     anything=st.dictionaries(st.sampled_from(["config", "classes"]), VALUES),
 )
-def test_what_a_checkpoint_says_of_itself(tmp_path_factory, data, anything):
-    directory = tmp_path_factory.getbasetemp() / "fuzzed"
-    (directory / "metrics").mkdir(parents=True, exist_ok=True)
-    for name in (manifest.MANIFEST, "metrics/metrics", "metrics.jsonl"):
-        (directory / name).write_bytes(data)
-    metrics = checkpoint._read_metrics(directory)
+def test_metadata_of_a_checkpoint(tmp_path_factory, data, anything):
+    path = tmp_path_factory.getbasetemp() / "fuzzed"
+    (path / "metrics").mkdir(parents=True, exist_ok=True)
+    for name in (integrity.MANIFEST, "metrics/metrics", "metrics.jsonl"):
+        (path / name).write_bytes(data)
+    metrics = directory.read_metrics(path)
     assert metrics is None or isinstance(metrics, dict)
-    read_metrics(directory / "metrics.jsonl")
-    with pytest.raises(manifest.DamagedError):
-        manifest.check_files(directory)
-    said = [anything]
+    read_metrics(path / "metrics.jsonl")
+    with pytest.raises(integrity.DamagedError):
+        integrity.check_manifest(path)
+    inputs = [anything]
     with contextlib.suppress(ValueError):
-        said.append(json.loads(data))
-    for metadata in said:
+        inputs.append(json.loads(data))
+    for metadata in inputs:
         with contextlib.suppress(UserError):
-            continuation.check(metadata, CONFIG, classes=2)
+            compatibility.check(metadata, CONFIG, classes=2)

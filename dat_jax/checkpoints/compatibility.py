@@ -1,22 +1,27 @@
-"""Whether a run may go on from a checkpoint: what is written beside the state, and what must not have changed since."""
+"""Compatibility of a checkpoint with the configuration of the run that restores it.
+
+The arrays alone do not show it: another seed, batch size or form of attention has the same shapes. So the configuration is
+stored beside the state and compared when the state is restored.
+"""
 
 import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from dat_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Keys of config.model that say how it is computed, not what.
-_HOW = ("dtype", "remat", "scan_blocks", "implementation")
-# Keys that what a run does next is a function of.
-_DATA = ("batch_size", "seed", "data.name")
-# Keys that another machine or another length of the run may want otherwise, without a word.
-_FREE = (
+# Keys of config.model that change how the function is computed, but not which function.
+_IMPLEMENTATION = ("dtype", "remat", "scan_blocks", "implementation")
+# Keys that determine the order of the training data, which a resumed run continues.
+_DATA_ORDER = ("batch_size", "seed", "data.name")
+# Keys, or groups of keys, that may change without a warning: those of the machine, of logging and of the start of the run.
+_UNCHECKED = (
     "mesh",
     "compilation_cache",
     "profile",
@@ -26,82 +31,103 @@ _FREE = (
     "spike_factor",
     "init_from",
     "init_head_rows",
+    "data.directory",
+    "data.workers",
+    "data.stall_seconds",
+    "data.max_damaged",
 )
-_FREE_DATA = ("data.directory", "data.workers", "data.stall_seconds", "data.max_damaged")
+# Values of keys that older versions did not have, which computed only this.
+_IMPLIED = {"model.deformable_form": "dat_pp"}
 
 
 def describe(config: ConfigDict, *, step: int, classes: int) -> dict[str, Any]:
-    """What a checkpoint of a step has beside the state: the place in the data, the configuration and the class names' count."""
-    return {
-        "examples": step * config.batch_size,
-        "config": config.to_dict(),
-        "classes": classes,
-    }
+    """Make the metadata that a checkpoint stores beside the state.
+
+    Args:
+      config: configuration of the run.
+      step: number of finished steps.
+      classes: number of classes of the training data.
+
+    Returns:
+      A mapping that JSON can store: "examples", the number of training examples used so far, which is the position in the
+      data; "config"; and "classes".
+    """
+    return {"examples": step * config.batch_size, "config": config.to_dict(), "classes": classes}
 
 
 def check(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int) -> None:
-    """Refuses to go on with another model or other data; says what else is different.
+    """Check that a run can be resumed from a checkpoint. Other differences of the configuration are logged as a warning.
+
+    Args:
+      metadata: metadata of the checkpoint, see ``describe``.
+      config: configuration of the run.
+      classes: number of classes of the training data.
 
     Raises:
-      UserError: names what differs.
+      UserError: the model or the order of the training data differs. The keys are named, with both values.
     """
     check_model(metadata, config, classes=classes)
-    differing = _differences(metadata, config)
-    data = {name: values for name, values in differing.items() if name in _DATA}
-    if data:
+    differences = _compare(metadata["config"], config)
+    if data := {key: values for key, values in differences.items() if key in _DATA_ORDER}:
         raise UserError(
-            f"The run in this work directory was started with {_list(data)}. Its data would not continue where it stopped: "
-            "set it as it was, or take another --workdir."
+            f"The run in this work directory was started with {_format(data)}. Its data would not continue where it stopped: "
+            "restore the value, or choose another --workdir."
         )
-    said = {
-        name: values for name, values in differing.items() if name.split(".")[0] not in _FREE and name not in _FREE_DATA
-    }
-    if said:
-        logger.warning(f"The configuration is not that of the checkpoint: {_list(said)}.")
+    changed = {key: values for key, values in differences.items() if not _is_unchecked(key)}
+    if changed:
+        logger.warning("The configuration differs from that of the checkpoint: %s.", _format(changed))
 
 
 def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int) -> None:
-    """Refuses the weights of another model, also where all shapes are the same.
+    """Check that a checkpoint has the weights of the configured model, including what shapes do not show.
+
+    Args:
+      metadata: metadata of the checkpoint, see ``describe``.
+      config: configuration of the run.
+      classes: number of classes of the data.
 
     Raises:
-      UserError: names what differs.
+      UserError: the metadata is incomplete, or the task, the model, its head or the number of classes differs. The keys are
+        named, with both values.
     """
     if (
         not isinstance(metadata, Mapping)
         or not isinstance(metadata.get("config"), Mapping)
         or "classes" not in metadata
     ):
-        raise UserError("The checkpoint does not say what model it is of. Take another --workdir.")
-    differing = {
-        name: values
-        for name, values in _differences(metadata, config).items()
-        if name == "task" or name.startswith("head.") or (name.startswith("model.") and name[6:] not in _HOW)
+        raise UserError("The checkpoint does not record which model it belongs to. Choose another --workdir.")
+    differences = {
+        key: values for key, values in _compare(metadata["config"], config).items() if _determines_function(key)
     }
     if metadata["classes"] != classes:
-        differing["number of classes"] = metadata["classes"], classes
-    if differing:
+        differences["number of classes"] = metadata["classes"], classes
+    if differences:
         raise UserError(
-            f"The checkpoint is of another model: {_list(differing)}. Take another --workdir, or set it as it was."
+            f"The checkpoint is of another model: {_format(differences)}. Choose another --workdir, or restore the values."
         )
 
 
-def _differences(metadata, config):
-    """{key of the configuration: (value then, value now)}; None for a key that is not there."""
-    then, now = (_flatten(json.loads(json.dumps(config))) for config in (metadata["config"], config.to_dict()))
-    then.setdefault("model.deformable_form", "dat_pp")  # the only form before this key existed
-    names = sorted(then.keys() | now.keys())
-    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
+def _determines_function(key: str) -> bool:
+    group, _, name = key.partition(".")
+    return key == "task" or group == "head" or (group == "model" and name not in _IMPLEMENTATION)
 
 
-def _flatten(group, prefix=""):
-    flat = {}
-    for key, value in group.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _is_unchecked(key: str) -> bool:
+    return key in _UNCHECKED or key.partition(".")[0] in _UNCHECKED
 
 
-def _list(differences):
-    return "; ".join(f"{name} {then}, now {now}" for name, (then, now) in differences.items())
+def _compare(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Keys with other values, as {key: (saved value, current value)}. The value of a missing key is None."""
+    saved, current = (_flatten(mapping) for mapping in (saved, config.to_dict()))
+    saved = {**_IMPLIED, **saved}
+    keys = sorted(saved.keys() | current.keys())
+    return {key: (saved.get(key), current.get(key)) for key in keys if saved.get(key) != current.get(key)}
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys joined by dots, with values as JSON returns them: tuples become lists."""
+    return flatten_dict(json.loads(json.dumps(config)), sep=".")
+
+
+def _format(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} {saved}, now {current}" for key, (saved, current) in differences.items())

@@ -1,83 +1,137 @@
-"""Exports: weights alone, and what they are of, in a folder."""
+"""Folders of weights: the parameters of a model without the optimizer, and a description of the model.
+
+A folder has params/, the arrays, and model.json: the description of the model, and under "arrays" the shape, dtype and
+SHA-256 of every array, and under "checksum" the SHA-256 of all of them. ``dat_jax.load`` reads it.
+"""
 
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from dat_jax.checkpoints.manager import checksum, first_reason, read_arrays, write_arrays
-from dat_jax.errors import UserError
-from dat_jax.storage import appearing
+from dat_jax.checkpoints.adaptation import kind_of
+from dat_jax.checkpoints.arrays import read_arrays, write_arrays
+from dat_jax.checkpoints.integrity import DamagedError, check_digests, hash_arrays
+from dat_jax.checkpoints.model_description import Model, describe_model, get_backbone
+from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error
+from dat_jax.errors import UserError, name_some
+from dat_jax.models.dat import DAT
+from dat_jax.storage import atomic_path
+
+
+def export_model(
+    directory: str | os.PathLike,
+    *,
+    model: Model,
+    variables: Mapping[str, Any],
+    classes: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a model to a new folder of weights, atomically. ``dat_jax.load`` reads it.
+
+    Args:
+      directory: folder to create.
+      model: a classifier, segmentor or detector.
+      variables: its variables, {"params": ...}, and "batch_stats" of a model with BatchNorm.
+      classes: names of the classes, in the order of the outputs.
+      options: settings of ``inference.load`` for the model, by name.
+
+    Returns:
+      SHA-256 of all arrays, as 64 hexadecimal digits.
+
+    Raises:
+      UserError: the folder exists, or cannot be written.
+    """
+    return save_export(directory, **_describe(model, variables, classes, options))
+
+
+def write_model(
+    directory: pathlib.Path,
+    *,
+    model: Model,
+    variables: Mapping[str, Any],
+    classes: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Write the content of ``export_model`` into an existing folder. Raises an OSError if it cannot be written."""
+    return write_export(directory, **_describe(model, variables, classes, options))
 
 
 def save_export(directory: str | os.PathLike, *, params: Mapping[str, Any], description: Mapping[str, Any]) -> str:
-    """Writes weights and what describes them into a new folder, which appears when it is whole.
-
-    It holds params/, the arrays, and model.json: the description, and under "arrays" shape, dtype and checksum of every
-    array by name, and under "checksum" that of all.
+    """Write arrays and a description of their model to a new folder, atomically.
 
     Args:
-      directory: must not exist.
-      params: nested dictionaries of arrays; they may be on devices.
-      description: what JSON can hold.
+      directory: folder to create.
+      params: nested dictionaries of arrays, on the host or on devices.
+      description: values that JSON can store, for model.json.
 
     Returns:
-      ``checksum`` of the parameters.
+      SHA-256 of all arrays, see ``hash_arrays``.
 
     Raises:
-      UserError: the folder exists already, or cannot be written.
+      UserError: the folder exists, or cannot be written.
     """
-    with appearing(directory) as unfinished:
-        unfinished.mkdir()
-        return write_export(unfinished, params=params, description=description)
+    with atomic_path(directory) as temporary:
+        temporary.mkdir()
+        return write_export(temporary, params=params, description=description)
 
 
 def write_export(directory: pathlib.Path, *, params: Mapping[str, Any], description: Mapping[str, Any]) -> str:
-    """What ``save_export`` does, into a folder that is there; OSError where it cannot be written."""
-    arrays = {name: np.asarray(array) for name, array in flax.traverse_util.flatten_dict(params, sep="/").items()}
+    """Write the content of ``save_export`` into an existing folder. Raises an OSError if it cannot be written."""
+    arrays = {name: np.asarray(array) for name, array in flatten_dict(params, sep="/").items()}
     records = {
-        name: {"shape": array.shape, "dtype": array.dtype.name, "checksum": checksum({name: array})}
+        name: {"shape": array.shape, "dtype": array.dtype.name, "checksum": hash_arrays({name: array})}
         for name, array in sorted(arrays.items())
     }
-    manifest = {**description, "checksum": checksum(arrays), "arrays": records}
+    manifest = {**description, "checksum": hash_arrays(arrays), "arrays": records}
     write_arrays(directory / "params", arrays)
     (directory / "model.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest["checksum"]
 
 
 def load_export(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what ``save_export`` wrote.
+    """Read a folder of weights.
 
     Returns:
-      Parameters as nested dictionaries of numpy arrays, and the description, with "checksum" of all parameters.
+      The parameters, as nested dictionaries of numpy arrays, and the description, with "checksum", the SHA-256 of all arrays.
 
     Raises:
-      UserError: it is no export, or damaged; the arrays are named.
+      UserError: the folder is not a folder of weights, or is damaged; the arrays are named.
     """
     directory = pathlib.Path(directory)
-    records = {}
+    name = f"The folder of weights {directory}"
     try:
-        manifest = json.loads((directory / "model.json").read_text())
-        records, wanted = manifest.pop("arrays"), manifest["checksum"]
-        saved = {name: record["checksum"] for name, record in records.items()}
+        description = json.loads((directory / "model.json").read_text())
+        records, checksum = description.pop("arrays"), description["checksum"]
+        saved = {array: record["checksum"] for array, record in records.items()}
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory} is no export, or its model.json is damaged: {first_reason(error)}.") from error
+        reason = describe_error(error)
+        raise UserError(f"{directory} is not a folder of weights, or its model.json is damaged: {reason}.") from error
     try:
         params = read_arrays(directory / "params", names=saved)
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        # The message has the path of the array that could not be read: a folder by its name, with dots.
-        named = [name for name in saved if re.search(rf"/params/{re.escape(name.replace('/', '.'))}[/.]", str(error))]
-        what = f"{', '.join(named)} cannot be read" if named else first_reason(error)
-        raise UserError(f"The export {directory} is damaged: {what}.") from error
-    arrays = flax.traverse_util.flatten_dict(params, sep="/")
-    damaged = [name for name in saved if name not in arrays or checksum({name: arrays[name]}) != saved[name]]
-    if damaged:
-        raise UserError(f"The export {directory} is damaged: {', '.join(damaged)} differ from what was saved.")
-    if checksum(arrays) != wanted:
-        raise UserError(f"The export {directory} is damaged: its arrays together are not those that were saved.")
-    return params, manifest
+    except ORBAX_ERRORS as error:
+        # The message has the path of the array that could not be read, whose folder has dots instead of slashes.
+        folders = {array: re.escape(array.replace("/", ".")) for array in saved}
+        unreadable = [array for array, folder in folders.items() if re.search(rf"/params/{folder}[/.]", str(error))]
+        reason = f"{name_some(unreadable)} cannot be read" if unreadable else describe_error(error)
+        raise DamagedError(f"{name} is damaged: {reason}.") from error
+    arrays = flatten_dict(params, sep="/")
+    check_digests(name, saved=saved, actual={array: hash_arrays({array: arrays[array]}) for array in arrays})
+    check_digests(name, saved={"the set of arrays": checksum}, actual={"the set of arrays": hash_arrays(arrays)})
+    return params, description
+
+
+def _describe(model, variables, classes, options) -> dict[str, Any]:
+    """Arguments of ``save_export`` for a model."""
+    description, arrays = {"model": describe_model(get_backbone(model))}, variables["params"]
+    optional = {"classes": classes and list(classes), "options": options and dict(options)}
+    description |= {key: value for key, value in optional.items() if value}
+    if not isinstance(model, DAT):
+        description[kind_of(arrays)] = describe_model(model)
+        arrays = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
+    return {"params": arrays, "description": description}

@@ -1,80 +1,180 @@
-"""The manifest of a checkpoint: the SHA-256 of each of its files, written last, by which damage is found."""
+"""Integrity of saved data: digests of files, JSON and arrays, and their comparison when the data is read again.
+
+Whatever is written is stored with its digests, and ``check_digests`` compares them on reading. Bytes on the host have the
+SHA-256, as 64 hexadecimal digits. Arrays of a training state have a fingerprint that is computed on the devices that hold
+them, because no single host may hold all of an array.
+"""
 
 import hashlib
 import json
+import os
 import pathlib
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from dat_jax.errors import UserError, name_some
+from dat_jax.storage import atomic_write_text
 
 MANIFEST = "files.json"
 
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be read, or whose numbers are not those that were saved."""
+    """Saved data that cannot be read, or that differs from what was written."""
 
 
-class Listing:
-    """Writes the manifest of a checkpoint, a folder, as soon as that is there, in a thread."""
+def check_digests(name: str, *, saved: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
+    """Compare the digests of what was read with the digests stored with it.
 
-    def __init__(self, path: pathlib.Path):
-        self._path, self._error, self._stopped = path, None, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        while not self._path.exists():
-            if self._stopped.wait(0.05):
-                return
-        try:
-            write_manifest(self._path)
-        except OSError as error:
-            self._error = error
-
-    def finish(self):
-        """Raises an OSError where it could not be written."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def give_up(self):
-        """Ends without one."""
-        self._stopped.set()
-        self._thread.join()
-
-
-def write_manifest(path: pathlib.Path) -> None:
-    """Lists the files of a checkpoint in it. It appears when it is whole."""
-    unfinished = path / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(_list_files(path)) + "\n")
-    unfinished.rename(path / MANIFEST)
-
-
-def _list_files(path: pathlib.Path) -> dict[str, str]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(MANIFEST))
-    digests = {}
-    for file in files:
-        with file.open("rb") as opened:
-            digests[str(file.relative_to(path))] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
-
-
-def check_files(path: pathlib.Path) -> None:
-    """Compares the files of a checkpoint with its manifest; the first process reads for all.
+    Args:
+      name: what errors call the data, such as "The checkpoint runs/a/4".
+      saved: stored digests, by the name of a file or an array.
+      actual: digests of what was read; None or no entry for what is missing or cannot be read.
 
     Raises:
-      DamagedError: they differ, or the manifest cannot be read.
+      DamagedError: entries are missing, unexpected or different; each is named.
+    """
+    problems = []
+    for entry in sorted(saved.keys() | actual.keys()):
+        if entry not in saved:
+            problems.append(f"{entry} is unexpected")
+        elif actual.get(entry) is None:
+            problems.append(f"{entry} is missing or cannot be read")
+        elif actual[entry] != saved[entry]:
+            problems.append(f"{entry} differs from what was written")
+    if problems:
+        raise DamagedError(f"{name} is damaged: {name_some(problems)}.")
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """SHA-256 of the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(directory: pathlib.Path) -> list[str]:
+    """Paths of all files below a folder, relative to it, in ascending order."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes of arrays, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
+        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def compute_fingerprints(tree: Any) -> Any:
+    """Fingerprint of every array of a tree, for ``jax.jit``: it runs on the devices that hold the arrays.
+
+    The bits of each element, as an unsigned integer, are multiplied by an odd number that depends on the position of the
+    element, and summed modulo 2^32. So the fingerprint changes with any single bit, and does not depend on how an array is
+    split over devices.
+
+    Args:
+      tree: arrays. Those whose elements do not have 2 or 4 bytes are converted to float32 first.
+
+    Returns:
+      The same tree with a uint32 scalar for each array.
+    """
+
+    def compute(array):
+        if array.dtype.itemsize not in (2, 4) or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            array = array.astype(jnp.float32)
+        unsigned = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+        bits = lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+        position = jnp.zeros(array.shape, jnp.uint32)
+        for axis, size in enumerate(array.shape):
+            position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        return (bits * (position * jnp.uint32(2654435760) + jnp.uint32(1))).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(compute, tree)
+
+
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves of a tree by their path, such as "params/stages_0/proj/kernel".
+
+    The name is the same for attributes, dictionary keys and indices, so that a state and what Orbax stores of it agree.
+    """
+    return {_join_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _join_path(path) -> str:
+    keys = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return "/".join(str(key) for key in keys)
+
+
+def write_manifest(directory: pathlib.Path) -> None:
+    """Write the digests of all files of a checkpoint to ``MANIFEST`` in its folder, atomically.
+
+    Raises:
+      OSError: a file cannot be read or the manifest cannot be written.
+    """
+    atomic_write_text(directory / MANIFEST, json.dumps(_hash_files(directory)) + "\n")
+
+
+def check_manifest(directory: pathlib.Path) -> None:
+    """Compare the files of a checkpoint with its manifest. In a run of several processes the first one does it for all.
+
+    Raises:
+      DamagedError: files are missing, unexpected or different, or the manifest cannot be read.
     """
     if jax.process_index() > 0:
         return
     try:
-        saved, found = json.loads((path / MANIFEST).read_text()), _list_files(path)
+        saved, actual = json.loads((directory / MANIFEST).read_text()), _hash_files(directory)
     except (OSError, ValueError) as error:
-        raise DamagedError(f"The checkpoint {path} is damaged: {MANIFEST} cannot be read.") from error
+        raise DamagedError(f"The checkpoint {directory} is damaged: {MANIFEST} cannot be read.") from error
     if not isinstance(saved, dict):
-        raise DamagedError(f"The checkpoint {path} is damaged: {MANIFEST} is not what was saved.")
-    changed = [name for name in sorted(saved.keys() | found.keys()) if saved.get(name) != found.get(name)]
-    if changed:
-        raise DamagedError(f"The checkpoint {path} is damaged: {name_some(changed)} differ from what was saved.")
+        raise DamagedError(f"The checkpoint {directory} is damaged: {MANIFEST} is not a list of digests.")
+    check_digests(f"The checkpoint {directory}", saved=saved, actual=actual)
+
+
+def _hash_files(directory: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint but its manifest."""
+    files = [file for file in list_files(directory) if file != MANIFEST]
+    return {file: hash_file(directory / file) for file in files}
+
+
+class ManifestWriter:
+    """Thread that writes the manifest of a checkpoint as soon as Orbax has renamed the folder to its final name.
+
+    A checkpoint without a manifest does not count as complete, so the time between the two is kept short.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory, self._error, self._cancelled = directory, None, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while not self._directory.exists():
+            if self._cancelled.wait(0.05):
+                return
+        try:
+            write_manifest(self._directory)
+        except OSError as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait until the manifest is written. Raises an OSError if it cannot be written."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Stop waiting for the folder, because the save failed."""
+        self._cancelled.set()
+        self._thread.join()

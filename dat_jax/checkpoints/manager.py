@@ -1,74 +1,76 @@
-"""Checkpoints of a run: state, data position and a digest of every array. Arrays by name, for exports.
+"""Checkpoints of a run: a thin layer over Orbax's CheckpointManager that detects damage and survives failed saves.
 
-The only file that imports orbax.
+With the state it stores metadata and a fingerprint of every array, and afterwards the SHA-256 of every file.
 """
 
 import contextlib
-import hashlib
-import itertools
-import json
 import logging
-import os
 import pathlib
-import signal
-import threading
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
-import flax
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from dat_jax.checkpoints.integrity import MANIFEST, DamagedError, Listing, check_files
-from dat_jax.errors import UserError, name_some
-from dat_jax.parallel import multihost as distributed
+from dat_jax.checkpoints.directory import (
+    find_complete_steps,
+    read_meta,
+    read_metrics,
+    set_aside,
+    set_aside_incomplete,
+)
+from dat_jax.checkpoints.integrity import (
+    DamagedError,
+    ManifestWriter,
+    check_digests,
+    check_manifest,
+    compute_fingerprints,
+    hash_json,
+    name_leaves,
+)
+from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error, quiet_orbax
+from dat_jax.errors import UserError
+from dat_jax.parallel import multihost
 
 logger = logging.getLogger(__name__)
-SET_ASIDE = "set_aside"  # folder beside the checkpoints, for what is none any more
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError)  # what orbax and tensorstore raise for damage
 
 
 class Checkpoints:
-    """Checkpoints in a folder: the newest ones, and the best one by a metric, are kept.
+    """Checkpoints of a run in a directory: the most recent ones, and the best one by a metric.
 
-    A checkpoint appears when it is whole, and counts once its files are listed with their digests. One that is found
-    damaged, and what a killed run left unfinished, is moved to set_aside/ beside the others and never deleted. What cannot
-    be written is said, and the run may go on.
+    A checkpoint is written in the background and counts as complete once its files are listed in a manifest with their
+    digests. A damaged checkpoint, and the remains of an interrupted save, are moved to set_aside/ in the directory and never
+    deleted. Save failures are logged and training continues.
 
-    Use as a context manager: leaving it waits until what was saved is on disk.
+    Use as a context manager: leaving it waits until everything is written. In a run of several processes, all of them must
+    call the same methods.
+
+    Attributes:
+      directory: the directory.
 
     Args:
-      directory: made if missing.
-      metric: name of the metric, larger is better.
-      keep: how many of the newest stay.
-      read_only: for reading beside a run that writes: makes, saves and moves nothing.
+      directory: the directory, created if missing.
+      metric: name of the metric that ranks checkpoints; larger is better.
+      keep: number of recent checkpoints to keep; the best one is always kept.
+      read_only: creates, saves and moves nothing, so that the checkpoints of a run can be read while it writes them.
 
     Raises:
-      UserError: the folder cannot be opened.
+      UserError: the directory cannot be opened.
     """
 
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        *,
-        metric: str,
-        keep: int = 2,
-        read_only: bool = False,
-    ):
-        self.directory = directory
+    def __init__(self, directory: pathlib.Path, *, metric: str, keep: int = 2, read_only: bool = False):
+        self.directory = pathlib.Path(directory)
         self._metric, self._keep, self._read_only = metric, keep, read_only
-        self._digests = jax.jit(compute_digests)
-        self._saving, self._listing = None, None  # the step that is being written, and who lists its files
+        self._compute_fingerprints = jax.jit(compute_fingerprints)
+        self._step_being_saved: int | None = None
+        self._manifest_writer: ManifestWriter | None = None  # of the step being saved, in the first process
         try:
             if not read_only:
-                self._set_aside_unfinished()
-            self._manager = self._open()
+                set_aside_incomplete(self.directory)
+            self._manager: ocp.CheckpointManager | None = self._open()
         except OSError as error:
-            raise UserError(f"The checkpoints in {directory} cannot be opened: {error.strerror}.") from error
+            raise UserError(f"The checkpoints in {self.directory} cannot be opened: {error.strerror}.") from error
 
     def __enter__(self):
         return self
@@ -78,142 +80,160 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
 
-    def save(self, state, *, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> bool:
-        """Saves the state at its own step. Returns before all is on disk.
+    def save(self, state: Any, *, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> bool:
+        """Start to save the state under its own step, after the save before it has finished.
 
-        What goes wrong, now or with what was begun before, is said and not raised.
+        Failures, also those of the save before it, are logged as warnings.
 
         Args:
-          state: with a ``step``.
-          metadata: what JSON can hold.
-          metrics: of an evaluation of this state, if there was one.
+          state: tree of arrays with an attribute ``step``.
+          metadata: values that JSON can store.
+          metrics: metrics of an evaluation of this state, if there was one.
 
         Returns:
-          Whether it was begun.
+          Whether the save was started.
 
         Raises:
-          UserError: a later step is there already.
+          UserError: the directory has a checkpoint of a later step.
         """
         self.wait()
         step = int(state.step)
         if self._manager is None and not self._reopen():
-            self._say_not_saved(step, "the folder cannot be opened")
+            self._log_failure(step, "the directory cannot be opened")
             return False
-        meta = {"metadata": metadata, "digests": _named(self._digests(state)), "metrics": metrics or {}}
-        meta["checksum"] = _json_checksum(meta)
+        meta = {"metadata": metadata, "digests": self._fingerprint(state), "metrics": metrics or {}}
+        meta["checksum"] = hash_json(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
-            begun = self._manager.save(step, args=args, metrics=metrics)
-        except _UNREADABLE as error:
-            self._say_not_saved(step, first_reason(error))
+            started = self._manager.save(step, args=args, metrics=metrics)
+        except ORBAX_ERRORS as error:
+            self._log_failure(step, describe_error(error))
             self._reopen()
             return False
-        if not begun:
-            raise UserError(f"Step {step} was not saved: {self.directory} holds a later step.")
-        self._saving = step
+        if not started:
+            raise UserError(f"Step {step} was not saved: {self.directory} has a checkpoint of a later step.")
+        self._step_being_saved = step
         if jax.process_index() == 0:
-            self._listing = Listing(self.directory / str(step))
+            self._manifest_writer = ManifestWriter(self._path(step))
         return True
 
     def wait(self) -> None:
-        """Until what was begun is on disk, or it was said why it is not."""
-        step, self._saving = self._saving, None
+        """Wait until the save in progress is on disk, or has failed, which is logged as a warning."""
+        step, self._step_being_saved = self._step_being_saved, None
         if step is None:
             return
-        listing, self._listing = self._listing, None
+        manifest_writer, self._manifest_writer = self._manifest_writer, None
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-            if listing is not None:
-                listing.finish()
-        except _UNREADABLE as error:
-            if listing is not None:
-                listing.give_up()
-            self._say_not_saved(step, first_reason(error))
+            if manifest_writer is not None:
+                manifest_writer.finish()
+        except ORBAX_ERRORS as error:
+            if manifest_writer is not None:
+                manifest_writer.cancel()
+            self._log_failure(step, describe_error(error))
             self._reopen()
-        distributed.wait(f"step {step} saved")
+        multihost.wait(f"step {step} saved")
 
     def steps(self) -> list[int]:
-        """Those that are whole, by their folders; in order."""
+        """Steps with a complete checkpoint, in ascending order."""
         self.wait()
-        return _complete_steps(self.directory)
+        return find_complete_steps(self.directory)
 
     def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
+        """The latest step with a complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The complete step with the best metric, the newest of equals and where none was evaluated, or None."""
-        steps = self.steps()
-        scores = {step: (_read_metrics(self.directory / str(step)) or {}).get(self._metric) for step in steps}
-        scored = [step for step in steps if scores[step] is not None]
-        return max(scored, key=lambda step: (scores[step], step)) if scored else max(steps, default=None)
+        """The complete step with the best metric, the latest one of equals, or None without a complete checkpoint.
 
-    def restore(self, step: int, abstract_state) -> tuple[Any, dict[str, Any]]:
-        """The state of a step, and the metadata saved with it.
+        If no checkpoint was evaluated, it is the latest step.
+        """
+        steps = self.steps()
+        scores = {step: (read_metrics(self._path(step)) or {}).get(self._metric) for step in steps}
+        evaluated = [step for step in steps if scores[step] is not None]
+        return max(evaluated, key=lambda step: (scores[step], step)) if evaluated else max(steps, default=None)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Restore the state of a step.
 
         Args:
-          step: one of the saved.
-          abstract_state: ShapeDtypeStructs with shardings, which say where the arrays go.
-
-        Raises:
-          DamagedError: it cannot be read, or its numbers are not those that were saved; the arrays are named.
-          UserError: it is of another model.
-        """
-        where = self.directory / str(step)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
-        try:
-            check_files(where)
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            if "digests" in meta and "checksum" not in meta:
-                raise UserError(f"The checkpoint {where} was written by an earlier version, which had another format.")
-            if meta.pop("checksum") != _json_checksum(meta) or meta["metrics"] != _read_metrics(where):
-                raise DamagedError(f"The checkpoint {where} is damaged: meta differs from what was saved.")
-            self._check_structure(step, abstract_state, set(meta["digests"]))
-            state = self._manager.restore(step, args=args)["state"]
-            digests = _named(self._digests(state))
-        except UserError:
-            raise
-        except _UNREADABLE as error:
-            raise DamagedError(f"The checkpoint {where} cannot be read: {first_reason(error)}.") from error
-        damaged = [name for name, digest in meta["digests"].items() if digests.get(name) != digest]
-        if damaged:
-            raise DamagedError(f"The checkpoint {where} is damaged: {name_some(damaged)} differ from what was saved.")
-        return state, meta["metadata"]
-
-    def restore_newest(self, abstract_state, *, first: int | None = None) -> tuple[Any, dict[str, Any]] | None:
-        """``restore`` of the newest whole checkpoint, or of ``first`` if that is whole; damaged ones are set aside.
+          step: a step with a complete checkpoint.
+          abstract_state: ShapeDtypeStructs with shardings, which determine the devices of the arrays.
 
         Returns:
-          State and metadata, or None where no checkpoint is left.
+          The state, and the metadata that was saved with it.
+
+        Raises:
+          DamagedError: the checkpoint cannot be read, or differs from what was written; the files or arrays are named.
+          UserError: it has arrays of other names or shapes.
+        """
+        name = f"The checkpoint {self._path(step)}"
+        try:
+            check_manifest(self._path(step))
+            meta = read_meta(self._path(step))
+            saved = {"meta": meta.pop("checksum"), "metrics": meta["metrics"]}
+            actual = {"meta": hash_json(meta), "metrics": read_metrics(self._path(step))}
+            check_digests(name, saved=saved, actual=actual)
+            self._check_structure(step, abstract_state, meta["digests"].keys())
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            state = self._manager.restore(step, args=args)["state"]
+            fingerprints = self._fingerprint(state)
+        except UserError:
+            raise
+        except (*ORBAX_ERRORS, AttributeError) as error:
+            raise DamagedError(f"{name} cannot be read: {describe_error(error)}.") from error
+        check_digests(name, saved=meta["digests"], actual=fingerprints)
+        return state, meta["metadata"]
+
+    def restore_newest(self, abstract_state: Any, *, first: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+        """Restore the newest intact checkpoint. Damaged ones are set aside, and logged as warnings.
+
+        Args:
+          abstract_state: see ``restore``.
+          first: step to try before the newest one.
+
+        Returns:
+          The state and the metadata, or None if no checkpoint is left.
+
+        Raises:
+          UserError: see ``restore``.
         """
         while steps := self.steps():
             step = first if first in steps else steps[-1]
-            found, error = None, None
+            restored, error = None, None
             try:
-                found = self.restore(step, abstract_state)
+                restored = self.restore(step, abstract_state)
             except DamagedError as caught:
                 error = caught
-            if distributed.everywhere(found is not None):
-                return found
-            del found
-            left = [other for other in steps if other != step]
-            way_out = f"that of step {left[-1]} is used instead" if left else "there is no other"
-            why = error or f"The checkpoint {self.directory / str(step)} is damaged for another process."
-            place = self._set_aside(self.directory / str(step))
-            logger.warning(f"{str(why).rstrip('.')}. It was moved to {place}, and {way_out}.")
+            if multihost.everywhere(restored is not None):
+                return restored
+            del restored  # its memory is needed for the next one
+            others = [other for other in steps if other != step]
+            fallback = (
+                f"the checkpoint of step {others[-1]} is used instead" if others else "there is no other checkpoint"
+            )
+            reason = error or f"The checkpoint {self._path(step)} is damaged for another process."
+            target = set_aside(self._path(step))
+            logger.warning("%s It was moved to %s; %s.", reason, target, fallback)
             self._reopen()
         return None
 
-    def _open(self):
-        def score(metrics):
+    def _path(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def _fingerprint(self, state: Any) -> dict[str, int]:
+        return {name: int(value) for name, value in name_leaves(self._compute_fingerprints(state)).items()}
+
+    def _open(self) -> ocp.CheckpointManager:
+        def get_metric(metrics):
             return metrics[self._metric]
 
-        # max_to_keep with best_fn would delete the newest checkpoint, so what stays is said by policies.
-        best = policies.BestN(get_metric_fn=score, reverse=False, n=1, keep_checkpoints_without_metrics=False)
+        # With best_fn, max_to_keep would delete the newest checkpoint, so preservation policies select what is kept.
+        best = policies.BestN(get_metric_fn=get_metric, reverse=False, n=1, keep_checkpoints_without_metrics=False)
         keep = policies.AnyPreservationPolicy([policies.LatestN(n=self._keep), best])
         options = ocp.CheckpointManagerOptions(
-            best_fn=score,
+            best_fn=get_metric,
             best_mode="max",
             preservation_policy=None if self._read_only else keep,
             cleanup_tmp_directories=not self._read_only,
@@ -222,236 +242,48 @@ class Checkpoints:
             create=not self._read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        with _quiet_logger() if self._read_only else contextlib.nullcontext():
+        with quiet_orbax() if self._read_only else contextlib.nullcontext():
             return ocp.CheckpointManager(self.directory.absolute(), item_handlers=handlers, options=options)
 
     def _reopen(self) -> bool:
-        """Anew, without what is left of a save that failed."""
+        """Open the directory again, without the remains of a failed save. Returns whether that succeeded."""
         old, self._manager = self._manager, None
-        with contextlib.suppress(*_UNREADABLE):
+        with contextlib.suppress(*ORBAX_ERRORS):
             if old is not None:
                 old.close()
-        with contextlib.suppress(*_UNREADABLE):
+        with contextlib.suppress(*ORBAX_ERRORS):
             self._manager = self._open()
         return self._manager is not None
 
-    def _say_not_saved(self, step, reason):
-        kept = max(_complete_steps(self.directory), default=None)
-        kept = "There is no checkpoint yet" if kept is None else f"The checkpoint of step {kept} is untouched"
-        logger.warning(f"Step {step} could not be saved: {reason}. {kept}, and the next one will be tried.")
+    def _log_failure(self, step: int, reason: str) -> None:
+        latest = max(find_complete_steps(self.directory), default=None)
+        rest = "There is no checkpoint yet" if latest is None else f"The checkpoint of step {latest} is untouched"
+        logger.warning("Step %d could not be saved: %s. %s, and the next save will be tried.", step, reason, rest)
 
-    def _set_aside_unfinished(self):
-        """Folders with a number that are no checkpoints, which orbax would take for some, and saves that were cut off."""
-        complete = {str(step) for step in _complete_steps(self.directory)}
-        for path in sorted(self.directory.glob("*")):
-            number, _, rest = path.name.partition(".")
-            if number.isdigit() and (rest or number not in complete):
-                what = "is an unfinished save" if rest else "is not a complete checkpoint"
-                logger.warning(f"{path} {what} and was moved to {self._set_aside(path)}.")
-        distributed.wait("checkpoints set aside")
+    def _check_structure(self, step: int, abstract_state: Any, names: Collection[str]) -> None:
+        """Compare the names and shapes of saved arrays with those that were written, and with those of the state.
 
-    def _set_aside(self, path: pathlib.Path) -> pathlib.Path:
-        """Moved by the first process; where to."""
-        folder = path.parent / SET_ASIDE
-        place = next(
-            place
-            for count in itertools.count(1)
-            if not (place := folder / (path.name if count == 1 else f"{path.name}-{count}")).exists()
-        )
-        distributed.wait(f"place for {path.name}")
-        if jax.process_index() == 0:
-            folder.mkdir(exist_ok=True)
-            path.rename(place)
-        distributed.wait(f"{path.name} set aside")
-        return place
-
-    def _check_structure(self, step, abstract_state, saved_names):
+        Raises:
+          DamagedError: the saved arrays are not those with the names that were written.
+          UserError: the state has other arrays.
+        """
         saved = self._manager.item_metadata(step)["state"]
-        saved = _shapes(saved.tree if hasattr(saved, "tree") else saved)
-        if set(saved) != saved_names:  # what is there is not even what was saved
-            raise DamagedError(
-                f"The checkpoint {self.directory / str(step)} is damaged: it lacks "
-                f"{name_some(sorted(saved_names - set(saved))) or 'nothing, and has more than was saved'}."
-            )
-        wanted = _shapes(abstract_state)
-        differing = [
-            f"{name} is {saved.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
-            for name in sorted(saved.keys() | wanted.keys())
-            if saved.get(name) != wanted.get(name)
+        saved = _get_shapes(saved.tree if hasattr(saved, "tree") else saved)
+        name = f"The checkpoint {self._path(step)}"
+        check_digests(name, saved=dict.fromkeys(names, True), actual=dict.fromkeys(saved, True))
+        expected = _get_shapes(abstract_state)
+        differences = [
+            f"{key}: expected {expected.get(key, 'no array')}, got {saved.get(key, 'no array')}"
+            for key in sorted(saved.keys() | expected.keys())
+            if saved.get(key) != expected.get(key)
         ]
-        if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise UserError(
-                f"The checkpoint {self.directory / str(step)} is of another model or optimizer: "
-                f"{'; '.join(differing[:3])}{more}. Take another workdir, or the configuration it was trained with."
+                f"{name} is of another model or optimizer: {'; '.join(differences[:3])}{more}. Choose another --workdir, or "
+                "the configuration of the checkpoint."
             )
 
 
-@contextlib.contextmanager
-def _quiet_logger():
-    """Orbax warns of what was asked for: that nothing but reading is possible, that one process has written."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _complete_steps(directory: pathlib.Path) -> list[int]:
-    """Folders with a number for a name that hold what a checkpoint has. An empty one is none."""
-    items = ("state", "meta", MANIFEST)
-    found = [
-        path for path in directory.glob("*") if path.name.isdigit() and all((path / item).exists() for item in items)
-    ]
-    return sorted(int(path.name) for path in found if _read_metrics(path) is not None)
-
-
-def _read_metrics(path: pathlib.Path) -> dict[str, float] | None:
-    """Of a checkpoint; {} where it was not evaluated, None where they are damaged."""
-    try:
-        if not (path / "metrics").exists():
-            return {}
-        metrics = json.loads((path / "metrics" / "metrics").read_text())
-        return metrics if isinstance(metrics, dict) and all(map(_is_number, metrics.values())) else None
-    except (OSError, ValueError):
-        return None
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float)
-
-
-def _json_checksum(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def compute_digests(tree):
-    """A uint32 for every array, that changes if any one of its bits does (arrays of 2 or 4 bytes a number; others are
-    taken as float32).
-
-    The bits of every element, as unsigned integers, times an odd number that depends on the place, summed modulo 2^32.
-    Computed where the arrays are, and independent of how they are split.
-    """
-
-    def digest(array):
-        if array.dtype.itemsize not in (2, 4) or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            array = array.astype(jnp.float32)
-        unsigned = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-        bits = lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-        place = jnp.zeros(array.shape, jnp.uint32)
-        for axis, size in enumerate(array.shape):
-            place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        return (bits * (place * jnp.uint32(2654435760) + jnp.uint32(1))).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(digest, tree)
-
-
-def _path_name(path) -> str:
-    """stages_0/proj/kernel: the same for attributes, dictionary keys and indices."""
-    keys = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))) for key in path)
-    return "/".join(str(key) for key in keys)
-
-
-def _named(tree) -> dict[str, int]:
-    return {_path_name(path): int(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    return {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def read_best_variables(directory: str | os.PathLike, *, metric: str) -> tuple[dict[str, Any], int]:
-    """What the best checkpoint is evaluated with: its weights, the averaged ones where there are any, and model state.
-
-    Args:
-      directory: of the checkpoints. It is only read, and the optimizer's arrays in it are not.
-      metric: name of the metric, larger is better.
-
-    Returns:
-      {"params", and the collections of the model state} as nested dictionaries of numpy arrays, and the step they are of.
-
-    Raises:
-      UserError: there is no complete checkpoint, or it is damaged; the arrays are named.
-    """
-    directory = pathlib.Path(directory)
-    with Checkpoints(directory, metric=metric, read_only=True) as checkpoints:
-        step = checkpoints.best_step()
-        if step is None:
-            raise UserError(f"There is no complete checkpoint in {directory}.")
-    where = directory / str(step)
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            saved = reader.restore((where / "meta").absolute())["digests"]
-        group = "ema_params" if any(name.startswith("ema_params/") for name in saved) else "params"
-        wanted = (f"{group}/", "model_state/")
-        saved = {name: digest for name, digest in saved.items() if name.startswith(wanted)}
-        arrays = read_arrays(where / "state", names=saved, partial=True)
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"The checkpoint {where} cannot be read: {first_reason(error)}.") from error
-    digests = _named(jax.jit(compute_digests)(arrays))
-    damaged = [name for name, digest in saved.items() if digests.get(name) != digest]
-    if damaged:
-        raise UserError(f"The checkpoint {where} is damaged: {', '.join(damaged)} differ from what was saved.")
-    return {"params": arrays[group], **arrays.get("model_state", {})}, step
-
-
-def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, shapes, dtypes and bytes in the order of the names, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
-        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _interrupted_afterwards():
-    """Ctrl-C within is Ctrl-C at the end: threads of Orbax would go on writing into a folder that is being removed."""
-    if threading.current_thread() is not threading.main_thread():  # which gets no signals
-        yield
-        return
-    asked = []
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-    if asked:
-        signal.raise_signal(signal.SIGINT)
-
-
-def write_arrays(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays by name into a new folder.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    try:
-        with _quiet_logger(), _exporter() as writer, _interrupted_afterwards():
-            writer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
-    except ValueError as error:  # what a full disk is to tensorstore
-        raise OSError(first_reason(error)) from error
-
-
-def _exporter():
-    # One folder an array, so that a damaged one is known by its name.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
-
-
-def read_arrays(directory: pathlib.Path, *, names, partial: bool = False) -> dict[str, Any]:
-    """Arrays by name on the host, as nested dictionaries. ``partial`` leaves others that are there alone."""
-    tree = flax.traverse_util.unflatten_dict({name: np.empty(0) for name in names}, sep="/")
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    with _exporter() as reader:
-        return reader.restore(
-            directory.absolute(), args=ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=partial)
-        )
-
-
-def first_reason(error: Exception) -> str:
-    """What an error of Orbax says, without the specifications that follow."""
-    text = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-    return text.split(" [tensorstore_spec")[0].rstrip(".")
+def _get_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in name_leaves(tree).items()}

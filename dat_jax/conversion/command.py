@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from dat_jax.checkpoints.exports import load_export
-from dat_jax.checkpoints.loading import export_model, load_trained
-from dat_jax.checkpoints.manager import checksum
+from dat_jax.checkpoints.exports import export_model, load_export
+from dat_jax.checkpoints.integrity import hash_arrays
+from dat_jax.checkpoints.loading import load_trained
 from dat_jax.cli.console import make_console, print_table
 from dat_jax.conversion import detectors, segmentors, selection
 from dat_jax.conversion.classifier_settings import read_yaml_config
@@ -27,7 +27,7 @@ from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT, DEFORMABLE_FORMS
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.storage import refuse_existing
+from dat_jax.storage import check_absent
 
 Model = DAT | Segmentor | Detector
 
@@ -147,7 +147,7 @@ def convert_from_official(
     Raises:
       UserError: the file is damaged or has weights of another model, or ``out`` exists. Nothing is written then.
     """
-    refuse_existing(out)
+    check_absent(out)
     if pathlib.Path(out).suffix in SUFFIXES:
         raise UserError(f"OUT must be the name of a new folder if WEIGHTS is a file, got {out}.")
     state_dict, source, metadata = read_checkpoint(weights, weights=which)
@@ -184,7 +184,7 @@ def convert_to_official(trained: str, out: str, *, form: str | None = None) -> d
     Raises:
       UserError: the folder is damaged, records another form, or ``out`` exists. Nothing is written then.
     """
-    refuse_existing(out)
+    check_absent(out)
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT must end in .safetensors if WEIGHTS is a folder, got {out}.")
     model, variables = load_trained(trained, deformable_form=form)
@@ -394,7 +394,7 @@ def _make_fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.nd
 
 def _checksum(variables: Mapping[str, Any]) -> str:
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
-    return checksum({name: np.asarray(array) for name, array in flat.items()})
+    return hash_arrays({name: np.asarray(array) for name, array in flat.items()})
 
 
 def _verify(name: str, model: Model, restored, restored_checksum: str, *, expected, path: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dat_jax.conversion import file_kinds, selection, torch_files
 from dat_jax.conversion.pickles import CodeError
 from dat_jax.conversion.torch_files import UnsupportedError, show
 from dat_jax.errors import UserError
-from dat_jax.storage import appearing
+from dat_jax.storage import atomic_path
 
 SUFFIXES = (
     ".pth",
@@ -152,6 +152,6 @@ def write_safetensors(
     """
     # The library writes arrays in their memory order, so they are made contiguous. Its own writer creates files that only the
     # owner may read.
-    with appearing(path) as unfinished:
+    with atomic_path(path) as unfinished:
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         unfinished.write_bytes(save(contiguous, metadata=dict(metadata) if metadata else None))

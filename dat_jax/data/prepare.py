@@ -43,6 +43,7 @@ from dat_jax.data.image_files import Member, error_text, index_classes, list_ima
 from dat_jax.data.images import check_image
 from dat_jax.data.sources import METADATA_FILES, PREPARE_INPUTS, SPLITS
 from dat_jax.errors import UserError
+from dat_jax.storage import atomic_write_text
 
 _IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
@@ -216,7 +217,7 @@ def begin(
     if directory.is_dir() and any(entry.name != path.parent.name for entry in directory.iterdir()):
         raise UserError(f"{directory} is not empty: choose another --output.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, text)
+    atomic_write_text(path, text)
 
 
 def write_shards(shards: Sequence[Shard], *, workers: int) -> None:
@@ -270,7 +271,7 @@ def write_shard(shard: Shard) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     report = Report(records, record_bytes, shard.path.stat().st_size, damaged)
-    _write_whole(shard.report_path, json.dumps(dataclasses.asdict(report)))
+    atomic_write_text(shard.report_path, json.dumps(dataclasses.asdict(report)))
     return len(shard.members)
 
 
@@ -308,7 +309,8 @@ def finish(directory: pathlib.Path, name: str, class_names: Sequence[str], shard
         )
     reports = _read_reports(shards)
     damaged = [(split, *pair) for split in SPLITS for report in reports[split] for pair in report.damaged]
-    _write_whole(directory / "damaged.txt", "".join("\t".join(line) + "\n" for line in damaged))
+    lines = "".join("\t".join(line) + "\n" for line in damaged)
+    atomic_write_text(directory / "damaged.txt", lines, errors="surrogateescape")  # names as the archive has them
     for split in SPLITS:
         if not any(report.records for report in reports[split]):
             raise UserError(f"Every {split} image is damaged: see {directory / 'damaged.txt'}.")
@@ -405,12 +407,6 @@ def _run(shards: Sequence[Shard], workers: int) -> Iterator[int]:
 
 def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(text.encode(errors="surrogateescape"))  # names as the archive has them
-    os.replace(temporary, path)
 
 
 def _read_reports(shards: Sequence[Shard]) -> dict[str, list[Report]]:

@@ -9,7 +9,7 @@ from dat_jax.cli.console import format_size, make_console, print_table
 from dat_jax.errors import UserError
 from dat_jax.exporting.files import check_files, write_exported
 from dat_jax.exporting.programs import SYMBOLIC
-from dat_jax.storage import refuse_existing
+from dat_jax.storage import check_absent
 
 
 def export(
@@ -40,7 +40,7 @@ def export(
     Raises:
       UserError: an impossible value, ``out`` exists, or ``trained`` cannot be loaded. Nothing is written then.
     """
-    refuse_existing(out)  # before the model is loaded, which takes long
+    check_absent(out)  # before the model is loaded, which takes long
     image_shape, batch_size = parse_image_size(image_size), parse_batch(batch)
     predictor = inference.load(trained, classes=classes, resize=resize)
     if isinstance(predictor, inference.Classifier) and image_shape and image_shape[0] == image_shape[1]:

@@ -1,6 +1,5 @@
 """The folder of an exported model: its files, and a manifest with the digest of each."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -12,9 +11,11 @@ import jax.export
 import numpy as np
 
 from dat_jax import __version__
-from dat_jax.checkpoints.loading import describe_model, write_model
+from dat_jax.checkpoints.exports import write_model
+from dat_jax.checkpoints.integrity import check_digests, hash_file, list_files
+from dat_jax.checkpoints.model_description import describe_model
 from dat_jax.conversion.command import write_official_weights
-from dat_jax.errors import UserError, name_some
+from dat_jax.errors import UserError
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
@@ -22,7 +23,7 @@ from dat_jax.inference import Classifier, Looker, Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.storage import appearing, refuse_existing
+from dat_jax.storage import atomic_path, check_absent
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
 DEFAULT_FORMATS = FORMATS[:3]  # onnx needs an optional package
@@ -63,12 +64,12 @@ def write_exported(
     directory = pathlib.Path(directory)
     if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats must be one or more of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
-    refuse_existing(directory)
+    check_absent(directory)
     image_shape = image_shape or choose_image_shape(predictor)
     settings = dict(image_shape=image_shape, preprocessing=preprocessing, batch=batch)
     check_program(predictor, platforms=platforms, **settings)
     program, onnx = None, None
-    with appearing(directory) as unfinished:
+    with atomic_path(directory) as unfinished:
         unfinished.mkdir()
         if "stablehlo" in formats:
             program = make_program(predictor, platforms=platforms, **settings)
@@ -94,7 +95,7 @@ def write_exported(
             ),
             "program": None if program is None else _describe_program(program, predictor),
             "onnx": onnx,
-            "files": {name: _make_record(unfinished / name) for name in _list_files(unfinished)},
+            "files": {name: _make_record(unfinished / name) for name in list_files(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -118,28 +119,16 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
         raise UserError(f"{directory} is not a folder written by dat_jax.export, or is damaged: {reason}.") from error
-    damaged = []
-    for name, record in records.items():
-        try:
-            if _make_record(directory / name) != record:
-                damaged.append(f"{name} differs from what was written")
-        except OSError:
-            damaged.append(f"{name} cannot be read")
-    if damaged:
-        raise UserError(f"{directory} is damaged: {name_some(damaged)}.")
+    check_digests(str(directory), saved=records, actual={name: _make_record(directory / name) for name in records})
     return manifest
 
 
-def _list_files(directory: pathlib.Path) -> list[str]:
-    """Paths of all files below a folder, relative to it."""
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-
-
-def _make_record(path: pathlib.Path) -> dict[str, Any]:
-    """Size and digest of a file, as the manifest has them."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+def _make_record(path: pathlib.Path) -> dict[str, Any] | None:
+    """Size and digest of a file, as the manifest has them; None if it cannot be read."""
+    try:
+        return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    except OSError:
+        return None
 
 
 def _name_task(predictor: Looker) -> str:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dat_jax.checkpoints.loading import read_class_names, read_names
+from dat_jax.checkpoints.class_names import read_class_names, read_names
 from dat_jax.errors import UserError
 
 

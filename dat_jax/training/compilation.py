@@ -12,6 +12,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dat_jax.errors import UserError
+from dat_jax.storage import check_writable
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,12 +70,9 @@ def enable_cache(setting: str) -> pathlib.Path | None:
     if jax.default_backend() == "cpu":
         directory /= f"cpu-{_machine_digest()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        logger.warning("Compiled programs are not kept: %s cannot be written: %s.", directory, error.strerror)
+        check_writable(directory)
+    except UserError as error:
+        logger.warning("Compiled programs are not kept. %s", error)
         return None
     jax.config.update("jax_compilation_cache_dir", str(directory))
     return directory

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from dat_jax.checkpoints import compatibility
-from dat_jax.checkpoints.loading import CLASS_NAMES
+from dat_jax.checkpoints.class_names import CLASS_NAMES
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.checkpoints.restore import initialize_state, restore_for_evaluation, restore_or_initialize
 from dat_jax.cli.console import configure_logging, make_console, print_table
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost
+from dat_jax.storage import check_writable
 from dat_jax.training import report
 from dat_jax.training.compilation import enable_cache
 from dat_jax.training.monitoring import sinks
@@ -60,7 +61,8 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     console = _configure_console(quiet)
     trainer = Trainer(config)
     trainer.check_train_batch()
-    directory = _make_workdir(workdir)
+    directory = pathlib.Path(workdir)
+    check_writable(directory)
     cache = enable_cache(trainer.config.compilation_cache)
     description = {
         **trainer.describe(),
@@ -311,18 +313,6 @@ def _configure_console(quiet: bool):
     first = jax.process_index() == 0
     configure_logging(quiet=quiet, enabled=first)
     return make_console(quiet=quiet or not first)
-
-
-def _make_workdir(workdir: str) -> pathlib.Path:
-    directory = pathlib.Path(workdir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{jax.process_index()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"The work directory {directory} cannot be written: {error.strerror}.") from error
-    return directory
 
 
 def _make_writer(trainer: Trainer, directory: pathlib.Path):

@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 
 from dat_jax.cli.console import make_console, print_table
+from dat_jax.storage import atomic_write_text
 from dat_jax.training.monitoring import summary as summary_lib
 from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.state import TrainState
@@ -99,6 +100,6 @@ def write_description(trainer: Trainer, workdir: pathlib.Path, *, class_names_fi
     }
     for name, text in texts.items():
         try:
-            (workdir / name).write_text(text)
+            atomic_write_text(workdir / name, text)
         except OSError as error:
             logger.warning("%s could not be written: %s.", workdir / name, error.strerror)

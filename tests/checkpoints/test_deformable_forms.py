@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import dat_jax
-from dat_jax.checkpoints import compatibility as continuation
-from dat_jax.checkpoints.loading import describe_model, export_model, load_for_finetuning, load_trained
-from dat_jax.checkpoints.manager import DamagedError
+from dat_jax.checkpoints import compatibility
+from dat_jax.checkpoints.exports import export_model
+from dat_jax.checkpoints.integrity import DamagedError
+from dat_jax.checkpoints.loading import load_for_finetuning, load_trained
+from dat_jax.checkpoints.model_description import describe_model
 from dat_jax.conversion.command import convert_to_official
 from dat_jax.conversion.files import read_checkpoint
 from dat_jax.errors import UserError
@@ -124,6 +126,6 @@ def test_every_configuration_has_the_key():
 def test_a_checkpoint_without_the_form_is_of_the_only_one_that_there_was():
     metadata = {"config": tiny_config.get_config().to_dict(), "classes": 2}
     del metadata["config"]["model"]["deformable_form"]
-    continuation.check_model(metadata, trainer_lib.Trainer(tiny_config.get_config()).config, classes=2)
+    compatibility.check_model(metadata, trainer_lib.Trainer(tiny_config.get_config()).config, classes=2)
     with pytest.raises(UserError, match="model.deformable_form dat_pp, now cvpr2022"):
-        continuation.check_model(metadata, tiny_config.get_config(deformable_form="cvpr2022"), classes=2)
+        compatibility.check_model(metadata, tiny_config.get_config(deformable_form="cvpr2022"), classes=2)

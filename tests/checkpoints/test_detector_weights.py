@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import dat_jax
-from dat_jax.checkpoints.loading import export_model, load_for_finetuning, load_trained
+from dat_jax.checkpoints.exports import export_model
+from dat_jax.checkpoints.loading import load_for_finetuning, load_trained
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.errors import UserError
 from dat_jax.training.state import TrainState
@@ -108,7 +109,7 @@ def test_a_work_directory_is_a_model(name, tmp_path):
 def test_a_work_directory_without_its_detector_is_said(config, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"config\.json does not say which model the weights beside it are of"):
+    with pytest.raises(UserError, match=r"config\.json does not describe the model"):
         load_trained(tmp_path)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dat_jax.checkpoints import loading as pretrained
+from dat_jax.checkpoints.exports import export_model
+from dat_jax.checkpoints.loading import load_pretrained
 from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.data import sources
 from dat_jax.errors import UserError
@@ -45,8 +46,8 @@ def three_classes(monkeypatch):
 def test_weights_without_a_work_directory_are_evaluated(finished, tmp_path):
     """An export of a run's best weights, and the run itself, give the accuracy of the run."""
     directory, result = finished
-    model, variables = pretrained.load_pretrained(directory)
-    pretrained.export_model(tmp_path / "export", model=model, variables=variables)
+    model, variables = load_pretrained(directory)
+    export_model(tmp_path / "export", model=model, variables=variables)
     for weights in (directory, tmp_path / "export"):
         got = loop.evaluate(with_values(init_from=str(weights)), str(tmp_path / "nothing"))
         assert got == result
@@ -62,7 +63,7 @@ def test_a_run_starts_from_the_weights_with_a_new_head(finished, three_classes, 
         f"Starting from the weights of {finished[0]}.",
         "The head of 3 classes is new: the loaded one has 2.",
     ]
-    _, variables = pretrained.load_pretrained(finished[0])
+    _, variables = load_pretrained(finished[0])
     for name, wanted in variables["params"].items():
         for params in (state.params, state.ema_params):
             if name == "cls_head":
@@ -108,7 +109,7 @@ def test_weights_of_another_model_are_refused(finished, tmp_path):
     config.init_from = str(finished[0])
     with pytest.raises(UserError, match="These weights are of another model: .*stages_0"):
         loop.train(config, str(tmp_path))
-    with pytest.raises(UserError, match="Wanted an export .* got .*nowhere"):
+    with pytest.raises(UserError, match="Expected a folder of weights .* got .*nowhere"):
         loop.train(with_values(init_from=str(tmp_path / "nowhere")), str(tmp_path))
 
 

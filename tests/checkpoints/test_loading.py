@@ -9,15 +9,15 @@ import sys
 import flax
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 import dat_jax
 from dat_jax.checkpoints.adaptation import adapt_params, resize_bicubic
-from dat_jax.checkpoints.exports import load_export, save_export
-from dat_jax.checkpoints.loading import describe_model, export_model, load_for_finetuning, load_trained
-from dat_jax.checkpoints.manager import Checkpoints, checksum
+from dat_jax.checkpoints.exports import export_model, load_export, save_export
+from dat_jax.checkpoints.loading import load_for_finetuning, load_trained
+from dat_jax.checkpoints.manager import Checkpoints
+from dat_jax.checkpoints.model_description import describe_model
 from dat_jax.errors import UserError
 from dat_jax.training.state import TrainState
 from tests.helpers.random_variables import random_variables
@@ -100,15 +100,6 @@ def test_an_export_gives_back_every_bit(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["export"]
 
 
-def test_a_checksum_depends_on_names_shapes_dtypes_and_bits_but_not_on_order():
-    a, b = np.arange(6, dtype=np.float32), np.ones(2, ml_dtypes.bfloat16)
-    wanted = checksum({"a": a, "b": b})
-    assert checksum({"b": b, "a": a}) == wanted
-    assert checksum({"a": np.stack([a, a], axis=1)[:, 0], "b": b}) == wanted  # not contiguous
-    others = ({"c": a, "b": b}, {"a": a.reshape(2, 3), "b": b}, {"a": a.view(np.int32), "b": b}, {"a": -a, "b": b})
-    assert wanted not in [checksum(other) for other in others]
-
-
 def test_what_exists_is_not_overwritten(export, tmp_path):
     directory, model, params = export
     with pytest.raises(UserError, match="export exists already and nothing is overwritten"):
@@ -123,7 +114,7 @@ def test_an_interrupted_export_leaves_nothing(export, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pathlib.Path, "rename", interrupt)
+    monkeypatch.setattr(pathlib.Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_export(tmp_path / "out", params={"a": np.ones(2)}, description={})
     assert not list(tmp_path.iterdir())
@@ -142,9 +133,7 @@ def test_damaged_arrays_are_named(damage, export, tmp_path):
         save_export(tmp_path / "other", params={"cls_head": {"kernel": np.ones((16, 6), np.float32)}}, description={})
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "other" / "params" / "cls_head.kernel", folder)
-    with pytest.raises(
-        UserError, match=r"copy is damaged: cls_head/kernel (cannot be read|differ from what was saved)"
-    ):
+    with pytest.raises(UserError, match=r"copy is damaged: cls_head/kernel (cannot be read|differs)"):
         load_export(directory)
 
 
@@ -152,7 +141,7 @@ def test_damaged_arrays_are_named(damage, export, tmp_path):
 def test_a_damaged_description_is_said(text, export, tmp_path):
     directory = shutil.copytree(export[0], tmp_path / "copy")
     (directory / "model.json").write_text(text)
-    with pytest.raises(UserError, match=r"copy is no export, or its model\.json is damaged"):
+    with pytest.raises(UserError, match=r"copy is not a folder of weights, or its model\.json is damaged"):
         dat_jax.load_pretrained(directory)
 
 
@@ -206,7 +195,7 @@ def test_a_damaged_run_is_said(workdir, tmp_path):
     best, newest = directory / "checkpoints" / "2" / "state", directory / "checkpoints" / "3" / "state"
     shutil.rmtree(best)
     shutil.copytree(newest, best)
-    with pytest.raises(UserError, match=r"checkpoints/2 is damaged: .*ema_params/cls_head/kernel.* differ from"):
+    with pytest.raises(UserError, match=r"checkpoints/2 is damaged: .*ema_params/cls_head/kernel differs"):
         load_trained(directory)
     for path in best.rglob("*"):
         if path.is_file() and "/d/" in str(path):
@@ -214,14 +203,14 @@ def test_a_damaged_run_is_said(workdir, tmp_path):
     with pytest.raises(UserError, match=r"checkpoints/2 cannot be read: "):
         load_trained(directory)
     (directory / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config\.json does not say which model"):
+    with pytest.raises(UserError, match=r"config\.json does not describe the model"):
         load_trained(directory)
     shutil.rmtree(directory / "checkpoints")
     (directory / "checkpoints").mkdir()
     (directory / "config.json").write_text(json.dumps({"model": {"name": "dat_pp_nano"}}))
     with pytest.raises(UserError, match="There is no complete checkpoint in"):
         load_trained(directory)
-    with pytest.raises(UserError, match=r"Wanted an export \(with model\.json\) or the work directory"):
+    with pytest.raises(UserError, match=r"Expected a folder of weights \(with model\.json\) or the work directory"):
         load_trained(tmp_path)
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax import inference
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
 from dat_jax.conversion.command import convert_from_official, convert_to_official
 from dat_jax.errors import UserError

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax import export, inference
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.conversion import to_official
 from dat_jax.errors import UserError
 from dat_jax.exporting import check_files, make_program
@@ -209,7 +209,7 @@ def test_check_names_changed_and_missing_files(exported, trained, tmp_path, caps
     assert run(f"--check={out}") == 1
     assert capsys.readouterr().err == f"error: {out} is damaged: model.safetensors differs from what was written.\n"
     weights.unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors is missing or cannot be read"):
         check_files(out)
     assert run(f"--check={tmp_path}") == 1
     assert "is not a folder written by dat_jax.export" in capsys.readouterr().err

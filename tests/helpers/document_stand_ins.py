@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import dat_jax
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.config import validate
 from dat_jax.config.files import define_config_flag
 from dat_jax.conversion import detector_to_official, segmentor_to_official, to_official

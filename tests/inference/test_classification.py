@@ -12,7 +12,7 @@ from rich.console import Console
 
 import dat_jax
 from dat_jax import inference, predict
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.data import imagenet_names
 from dat_jax.errors import UserError
 from dat_jax.inference.classification import from_trained

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dat_jax
 from dat_jax import inference
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.data import coco_names
 from dat_jax.data.detection_transforms import make_detection_eval_transform
 from dat_jax.errors import UserError

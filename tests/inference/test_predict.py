@@ -19,7 +19,7 @@ from rich.console import Console
 
 import dat_jax
 from dat_jax import inference, predict
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.data import ade20k
 from dat_jax.data.coco import decode_mask
@@ -312,7 +312,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (["{export}", "{images}/none.jpg"], "There is no image or folder .*none.jpg"),
         (["{export}", "{images}/below"], "There is no image in .*below"),
         (["{export}", "-"], "There is no image in stdin"),
-        (["{images}", "{images}/b.jpg"], r"Wanted an export \(with model.json\)"),
+        (["{images}", "{images}/b.jpg"], r"Expected a folder of weights \(with model.json\)"),
         (["{classifier}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a classifier"),
         (["{classifier}", "{images}/b.jpg", "--output={tmp}/o"], "is a classifier, which draws nothing"),
         (["{classifier}", "{images}/b.jpg", "--min_score=0.5"], "Unknown option 'min_score' of a classifier"),
@@ -328,7 +328,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (["{detector}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a detector"),
         (["{detector}", "{images}/b.jpg", "--min_score=2"], "min_score wants a number from 0 to 1, got 2"),
         (["{detector}", "{images}/b.jpg", "--max_detections=0"], "max_detections wants a number of at least 1"),
-        (["{detector}", "{images}/b.jpg", "--classes={images}/notes.txt"], "notes.txt has 1 names, wanted 3"),
+        (["{detector}", "{images}/b.jpg", "--classes={images}/notes.txt"], "notes.txt: expected 3 class names"),
         (["{detector}", "{images}", "--output={tmp}/there"], "b.png exists already; --overwrite replaces it"),
         (["{export}", "{images}/b.jpg", "--min_score=0.5"], "Unknown option 'min_score' of a segmentor"),
         (["{export}", "{images}", "{images}/a.PNG", "--output={tmp}/out"], "a.PNG and .*a.PNG would both become a.png"),
@@ -342,7 +342,10 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(export, folder, tm
         (["{export}", "{images}/b.jpg", "--ratios=0"], "ratios wants at least one number, all above 0"),
         (["{export}", "{images}/b.jpg", "--ratios=nan"], "ratios wants at least one number, all above 0"),
         (["{export}", "{images}/b.jpg", "--short_side=0"], "short_side want numbers of at least 1"),
-        (["{export}", "{images}/b.jpg", "--classes={images}/notes.txt"], "notes.txt has 1 names, wanted 5, one a line"),
+        (
+            ["{export}", "{images}/b.jpg", "--classes={images}/notes.txt"],
+            "notes.txt: expected 5 class names",
+        ),
         (["{export}", "{images}/b.jpg", "--classes={images}/none.txt"], "none.txt cannot be read: .*No such file"),
     ],
 )

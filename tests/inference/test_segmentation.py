@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dat_jax import inference
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.data import ade20k
 from dat_jax.errors import UserError
 from dat_jax.inference.segmentation import measure_shares

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from dat_jax import conversion
-from dat_jax.checkpoints.loading import load_trained, read_class_names
+from dat_jax.checkpoints.class_names import read_class_names
+from dat_jax.checkpoints.loading import load_trained
 from dat_jax.errors import UserError
 from dat_jax.tasks.detection import task as setup
 from dat_jax.training.loop import evaluate, train

@@ -100,7 +100,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):
     directory = copy(finished, tmp_path)
     other = tiny_config.get_config(dims=(24,))
     for call in (loop.train, loop.evaluate):
-        with pytest.raises(UserError, match="is of another model or optimizer: .* wanted"):
+        with pytest.raises(UserError, match="is of another model or optimizer: .*expected"):
             call(other, str(directory))
     assert loop.evaluate(tiny_config.get_config(), str(directory)) == finished[1]
 
@@ -145,5 +145,5 @@ def test_settings_that_do_not_fit_are_refused(values, message, tmp_path):
 
 def test_a_work_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"work directory .* cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"folder .* cannot be written: Not a directory"):
         loop.train(tiny_config.get_config(), str(tmp_path / "file" / "run"))

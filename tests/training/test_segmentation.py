@@ -10,7 +10,9 @@ from PIL import Image
 
 import dat_jax
 from dat_jax import conversion
-from dat_jax.checkpoints.loading import export_model, load_trained, read_class_names
+from dat_jax.checkpoints.class_names import read_class_names
+from dat_jax.checkpoints.exports import export_model
+from dat_jax.checkpoints.loading import load_trained
 from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.conversion.command import convert_from_official, convert_to_official
 from dat_jax.errors import UserError

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dat_jax
 from dat_jax import visualize
-from dat_jax.checkpoints.loading import export_model
+from dat_jax.checkpoints.exports import export_model
 from dat_jax.errors import UserError
 from dat_jax.visualization import charts as plots
 from tests.helpers.photographs import photographs
@@ -185,7 +185,7 @@ def test_what_cannot_be_drawn_is_named_and_the_others_are_done(export, folder, t
         (["{export}", "{images}"], r"Wanted: TRAINED IMAGE\.\.\. --output=DIR"),
         (["{export}", "--output={tmp}/out"], r"Wanted: TRAINED IMAGE\.\.\. --output=DIR"),
         (["{export}", "{tmp}/none.jpg", "--output={tmp}/out"], "There is no image or folder .*none.jpg"),
-        (["{tmp}", "{images}", "--output={tmp}/out"], r"Wanted an export \(with model.json\)"),
+        (["{tmp}", "{images}", "--output={tmp}/out"], r"Expected a folder of weights \(with model.json\)"),
         (["{export}", "{images}", "--output={tmp}/labels"], "a.png exists already; --overwrite replaces it"),
         (
             ["{export}", "{images}", "--output={tmp}/labels", "--labels={tmp}/labels", "--overwrite"],

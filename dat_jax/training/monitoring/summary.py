@@ -1,7 +1,6 @@
 """summary.md: settings, results and next commands of a run, as Markdown in the work directory."""
 
 import math
-import os
 import pathlib
 import platform
 import shlex
@@ -10,6 +9,8 @@ from collections.abc import Mapping
 
 import flax
 import jax
+
+from dat_jax.storage import atomic_write_text
 
 SUMMARY = "summary.md"
 _FIGURES = ("curves.png", "predictions.png", "segmentations.png", "detections.png", "sampled_points.png")
@@ -119,12 +120,7 @@ def format_summary(
 def write_summary(directory: pathlib.Path, text: str) -> pathlib.Path:
     """Write summary.md atomically and return its path. Raises an OSError if it cannot be written."""
     path = directory / SUMMARY
-    unfinished = path.with_name(f".{SUMMARY}.{os.getpid()}")
-    try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    atomic_write_text(path, text)
     return path
 
 

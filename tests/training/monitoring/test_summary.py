@@ -67,7 +67,7 @@ def test_commands_quote_the_work_directory():
 def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     summary.write_summary(tmp_path, "old")
 
-    def full(path, text):
+    def full(path, text, **_):
         path.touch()
         raise OSError(28, "No space left on device")
 
