@@ -249,8 +249,10 @@ class Entry:
 Entries = list[Entry]
 IDENTITY = Transform(lambda a: a, lambda a: a)
 LINEAR = Transform(lambda a: a.T, lambda a: a.T)  # (in, out) <-> (out, in)
-POINTWISE = Transform(lambda a: a.T[:, :, None, None], lambda a: a[:, :, 0, 0].T)  # <-> (out, in, 1, 1)
-CONV = Transform(lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1, 0))  # <-> (out, in, kh, kw)
+POINTWISE = Transform(lambda a: a.T[:, :, None, None], lambda a: a[:, :, 0, 0].T)  # (in, out) <-> (out, in, 1, 1)
+CONV = Transform(
+    lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1, 0)
+)  # (kh, kw, in, out) <-> (out, in, kh, kw)
 
 # Pattern of our module, published module, and transform of its kernel. i is the stage and j the block; even and odd are 2 j
 # and 2 j + 1. None stands for the projections of attentions, which are 1 x 1 convolutions in D and P blocks and linear layers

@@ -59,12 +59,15 @@ class _Candidate(NamedTuple):
 
 
 def select_weights(content: Any, *, weights: str, path: Any) -> Selection:
-    """Choose the weights of a file.
+    """Select the weights of a file.
 
     Args:
       content: content of the file; tensors are ``Tensor`` objects or arrays.
-      weights: "auto", "ema" or "raw".
+      weights: "auto", "ema" or "raw", see above.
       path: name of the file in errors.
+
+    Returns:
+      Tensors by name without the prefixes of wrappers, and where in the file they were.
 
     Raises:
       UserError: there are no such weights, or they need a class that is not supported.
@@ -78,22 +81,22 @@ def select_weights(content: Any, *, weights: str, path: Any) -> Selection:
     if not candidates:
         _refuse_unknown_tensors(mapping, path)
         raise UserError(_describe_missing(mapping, path))
-    chosen = next((c for c in candidates if weights == "auto" or c.averaged == (weights == "ema")), None)
-    if chosen is None and any(candidate.averaged is None for candidate in candidates):
+    selected = next((c for c in candidates if weights == "auto" or c.averaged == (weights == "ema")), None)
+    if selected is None and any(candidate.averaged is None for candidate in candidates):
         raise UserError(
             f"{path} has weights under their own names and under ema_*, as MMCV saves them, and does not show which are "
             "averaged: with EpochBasedRunner those under their own names, with IterBasedRunner those under ema_*. Save the "
             "ones to convert alone with PyTorch, or use auto to take those under their own names."
         )
-    if chosen is None:
+    if selected is None:
         places = ", ".join(sorted({candidate.place for candidate in candidates}))
         kinds = ("averaged (EMA)", "raw") if weights == "ema" else ("raw", "averaged (EMA)")
         raise UserError(
             f"{path} has no {kinds[0]} weights, only {kinds[1]} ones ({places}); its keys are {_list_keys(mapping)}."
         )
-    _refuse_unknown_values(chosen.entries, path)
-    tensors = {name: value for name, value in chosen.entries.items() if _is_tensor(value)}
-    return Selection(strip_prefixes(tensors), _describe_source(chosen, candidates))
+    _refuse_unknown_values(selected.entries, path)
+    tensors = {name: value for name, value in selected.entries.items() if _is_tensor(value)}
+    return Selection(strip_prefixes(tensors), _describe_source(selected, candidates))
 
 
 def strip_prefixes(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,14 +236,14 @@ def _has_tensor(value: Object) -> bool:
     return any(isinstance(item, Tensor | Storage) for items in nested for item in items)
 
 
-def _describe_source(chosen: _Candidate, candidates: list[_Candidate]) -> str:
-    if chosen.averaged is None:
-        return f"{chosen.place} (averaged if MMCV's EpochBasedRunner saved them)"
-    other = next((candidate for candidate in candidates if candidate.averaged != chosen.averaged), None)
+def _describe_source(selected: _Candidate, candidates: list[_Candidate]) -> str:
+    if selected.averaged is None:
+        return f"{selected.place} (averaged if MMCV's EpochBasedRunner saved them)"
+    other = next((candidate for candidate in candidates if candidate.averaged != selected.averaged), None)
     if other is None:
-        return f"{chosen.place} (averaged)" if chosen.averaged else chosen.place
-    kind, choice = ("averaged", "raw") if chosen.averaged else ("raw", "ema")
-    return f"{chosen.place} ({kind}); weights={choice} takes {other.place}"
+        return f"{selected.place} (averaged)" if selected.averaged else selected.place
+    kind, choice = ("averaged", "raw") if selected.averaged else ("raw", "ema")
+    return f"{selected.place} ({kind}); weights={choice} takes {other.place}"
 
 
 def _describe_other(content: Any, path: Any) -> str:

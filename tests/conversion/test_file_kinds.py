@@ -1,4 +1,4 @@
-"""Files are recognized by their content, and files of other kinds are named."""
+"""Recognition of files by their content, and errors that name files of other kinds."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Pickles are data: ordinary ones are read, and hostile ones run nothing and take little time and memory."""
+"""Reader of pickles: plain values are read, and hostile pickles run no code and take little time and memory."""
 
 import argparse
 import collections
@@ -300,7 +300,7 @@ def make_soup(rng) -> bytes:
 
 
 def make_hostile(seed: int) -> tuple[bytes, str]:
-    """Opcodes of the object of a file, and where in the file the hostile part stands."""
+    """Opcodes of the object of a file, and the place of the hostile part in it."""
     rng = random.Random(seed)
     part = rng.choice([make_call, make_call, make_value, make_abuse, make_soup])(rng)
     place = ("whole", "weight", "beside", "in weights", "before", "argument", "key", "after")[seed % 8]
@@ -327,7 +327,7 @@ def test_hostile_pickles_run_no_code_and_end_quickly(kind, tmp_path, monkeypatch
     path, outcomes = tmp_path / "w", collections.Counter()
     for content in (pth.mapping({"w": TENSOR}), pth.mapping({"\n": b"N"}), b"", pth.name("os", "system")):
         with contextlib.suppress(UserError):
-            read_weights(write(path, content, kind))  # imports what reading needs
+            read_weights(write(path, content, kind))  # imports the modules that reading needs
     for seed in range(200):
         content, place = make_hostile(seed)
         outcome, seconds, peak = read_outcome(write(path, content, kind))
@@ -340,7 +340,7 @@ def test_hostile_pickles_run_no_code_and_end_quickly(kind, tmp_path, monkeypatch
 
 
 def write(path, content, kind):
-    """A file with the hostile object, or with hostile headers around a harmless one."""
+    """Write a file with a hostile object, or with hostile headers and a harmless object."""
     if kind == "zip":
         pth.write_archive(path, content, {"0": bytes(24)})
     elif kind == "legacy":
@@ -354,7 +354,7 @@ def write(path, content, kind):
 
 
 def read_outcome(path) -> tuple[str, float, int]:
-    """What became of a file, the seconds and the peak of memory; fails if any watched event happened."""
+    """Outcome of reading a file, its seconds and its peak memory in bytes. Fails if any watched event occurs."""
     global events
     tracemalloc.start()
     started, events = time.perf_counter(), []
@@ -365,7 +365,7 @@ def read_outcome(path) -> tuple[str, float, int]:
     except UserError as error:
         outcome = f"refused {error}"
     finally:
-        happened, events = events, None
+        observed, events = events, None
         seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     if outcome.startswith("refused"):
@@ -373,11 +373,11 @@ def read_outcome(path) -> tuple[str, float, int]:
         assert outcome.isprintable()
         assert outcome.endswith(".")
         assert len(outcome) < 1000
-    assert happened == []
+    assert observed == []
     return outcome, seconds, peak
 
 
-# A tuple whose text is 2**40 times as long as the opcodes: each tuple contains the one before it twice (DUP, TUPLE2).
+# A tuple whose text is 2**40 times as long as its opcodes, as each tuple contains the previous one twice (DUP, TUPLE2).
 EXPONENTIAL = pth.text("a") + b"2\x86" * 40
 
 
@@ -407,13 +407,13 @@ def test_other_values_are_shown_by_their_type():
 
 
 def test_pythons_unpickler_would_run_the_hostile_pickles(tmp_path):
-    """The control: a call and an extension of the generator do run in Python's unpickler, and the hook sees it."""
+    """Control: Python's unpickler runs a call and an extension of the generator, and the hook observes both."""
     global events
     for number, target in enumerate((pth.name(os.system.__module__, "system"), b"\x84" + struct.pack("<i", EXTENSION))):
         sentinel = tmp_path / f"ran{number}"
         opcodes = b"\x80\x02" + target + b"(" + pth.text(f"touch {sentinel}") + b"tR."
         events = []
         pickle.loads(opcodes)
-        happened, events = events, None
+        observed, events = events, None
         assert sentinel.exists()
-        assert any(event.startswith("os.system") for event in happened)
+        assert any(event.startswith("os.system") for event in observed)

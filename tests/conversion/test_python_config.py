@@ -1,4 +1,4 @@
-"""Python configurations are read as text, merged as MMCV merges them, and refused by line where they are not literal."""
+"""Reader of Python configurations: merging as in MMCV, and errors with the line of unsupported statements."""
 
 import json
 import textwrap
@@ -21,7 +21,7 @@ HEADS = {
 
 
 def write(folder, **files):
-    """Writes files, each by its name without .py, and returns the path of the last."""
+    """Write files, each by its name without .py, and return the path of the last one."""
     for name, text in files.items():
         path = folder / f"{name}.py"
         path.write_text(textwrap.dedent(text))
@@ -52,7 +52,7 @@ def test_published_files_equal_the_mappings_and_the_registered_models(name):
 
 @pytest.mark.parametrize("name", ["cascade_tiny", "maskrcnn_tiny", "retinanet_tiny", "semfpn_tiny", "upernet_tiny"])
 def test_model_of_a_published_file_has_the_recorded_names_and_shapes(name):
-    """Those of other sizes follow: their models are the registered ones, whose names other tests compare."""
+    """Other sizes need no test: their models are the registered ones, whose names and shapes other tests compare."""
     config, (_, recorded) = read_python_config(file_of(name)), read_keys(name)
     if config["type"] == "EncoderDecoder":
         shapes = segmentors.segmentor_shapes(segmentors.segmentor_from_official(config))
@@ -358,7 +358,7 @@ def test_line_endings_tabs_byte_order_marks_and_escapes(tmp_path):
 
 
 def test_models_with_other_settings_round_trip():
-    """What the networks can be set to has its published names and layouts too."""
+    """Networks with other than the published settings also have published names and layouts."""
     config = make_config("maskrcnn_tiny")
     config["backbone"] |= {"dim_stem": 32, "dims": [32, 64, 128, 192], "heads": [1, 2, 4, 6], "groups": [1, 1, 2, 3]}
     config["backbone"] |= {"stage_spec": [["N"], ["N"], ["N"], ["N"]], "depths": [1, 1, 1, 1]}

@@ -162,7 +162,7 @@ def test_only_averaged_weights_in_one_state_dict(prefix, tmp_path):
 
 
 def test_averaged_weights_of_mmcv_are_not_guessed(tmp_path):
-    """Which one MMCV's EMAHook leaves under the usual names depends on the runner."""
+    """The set of weights that MMCV's EMAHook leaves under the usual names depends on the runner."""
     buffers = {f"ema_{name.replace('.', '_')}": array for name, array in convert(RAW).items()}
     statistics = {"norm.running_mean": np.ones(2, np.float32)}
     path = write(tmp_path / "w", {"meta": {}, "state_dict": convert(AVERAGED) | buffers | statistics})
@@ -174,7 +174,7 @@ def test_averaged_weights_of_mmcv_are_not_guessed(tmp_path):
 
 
 def test_prefixes_of_very_long_names_are_not_removed(tmp_path):
-    """Removing one prefix after the other would take time that grows with the square of the length."""
+    """Removing prefixes one by one would take time quadratic in the length of the name."""
     name = "module." * 100_000 + "w"
     assert list(read_checkpoint(write(tmp_path / "w", {name: np.ones(2, np.float32)})).weights) == [name]
 

@@ -42,7 +42,7 @@ def make(name):
 
 
 def trace(config):
-    """(the model and the options or settings, how each key was used)."""
+    """(model with its options or settings, use of each key)."""
     if "MODEL" in config:
         *result, uses = trace_classifier(config)
     elif config.get("type") == "EncoderDecoder":
@@ -53,7 +53,7 @@ def trace(config):
 
 
 def list_parents(value, path=()):
-    """(path, mapping or list) of everything that has parts."""
+    """(path, value) of every mapping and list."""
     if isinstance(value, dict | list | tuple):
         yield path, value
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
@@ -108,7 +108,7 @@ def dotted(path):
 
 
 def find_use(path, uses):
-    """(dotted path of the key, its use) of the longest part of a path that was read."""
+    """(dotted path, use) of the innermost key on a path that was read."""
     for length in range(len(path), 0, -1):
         if (name := dotted(path[:length])) in uses:
             return name, uses[name]
@@ -116,7 +116,7 @@ def find_use(path, uses):
 
 
 def attempt(config):
-    """(result, "") or (None, the message of the ValueError)."""
+    """(result, "") or (None, message of the ValueError)."""
     try:
         return trace(config)[0], ""
     except ValueError as error:
@@ -198,7 +198,7 @@ def test_published_settings_equal_those_of_the_tasks():
 
 
 def change(name, **values):
-    """A configuration with other values at dotted paths, whose dots are written as two underscores."""
+    """A configuration with other values at dotted paths; two underscores stand for a dot."""
     config = make(name)
     for path, value in values.items():
         *parents, key = [int(part) if part.isdigit() else part for part in path.split("__")]
@@ -467,7 +467,7 @@ def test_errors_for_yaml_paths_that_cannot_be_opened_are_one_sentence(tmp_path):
 
 
 def main():
-    """Prints a table of keys by use and of changed values by outcome."""
+    """Print a table of keys by use and of changed values by outcome."""
     kinds, outcomes = ("honored", "checked", "ignored"), ("differs", "refused", "ignored")
     columns = "{:16}" + "{:>9}" * 4 + "  | changed:" + "{:>9}" * 3
     print(columns.format("configuration", "keys", *kinds, *outcomes))

@@ -1,4 +1,4 @@
-"""Files of torch.save: what PyTorch and training programs wrote, the old format, and layouts of tensors."""
+"""Reader of torch.save files: recorded files of PyTorch and training programs, the old format, and tensor layouts."""
 
 import io
 import pathlib
@@ -199,7 +199,7 @@ def test_big_endian_archives(dtype, tmp_path):
 
 
 def test_storages_of_views_in_old_files(tmp_path):
-    """PyTorch before 0.4 named a storage that begins inside another one by its place there."""
+    """PyTorch before 0.4 identified a storage inside another one by its offset there."""
     view = b"(" + pth.text("1") + pth.integer(2) + pth.integer(4) + b"t"
     storage = pth.storage("FloatStorage", key="0", count=6, view=view)
     tensor = pth.call("torch._utils", "_rebuild_tensor", *arguments(storage, (2,), (1,), 1))
@@ -276,7 +276,7 @@ def test_storage_of_another_size_is_refused(tmp_path):
 
 
 def test_views_of_one_storage_cannot_exceed_the_memory_limit(tmp_path):
-    """A small file of 1 MB would become 2 GB."""
+    """Without the limit a file of 1 MB would become 2 GB."""
     count = 250_000
     views = {f"w{index}": pth.tensor("float32", (count,), key="0", count=count) for index in range(2000)}
     pth.write_archive(tmp_path / "w", pth.mapping(views), {"0": bytes(4 * count)})
@@ -313,7 +313,7 @@ def test_lazily_negated_view_is_refused(metadata, readable, tmp_path):
 
 
 def test_sizes_with_millions_of_bits_are_refused_quickly(tmp_path):
-    """Their product would take minutes."""
+    """Computing their product would take minutes."""
     million_bytes = b"\x8b" + struct.pack("<i", 10**6) + b"\x01" * 10**6
     sizes = b"(" + million_bytes + b"q\x00" + b"h\x00" * 31 + b"t"
     arguments = (pth.integer(0), sizes, pth.integers((1,) * 32), b"\x89", pth.call("collections", "OrderedDict"))

@@ -1,4 +1,4 @@
-"""Write the files that torch.save would, opcode by opcode, and ones that it would not."""
+"""Writer of torch.save files from pickle opcodes, without PyTorch. It can also write files that torch.save would not."""
 
 import pathlib
 import pickle
@@ -24,12 +24,12 @@ MAGIC_NUMBER, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 def write_pth(path: pathlib.Path, weights: dict[str, np.ndarray]) -> None:
-    """A zip archive of {"model": weights}."""
+    """Write the zip archive of {"model": weights}."""
     write_checkpoint(path, {"model": weights})
 
 
 def write_checkpoint(path: pathlib.Path, content, *, legacy: bool = False) -> None:
-    """A file of nested dictionaries of arrays, numbers, text, and opcodes (bytes)."""
+    """Write a file of nested dictionaries of arrays, integers, text, and opcodes (bytes)."""
     storages: dict[str, np.ndarray] = {}
     opcodes = _encode(content, storages)
     if legacy:
@@ -47,7 +47,7 @@ def write_archive(
     root: str = "archive",
     compression: int = zipfile.ZIP_STORED,
 ) -> None:
-    """A zip archive around the opcodes of one object."""
+    """Write a zip archive, the format since PyTorch 1.6, with the opcodes of one object."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr(f"{root}/data.pkl", b"\x80\x02" + content + b".")
         archive.writestr(f"{root}/byteorder", order)
@@ -58,7 +58,7 @@ def write_archive(
 
 
 def write_legacy(path: pathlib.Path, content: bytes, storages: dict[str, np.ndarray]) -> None:
-    """The format from before PyTorch 1.6 around the opcodes of one object."""
+    """Write a file in the format from before PyTorch 1.6 with the opcodes of one object."""
     information = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     with path.open("wb") as file:
         for value in (MAGIC_NUMBER, PROTOCOL, information):
@@ -70,6 +70,7 @@ def write_legacy(path: pathlib.Path, content: bytes, storages: dict[str, np.ndar
 
 
 def _encode(value, storages: dict[str, np.ndarray]) -> bytes:
+    """Opcodes of a value. Arrays are added to ``storages``."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, np.ndarray):
@@ -82,13 +83,13 @@ def _encode(value, storages: dict[str, np.ndarray]) -> bytes:
 
 
 def tensor(dtype: str, size, *, key: str, count: int, offset: int = 0, stride=None) -> bytes:
-    """A view of a storage, contiguous unless strides (in numbers) are given."""
+    """Opcodes of a tensor that is a view of a storage, contiguous by default. ``stride`` counts values, not bytes."""
     arguments = (integer(offset), *_layout(size, stride), b"\x89", call("collections", "OrderedDict"))
     return call("torch._utils", "_rebuild_tensor_v2", storage(STORAGES[dtype], key=key, count=count), *arguments)
 
 
 def storage(kind: str, *, key: str, count: int, module: str = "torch", view: bytes = b"") -> bytes:
-    """The persistent id of a storage; ``view`` is the sixth part that files from before PyTorch 1.6 have."""
+    """Opcodes of the persistent id of a storage. ``view`` is its sixth part, in files from before PyTorch 1.6."""
     return _tuple(text("storage"), name(module, kind), text(key), text("cuda:0"), integer(count), view) + b"Q"
 
 
@@ -99,26 +100,32 @@ def _layout(size, stride) -> tuple[bytes, bytes]:
 
 
 def integers(numbers) -> bytes:
+    """Opcodes of a tuple of integers."""
     return _tuple(*map(integer, numbers))
 
 
 def call(module: str, function: str, *arguments: bytes) -> bytes:
+    """Opcodes of a call of a function by name."""
     return name(module, function) + _tuple(*arguments) + b"R"
 
 
 def mapping(items: dict[str, bytes]) -> bytes:
+    """Opcodes of a dictionary whose values are opcodes."""
     return b"}(" + b"".join(text(key) + value for key, value in items.items()) + b"u"
 
 
 def text(value: str) -> bytes:
+    """Opcodes of a string."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def integer(value: int) -> bytes:
+    """Opcodes of a 32-bit integer."""
     return b"J" + struct.pack("<i", value)
 
 
 def name(module: str, attribute: str) -> bytes:
+    """Opcodes of a class or function by name."""
     return f"c{module}\n{attribute}\n".encode()
 
 

@@ -1,7 +1,7 @@
-"""The settings of the published configurations, written again as Python mappings.
+"""Settings of the published configurations, transcribed as Python mappings.
 
-The files in configs/ are a second writing of the dense ones, as Python configurations with ``_base_`` files. Sources: the
-configurations of LeapLabTHU/DAT, DAT-Detection and DAT-Segmentation.
+The files in tests/conversion/configs/ have the same settings of segmentors and detectors as Python configurations with
+``_base_`` files. Sources: the configurations of LeapLabTHU/DAT, DAT-Detection and DAT-Segmentation.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ SIZES = {
     "small": ([96, 192, 384, 768], [3, 6, 12, 24], [1, 2, 3, 6]),
     "base": ([128, 256, 512, 1024], [4, 8, 16, 32], [2, 4, 8, 16]),
 }
-# Name in tests/golden/keys.json.gz -> published file, drop path rate.
+# Name in tests/golden/keys.json.gz -> published file and drop path rate.
 FILES = {
     "cascade_tiny": ("cmrcn_tiny_1x_4n_dp00_lr4", 0.0),
     "cascade_small": ("cmrcn_small_3x_4n_dp05_lr4", 0.5),
@@ -32,7 +32,7 @@ FILES = {
 
 
 def make_config(name):
-    """The ``model`` mapping of a dense configuration, by its name in ``FILES``. Every part is a new object."""
+    """The ``model`` mapping of a segmentor or detector, by its name in ``FILES``. All parts are new objects."""
     kind, size = name.split("_")
     make = {
         "semfpn": _sem_fpn,
@@ -45,7 +45,7 @@ def make_config(name):
 
 
 def file_of(name):
-    """The Python configuration of a name in ``FILES``."""
+    """Path of the Python configuration of a name in ``FILES``."""
     return DIRECTORY / f"{FILES[name][0]}.py"
 
 
