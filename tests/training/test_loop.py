@@ -133,7 +133,7 @@ def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
         ({"data.name": "mnist"}, "Unknown data set 'mnist'; choose one of mnist5k, halves"),
         ({"data.image_size": 16}, "config.model cannot be built: DAT .* images .* at least 32 pixels, got"),
         ({"model.name": "dat_pp_nanno"}, "Unknown model 'dat_pp_nanno', did you mean 'dat_pp_nano'"),
-        ({"model.dtype": "float16"}, "model.dtype wants one of auto, float32, bfloat16, got 'float16'"),
+        ({"model.dtype": "float16"}, "config.model.dtype must be one of auto, float32, bfloat16, got 'float16'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(values, message, tmp_path):

@@ -172,11 +172,11 @@ def test_another_head_is_another_model(workdir):
     [
         ("head.chanels", 4, "Segmentor has no attribute 'chanels', did you mean 'channels'"),
         ("head.name", "fcn", "Unknown head 'fcn'"),
-        ("eval.ratios", (), "config.eval.ratios wants at least one number"),
-        ("eval.window", 32, "config.eval.window and stride want two numbers"),
-        ("augmentation.min_ratio", 3.0, "config.augmentation.min_ratio wants a number above 0 and up to max_ratio 2.0"),
-        ("augmentation.distort", 1, "config.augmentation.distort wants True or False, got 1"),
-        ("schedule.kind", "steps", "config.schedule.kind wants one of cosine, poly, step, got 'steps'"),
+        ("eval.ratios", (), "config.eval.ratios must be a non-empty tuple"),
+        ("eval.window", 32, "config.eval.window and config.eval.stride must"),
+        ("augmentation.min_ratio", 3.0, "config.augmentation.min_ratio must be at most max_ratio 2.0"),
+        ("augmentation.distort", 1, "config.augmentation.distort must be True or False, got 1"),
+        ("schedule.kind", "steps", "config.schedule.kind must be one of cosine, poly, step, got 'steps'"),
         ("data.image_size", 64, "Unknown key config.data.image_size"),
     ],
 )
