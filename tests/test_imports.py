@@ -49,7 +49,7 @@ ALLOWED = {
     },
     "dat_jax.inference": {
         *("dat_jax.inference", "dat_jax.checkpoints.loading", "dat_jax.cli", "dat_jax.data", "dat_jax.errors"),
-        *("dat_jax.evaluation", "dat_jax.models", "dat_jax.tasks", "dat_jax.visualization", "PIL", "jax"),
+        *("dat_jax.evaluation", "dat_jax.models", "dat_jax.tasks", "dat_jax.visualization", "PIL", "jax", "rich"),
     },
     "dat_jax.exporting": {
         *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints.loading", "dat_jax.conversion.command"),
@@ -57,11 +57,14 @@ ALLOWED = {
         *("dat_jax.tasks", "etils", "jax", "jax2onnx"),
     },
     "dat_jax.profiling": {
-        *("dat_jax.profiling", "dat_jax.config", "dat_jax.cli.console", "dat_jax.data", "dat_jax.errors"),
+        *("dat_jax.profiling", "dat_jax.config", "dat_jax.cli", "dat_jax.data", "dat_jax.errors"),
         *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.tasks", "dat_jax.training"),
-        *("jax", "ml_collections"),
+        *("jax", "ml_collections", "rich"),
     },
-    "dat_jax.visualization": {"dat_jax.visualization", "dat_jax.inference", "PIL", "matplotlib"},
+    "dat_jax.visualization": {
+        *("dat_jax.visualization", "dat_jax.cli.files", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation"),
+        *("dat_jax.inference", "PIL", "matplotlib"),
+    },
     "dat_jax.config": {"dat_jax.config", "dat_jax.errors", "ml_collections"},
     "dat_jax.cli": {"dat_jax.__version__", "dat_jax.errors", "absl", "rich"},
     "dat_jax.parallel": {"dat_jax.errors", "dat_jax.ops.dispatch", "jax"},
@@ -69,20 +72,12 @@ ALLOWED = {
     "dat_jax.errors": set(),
     # Entry points
     "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.models.catalogue"},
-    "dat_jax.compile_report": {
-        *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "dat_jax.training.setups"),
-        *("absl", "jax", "ml_collections", "rich"),
-    },
-    "dat_jax.predict": {
-        *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.inference", "PIL", "absl", "rich"),
-    },
+    "dat_jax.compile_report": {"dat_jax.cli", "dat_jax.errors", "dat_jax.profiling", "absl", "ml_collections"},
+    "dat_jax.predict": {"dat_jax.cli", "dat_jax.errors", "dat_jax.inference", "absl"},
     "dat_jax.export": {
         *("dat_jax.cli", "dat_jax.errors", "dat_jax.exporting", "dat_jax.inference", "dat_jax.storage", "absl"),
     },
-    "dat_jax.visualize": {
-        *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
-        *("dat_jax.predict", "dat_jax.visualization", "absl"),
-    },
+    "dat_jax.visualize": {"dat_jax.cli", "dat_jax.errors", "dat_jax.visualization", "absl"},
 }
 STANDARD = {*sys.stdlib_module_names, "numpy"}
 

@@ -1,1 +1,1 @@
-"""Figures: learning curves, predictions, sampled points and attention."""
+"""Figures of learning curves, predictions, sampled points and attention."""

@@ -336,7 +336,7 @@ def test_onnx_without_its_library_and_of_a_detector_is_refused(trained, tmp_path
         (["{trained}", "{out}", "--image_size=big"], "--image_size wants SIDE or HEIGHT,WIDTH"),
         (
             ["{trained}", "{out}", "--image_size=16"],
-            "image_size wants at least 32 and resize at least image_size, got 16 and 18",
+            "image_size must be at least 32 and resize at least image_size, got 16 and 18",
         ),
         (["{trained}", "/dev/null/out", "--formats=safetensors"], "/dev/null/out cannot be written"),
     ],
