@@ -14,8 +14,9 @@ from dat_jax.models import rpn
 from dat_jax.models.retinanet import STRIDES, RetinaNet
 from dat_jax.tasks.detection.anchors import assign_anchors, level_shapes, make_level_anchors
 from dat_jax.tasks.detection.detector import default_settings
-from dat_jax.tasks.detection.rcnn import choose_boxes, choose_proposals, rcnn_detect, rcnn_loss
+from dat_jax.tasks.detection.rcnn import rcnn_detect, rcnn_loss, sample_rois
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
+from dat_jax.tasks.detection.rpn import choose_proposals
 from tests.helpers.golden_files import channels_last, load, relative_error
 
 # Of values that were computed in float64 and stored in float32, and of losses.
@@ -248,17 +249,17 @@ def test_what_stages_learn_from(kind):
         most = max(map(len, boxes))
         valid = jnp.array([np.arange(most) < len(x) for x in boxes])
         padded = jnp.array([np.pad(x, ((0, most - len(x)), (0, 0)), constant_values=np.nan) for x in boxes])
-        chosen = choose_boxes(padded, valid, batch, None, stage, settings)
+        rois = sample_rois(padded, valid, batch, None, stage, settings)
         for image in range(2):
             name = f"firstk.rcnn{index}"
             known = np.concatenate([arrays[f"gt_bboxes{image}"], boxes[image]])
             positives, negatives = arrays[f"{name}.pos_inds{image}"], arrays[f"{name}.neg_inds{image}"]
             count = len(positives) + len(negatives)
-            assert int(chosen.valid[image].sum()) == count
+            assert int(rois.valid[image].sum()) == count
             np.testing.assert_array_equal(
-                chosen.boxes[image, :count], known[np.concatenate([positives, negatives])].astype(np.float32)
+                rois.boxes[image, :count], known[np.concatenate([positives, negatives])].astype(np.float32)
             )
             truths = np.concatenate([arrays[f"{name}.pos_gt{image}"], np.full(len(negatives), -1)])
-            np.testing.assert_array_equal(chosen.truths[image, :count], truths)
+            np.testing.assert_array_equal(rois.ground_truth[image, :count], truths)
             is_truth = np.concatenate([positives, negatives]) < len(arrays[f"gt_bboxes{image}"])
-            np.testing.assert_array_equal(chosen.is_truth[image, :count], is_truth)
+            np.testing.assert_array_equal(rois.is_ground_truth[image, :count], is_truth)
