@@ -1,4 +1,4 @@
-"""Anchors, assignment, samples, losses, gradients and detections agree with the recorded ones of the published detectors."""
+"""Anchors, assignment, samples, losses, gradients and detections against golden arrays of the published detectors."""
 
 import dataclasses
 
@@ -19,11 +19,11 @@ from dat_jax.tasks.detection.retinanet import RetinaNetSettings, retinanet_detec
 from dat_jax.tasks.detection.rpn import choose_proposals
 from tests.helpers.golden_files import channels_last, load, relative_error
 
-# Of values that were computed in float64 and stored in float32, and of losses.
+# Relative tolerances of values, which were computed in float64 and stored in float32, and of losses.
 TOLERANCES = {"float64": (5e-6, 1e-7), "float32": (1e-4, 1e-4)}
-# Of gradient norms, in float64. In the cascade many RoIs go through BatchNorm and ReLU, near whose kink rounding counts.
+# Relative tolerances of gradient norms in float64. In the cascade, rounding matters near the kinks of ReLU.
 NORMS_CLOSE = {"retinanet": 1e-8, "maskrcnn": 2e-6, "cascade": 5e-6}
-TRUTHS = 6  # of an image, with padding
+TRUTHS = 6  # ground truth boxes per image, including padding
 RCNN = ["maskrcnn", "cascade"]
 
 
@@ -37,7 +37,7 @@ def make(kind, dtype):
     batch = {
         "valid": np.array([meta["img_shape"][:2] for meta in metas], np.int32),
         "scale": np.array([meta["scale_factor"] for meta in metas], np.float32),
-        "boxes": np.full((2, TRUTHS, 4), np.nan, np.float32),  # what is padding may be anything
+        "boxes": np.full((2, TRUTHS, 4), np.nan, np.float32),  # padding may be anything
         "labels": np.full((2, TRUTHS), -7, np.int32),
         "box_mask": np.zeros((2, TRUTHS), bool),
     }
@@ -57,7 +57,7 @@ def make(kind, dtype):
 
 
 def settings_of(model, config, mode="firstk"):
-    """Those that were recorded with; in the mode "all" every candidate is sampled."""
+    """Settings of the recorded arrays; in the mode "all" every candidate is sampled."""
     if isinstance(model, RetinaNet):
         test = config["test_cfg"]
         return RetinaNetSettings(candidates=test["nms_pre"], max_detections=test["max_per_img"])
@@ -118,7 +118,7 @@ def check_masks(arrays, kind, image, found, meta, close):
     masks = found["masks"][found["valid"]]
     if kind == "cascade":
         assert relative_error(masks[::6], arrays[f"test.mask_prob_merged_6{image}"]) < close
-    else:  # 60 detections an image
+    else:  # 60 detections per image
         logits = arrays["test.mask0.logits_own_6"][10 * image : 10 * image + 10].astype(float)
         assert relative_error(masks[::6], 1 / (1 + np.exp(-logits))) < close
     pasted = to_original({**found, "original": meta["ori_shape"][:2]}, masks=True)["masks"]
@@ -141,7 +141,7 @@ def test_detections_in_float64(kind, x64):
 
 
 def compute_losses(kind, mode, dtype):
-    """A function of parameters, jitted: (loss, (metrics, model state)), and the parameters."""
+    """The model, a function of parameters that returns (loss, (metrics, model state)), and the parameters."""
     _, config, _, _ = load(kind)
     model, variables, images, batch = make(kind, dtype)
     settings = settings_of(model, config, mode)
@@ -199,7 +199,7 @@ def test_losses_of_all_candidates(kind, x64):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
 def test_losses_and_gradients_in_float64(kind, x64):
-    """Every loss, the norms of the gradients, and BatchNorm's statistics after the step."""
+    """Every loss, the norms of the gradients, and the statistics of BatchNorm after the step."""
     arrays, mode = load(kind)[0], "all" if kind == "retinanet" else "firstk"
     model, loss, params = compute_losses(kind, mode, "float64")
     (value, (metrics, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -239,8 +239,8 @@ def test_anchors_and_their_assignment(kind):
 
 
 @pytest.mark.parametrize("kind", RCNN)
-def test_what_stages_learn_from(kind):
-    """From the recorded proposals of every stage: which are positive, of which object, and which are background."""
+def test_sampled_rois(kind):
+    """Positive RoIs with their ground truth, and background, sampled from the recorded proposals of every stage."""
     arrays, config, _, _ = load(kind)
     model, _, _, batch = make(kind, "float32")
     settings = settings_of(model, config)
