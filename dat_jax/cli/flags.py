@@ -111,6 +111,13 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     try:
         return values(argv)
     except Exception as error:  # errors in flags, and any error that the code of a configuration file raises
-        # ml_collections formats the message about an unknown key as '\'key\'\nDid you mean ...'.
-        message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-        fail(f"Flags: {message.strip(chr(34))}")
+        fail(f"Flags: {_format_flag_error(error)}")
+
+
+def _format_flag_error(error: Exception) -> str:
+    """Message of an error in one line. ml_collections raises KeyError or AttributeError(KeyError) for an unknown key."""
+    reason = error.args[0] if isinstance(error, AttributeError) and error.args else error
+    if isinstance(reason, KeyError) and reason.args:
+        lines = f"there is no key {reason.args[0]}".splitlines()
+        return ". ".join(line.strip() for line in lines if line.strip())
+    return " ".join(str(reason).split())

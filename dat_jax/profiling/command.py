@@ -18,13 +18,12 @@ from dat_jax.errors import UserError
 from dat_jax.profiling import step_report
 from dat_jax.profiling.topologies import TARGET_CONFIG, find_devices
 
-_NOTES = (
-    "Peak is the sum of arguments, outputs that do not reuse the memory of arguments, temporaries and code. "
-    "FLOPs and bytes accessed are the compiler's estimates, which count each loop body once, and include the padding of tiles "
-    "and arrays in on-chip memory. FLOPs of products are those of the traced program. Operands and results are read from the "
-    "compiled program; slices count as the part that is taken. Both counts include every iteration of a loop. Collectives, "
-    "gathers and scatters in a loop count once; a dynamic slice is neither a gather nor a scatter."
-)
+_NOTES = """\
+peak: arguments, outputs that do not reuse the memory of arguments, temporaries and code
+FLOPs, bytes accessed: the compiler's estimates, which count each loop body once, with padding and on-chip memory
+FLOPs of products: counted in the traced program, with all iterations of loops
+operands and results: counted in the compiled program, with all iterations of loops; of a slice the part that is taken
+collectives, gathers, scatters: each counts once, also in a loop; a dynamic slice is neither a gather nor a scatter"""
 _COSTS = {
     "flops": "FLOPs",
     "product_flops": "FLOPs of products",
