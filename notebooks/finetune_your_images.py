@@ -206,7 +206,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from dat_jax import inference
-from dat_jax.predict import find_images, read_image
+from dat_jax.inference.image_files import find_images, read_image
 
 classifier = inference.load(WORKDIR)
 names = classifier.class_names

@@ -75,7 +75,7 @@ if not pathlib.Path(TRAINED).exists():
 # %%
 from dat_jax import inference
 from dat_jax.data.embedded import read_mnist5k
-from dat_jax.predict import read_image
+from dat_jax.inference.image_files import read_image
 
 classifier = inference.load(TRAINED)
 digits, labels, _ = read_mnist5k("validation")

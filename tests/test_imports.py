@@ -26,46 +26,39 @@ ALLOWED = {
     },
     "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.visualization", "jax", "pycocotools"},
     "dat_jax.checkpoints": {
-        *("dat_jax.checkpoints", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.models", "dat_jax.storage"),
-        *("dat_jax.parallel", "flax", "jax", "ml_collections", "orbax"),
+        *("dat_jax.checkpoints", "dat_jax.errors", "dat_jax.models", "dat_jax.parallel", "dat_jax.storage"),
+        *("flax", "jax", "ml_collections", "orbax"),
     },
     "dat_jax.conversion": {
         *("dat_jax.conversion", "dat_jax.checkpoints", "dat_jax.cli", "dat_jax.errors", "dat_jax.models"),
-        *(
-            "dat_jax.storage",
-            "dat_jax.tasks",
-            "absl",
-            "etils",
-            "flax",
-            "jax",
-            "ml_dtypes",
-            "rich",
-            "safetensors",
-            "yaml",
-        ),
+        *("dat_jax.storage", "dat_jax.tasks", "absl", "etils", "flax", "jax", "ml_dtypes", "rich"),
+        *("safetensors", "yaml"),
     },
     "dat_jax.training": {
-        *("dat_jax.training", "dat_jax.checkpoints", "dat_jax.tasks", "dat_jax.data", "dat_jax.evaluation"),
-        *("dat_jax.models", "dat_jax.config", "dat_jax.cli.console", "dat_jax.errors", "dat_jax.ops.dispatch"),
-        *("dat_jax.parallel", "dat_jax.profiling", "dat_jax.storage", "dat_jax.visualization"),
+        *("dat_jax.training", "dat_jax.checkpoints", "dat_jax.cli.console", "dat_jax.config", "dat_jax.errors"),
+        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.profiling", "dat_jax.storage"),
+        *("dat_jax.tasks", "dat_jax.visualization"),
         *("flax", "jax", "ml_collections", "optax", "rich", "tensorboardX", "wandb"),
     },
     "dat_jax.inference": {
         *("dat_jax.inference", "dat_jax.checkpoints", "dat_jax.cli", "dat_jax.data", "dat_jax.errors"),
-        *("dat_jax.evaluation", "dat_jax.models", "dat_jax.tasks", "dat_jax.visualization", "PIL", "jax"),
+        *("dat_jax.evaluation", "dat_jax.models", "dat_jax.storage", "dat_jax.tasks", "dat_jax.visualization"),
+        *("PIL", "jax", "rich"),
     },
     "dat_jax.exporting": {
-        *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints", "dat_jax.conversion.command"),
-        "dat_jax.cli",
-        *("dat_jax.errors", "dat_jax.inference", "dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.storage"),
-        *("dat_jax.tasks", "etils", "jax", "jax2onnx"),
+        *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints", "dat_jax.cli"),
+        *("dat_jax.conversion.command", "dat_jax.errors", "dat_jax.inference", "dat_jax.models"),
+        *("dat_jax.ops.dispatch", "dat_jax.storage", "dat_jax.tasks", "etils", "jax", "jax2onnx"),
     },
     "dat_jax.profiling": {
-        *("dat_jax.profiling", "dat_jax.config", "dat_jax.cli.console", "dat_jax.data", "dat_jax.errors"),
-        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.tasks", "dat_jax.training"),
-        *("jax", "ml_collections"),
+        *("dat_jax.profiling", "dat_jax.cli", "dat_jax.config", "dat_jax.data", "dat_jax.errors"),
+        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.storage", "dat_jax.tasks"),
+        *("dat_jax.training", "jax", "ml_collections", "rich"),
     },
-    "dat_jax.visualization": {"dat_jax.visualization", "dat_jax.errors", "dat_jax.inference", "PIL", "matplotlib"},
+    "dat_jax.visualization": {
+        *("dat_jax.visualization", "dat_jax.cli.files", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation"),
+        *("dat_jax.inference", "dat_jax.storage", "PIL", "matplotlib"),
+    },
     "dat_jax.config": {"dat_jax.config", "dat_jax.errors", "absl", "ml_collections"},
     "dat_jax.cli": {"dat_jax.__version__", "dat_jax.errors", "absl", "rich"},
     "dat_jax.parallel": {"dat_jax.errors", "dat_jax.ops.dispatch", "jax"},
@@ -73,25 +66,10 @@ ALLOWED = {
     "dat_jax.errors": set(),
     # Entry points
     "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.errors", "dat_jax.models.catalogue"},
-    "dat_jax.compile_report": {
-        *(
-            "dat_jax.cli",
-            "dat_jax.config",
-            "dat_jax.errors",
-            "dat_jax.profiling",
-            "dat_jax.storage",
-            "dat_jax.tasks.registry",
-        ),
-        *("absl", "jax", "ml_collections", "rich"),
-    },
-    "dat_jax.predict": {
-        *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.inference", "PIL", "absl", "rich"),
-    },
+    "dat_jax.compile_report": {"dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "absl"},
+    "dat_jax.predict": {"dat_jax.cli", "dat_jax.errors", "dat_jax.inference", "absl"},
     "dat_jax.export": {"dat_jax.cli", "dat_jax.errors", "dat_jax.exporting", "absl"},
-    "dat_jax.visualize": {
-        *("dat_jax.cli", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.inference"),
-        *("dat_jax.predict", "dat_jax.visualization", "absl"),
-    },
+    "dat_jax.visualize": {"dat_jax.cli", "dat_jax.errors", "dat_jax.visualization", "absl"},
 }
 STANDARD = {*sys.stdlib_module_names, "numpy"}
 
@@ -102,10 +80,9 @@ def imports(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # `from dat_jax import plots` imports dat_jax.visualization.charts
-            found |= (
-                {f"{node.module}.{name.name}" for name in node.names} if node.module == "dat_jax" else {node.module}
-            )
+            for name in node.names:
+                member = f"{node.module}.{name.name}"  # `from dat_jax.cli import flags` imports dat_jax.cli.flags
+                found.add(member if member in MODULES or node.module == "dat_jax" else node.module)
     return found
 
 

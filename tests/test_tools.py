@@ -1,9 +1,7 @@
-"""What every tool answers at once: --help, --version, mistakes in a name, Ctrl-C; and that public names are there."""
+"""Behavior that all commands share: --help, --version, misspelled names, Ctrl-C and output; and public names."""
 
-import ast
 import importlib
 import importlib.util
-import inspect
 import pathlib
 import subprocess
 import sys
@@ -15,8 +13,9 @@ from absl import flags
 import dat_jax
 from dat_jax import __main__ as tools
 from dat_jax import conversion
-from dat_jax.cli import flags as command_line
+from dat_jax.cli import flags as cli_flags
 from dat_jax.cli.console import make_console, print_table
+from dat_jax.storage import atomic_path
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = [tool.module for tool in tools.TOOLS.values() if tool.module]
@@ -28,7 +27,7 @@ def run(code, *arguments):
 
 
 def run_reporting_jax(tool, *arguments):
-    """As ``python -m dat_jax.TOOL``; stderr ends with whether jax was imported."""
+    """Run ``python -m dat_jax.TOOL``, with "True" or "False" at the end of stderr if jax was imported or not."""
     code = (
         "import atexit, runpy, sys\n"
         "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr))\n"
@@ -39,29 +38,26 @@ def run_reporting_jax(tool, *arguments):
 
 
 @pytest.mark.parametrize("tool", MODULES)
-def test_help_teaches_without_jax(tool):
+def test_help_has_examples_and_does_not_import_jax(tool):
     result = run_reporting_jax(tool, "--help")
     assert (result.returncode, result.stderr) == (0, "False\n")
     assert result.stdout.count(f"python -m dat_jax.{tool} ") >= 3  # examples
     assert "--helpfull" in result.stdout
-    assert "--logtostderr" not in result.stdout  # absl's own
+    assert "--logtostderr" not in result.stdout  # a flag of absl
     assert max(map(len, result.stdout.splitlines())) <= 130
 
 
 @pytest.mark.parametrize(
     "tool", ["main", "predict", "visualize", "export", "conversion.__main__", "data.prepare", "compile_report"]
 )
-def test_help_has_every_flag_of_the_tool(tool):
+def test_help_lists_every_flag(tool):
     module, values = importlib.import_module(f"dat_jax.{tool}"), flags.FlagValues()
-    define = next(
-        (getattr(module, name) for name in ("define_own_flags", "define_flags") if hasattr(module, name)), None
-    )
-    if define:
-        define(values)
-        own = set(values) - {"find-batch", "q"}
+    if hasattr(module, "define_flags"):
+        module.define_flags(values)
+        names = set(values) - {"find-batch", "q"}
     else:
-        own = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["dat_jax.main"]}
-    assert own == {form.partition("=")[0] for forms in module._FLAGS.values() for form in forms}
+        names = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["dat_jax.main"]}
+    assert names == {form.partition("=")[0] for forms in module._FLAGS.values() for form in forms}
 
 
 def test_the_package_lists_its_tools_and_their_examples():
@@ -95,20 +91,20 @@ def test_the_resolved_configuration_is_printed_without_jax(form):
     )
 
 
-def test_an_interrupt_ends_with_one_sentence(capsys):
+def test_ctrl_c_prints_one_line(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
-        command_line.run_interruptible(interrupted, "Interrupted: all is whole.")
+        cli_flags.run_interruptible(interrupted, "Interrupted: all is complete.")
     assert ended.value.code == 130
-    assert capsys.readouterr() == ("", "Interrupted: all is whole.\n")
+    assert capsys.readouterr() == ("", "Interrupted: all is complete.\n")
 
 
-def test_an_interrupt_leaves_no_file_that_is_not_whole(tmp_path):
+def test_ctrl_c_leaves_no_incomplete_file(tmp_path):
     def write():
-        with command_line.replacing(tmp_path / "a.png") as unfinished:
-            unfinished.write_text("half")
+        with atomic_path(tmp_path / "a.png", overwrite=True) as temporary:
+            temporary.write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -117,27 +113,20 @@ def test_an_interrupt_leaves_no_file_that_is_not_whole(tmp_path):
 
 
 @pytest.mark.parametrize("package", [dat_jax, conversion])
-def test_public_names_are_imported_when_asked_for(package):
-    assert set(package.__all__) == set(package._PLACES) <= set(dir(package))
+def test_public_names_exist(package):
+    assert set(package.__all__) <= set(dir(package))
     for name in package.__all__:
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         package.nothing  # noqa: B018
-    typed = next(node for node in ast.parse(inspect.getsource(package)).body if isinstance(node, ast.If))
-    said = {
-        alias.name: f"dat_jax.{alias.name}" if node.module == "dat_jax" else node.module
-        for node in typed.body
-        for alias in node.names
-    }
-    assert said == package._PLACES
 
 
-def test_importing_the_package_imports_no_jax():
+def test_importing_the_package_does_not_import_jax():
     code = "import sys, dat_jax; assert 'jax' not in sys.modules; dat_jax.list_models(); dat_jax.conversion.to_official"
     assert run(["-c", code]).returncode == 0
 
 
-def test_piped_lines_and_tables_are_whole_and_plain(capsys):
+def test_piped_output_is_neither_wrapped_nor_styled(capsys):
     console, long = make_console(), "word " * 60 + "[red]/" + "x" * 300
     console.print(long)
     print_table(console, "Title", {"a": long, "long name": "1"})

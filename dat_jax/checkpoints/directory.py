@@ -27,6 +27,27 @@ def find_complete_steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in complete if read_metrics(path) is not None)
 
 
+def find_best_step(directory: pathlib.Path, metric: str | None = None) -> int | None:
+    """Complete step with the best metric, the latest one of equals. If none was evaluated, it is the latest step.
+
+    Args:
+      directory: the directory of the checkpoints.
+      metric: name of the metric; larger is better. By default the one that the checkpoints record, since a run records the
+        metric of its task only.
+
+    Returns:
+      The step, or None if there is no complete checkpoint.
+    """
+    scores = {}
+    steps = find_complete_steps(directory)
+    for step in steps:
+        metrics = read_metrics(directory / str(step)) or {}
+        score = metrics.get(metric) if metric else next(iter(metrics.values()), None)
+        if score is not None:
+            scores[step] = score
+    return max(scores, key=lambda step: (scores[step], step)) if scores else max(steps, default=None)
+
+
 def read_metrics(path: pathlib.Path) -> dict[str, float] | None:
     """Metrics of a checkpoint: {} if it was not evaluated, None if they are damaged."""
     try:

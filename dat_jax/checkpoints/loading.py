@@ -16,10 +16,9 @@ import numpy as np
 
 from dat_jax.checkpoints.adaptation import adapt_backbone, adapt_dense, adapt_params, count_classes, kind_of
 from dat_jax.checkpoints.arrays import read_arrays
-from dat_jax.checkpoints.directory import read_meta
+from dat_jax.checkpoints.directory import find_best_step, read_meta
 from dat_jax.checkpoints.exports import load_export
 from dat_jax.checkpoints.integrity import check_digests, compute_fingerprints, name_leaves
-from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.checkpoints.model_description import (
     Model,
     add_deformable_form,
@@ -30,15 +29,8 @@ from dat_jax.checkpoints.model_description import (
 )
 from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error
 from dat_jax.errors import UserError
-from dat_jax.evaluation import classification, detection, segmentation
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import VARIANTS
-
-_TASKS = {  # config.task -> kind of the model, and the metric of the best checkpoint
-    "classification": ("classifier", classification.METRIC),
-    "segmentation": ("segmentor", segmentation.METRIC),
-    "detection": ("detector", detection.METRIC),
-}
 
 
 def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[Model, dict[str, Any]]:
@@ -157,10 +149,12 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
         variables = {"params": variables} if kind == "classifier" else variables
     elif os.path.isdir(path / "checkpoints"):
         config = _read_config(path / "config.json")
-        kind, metric = _TASKS[config["task"]]
-        variables, _ = read_best_variables(path / "checkpoints", metric=metric)
+        variables, _ = read_best_variables(path / "checkpoints")
+        kind = kind_of(variables["params"])
         settings = {key: value for key, value in config["model"].items() if key != "dtype"}
         head = config.get("head")
+        if kind != "classifier" and not isinstance(head, dict):
+            raise UserError(f"{path / 'config.json'} does not describe the head of the checkpoints beside it.")
         (settings if kind == "classifier" else head)["num_classes"] = count_classes(variables["params"])
     elif str(path) in VARIANTS:
         raise UserError(
@@ -179,12 +173,11 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
     return create_described(kind, settings, head, source=path), variables
 
 
-def read_best_variables(directory: str | os.PathLike, *, metric: str) -> tuple[dict[str, Any], int]:
+def read_best_variables(directory: str | os.PathLike) -> tuple[dict[str, Any], int]:
     """Read the variables that the best checkpoint is evaluated with, without the arrays of the optimizer.
 
     Args:
       directory: the directory of the checkpoints, which is only read.
-      metric: name of the metric that ranks checkpoints; larger is better.
 
     Returns:
       {"params": ...}, the averaged weights if the checkpoint has them, and the collections of the model state, as nested
@@ -194,8 +187,7 @@ def read_best_variables(directory: str | os.PathLike, *, metric: str) -> tuple[d
       UserError: there is no complete checkpoint, or it is damaged; the arrays are named.
     """
     directory = pathlib.Path(directory)
-    with Checkpoints(directory, metric=metric, read_only=True) as checkpoints:
-        step = checkpoints.best_step()
+    step = find_best_step(directory)
     if step is None:
         raise UserError(f"There is no complete checkpoint in {directory}.")
     path = directory / str(step)
@@ -218,15 +210,14 @@ def _find_fixed_stages(dat: DAT) -> set[int]:
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """The configuration of a run, with a known task and the groups that describe its model.
+    """The configuration of a run, with a group that describes its model.
 
     Raises:
-      UserError: the file cannot be read, or lacks them.
+      UserError: the file cannot be read, or lacks it.
     """
     try:
-        config = {"task": "classification", **json.loads(path.read_text())}
-        groups = ("model",) if config["task"] == "classification" else ("model", "head")
-        if config["task"] in _TASKS and all(isinstance(config[name], dict) for name in groups):
+        config = json.loads(path.read_text())
+        if isinstance(config["model"], dict):
             return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe the model of the checkpoints beside it.") from error

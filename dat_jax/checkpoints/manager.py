@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from dat_jax.checkpoints.directory import (
+    find_best_step,
     find_complete_steps,
     read_meta,
     read_metrics,
@@ -149,10 +150,8 @@ class Checkpoints:
 
         If no checkpoint was evaluated, it is the latest step.
         """
-        steps = self.steps()
-        scores = {step: (read_metrics(self._path(step)) or {}).get(self._metric) for step in steps}
-        evaluated = [step for step in steps if scores[step] is not None]
-        return max(evaluated, key=lambda step: (scores[step], step)) if evaluated else max(steps, default=None)
+        self.wait()
+        return find_best_step(self.directory, self._metric)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Restore the state of a step.

@@ -1,1 +1,1 @@
-"""Command lines: flags, error messages and console output."""
+"""Command-line interface: flags, errors, console output and files of the commands."""

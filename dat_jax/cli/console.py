@@ -1,4 +1,7 @@
-"""Console output of the commands: tables on a terminal, plain unbroken lines elsewhere. Rich respects NO_COLOR."""
+"""Console output of the commands: tables on a terminal, plain lines without wrapping elsewhere.
+
+Rich respects the environment variable NO_COLOR.
+"""
 
 import logging
 import sys
@@ -7,23 +10,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDE = 10_000  # of what is no terminal: a table there is as wide as it must be
+_UNLIMITED_WIDTH = 10_000  # columns of an output that is not a terminal, where tables are never wrapped
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Prints text as it is, without markup, and never breaks a line; ``quiet`` prints nothing.
+    """Make a console that prints text without markup or line wrapping; with ``quiet`` it prints nothing.
 
-    In a notebook it writes plain lines, all of them one output of the cell, instead of an HTML element a line.
+    In a notebook it writes plain lines, which form one output of the cell, instead of one HTML element per line.
     """
     options = dict(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
-    if type(sys.stdout).__module__.startswith("ipykernel"):  # which calls itself a terminal
+    if type(sys.stdout).__module__.startswith("ipykernel"):  # ipykernel reports itself as a terminal
         options["force_terminal"] = False
     console = Console(**options)
-    return console if console.is_terminal else Console(**options, width=_WIDE)
+    return console if console.is_terminal else Console(**options, width=_UNLIMITED_WIDTH)
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log records as plain lines; those of warnings and errors start with "WARNING: "."""
+    """Logging handler that prints records as plain lines; warnings and errors start with "WARNING: "."""
 
     def __init__(self, console: Console):
         super().__init__()
@@ -36,25 +39,25 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure_logging(*, quiet: bool = False, enabled: bool = True) -> None:
-    """Print what the package logs on the console, as commands do. Replaces the settings of an earlier call.
+    """Print the log records of the package on the console. Replaces the settings of an earlier call.
 
-    Modules log with ``logging.getLogger(__name__)``. A program that uses the package as a library does not call this, and
-    gets the records by its own configuration of logging.
+    Only commands call this. A program that uses the package as a library configures logging itself and receives the records
+    of the logger "dat_jax".
 
     Args:
-      quiet: print only warnings.
-      enabled: False prints nothing, for all processes of a run but the first.
+      quiet: print only warnings and errors.
+      enabled: False prints nothing, as in all processes of a run except the first.
     """
     logger = logging.getLogger("dat_jax")
     for handler in [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)]:
         logger.removeHandler(handler)
     logger.addHandler(ConsoleHandler(make_console(quiet=not enabled)))
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.propagate = False  # absl prints records of the root logger a second time
+    logger.propagate = False  # absl would print the records of the root logger a second time
 
 
 def print_table(console: Console, title: str, rows: dict[str, str]) -> None:
-    """A two-column table on a terminal; else the title and a line a row, nothing of which is broken or cut."""
+    """Print a two-column table on a terminal; elsewhere the title and one line per row, without wrapping."""
     if not console.is_terminal:
         widest = max(map(len, rows), default=0)
         lines = [f"  {name:{widest}}  {value}" for name, value in rows.items()]
@@ -69,5 +72,5 @@ def print_table(console: Console, title: str, rows: dict[str, str]) -> None:
 
 
 def format_size(size: float) -> str:
-    """Bytes as 1.50 GiB, or 12.00 MiB below one."""
+    """Format a number of bytes in GiB ("1.50 GiB"), or in MiB ("12.00 MiB") below 1 GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

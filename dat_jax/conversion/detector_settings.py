@@ -44,7 +44,7 @@ def read_detector(config: Mapping[str, Any], **overrides) -> tuple[Detector, Ret
       **overrides: attributes of the backbone, ``DAT``, that replace the configured ones, such as dtype.
 
     Returns:
-      The network, and its settings for ``tasks.detection.detector``.
+      The network, and its settings for ``tasks.detection.objective``.
 
     Raises:
       ValueError: a key is unknown or missing, or its value is not supported; the key is named.

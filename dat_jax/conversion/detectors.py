@@ -82,7 +82,7 @@ def detector_settings_from_official(config: Mapping[str, Any]) -> RetinaNetSetti
       config: MMDetection's ``model`` mapping.
 
     Returns:
-      Settings for ``tasks.detection.detector``.
+      Settings for ``tasks.detection.objective``.
 
     Raises:
       ValueError: a key is unknown or missing, or its value is not supported; the key is named.

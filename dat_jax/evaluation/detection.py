@@ -32,7 +32,7 @@ def make_evaluator(
     """Make ``evaluate(variables, batches) -> metrics``, compiled once per shape of images.
 
     Args:
-      predict: see ``tasks.detection.detector``.
+      predict: see ``tasks.detection.objective``.
       load_ground_truth: function that returns the result of ``data.coco.to_coco_ground_truth`` for the images; called at every
         evaluation.
       category_ids: COCO category id of every label.

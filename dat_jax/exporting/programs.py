@@ -47,7 +47,7 @@ def make_program(
       image without its padding. Outputs:
         classifier: logits, float32 (B, K).
         segmentor: logits, float32 (B, H / 4, W / 4, K), with sides rounded up.
-        detector: the detections of ``tasks.detection.detector``, with boxes in pixels of these images.
+        detector: the detections of ``tasks.detection.objective``, with boxes in pixels of these images.
 
     Raises:
       UserError: unknown platforms or preprocessing, an impossible image or batch size, or no batch size for a detector.

@@ -1,13 +1,15 @@
-"""Trained classifiers, segmentors and detectors as functions of images, for programs. A module a task.
+"""Trained classifiers, segmentors and detectors as functions of images.
 
-What ``load`` gives has ``class_names``, the ``model``, its ``variables``, the ``options`` that it looks with and, of an image
-uint8 (H, W, 3) RGB:
-__call__(image): what is found.
-describe(found): {class name: words} of what is there, the most important first.
-save(path, image, found): a PNG; UserError where it cannot be written.
-to_entries(found, image=, number=, picture=): what a JSON file has of an image of this name and number, whose PNG is
-``picture`` or None.
-to_rows(found, image=): what a table has of it, tuples of ``columns``.
+``load`` returns a predictor: a ``Classifier``, ``Segmenter`` or ``ObjectDetector``. Every predictor has the attributes
+``class_names``, ``model``, ``variables``, ``options`` (preprocessing and postprocessing settings) and ``columns`` (header of
+``to_rows``), and these methods, where an image is uint8 (H, W, 3), RGB:
+
+- ``predictor(image)``: prediction for the image, in the form that the class documents.
+- ``describe(prediction)``: {class name: text} of the classes in a prediction, the most important first.
+- ``save(path, image, prediction)``: write the prediction as a PNG file; UserError if that is impossible.
+- ``to_entries(prediction, image=, number=, output=)``: JSON entries for an image with this name and number, whose PNG is
+  ``output`` or None.
+- ``to_rows(prediction, image=)``: rows of a table, tuples with the fields of ``columns``.
 """
 
 import os
@@ -20,24 +22,27 @@ from dat_jax.inference.segmentation import Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.models.segmentation import Segmentor
 
-Looker = Classifier | Segmenter | ObjectDetector
+Predictor = Classifier | Segmenter | ObjectDetector
+Looker = Predictor  # name that ``exporting`` imports
 
 
-def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, **options) -> Looker:
-    """A trained classifier, segmentor or detector as a function of images.
+def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, **options) -> Predictor:
+    """Load a trained classifier, segmentor or detector as a function of images.
 
     Args:
       path: see ``load_pretrained``.
-      classes: a file with the names of the classes, one a line. None takes those of the work directory or the export, else
-        those that ImageNet (classifiers), ADE20K (segmentors) or COCO (detectors) has where there are as many, else numbers.
-      **options: see ``from_trained`` of the task's module. One that is None or not given is what the export says or the run
-        of a work directory evaluates with, else as published.
+      classes: text file with the class names, one per line. By default the names stored in the work directory or export;
+        otherwise those of ImageNet (classifiers), ADE20K (segmentors) or COCO (detectors) if the number of classes agrees;
+        otherwise numbers.
+      **options: see ``from_trained`` of the module of the task. An option that is None or missing has the value stored in the
+        export, or that of the evaluation in the work directory's configuration, or else the published value.
 
     Raises:
-      UserError: as ``load_pretrained``; another number of names; unknown or impossible options.
+      UserError: the model cannot be loaded (see ``load_pretrained``), the number of class names is wrong, or an option is
+        unknown or impossible.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     model, variables = load_pretrained(path)
-    tasks = {DAT: classification, Segmentor: segmentation}
-    task = tasks.get(type(model), detection)
-    return task.from_trained(path, model, variables, classes=classes, **given)
+    modules = {DAT: classification, Segmentor: segmentation}
+    module = modules.get(type(model), detection)
+    return module.from_trained(path, model, variables, classes=classes, **options)

@@ -1,4 +1,4 @@
-"""A trained detector as a function of images; see ``inference``."""
+"""A trained detector as a function of images; ``inference`` documents the interface."""
 
 import dataclasses
 import functools
@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from dat_jax.cli.flags import replacing
 from dat_jax.data import coco_names
 from dat_jax.data.ade20k import make_palette
 from dat_jax.data.detection_transforms import DetectionEvalTransform, make_detection_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.detection import detect_record, make_detections
-from dat_jax.inference.settings import check_sides, choose_options, find_names
+from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
+from dat_jax.storage import atomic_path
 from dat_jax.tasks.detection.objective import default_settings, find_positions, make_detection_objective
 from dat_jax.tasks.detection.rcnn import RCNNSettings
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings
-from dat_jax.visualization import charts as plots
+from dat_jax.visualization import charts
 
 OPTIONS = {  # see ``choose_options``
     "long_side": ("data.test_long_side", 1333),
@@ -39,20 +39,24 @@ OPTIONS = {  # see ``choose_options``
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ObjectDetector:
-    """A trained detector and how it looks at images; it compiles once for each size that these are padded to.
+    """A trained detector with its preprocessing. Every padded image size is compiled once.
+
+    A prediction is a dict with the arrays of ``evaluation.detection.to_original``.
 
     Attributes:
-      class_names, category_ids: of the K classes.
-      palette: their colours, uint8 (K, 3) RGB.
-      transform: from an image to what the network sees.
-      predict: jitted, of ``make_detection_objective``.
-      find_positions: jitted, of ``tasks.detection.detector``, of variables and a batch.
-      model, variables: what it is made of.
-      options: every option's value.
-      settings: of its detections, by ``options``.
-      has_masks: whether there are masks beside boxes.
-      min_score: from which on a detection is drawn and described.
-      columns: of ``to_rows``.
+      class_names: names of the K classes.
+      category_ids: category ids of the classes in COCO's format of results.
+      palette: colors of the classes, uint8 (K, 3), RGB.
+      transform: preprocessing of an image to what the network sees.
+      predict: jitted ``predict`` of ``make_detection_objective``.
+      find_positions: jitted ``tasks.detection.objective.find_positions``, a function of variables and a batch.
+      model: the network.
+      variables: weights of the network.
+      options: value of every option.
+      settings: settings of the postprocessing, according to ``options``.
+      has_masks: whether detections have masks in addition to boxes.
+      min_score: lowest score of the detections that are drawn and described.
+      columns: column names of ``to_rows``.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("image", "class", "score", "x", "y", "width", "height")
@@ -71,56 +75,68 @@ class ObjectDetector:
     min_score: float
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (H, W, 3) RGB -> {"boxes", "scores", "labels", "masks"}, see ``evaluation.detection.to_original``."""
+        """Detections in an image, uint8 (H, W, 3), RGB.
+
+        Returns:
+          {"boxes", "scores", "labels", "masks"}, see ``evaluation.detection.to_original``.
+        """
         return detect_record(self.predict, self.variables, self.transform({"image": image}), masks=self.has_masks)
 
-    def describe(self, found: Mapping[str, np.ndarray]) -> dict[str, str]:
-        """Class name -> scores of what is drawn, by the best one."""
+    def describe(self, prediction: Mapping[str, np.ndarray]) -> dict[str, str]:
+        """{class name: scores} of the detections that are drawn, ordered by the best score of each class."""
         scores: dict[str, list[str]] = {}
-        shown = self.choose_shown(found)
-        for label, score in zip(shown["labels"], shown["scores"], strict=True):
+        drawn = self.filter_by_score(prediction)
+        for label, score in zip(drawn["labels"], drawn["scores"], strict=True):
             scores.setdefault(self.class_names[label], []).append(f"{score:.2f}")
         return {name: " ".join(values) for name, values in scores.items()}
 
-    def save(self, path: pathlib.Path, image: np.ndarray, found: Mapping[str, np.ndarray]) -> None:
-        """A PNG of the image with the boxes, masks, names and scores that are drawn."""
-        names = dict(class_names=self.class_names, palette=self.palette)
-        with replacing(path) as unfinished:
-            plots.save_drawn_image(unfinished, image, self.choose_shown(found), **names)
+    def save(self, path: pathlib.Path, image: np.ndarray, prediction: Mapping[str, np.ndarray]) -> None:
+        """Write a PNG of the image with the boxes, masks, class names and scores of its detections."""
+        with atomic_path(path, overwrite=True) as temporary:
+            charts.save_drawn_image(
+                temporary,
+                image,
+                self.filter_by_score(prediction),
+                class_names=self.class_names,
+                palette=self.palette,
+            )
 
     def to_entries(
-        self, found: Mapping[str, np.ndarray], *, image: str, number: int, picture: str | None
+        self, prediction: Mapping[str, np.ndarray], *, image: str, number: int, output: str | None
     ) -> list[dict[str, Any]]:
-        """Of every detection {"image", "category", and what ``make_detections`` gives}: COCO's format of results."""
-        del picture
-        arrays = (found[name] for name in ("boxes", "labels", "scores", "masks"))
+        """One entry per detection in COCO's format of results: "image", "category" and the keys of ``make_detections``."""
+        del output
+        arrays = (prediction[name] for name in ("boxes", "labels", "scores", "masks"))
         names = dict(zip(self.category_ids, self.class_names, strict=True))
         return [
             {"image": image, "category": names[entry["category_id"]], **entry}
             for entry in make_detections(*arrays, image_id=number, category_ids=self.category_ids)
         ]
 
-    def to_rows(self, found: Mapping[str, np.ndarray], *, image: str) -> list[tuple]:
-        """Of ``columns``: a row a detection, as in ``to_entries``; x, y is the upper left corner, all in pixels."""
-        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+    def to_rows(self, prediction: Mapping[str, np.ndarray], *, image: str) -> list[tuple]:
+        """One row per detection, as in ``to_entries``. x and y are the upper left corner of the box; all are in pixels."""
+        arrays = (prediction[name].tolist() for name in ("labels", "scores", "boxes"))
         return [
-            (image, self.class_names[label], score, x1, y1, x2 - x1, y2 - y1) for label, score, (x1, y1, x2, y2) in rows
+            (image, self.class_names[label], score, x1, y1, x2 - x1, y2 - y1)
+            for label, score, (x1, y1, x2, y2) in zip(*arrays, strict=True)
         ]
 
-    def choose_shown(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Those with a score of ``min_score`` or more."""
-        shown = found["scores"] >= self.min_score
-        return {name: None if values is None else values[shown] for name, values in found.items()}
+    def filter_by_score(self, prediction: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Detections with a score of at least ``min_score``."""
+        keep = prediction["scores"] >= self.min_score
+        return {name: None if values is None else values[keep] for name, values in prediction.items()}
 
     def sample(self, image: np.ndarray) -> dict[str, Any]:
-        """Where the deformable blocks of the backbone look.
+        """Positions of the keys that the deformable blocks of the backbone sample.
 
         Args:
-          image: uint8 (H, W, 3) RGB.
+          image: uint8 (H, W, 3), RGB.
 
         Returns:
-          {"image": uint8 (Hp, Wp, 3), resized and padded as the network sees it; "positions": block -> (G, Hk, Wk, 2);
-          "map_shapes": block -> (height, width), see ``models.key_positions.name_positions``}.
+          A dict:
+            "image": the resized and padded input of the network, uint8 (Hp, Wp, 3).
+            "positions": block name -> (G, Hk, Wk, 2), see ``models.key_positions.name_positions``.
+            "map_shapes": block name -> (height, width) of its feature map.
         """
         record = self.transform({"image": image})
         batch = {name: record[name][None] for name in ("image", "valid")}
@@ -137,30 +153,35 @@ def from_trained(
     classes: str | os.PathLike | None = None,
     **options,
 ) -> ObjectDetector:
-    """See ``inference.load``.
+    """Make a detector from a loaded model; ``inference.load`` documents the rest.
 
-    Category ids are COCO's where the model's classes are COCO's, else the labels counted from 1.
+    Category ids are those of COCO if the model has the classes of COCO, and otherwise label + 1.
 
     Args:
-      path: where the model was loaded from.
-      model: the detector.
-      variables: of it.
-      classes: a file with names of its classes.
-      **options: long_side, short_side and multiple (``make_detection_eval_transform``; published 1333, 800 and 32); min_score,
-        from which on a detection is drawn and described (0.3); score_threshold, iou_threshold and max_detections (0.05, 0.5
-        and 100), and the numbers of candidates and proposals (1000 each), see ``default_settings``. A min_score below
-        score_threshold is taken for both.
+      path: export or work directory that the model was loaded from.
+      model: the network.
+      variables: weights of the network.
+      classes: text file with the class names. A model of 80 classes has the names of COCO by default.
+      **options:
+        long_side, short_side, multiple: see ``make_detection_eval_transform``; published are 1333, 800 and 32.
+        min_score: lowest score of the detections that are drawn and described, by default 0.3. If it is below
+          score_threshold, it replaces that too.
+        score_threshold, iou_threshold, max_detections: see ``RetinaNetSettings``; published are 0.05, 0.5 and 100.
+        candidates, proposals: numbers of boxes before and after NMS, see ``RCNNSettings``; published are 1000 and 1000.
+
+    Raises:
+      UserError: an option is unknown or impossible, or the class names cannot be read.
     """
     path, count = pathlib.Path(path), model.num_classes
     options = choose_options(path, options, known=OPTIONS, kind="detector")
     _check(options)
     published = dict(count=count, published=coco_names.CLASS_NAMES)
-    of_coco = find_names(path, None, **published) == coco_names.CLASS_NAMES
+    has_coco_classes = find_names(path, None, **published) == coco_names.CLASS_NAMES
     scale, settings = (options["long_side"], options["short_side"]), _make_settings(model, options)
     return ObjectDetector(
         class_names=find_names(path, classes, **published),
-        category_ids=coco_names.CATEGORY_IDS if of_coco else tuple(range(1, count + 1)),
-        palette=make_palette(count + 1)[1:],  # the first one is black
+        category_ids=coco_names.CATEGORY_IDS if has_coco_classes else tuple(range(1, count + 1)),
+        palette=make_palette(count + 1)[1:],  # without black, the first color
         transform=make_detection_eval_transform(scale=scale, multiple=options["multiple"]),
         predict=jax.jit(make_detection_objective(model, settings=settings).predict),
         find_positions=jax.jit(functools.partial(find_positions, model)),
@@ -174,21 +195,17 @@ def from_trained(
 
 
 def _check(options):
-    check_sides(options)
-    for name in ("multiple", "max_detections", "candidates", "proposals"):
-        if options[name] < 1:
-            raise UserError(f"{name} wants a number of at least 1, got {options[name]}.")
+    check_at_least_1(options, "long_side", "short_side", "multiple", "max_detections", "candidates", "proposals")
     for name in ("min_score", "score_threshold", "iou_threshold"):
         if not 0 <= options[name] <= 1:
-            raise UserError(f"{name} wants a number from 0 to 1, got {options[name]}.")
+            raise UserError(f"{name} must be from 0 to 1, got {options[name]}.")
 
 
 def _make_settings(model, options):
-    settings = default_settings(model)
-    chosen = {name: options[name] for name in ("iou_threshold", "max_detections")}
-    chosen["score_threshold"] = min(options["score_threshold"], options["min_score"])
+    changes = {name: options[name] for name in ("iou_threshold", "max_detections")}
+    changes["score_threshold"] = min(options["score_threshold"], options["min_score"])
     if isinstance(model, RCNN):
-        chosen |= {"test_candidates": options["candidates"], "test_proposals": options["proposals"]}
+        changes |= {"test_candidates": options["candidates"], "test_proposals": options["proposals"]}
     else:
-        chosen["candidates"] = options["candidates"]
-    return dataclasses.replace(settings, **chosen)
+        changes["candidates"] = options["candidates"]
+    return dataclasses.replace(default_settings(model), **changes)

@@ -1,4 +1,4 @@
-"""A trained segmentor as a function of images; see ``inference``."""
+"""A trained segmentor as a function of images; ``inference`` documents the interface."""
 
 import dataclasses
 import math
@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from dat_jax.cli.flags import replacing
 from dat_jax.data import ade20k
 from dat_jax.data.segmentation_transforms import SegmentationEvalTransform, make_segmentation_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter, segment_record
-from dat_jax.inference.settings import check_sides, choose_options, find_names
+from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.models.segmentation import Segmentor
+from dat_jax.storage import atomic_path
 from dat_jax.tasks.segmentation.objective import make_segmentation_objective
 
 OPTIONS = {  # see ``choose_options``
@@ -28,21 +28,24 @@ OPTIONS = {  # see ``choose_options``
     "window": ("eval.window", 0),
     "stride": ("eval.stride", 0),
 }
-_MOST_CLASSES = 255  # 255 itself is no class
+_MAX_CLASSES = 255  # label maps are uint8, and 255 means no class
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmenter:
-    """A trained segmentor and how it looks at images; it compiles once for each size of an image.
+    """A trained segmentor with its preprocessing. Every image size is compiled once.
+
+    A prediction is a pair: the most likely class of every pixel, uint8 (H, W), and its probability, float32 (H, W).
 
     Attributes:
-      class_names: of the K classes.
-      palette: their colours, uint8 (K, 3) RGB.
-      transform: from an image to the views that the network sees.
-      segment: of ``make_segmenter``.
-      model, variables: what it is made of.
-      options: every option's value.
-      columns: of ``to_rows``.
+      class_names: names of the K classes.
+      palette: colors of the classes, uint8 (K, 3), RGB.
+      transform: preprocessing of an image to the augmented views that the network sees.
+      segment: function from ``make_segmenter``.
+      model: the network.
+      variables: weights of the network.
+      options: value of every option.
+      columns: column names of ``to_rows``.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("image", "class", "share")
@@ -56,39 +59,46 @@ class Segmenter:
     options: Mapping[str, Any]
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (H, W, 3) RGB -> the likeliest classes uint8 (H, W), and their probabilities float32 (H, W).
+        """Segment an image, uint8 (H, W, 3), RGB.
+
+        Returns:
+          The most likely classes, uint8 (H, W), and their probabilities, float32 (H, W).
 
         Raises:
-          UserError: a view of it has a side below 32 pixels.
+          UserError: an augmented view of the image has a side below 32 pixels.
         """
-        (height, width), smallest = image.shape[:2], min(self.transform.view_shapes(*image.shape[:2]), key=min)
+        height, width = image.shape[:2]
+        smallest = min(self.transform.view_shapes(height, width), key=min)
         if min(smallest) < MIN_IMAGE_SIDE:
-            seen = "{} x {}".format(*smallest)
+            resized = "{} x {}".format(*smallest)
             raise UserError(
-                f"{height} x {width} pixels become {seen}: wanted sides of at least {MIN_IMAGE_SIDE} there."
+                f"An image of {height} x {width} pixels is resized to {resized}, but sides must be at least "
+                f"{MIN_IMAGE_SIDE} pixels."
             )
         record = self.transform({"image": image, "label": np.zeros((height, width), np.uint8)})
         labels, probabilities = segment_record(self.segment, self.variables, record)
         return labels.astype(np.uint8), probabilities.astype(np.float32)
 
-    def describe(self, found: tuple[np.ndarray, np.ndarray]) -> dict[str, str]:
-        """Class name -> percentage of the pixels."""
-        shares = measure_shares(found[0], self.class_names)
+    def describe(self, prediction: tuple[np.ndarray, np.ndarray]) -> dict[str, str]:
+        """{class name: percentage of the pixels}."""
+        shares = measure_shares(prediction[0], self.class_names)
         return {name: f"{share:.1%}" if share >= 0.001 else "<0.1%" for name, share in shares.items()}
 
-    def save(self, path: pathlib.Path, image: np.ndarray, found: tuple[np.ndarray, np.ndarray]) -> None:
-        """A palette PNG with the class index of every pixel."""
+    def save(self, path: pathlib.Path, image: np.ndarray, prediction: tuple[np.ndarray, np.ndarray]) -> None:
+        """Write the class index of every pixel as a palette PNG."""
         del image
-        save_labels(path, found[0], palette=self.palette)
+        save_labels(path, prediction[0], palette=self.palette)
 
-    def to_entries(self, found: tuple[np.ndarray, np.ndarray], *, image: str, number: int, picture: str | None) -> list:
-        """[{"image", "classes": {name: share}, "labels": the PNG or None}]."""
+    def to_entries(
+        self, prediction: tuple[np.ndarray, np.ndarray], *, image: str, number: int, output: str | None
+    ) -> list[dict[str, Any]]:
+        """One entry, {"image", "classes": {name: share of the pixels}, "labels": the PNG file or None}."""
         del number
-        return [{"image": image, "classes": measure_shares(found[0], self.class_names), "labels": picture}]
+        return [{"image": image, "classes": measure_shares(prediction[0], self.class_names), "labels": output}]
 
-    def to_rows(self, found: tuple[np.ndarray, np.ndarray], *, image: str) -> list[tuple]:
-        """Of ``columns``: a row a class, as ``measure_shares``."""
-        return [(image, *item) for item in measure_shares(found[0], self.class_names).items()]
+    def to_rows(self, prediction: tuple[np.ndarray, np.ndarray], *, image: str) -> list[tuple]:
+        """One row for each class of ``measure_shares``."""
+        return [(image, *item) for item in measure_shares(prediction[0], self.class_names).items()]
 
 
 def from_trained(
@@ -99,24 +109,28 @@ def from_trained(
     classes: str | os.PathLike | None = None,
     **options,
 ) -> Segmenter:
-    """See ``inference.load``.
+    """Make a segmentor from a loaded model; ``inference.load`` documents the rest.
 
     Args:
-      path: where the model was loaded from.
-      model: the segmentor, of 255 classes at most.
-      variables: of it.
-      classes: a file with their names.
-      **options: long_side, short_side and ratios of the views (``make_segmentation_eval_transform``; published 2048, 512 and
-        (1.0,)); flip, window and stride (``make_segmenter``; published False, 0 and 0).
+      path: export or work directory that the model was loaded from.
+      model: the network, with at most 255 classes.
+      variables: weights of the network.
+      classes: text file with the class names. A model of 150 classes has the names of ADE20K by default.
+      **options:
+        long_side, short_side, ratios: see ``make_segmentation_eval_transform``; published are 2048, 512 and (1.0,).
+        flip, window, stride: see ``make_segmenter``; published are False, 0 and 0.
+
+    Raises:
+      UserError: an option is unknown or impossible, the class names cannot be read, or there are too many classes.
     """
     path = pathlib.Path(path)
     options = choose_options(path, options, known=OPTIONS, kind="segmentor")
-    check_sides(options)
+    check_at_least_1(options, "long_side", "short_side")
     if not options["ratios"] or not all(0 < ratio < math.inf for ratio in options["ratios"]):
-        raise UserError(f"ratios wants at least one number, all above 0, got {tuple(options['ratios'])}.")
-    if model.num_classes > _MOST_CLASSES:
+        raise UserError(f"ratios must be one or more numbers above 0, got {tuple(options['ratios'])}.")
+    if model.num_classes > _MAX_CLASSES:
         raise UserError(
-            f"{path} has {model.num_classes} classes: {_MOST_CLASSES} at most fit into label maps of 8 bits."
+            f"{path} has {model.num_classes} classes, but label maps of 8 bits hold at most {_MAX_CLASSES}."
         )
     return Segmenter(
         class_names=find_names(path, classes, count=model.num_classes, published=ade20k.CLASS_NAMES),
@@ -135,16 +149,33 @@ def from_trained(
 
 
 def save_labels(path: pathlib.Path, labels: np.ndarray, *, palette: np.ndarray) -> None:
-    """A palette PNG: uint8 (H, W) as its indices, uint8 (K, 3) as their colours. UserError where it cannot be written."""
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette.tobytes())
-    with replacing(path) as unfinished:
-        picture.save(unfinished)
+    """Write a label map as a palette PNG.
+
+    Args:
+      path: file to write.
+      labels: class indices, uint8 (H, W).
+      palette: colors of the classes, uint8 (K, 3), RGB.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    image = Image.fromarray(labels)
+    image.putpalette(palette.tobytes())
+    with atomic_path(path, overwrite=True) as temporary:
+        image.save(temporary)
 
 
 def measure_shares(labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:
-    """Class name -> part of the pixels, from 0 to 1, of those that are in a label map uint8 (H, W), the largest first."""
+    """Share of the pixels, from 0 to 1, of each class that occurs in a label map.
+
+    Args:
+      labels: class indices, uint8 (H, W).
+      class_names: names of the K classes. Classes with the same name are added up.
+
+    Returns:
+      {class name: share}, the largest share first.
+    """
     shares = dict.fromkeys(class_names, 0.0)
     for name, count in zip(class_names, np.bincount(labels.ravel(), minlength=len(class_names)), strict=True):
-        shares[name] += float(count / labels.size)  # of classes of one name together
+        shares[name] += float(count / labels.size)
     return {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share}

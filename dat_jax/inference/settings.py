@@ -1,4 +1,4 @@
-"""How a trained model looks at images, and what its classes are called: as asked for, as its run says, or as published."""
+"""Options and class names of a trained model: passed by the caller, stored with the model, or published."""
 
 import json
 import pathlib
@@ -10,27 +10,27 @@ from dat_jax.errors import UserError
 
 
 def choose_options(
-    path: pathlib.Path, given: Mapping[str, Any], *, known: Mapping[str, tuple[str, Any]], kind: str
+    path: pathlib.Path, options: Mapping[str, Any], *, known: Mapping[str, tuple[str, Any]], kind: str
 ) -> dict[str, Any]:
-    """Every option's value.
+    """Value of every known option.
 
     Args:
-      path: an export, whose "options" are taken, or a work directory.
-      given: those that were asked for.
-      known: option -> ("group.key" of the configuration of a work directory's run, value where it is not there).
-      kind: of model, in words.
+      path: export, whose stored "options" are used, or work directory, whose configuration is used.
+      options: values passed by the caller, which take precedence.
+      known: option -> (its "group.key" in the configuration of a work directory, default value).
+      kind: kind of model, for error messages.
 
     Raises:
-      UserError: one that is not known.
+      UserError: ``options`` has an unknown name.
     """
-    unknown = set(given) - set(known)
+    unknown = set(options) - set(known)
     if unknown:
-        raise UserError(f"Unknown option {min(unknown)!r} of a {kind}: wanted some of {', '.join(known)}.")
+        raise UserError(f"Unknown option {min(unknown)!r} of a {kind}; the options are {', '.join(known)}.")
     exported = _read_json(path / "model.json")
     config = _read_json(path / "config.json") if not exported else {}
-    saved = {name: _find(config, place, default) for name, (place, default) in known.items()}
-    saved |= {name: value for name, value in (exported.get("options") or {}).items() if name in known}
-    values = {name: given.get(name, saved[name]) for name in known}
+    stored = {name: _get(config, key, default) for name, (key, default) in known.items()}
+    stored |= {name: value for name, value in (exported.get("options") or {}).items() if name in known}
+    values = {name: options.get(name, stored[name]) for name in known}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
@@ -41,29 +41,30 @@ def _read_json(path):
         return {}
 
 
-def _find(config, place, default):
-    for key in place.split("."):
-        config = config.get(key) if isinstance(config, dict) else None
+def _get(config, key, default):
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
     return default if config is None else config
 
 
 def find_names(path: pathlib.Path, file: str | None, *, count: int, published: Sequence[str]) -> tuple[str, ...]:
-    """Names of classes.
+    """Class names of a model.
 
     Args:
-      path: an export, or a work directory, whose names are taken.
-      file: with names instead, one a line, or None.
-      count: how many there are.
-      published: taken where no others are known and these are so many; else they are called by their numbers.
+      path: export or work directory, whose stored names are used if ``file`` is None.
+      file: text file with the names, one per line, or None.
+      count: number of classes.
+      published: names to use if none are stored and their number is ``count``. Otherwise the names are numbers from 0.
 
     Raises:
-      UserError: a file cannot be read, or has not so many names.
+      UserError: a file cannot be read, or does not contain ``count`` names.
     """
     names = read_class_names(path, count=count) if file is None else read_names(file, count=count)
     return names or (tuple(published) if count == len(published) else tuple(map(str, range(count))))
 
 
-def check_sides(options: Mapping[str, Any]) -> None:
-    """UserError where long_side or short_side is below 1."""
-    if min(options["long_side"], options["short_side"]) < 1:
-        raise UserError("long_side and short_side want numbers of at least 1.")
+def check_at_least_1(options: Mapping[str, Any], *names: str) -> None:
+    """Raise a UserError for the first of some options whose value is below 1."""
+    for name in names:
+        if options[name] < 1:
+            raise UserError(f"{name} must be at least 1, got {options[name]}.")

@@ -88,7 +88,7 @@ class MaskHead(nn.Module):
 class RCNN(nn.Module):
     """Backbone, pyramid of five levels (strides 4 to 64), RPN, and the heads for boxes and masks.
 
-    The variables are "params" and, in a cascade, "batch_stats". Methods are functions of arrays; ``tasks.detection.detector``
+    The variables are "params" and, in a cascade, "batch_stats". Methods are functions of arrays; ``tasks.detection.objective``
     selects the boxes and extracts their features from the pyramid.
 
     Attributes:

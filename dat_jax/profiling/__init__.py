@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for attached or absent devices, and what it reports: memory, FLOPs, bytes, collectives."""
+"""Ahead-of-time compilation and its reports of memory, FLOPs, bytes and collectives. No device needs to be attached."""

@@ -1,7 +1,7 @@
-"""What stands in the text of a compiled program (HLO, as ``compiled.as_text()`` gives it): ops, shapes, bytes.
+"""Ops, shapes and bytes of a compiled program, parsed from the text of its HLO module (``compiled.as_text()``).
 
-"bytes" are those of the shapes. A TPU stores arrays in tiles, written T(8,128) in the text, and a last axis of 32 takes four
-times its bytes: those are "padded bytes". Arrays that the compiler keeps in the chip's own memory, S(1), are not in its HBM.
+"bytes" follow from dtype and shape. "padded bytes" are those in memory: a TPU stores arrays in tiles, written as T(8,128), so
+that a last axis of 32 takes four times its bytes. Arrays in on-chip memory, marked S(1), are not in HBM.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-# Ops that move nothing, or whose bytes are counted at the ops inside or at their "-start".
+# Ops that move no data, or whose bytes are counted at the ops inside them.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("while", "call", "conditional", "opt-barrier"),
 }
 _SLICES = {"slice", "slice-start", "dynamic-slice"}
-_FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast"}  # custom calls of a TPU's compiler
+_FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast"}  # custom calls of the TPU compiler that move no data
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")  # dtype[dims]{order:layout}
@@ -42,7 +42,14 @@ _MODULE_DEPTH = 3  # stages_0/blocks_1/attn
 
 
 class Shape(NamedTuple):
-    """Of an array: dtype as HLO names it, dims its sizes, stored_dims with a tile's padding, whether it is outside HBM."""
+    """Shape of an array.
+
+    Attributes:
+      dtype: HLO name of the dtype, such as "bf16".
+      dims: sizes of the axes.
+      stored_dims: sizes of the axes including the padding of tiles.
+      on_chip: whether the array is in on-chip memory instead of HBM.
+    """
 
     dtype: str
     dims: tuple[int, ...]
@@ -51,12 +58,12 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Without padding; tokens have none."""
+        """Number of bytes without padding; 0 for tokens."""
         return _count_bytes(self.dtype, self.dims)
 
     @property
     def padded_bytes(self) -> int:
-        """As it is stored."""
+        """Number of bytes in memory, including the padding of tiles."""
         return _count_bytes(self.dtype, self.stored_dims)
 
     def __str__(self) -> str:
@@ -71,16 +78,18 @@ def _count_bytes(dtype, dims) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One instruction of a computation.
 
     Attributes:
-      shapes: of its result; several where it is a tuple.
-      operands: names of instructions of the same computation.
-      called: attribute (calls, body, to_apply, ...) -> names of computations.
-      op_name: where it comes from in the traced program, or "".
-      target: of a custom call, or "".
-      literal: of a constant, as written, or "".
-      trip_count: of a loop where the compiler wrote it, or None.
+      name: its unique name in the module.
+      opcode: such as "fusion".
+      shapes: shape of the result; several shapes if it is a tuple.
+      operands: names of instructions in the same computation.
+      called: attribute ("calls", "body", "to_apply", ...) -> names of the computations that it calls.
+      op_name: its origin in the traced program, or "".
+      target: target of a custom call, or "".
+      literal: text of the value of a constant, or "".
+      trip_count: number of iterations of a loop according to the compiler, or None.
     """
 
     name: str
@@ -96,23 +105,28 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """computations: name -> its instructions by name; entry: the name of the one that is run."""
+    """A parsed HLO module.
+
+    Attributes:
+      computations: name of a computation -> its instructions by name.
+      entry: name of the computation where execution starts.
+    """
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
 
     def __iter__(self) -> Iterator[tuple[str, Instruction]]:
-        """(computation, instruction) of all computations, those of fusions included."""
+        """Pairs (name of the computation, instruction) of all computations, including those of fusions."""
         for name, instructions in self.computations.items():
             for instruction in instructions.values():
                 yield name, instruction
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a module.
+    """Parse the text of an HLO module.
 
     Raises:
-      ValueError: there is no entry computation in it.
+      ValueError: the text has no entry computation.
     """
     computations, entry, current = {}, None, None
     for line in text.splitlines():
@@ -129,10 +143,10 @@ def parse(text: str) -> Module:
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
-    """Of "TYPE opcode(operands), attributes"."""
-    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    """Parse "TYPE opcode(operands), attributes"."""
+    end = _find_closing(text, 0) if text.startswith("(") else text.index(" ")
     opening = text.index("(", end)
-    closing = _closing(text, opening)
+    closing = _find_closing(text, opening)
     opcode, attributes = text[end:opening].strip(), text[closing:]
     op_name = re.search(r'op_name="([^"]*)"', attributes)
     target = re.search(r'custom_call_target="([^"]*)"', attributes)
@@ -143,8 +157,8 @@ def _parse_instruction(name: str, text: str) -> Instruction:
         shapes=tuple(_parse_shape(*parts) for parts in _SHAPE.findall(text[:end])),
         operands=tuple(_REFERENCE.findall(text[opening:closing])),
         called={
-            key: (one,) if one else tuple(_REFERENCE.findall(several))
-            for key, one, several in _CALLED.findall(attributes)
+            key: (single,) if single else tuple(_REFERENCE.findall(several))
+            for key, single, several in _CALLED.findall(attributes)
             if not key.startswith("control")
         },
         op_name=op_name[1] if op_name else "",
@@ -155,7 +169,10 @@ def _parse_instruction(name: str, text: str) -> Instruction:
 
 
 def _parse_shape(dtype: str, dims: str, order: str, layout: str) -> Shape:
-    """Of bf16[64,32]{1,0:T(8,128)(2,1)S(1)}: order is from the innermost axis out, the tile's sizes from the outermost in."""
+    """Parse the parts of a shape such as bf16[64,32]{1,0:T(8,128)(2,1)S(1)}.
+
+    ``order`` lists axes from the innermost to the outermost, a tile its sizes from the outermost to the innermost.
+    """
     sizes = [int(size.strip("<=")) for size in dims.split(",") if size]
     stored = list(sizes)
     if tile := re.search(r"T\(([\d,]+)\)", layout):
@@ -165,8 +182,8 @@ def _parse_shape(dtype: str, dims: str, order: str, layout: str) -> Shape:
     return Shape(dtype, tuple(sizes), tuple(stored), on_chip="S(1)" in layout)
 
 
-def _closing(text: str, opening: int) -> int:
-    """Index after the bracket that closes the one at ``opening``; layouts such as {1,0:T(8,128)} have brackets too."""
+def _find_closing(text: str, opening: int) -> int:
+    """Index after the parenthesis that closes the one at ``opening``. Layouts such as {1,0:T(8,128)} are nested in it."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1
@@ -176,10 +193,13 @@ def _closing(text: str, opening: int) -> int:
 
 
 def result_shapes(instruction: Instruction, computation: Mapping[str, Instruction]) -> list[Shape]:
-    """What an op makes. The result of a "-start" names its operands again, but for an all-reduce's; they are left out."""
+    """Shapes of the results of an instruction.
+
+    The result of an asynchronous "-start" instruction, except that of an all-reduce, repeats the operands; they are omitted.
+    """
     shapes = list(instruction.shapes)
     if instruction.target.startswith(("__cublas", "__cudnn")):
-        return shapes[:1]  # the other one is room to work in
+        return shapes[:1]  # the second result is a workspace
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         for operand in operand_shapes(instruction, computation):
             if operand in shapes:
@@ -188,53 +208,58 @@ def result_shapes(instruction: Instruction, computation: Mapping[str, Instructio
 
 
 def operand_shapes(instruction: Instruction, computation: Mapping[str, Instruction]) -> list[Shape]:
-    """What an op reads, each operand whole."""
+    """Shapes of the operands of an instruction."""
     operands = (computation[name] for name in instruction.operands if name in computation)
     return [shape for operand in operands for shape in operand.shapes]
 
 
 def loops(module: Module) -> set[str]:
-    """Names of the computations that run in a while loop, bodies, conditions and what they call."""
-    found: set[str] = set()
-    waiting = [
+    """Names of the computations in while loops: bodies, conditions and the computations that they call."""
+    names: set[str] = set()
+    pending = [
         name
         for _, instruction in module
         if instruction.opcode == "while"
         for key in ("body", "condition")
         for name in instruction.called.get(key, ())
     ]
-    while waiting:
-        name = waiting.pop()
-        if name not in found and name in module.computations:
-            found.add(name)
-            waiting += [n for i in module.computations[name].values() for names in i.called.values() for n in names]
-    return found
+    while pending:
+        name = pending.pop()
+        if name not in names and name in module.computations:
+            names.add(name)
+            pending += [n for i in module.computations[name].values() for called in i.called.values() for n in called]
+    return names
 
 
 def collectives(module: Module) -> dict[str, dict[str, int]]:
-    """Kind -> {"count", "bytes", "in_loops"}; bytes of operands or of results, whichever are more.
+    """Collective ops of a module by kind.
 
-    A "-start" counts and its "-done" does not. One in a loop counts once, however often it runs; in_loops says how many.
+    A pair of "-start" and "-done" instructions counts once. A collective in a loop also counts once, whatever the number of
+    iterations.
+
+    Returns:
+      Kind -> {"count": number of ops, "bytes": the larger of operands and results, "in_loops": number of ops in loops}.
     """
-    inside, found = loops(module), {}
+    in_loops, table = loops(module), {}
     for name, instruction in module:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             computation = module.computations[name]
-            row = found.setdefault(kind, {"count": 0, "bytes": 0, "in_loops": 0})
+            row = table.setdefault(kind, {"count": 0, "bytes": 0, "in_loops": 0})
             row["count"] += 1
-            both = operand_shapes(instruction, computation), result_shapes(instruction, computation)
-            row["bytes"] += max(sum(shape.bytes for shape in shapes) for shapes in both)
-            row["in_loops"] += name in inside
-    return found
+            sides = operand_shapes(instruction, computation), result_shapes(instruction, computation)
+            row["bytes"] += max(sum(shape.bytes for shape in shapes) for shapes in sides)
+            row["in_loops"] += name in in_loops
+    return table
 
 
 def count_indexed(module: Module, opcode: str) -> dict:
-    """How many "gather" or "scatter" ops there are, those in fusions included, and the largest.
+    """Count the "gather" or "scatter" ops, including those in fusions, and find the largest one.
+
+    The size of a gather is that of its result, the size of a scatter that of its largest operand or result.
 
     Returns:
-      {"count", "largest": its shape as text or "", "bytes": of it, "op_name": where it comes from}. The size of a gather
-      is that of its result, of a scatter that of its updates or its result.
+      {"count", "largest": shape of the largest op as text, or "", "bytes": its size, "op_name": its origin}.
     """
     sizes = []
     for name, instruction in module:
@@ -250,7 +275,10 @@ def count_indexed(module: Module, opcode: str) -> dict:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often a while loop runs: as the compiler says, or the one number that its condition compares with, else None."""
+    """Number of iterations of a while loop, or None if it is unknown.
+
+    It is that of the compiler, or the integer constant in the condition if there is exactly one.
+    """
     if loop.trip_count is not None:
         return loop.trip_count
     condition = [i for name in loop.called.get("condition", ()) for i in module.computations[name].values()]
@@ -259,40 +287,44 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 
 def executed(module: Module) -> Iterator[tuple[Mapping[str, Instruction], Instruction, int]]:
-    """(computation, op, how often it runs) of every op that moves data, in the entry and in loops, calls and branches.
+    """Ops that move data, in the entry computation and in loops, calls and all branches of conditionals.
 
-    A fusion is one op; what is fused into it is not given. Of a conditional every branch is.
+    A fusion is one op; the ops inside it are not listed.
+
+    Yields:
+      (instructions of the computation, op, number of executions).
     """
-    waiting = [(module.entry, 1)]
-    while waiting:
-        name, times = waiting.pop()
+    pending = [(module.entry, 1)]
+    while pending:
+        name, times = pending.pop()
         computation = module.computations[name]
         for instruction in computation.values():
             if instruction.opcode in ("while", "call", "conditional"):
-                inner = times * ((trip_count(module, instruction) or 1) if instruction.opcode == "while" else 1)
-                names = [name for names in instruction.called.values() for name in names]
-                waiting += [(name, inner) for name in names if name in module.computations]
+                trips = (trip_count(module, instruction) or 1) if instruction.opcode == "while" else 1
+                called = [name for names in instruction.called.values() for name in names]
+                pending += [(name, times * trips) for name in called if name in module.computations]
             moves = instruction.opcode not in _FREE and not instruction.opcode.endswith("-done")
             if moves and instruction.target not in _FREE_TARGETS:
                 yield computation, instruction, times
 
 
 def traffic(module: Module) -> tuple[dict[str, Counter], dict[str, Counter]]:
-    """What ops read and write, operands and results whole (of a slice what it takes), by kind of op and by place.
+    """Bytes that ops read and write, by opcode and by module.
 
-    An op in a loop counts as often as the loop runs, or once where that is not known.
+    Operands and results count in full, but of the operand of a slice only the part that is taken. An op in a loop counts once
+    per iteration, or once if the number of iterations is unknown.
 
     Returns:
-      opcode -> counts, and module path -> the same counts: "ops", "bytes", "padded_bytes", "hbm_bytes" (padded, without
-      arrays that are on the chip).
+      Two tables, opcode -> counts and module path -> counts. Counts are "ops", "bytes", "padded_bytes" and "hbm_bytes"
+      (padded bytes without arrays in on-chip memory).
     """
     by_opcode, by_path = defaultdict(Counter), defaultdict(Counter)
     origins = {id(computation): _origins(computation) for computation in module.computations.values()}
     for computation, instruction, times in executed(module):
-        made, read = result_shapes(instruction, computation), operand_shapes(instruction, computation)
+        results, operands = result_shapes(instruction, computation), operand_shapes(instruction, computation)
         if instruction.opcode in _SLICES:
-            read = [shape._replace(on_chip=read[0].on_chip) for shape in made]
-        shapes = [*read, *made]
+            operands = [shape._replace(on_chip=operands[0].on_chip) for shape in results]
+        shapes = [*operands, *results]
         counts = {
             "ops": times,
             "bytes": times * sum(shape.bytes for shape in shapes),
@@ -305,39 +337,59 @@ def traffic(module: Module) -> tuple[dict[str, Counter], dict[str, Counter]]:
 
 
 def _origins(computation: Mapping[str, Instruction]) -> dict[str, str]:
-    """Instruction -> op_name. A copy that the compiler made has none: it has that of what uses it, or else of what made it."""
-    shared = {"parameter", "constant", "tuple", "while"}  # their users have nothing to do with each other
+    """Instruction -> op_name, where an instruction without one has that of a user, or else that of an operand.
+
+    Instructions that the compiler inserts, such as copies, have no op_name.
+    """
+    shared = {"parameter", "constant", "tuple", "while"}  # their users are unrelated to each other
     names = {i.name: i.op_name for i in computation.values() if i.opcode not in shared}
-    for instruction in reversed(computation.values()):  # uses come after what they use
+    for instruction in reversed(computation.values()):  # users come after their operands
         for operand in instruction.operands:
             if names.get(operand) == "":
                 names[operand] = names.get(instruction.name, "")
     for instruction in computation.values():
         if names.get(instruction.name) == "":
-            made_by = (names.get(operand) for operand in instruction.operands)
-            names[instruction.name] = next(filter(None, made_by), "")
+            operand_names = (names.get(operand) for operand in instruction.operands)
+            names[instruction.name] = next(filter(None, operand_names), "")
     return names
 
 
 def describe_opcode(module: Module, instruction: Instruction) -> str:
-    """The opcode, with what a fusion is around or a custom call's target: "fusion of convolution"."""
+    """The opcode, with the main op of a fusion ("fusion of convolution") or the target of a custom call."""
     if instruction.opcode == "custom-call":
         return f"custom-call {instruction.target}".strip()
     if instruction.opcode != "fusion":
         return instruction.opcode
-    inside = {i.opcode for name in instruction.called.get("calls", ()) for i in module.computations[name].values()}
-    around = ("convolution", "dot", "custom-call", "scatter", "gather", "sort", "reduce-window", "reduce", "transpose")
-    kind = next((opcode for opcode in around if opcode in inside), "")
+    fused = {i.opcode for name in instruction.called.get("calls", ()) for i in module.computations[name].values()}
+    # By importance.
+    main_ops = (
+        "convolution",
+        "dot",
+        "custom-call",
+        "scatter",
+        "gather",
+        "sort",
+        "reduce-window",
+        "reduce",
+        "transpose",
+    )
+    kind = next((opcode for opcode in main_ops if opcode in fused), "")
     return f"fusion of {kind or 'elementwise ops'}"
 
 
 def module_path(op_name: str, *, depth: int = _MODULE_DEPTH) -> str:
-    """jit(train_step)/transpose(jvp(DAT))/DAT.features/stages_0/blocks_1/attn/proj/dot_general -> stages_0/blocks_1/attn.
+    """Module path of an op_name.
 
-    depth: how many names of modules at most.
+    For example, the path of "jit(train_step)/transpose(jvp(DAT))/DAT.features/stages_0/blocks_1/attn/proj/dot_general" is
+    "stages_0/blocks_1/attn".
+
+    Args:
+      op_name: origin of an instruction.
+      depth: maximum number of modules in the path.
     """
     if not op_name:
         return "(no name)"
     parts = re.sub(r"\bjit\([^()]*\)", "", op_name).split("/")[:-1]  # without the primitive
-    names = [p for p in parts if p[:1].islower() and not set("(.") & set(p) and p not in _STRUCTURE]  # not classes
+    # Names of modules; names of classes start with a capital letter.
+    names = [p for p in parts if p[:1].islower() and not set("(.") & set(p) and p not in _STRUCTURE]
     return "/".join(names[:depth]) or "(outside the model)"

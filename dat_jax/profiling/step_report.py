@@ -1,7 +1,11 @@
-"""What a compiler says of a configuration's steps, for a TPU or GPU that is not there: memory, FLOPs, bytes, collectives."""
+"""The compiler's report of a configuration's steps, for a device that need not be attached.
+
+It contains memory, FLOPs, bytes, collectives, gathers, scatters and loops.
+"""
 
 import dataclasses
 import importlib.metadata
+import logging
 import math
 import pathlib
 import re
@@ -20,21 +24,30 @@ from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.profiling.topologies import TARGET_CONFIG, Chip, find_devices, first_line
-from dat_jax.tasks.registry import make_task
+from dat_jax.tasks.registry import get_task_class, make_task
 from dat_jax.training.compilation import known_options
 from dat_jax.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 STEPS = ("train", "eval")
-# Products of a GPU go to its library: their tiles are chosen by timing, and without a device some are taken that do not work.
+# Matrix products on a GPU use cuBLAS: the compiler selects Triton tiles by timing them, and without a device it may select
+# invalid ones.
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
-_READ_COSTS = ("bytes", "padded_bytes", "hbm_bytes")  # from the compiled text
-_BATCH_UNIT = 8  # of --find_batch, examples a chip
+_TRAFFIC = ("bytes", "padded_bytes", "hbm_bytes")  # keys of ``hlo.traffic``
+_BATCH_UNIT = 8  # examples per chip, for ``find_batch``
 _LARGEST_BATCH = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """What a run asks of a data set before its first step: how many examples there are, and what they are of."""
+    """Placeholder for a data set: what a run needs to know of it before the first step.
+
+    Attributes:
+      examples: number of examples.
+      class_names: names of the classes.
+      has_masks: whether objects have masks.
+    """
 
     examples: int
     class_names: tuple[str, ...]
@@ -42,7 +55,7 @@ class StandIn:
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """Of the classes."""
+        """Category ids of the classes."""
         return tuple(range(len(self.class_names)))
 
     def __len__(self) -> int:
@@ -58,20 +71,22 @@ def compile_report(
     target_config: str | pathlib.Path = TARGET_CONFIG,
     top: int = 0,
 ) -> dict[str, Any]:
-    """Compiles the steps of a run and collects what the compiler says, every number for one chip.
+    """Compile the steps of a run and collect the compiler's report. Every number is per chip.
 
     Args:
-      config: of a run; batch sizes are over all chips.
-      topology, target_config: see ``find_devices``.
-      steps: of "train" and "eval". "eval" is the logits of a batch, which is what an evaluation spends its time on.
-      sources: of the run, such as StandIns; those that ``config.data`` names, unless given.
-      top: rows of the tables of bytes by op.
+      config: configuration of the run. Its batch sizes are totals over all chips.
+      topology: see ``find_devices``.
+      steps: "train", "eval" or both. The "eval" step is the prediction for a batch, which dominates the time of an
+        evaluation.
+      sources: training and validation data, such as StandIns; by default those that ``config.data`` names.
+      target_config: see ``find_devices``.
+      top: number of rows in the tables of bytes by op and by module.
 
     Returns:
-      {"topology", "chips", "device", "dtype", "versions", "steps": step -> its report}; see ``report_step``.
+      {"topology", "chips", "device", "model", "images", "dtype", "versions", "steps": step -> report}, see ``report_step``.
 
     Raises:
-      UserError: what does not fit together, or what the compiler refuses for another reason than memory.
+      UserError: settings do not fit together, or compilation fails for another reason than memory.
     """
     chip, devices = find_devices(topology, target_config=target_config)
     config = _without_files(config)
@@ -93,7 +108,7 @@ def compile_report(
 
 
 def _without_files(config: ConfigDict) -> ConfigDict:
-    """Nothing that is only read before or after the steps has to be there."""
+    """Copy of a configuration without the paths of files that the steps do not read."""
     config = ConfigDict(config.to_dict())
     if isinstance(config.get("eval"), ConfigDict) and isinstance(config.eval.get("sets"), ConfigDict):
         config.eval.sets = {name: "" for name in config.eval.sets}
@@ -101,13 +116,23 @@ def _without_files(config: ConfigDict) -> ConfigDict:
 
 
 def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dict[str, Any]:
-    """Lowers and compiles one step of a run. The caller has set ``compiling_for``.
+    """Lower and compile one step of a run, within ``compiling_for`` of the chip's platform.
 
     Returns:
-      Bytes and FLOPs of one chip: "batch_size" over all chips, "fits", "message" of the compiler where
-      it does not; "memory", "cost", "roofline", "collectives", "gather", "scatter", "loops", "lower_seconds",
-      "compile_seconds", and "top" where asked for. Of a step that does not fit only those up to "memory" are known; where
-      the compiled text cannot be read "unread" says why, and of "cost" only the compiler's counts are known.
+      A dict with bytes and FLOPs per chip:
+        "batch_size": total over all chips.
+        "batch_size_per_chip": batch size per chip.
+        "fits": whether the peak memory is available. If compilation ran out of memory, "message" is the compiler's message,
+          and the keys from "cost" on are missing.
+        "lower_seconds", "compile_seconds": times of tracing with lowering, and of compilation.
+        "memory": sizes by use, in bytes.
+        "cost": FLOPs and bytes by the compiler's estimate, by the traced program, and by the compiled program.
+        "roofline": lower bounds of the time per step, empty for an unknown chip.
+        "collectives", "gather", "scatter": see ``hlo.collectives`` and ``hlo.count_indexed``.
+        "loops": trip count of each loop, None if it is unknown.
+        "top": tables of bytes by op and by module, if ``top`` is not 0.
+      If the compiled program cannot be read, "unread" is the reason, the keys from "roofline" on are missing, and "cost"
+      lacks the counts of the compiled program.
     """
     function, arguments, batch_size = step_function(trainer, step)
     start = time.perf_counter()
@@ -125,7 +150,7 @@ def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dic
         compiled = lowered.compile(known_options(_COMPILER_OPTIONS.get(chip.platform, {})))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"The compiler refuses the {step} step: {first_line(error)}") from error
+            raise UserError(f"Compilation of the {step} step failed: {first_line(error)}") from error
         return {**report, "message": _memory_message(error), "compile_seconds": time.perf_counter() - lowered_at}
     report["compile_seconds"] = time.perf_counter() - lowered_at
     report["memory"] = _memory(compiled.memory_analysis(), _state_bytes(trainer, step), available=chip.memory_bytes)
@@ -133,7 +158,7 @@ def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dic
     product_flops = count_product_flops(traced.jaxpr.jaxpr) / trainer.mesh.size
     try:
         module = hlo.parse(compiled.as_text())
-    except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.52 and large programs for v5p
+    except jax.errors.JaxRuntimeError as error:  # with libtpu 0.0.52, for large programs on v5p
         report["unread"] = first_line(error)
         report["cost"] = _cost(compiled, None, product_flops)
         return report
@@ -149,7 +174,11 @@ def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dic
 
 
 def step_function(trainer: Trainer, step: str):
-    """(jitted function, abstract arguments, batch size) of the "train" or the "eval" step, with the run's shardings."""
+    """A step of a run, "train" or "eval", with the shardings of the run.
+
+    Returns:
+      The jitted function, its arguments as ShapeDtypeStructs, and the batch size.
+    """
     train = step == "train"
     size = trainer.config.batch_size if train else trainer.config.eval.batch_size
     where = sharding.batch_sharding(trainer.mesh)
@@ -179,11 +208,17 @@ def _state_bytes(trainer, step) -> dict[str, int]:
 
 
 def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[str, float | None]:
-    """Of ``memory_analysis``. The peak: arguments, results that do not take their place, temporaries and code at once."""
+    """Memory by use. The peak is the sum of arguments, outputs that do not reuse their memory, temporaries and code.
+
+    Args:
+      stats: result of ``memory_analysis``.
+      state: bytes of the parts of the train state.
+      available: memory of the chip, or None.
+    """
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
     return {
         **state,
-        "other_arguments": max(arguments - sum(state.values()), 0),  # the batch, model state, and padding of all
+        "other_arguments": max(arguments - sum(state.values()), 0),  # the batch, the model state, and padding
         "outputs": outputs,
         "outputs_in_place": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
@@ -198,18 +233,25 @@ def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[st
 
 
 def _cost(compiled, by_opcode, product_flops: float) -> dict[str, float | None]:
-    """The compiler's own count (a loop's body once; None on a GPU) and ours (as often as it runs; None without a text)."""
+    """Costs by the compiler's estimate and by our counts.
+
+    The compiler's estimate counts the body of a loop once; on a GPU it is None. Our counts include every iteration; those of
+    the compiled program are None if it cannot be read.
+    """
     analysis = compiled.cost_analysis() or {}
     return {
         "flops": analysis.get("flops"),
         "bytes_accessed": analysis.get("bytes accessed"),
         "product_flops": product_flops,
-        **{key: by_opcode and sum(c[key] for c in by_opcode.values()) for key in _READ_COSTS},
+        **{key: by_opcode and sum(c[key] for c in by_opcode.values()) for key in _TRAFFIC},
     }
 
 
 def _roofline(cost, chip: Chip, batch: int) -> dict[str, Any]:
-    """Least seconds a step, by what binds; "memory" is the compiler's count of bytes, or ours where it has none or loops."""
+    """Lower bounds of the time per step from peak FLOP/s and from memory bandwidth.
+
+    FLOPs and bytes are the larger of the compiler's estimate, which may be missing or count loops once, and our counts.
+    """
     if chip.flops_per_second is None:
         return {}
     seconds = {
@@ -228,7 +270,7 @@ def _largest(table: dict, top: int) -> list[dict]:
 
 
 def largest_that_fits(fits: Callable[[int], bool], *, unit: int, limit: int) -> int:
-    """The largest multiple of ``unit`` up to ``limit`` that fits, or 0; doubling first, then halving the interval."""
+    """Largest multiple of ``unit`` up to ``limit`` that fits, or 0, by doubling and then bisection."""
     low, high = 0, unit
     while high <= limit and fits(high):
         low, high = high, 2 * high
@@ -243,61 +285,72 @@ def largest_that_fits(fits: Callable[[int], bool], *, unit: int, limit: int) -> 
     return low
 
 
-def find_batch(
-    config: ConfigDict, step: str, *, topology: str, sources: tuple[Any, Any], note: Callable[[str], None], **options
-) -> dict[str, Any]:
-    """The report of a step with the largest batch a chip that fits, a multiple of 8 for each accumulated part.
+def find_batch(config: ConfigDict, step: str, *, topology: str, sources: tuple[Any, Any], **options) -> dict[str, Any]:
+    """Report of a step with the largest batch size that fits. Every batch size that is tried is logged.
+
+    The batch size per chip is a multiple of 8, for the train step of 8 times ``accumulate_steps``.
 
     Args:
-      config, topology, options: of ``compile_report``.
+      config: see ``compile_report``.
       step: "train" or "eval".
-      sources: their classes count; there are always enough examples.
-      note: is told of every batch that was tried.
+      topology: see ``compile_report``.
+      sources: data whose class names are used; the number of examples is replaced by a sufficient one.
+      **options: other arguments of ``compile_report``.
 
     Raises:
-      UserError: not even the smallest fits.
+      UserError: the smallest batch size does not fit.
     """
     chips = len(find_devices(topology, target_config=options.get("target_config", TARGET_CONFIG))[1])
     sources = tuple(StandIn(_LARGEST_BATCH * chips, source.class_names) for source in sources)
     reports: dict[int, dict] = {}
 
     def fits(batch: int) -> bool:
-        tried = ConfigDict(config.to_dict())
-        tried.batch_size = batch * chips
-        tried.eval.batch_size = batch * chips
-        reports[batch] = compile_report(tried, topology=topology, steps=(step,), sources=sources, **options)
+        candidate = ConfigDict(config.to_dict())
+        candidate.batch_size = batch * chips
+        candidate.eval.batch_size = batch * chips
+        reports[batch] = compile_report(candidate, topology=topology, steps=(step,), sources=sources, **options)
         report = reports[batch]["steps"][step]
         verdict = f"fits, peak {format_size(report['memory']['peak'])}" if report["fits"] else "does not fit"
-        note(f"{step}: a batch of {batch} a chip {verdict}.")
+        logger.info("%s: batch size %d per chip %s.", step, batch, verdict)
         return report["fits"]
 
     unit = _BATCH_UNIT * (config.accumulate_steps if step == "train" else 1)
     largest = largest_that_fits(fits, unit=unit, limit=_LARGEST_BATCH)
     if not largest:
-        raise UserError(f"Not even a batch of {unit} a chip fits the {step} step on {topology}.")
+        raise UserError(f"The {step} step does not fit on {topology} even with a batch size of {unit} per chip.")
     return reports[largest]
 
 
 def _versions(platform: str) -> dict[str, str]:
     packages = {"tpu": ["libtpu"], "gpu": ["jax-cuda12-plugin", "nvidia-cudnn-cu12"], "cpu": []}[platform]
-    found = {}
+    versions = {}
     for package in ["jax", "jaxlib", *packages]:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            versions[package] = "unknown"
+    return versions
 
 
 def _memory_message(error: Exception) -> str:
-    """The compiler's sentences with its numbers, without its list of allocations."""
+    """Sentences of the compiler's message that contain sizes, without its list of allocations."""
     lines = [line.strip() for line in str(error).splitlines() if re.search(r"\d(\.\d+)?[KMGT]i?B?\b", line)]
     return " ".join(" ".join(lines or [first_line(error)]).split())[:800]
 
 
-def make_sources(config: ConfigDict, *, classes: int, examples: int) -> tuple[Any, Any]:
-    """Stand-ins where ``config.data.directory`` names a data set, else the embedded data themselves."""
+def make_sources(config: ConfigDict, *, classes: int | None, examples: int) -> tuple[Any, Any]:
+    """Training and validation data for ``compile_report``, without reading a data set.
+
+    Args:
+      config: configuration of a run.
+      classes: number of classes of the data set, by default that of the published models of the task.
+      examples: number of examples of the data set.
+
+    Returns:
+      StandIns if ``config.data.directory`` names a data set, otherwise the embedded data.
+    """
     if config.data.directory:
+        classes = classes or get_task_class(config.task).published_classes
         return (StandIn(examples, tuple(map(str, range(classes)))),) * 2
     task = make_task(config)
     return task.train_source, task.eval_source

@@ -1,4 +1,4 @@
-"""Chips to compile for, and what stands for them where there are none."""
+"""Devices to compile for, attached or described by a topology, and their peak performance."""
 
 import dataclasses
 import importlib.util
@@ -14,18 +14,23 @@ from jax.experimental import topologies
 
 from dat_jax.errors import UserError
 
-# A description of the device as XLA's own target configurations have them; another can be given.
+# Description of an H100 in the format of XLA's target configurations.
 TARGET_CONFIG = pathlib.Path(__file__).with_name("h100.txtpb")
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Public figures of one device: bfloat16 dense peak, bandwidth and size of its memory (HBM).
+    """Published performance of one device.
 
-    device_kinds: what jax calls it.
+    Attributes:
+      platform: "tpu", "gpu" or "cpu".
+      flops_per_second: dense peak in bfloat16, or None if unknown.
+      bytes_per_second: bandwidth of the memory (HBM), or None if unknown.
+      memory_bytes: size of the memory (HBM), or None if unknown.
+      device_kinds: values of ``jax.Device.device_kind`` for this device.
     """
 
-    platform: str  # "tpu", "gpu" or "cpu"
+    platform: str
     flops_per_second: float | None
     bytes_per_second: float | None
     memory_bytes: float | None
@@ -43,25 +48,28 @@ _ACCELERATOR_TYPES = {"v5e": "v5litepod-{chips}", "v5p": "v5p-{cores}", "v6e": "
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip that jax calls so, if it is known here."""
+    """The chip with a value of ``jax.Device.device_kind``, or None if it is not in ``CHIPS``."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
 def find_devices(topology: str, *, target_config: str | pathlib.Path = TARGET_CONFIG) -> tuple[Chip, Sequence[Any]]:
-    """Devices to compile for.
+    """Find the devices to compile for.
 
     Args:
-      topology: a TPU's such as "v5e:2x2", "h100" for one GPU, or "cpu" for this machine's (virtual) devices.
-      target_config: the file that describes the GPU to its compiler.
+      topology: TPU topology such as "v5e:2x2", "h100" for one GPU, or "cpu" for the (virtual) CPU devices of this machine.
+      target_config: file that describes the GPU to its compiler.
+
+    Returns:
+      The chip and the devices; devices of a topology can be compiled for, but not used.
 
     Raises:
-      UserError: unknown topology, a missing compiler, or one that refuses.
+      UserError: the topology is unknown, its compiler is not installed, or the compiler does not support it.
     """
     family, _, layout = topology.partition(":")
     if family not in CHIPS or not re.fullmatch(_layout_pattern(family), layout):
         raise UserError(
-            f"Unknown topology {topology!r}; choose v5e:2x2, v6e:2x2 or another size of two numbers, v5p:2x2x1 or another of "
-            "three, h100, or cpu."
+            f"Unknown topology {topology!r}; choose v5e:2x2, v6e:2x2 (or other sizes of two numbers), v5p:2x2x1 (or other sizes "
+            "of three numbers), h100, or cpu."
         )
     chip = CHIPS[family]
     if chip.platform == "cpu":
@@ -77,7 +85,7 @@ def find_devices(topology: str, *, target_config: str | pathlib.Path = TARGET_CO
     except OSError as error:
         raise UserError(f"--target_config {target_config} cannot be read: {error.strerror}.") from error
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"The compiler does not take the topology {topology}: {first_line(error)}") from error
+        raise UserError(f"The compiler does not support the topology {topology}: {first_line(error)}") from error
 
 
 def _layout_pattern(family: str) -> str:
@@ -94,8 +102,8 @@ def _require(package: str, platform: str) -> None:
 
 
 def _describe_host(family: str, chips: int) -> None:
-    """What libtpu would ask its host's metadata server, which is not there."""
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs: another program may have the TPU
+    """Set the variables that libtpu otherwise reads from the metadata server of a TPU host."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs, so another program may use the TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     accelerator = _ACCELERATOR_TYPES[family].format(chips=min(chips, 4), cores=2 * min(chips, 4))
@@ -103,5 +111,5 @@ def _describe_host(family: str, chips: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Of a compiler's message."""
+    """First line of a compiler's error message."""
     return str(error).strip().partition("\n")[0]

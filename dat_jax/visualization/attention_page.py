@@ -1,4 +1,4 @@
-"""A page that shows the attention of a model to one image: one HTML file that needs no network and no server."""
+"""Interactive page of the attention of a classifier to one image: a single HTML file that works offline."""
 
 import base64
 import html
@@ -11,58 +11,65 @@ import numpy as np
 from PIL import Image
 
 from dat_jax.inference.attention import BlockAttention, ImageAttention
-from dat_jax.visualization.charts import make_group_colours
+from dat_jax.visualization.charts import make_group_colors
 
 _TEMPLATE = "attention_page.html"
-_MAX_BYTES = 3_000_000  # of all indices and weights; a third more as text
-_BYTES_A_KEY = 4
+_MAX_BYTES = 3_000_000  # of all indices and weights; base64 takes a third more
+_BYTES_PER_KEY = 4
 
 
 def make_page(
     attention: ImageAttention, *, title: str, query: tuple[float, float], block: str, max_keys: int = 16
 ) -> str:
-    """The text of the page.
+    """Make the HTML text of the page.
 
     Args:
-      attention: of the image.
-      title: what the image is called.
-      query: (y, x) in pixels of ``attention.image``, that the page begins with.
-      block: likewise.
-      max_keys: the most important keys that are kept of every query and group; fewer where they would take more than 3 MB.
+      attention: attention of a classifier to an image.
+      title: title of the page.
+      query: query that is selected at first, (y, x) in pixels of ``attention.image``.
+      block: name of the block that is selected at first.
+      max_keys: maximum number of keys to store for each query and group, the most important ones. It is reduced if all of
+        them would take more than 3 MB.
     """
+    blocks = attention.blocks.values()
+    count = choose_count(blocks, max_keys)
     data = {
         "title": title,
         "classes": list(attention.ranking.items()),
         "image": {"source": _embed(attention.image), "height": len(attention.image), "width": attention.image.shape[1]},
-        "query": [float(at) for at in query],
+        "query": [float(coordinate) for coordinate in query],
         "block": block,
         "keys": max_keys,
-        "colours": make_group_colours(max(found.groups for found in attention.blocks.values())),
-        "blocks": [
-            pack_block(found, choose_count(attention.blocks.values(), max_keys)) for found in attention.blocks.values()
-        ],
+        "colors": make_group_colors(max(block.groups for block in blocks)),
+        "blocks": [pack_block(block, count) for block in blocks],
     }
     template = (importlib.resources.files("dat_jax.visualization") / _TEMPLATE).read_text(encoding="utf-8")
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name ends the script
+    text = json.dumps(data, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )  # so that no class name can end the script element
     return template.replace("{{title}}", html.escape(title)).replace("{{data}}", text)
 
 
 def choose_count(blocks, max_keys: int) -> int:
-    """Keys of every query and group that fit, at least one."""
+    """Number of keys to store for each query and group, from 1 to ``max_keys``, so that all blocks fit into 3 MB."""
     queries = sum(block.groups * block.weights.shape[1] for block in blocks)
-    return max(1, min(max_keys, _MAX_BYTES // (_BYTES_A_KEY * queries)))
+    return max(1, min(max_keys, _MAX_BYTES // (_BYTES_PER_KEY * queries)))
 
 
 def pack_block(block: BlockAttention, count: int) -> dict[str, Any]:
-    """What the page has of a block; arrays are base64 of little-endian numbers.
+    """Data of a block for the page. Arrays are little-endian numbers encoded as base64.
 
     Args:
-      block: K of an N block is the side of its window, whose pixels are the keys.
-      count: keys a query and group.
+      block: attention of the block.
+      count: number of keys to store for each query and group.
 
     Returns:
-      {"indices": uint16 (G, Q, count), the most important first, "weights": uint16 likewise, code c for scale * c / 65535,
-      "positions", "references" and "received" of D blocks, float32, and numbers}.
+      A dict:
+        "name", "kind", "map" (its height and width), "groups", "count", "scale": values for JSON.
+        "indices": keys, uint16 (G, Q, count), the most important first.
+        "weights": their attention weights as codes, uint16 (G, Q, count); code c means scale * c / 65535.
+        "positions", "references", "received": float32 arrays of a D block, see ``BlockAttention``.
+        "window": side of the window of an N block, in pixels of the feature map.
     """
     weights = block.group_weights
     count = min(count, weights.shape[-1])

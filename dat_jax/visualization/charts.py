@@ -1,4 +1,7 @@
-"""Pictures from arrays: learning curves, predictions, sampled points. Needs numpy and matplotlib only."""
+"""Plots of learning curves, predictions and sampled points from arrays, by matplotlib.
+
+All figures are written as PNG files.
+"""
 
 import itertools
 import pathlib
@@ -7,22 +10,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 _ACCURACIES = {
     "top-1 accuracy, %": ("train/top1", "eval/top1"),
-    "accuracy of pixels and mIoU, %": ("train/accuracy", "eval/aAcc", "eval/mIoU"),
+    "pixel accuracy and mIoU, %": ("train/accuracy", "eval/aAcc", "eval/mIoU"),
 }
-_INCHES = 6.4  # of the longer side of a drawn image
+_DRAWN_INCHES = 6.4  # longer side of an image with detections, which fixes the sizes of text and lines
 
 
 def save_curves(path: pathlib.Path, series: Mapping[str, Mapping[int, float]]) -> None:
-    """Loss, accuracy and learning rate against the step.
+    """Save curves of loss, accuracy and learning rate over the training steps.
 
     Args:
-      path: of the PNG file.
+      path: PNG file to write.
       series: metric name ("train/loss", "eval/top1", ...) -> {step: value}.
     """
     accuracy = next(
@@ -54,12 +58,14 @@ def save_predictions(
     predictions: Sequence[int],
     class_names: Sequence[str],
 ) -> None:
-    """A grid of images with what was predicted; mistakes in red, with the label.
+    """Save a grid of images with their predicted classes. Wrong predictions are red and followed by the label.
 
     Args:
-      path: of the PNG file.
+      path: PNG file to write.
       images: uint8 (N, H, W, 3).
-      labels, predictions: class indices, (N,).
+      labels: class indices, (N,).
+      predictions: predicted class indices, (N,).
+      class_names: names of the classes.
     """
     columns = 8
     rows = -(-len(images) // columns)
@@ -68,24 +74,24 @@ def save_predictions(
     for axes in grid:
         axes.axis("off")
     for axes, image, label, prediction in zip(grid, images, labels, predictions, strict=False):
-        right = label == prediction
-        title = class_names[prediction] if right else f"{class_names[prediction]}, is {class_names[label]}"
+        correct = label == prediction
+        title = class_names[prediction] if correct else f"{class_names[prediction]}, is {class_names[label]}"
         axes.imshow(image)
-        axes.set_title(title, color="black" if right else "red", fontsize=9)
+        axes.set_title(title, color="black" if correct else "red", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def save_sampled_points(
     path: pathlib.Path, images: np.ndarray, positions: Mapping[str, np.ndarray], *, map_shapes: Mapping[str, tuple]
 ) -> None:
-    """Where deformable attention looks: a row an image, a column a D block, one colour a group of heads.
+    """Save the points that deformable attention samples: one row per image, one column per D block, one color per group.
 
     Args:
-      path: of the PNG file.
+      path: PNG file to write.
       images: uint8 (N, H, W, 3).
-      positions: block name -> (N, G, Hk, Wk, 2), (y, x), -1 and 1 the centres of the first and last pixel of the block's
-        map.
-      map_shapes: block name -> (height, width) of that map. Its pixels are drawn as cells that tile the image.
+      positions: block name -> key positions, (N, G, Hk, Wk, 2), as (y, x), where -1 and 1 are the centers of the first and
+        last pixel of the block's feature map.
+      map_shapes: block name -> (height, width) of its feature map, whose pixels tile the image.
     """
     blocks = _sort_blocks(positions)
     figure = Figure(figsize=(1.9 * (len(blocks) + 1), 2.0 * len(images)), layout="constrained")
@@ -115,30 +121,33 @@ def _draw_points(axes, image, points, map_shape):
     axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
 
 
-def make_group_colours(count: int) -> list[str]:
-    """ "#rrggbb" of groups of heads: matplotlib's ten, and more where these do not do."""
-    colours = colormaps["tab10" if count <= 10 else "tab20"].colors
-    if count > len(colours):
-        colours = colormaps["hsv"](np.arange(count) / count)
-    return [to_hex(colour) for colour in colours[:count]]
+def make_group_colors(count: int) -> list[str]:
+    """Colors of ``count`` groups of heads as "#rrggbb": those of tab10 or tab20, and evenly spaced hues for more groups."""
+    colors = colormaps["tab10" if count <= 10 else "tab20"].colors
+    if count > len(colors):
+        colors = colormaps["hsv"](np.arange(count) / count)
+    return [to_hex(color) for color in colors[:count]]
 
 
 def blend(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, *, opacity: float = 0.6) -> np.ndarray:
-    """An image with the colours of its classes over it, both uint8 (H, W, 3); where the label is 255 the image alone.
+    """Blend an image with the colors of its classes. Pixels with the label 255 remain unchanged.
 
     Args:
       image: uint8 (H, W, 3).
-      labels: integers (H, W).
-      palette: uint8 (K, 3).
-      opacity: of the colours.
+      labels: class indices, integers (H, W).
+      palette: colors of the K classes, uint8 (K, 3).
+      opacity: opacity of the colors.
+
+    Returns:
+      uint8 (H, W, 3).
     """
     known = (labels != 255)[..., None]
-    colours = palette[np.where(labels == 255, 0, labels)]
-    return np.where(known, np.round((1 - opacity) * image + opacity * colours), image).astype(np.uint8)
+    colors = palette[np.where(labels == 255, 0, labels)]
+    return np.where(known, np.round((1 - opacity) * image + opacity * colors), image).astype(np.uint8)
 
 
-def shade(values: np.ndarray) -> np.ndarray:
-    """Numbers from 0, dark blue, to 1, yellow, as colours (viridis): float (H, W) -> uint8 (H, W, 3)."""
+def apply_colormap(values: np.ndarray) -> np.ndarray:
+    """Colors of values from 0 (dark blue) to 1 (yellow) by viridis, uint8 (H, W, 3); values are float (H, W)."""
     return colormaps["viridis"](values, bytes=True)[..., :3]
 
 
@@ -151,28 +160,29 @@ def save_segmentations(
     max_classes: int = 24,
     panel_width: float = 2.7,
 ) -> None:
-    """Images with label maps over them, a row an image, and a legend of the classes that are in them.
+    """Save images blended with label maps, in rows of panels, and a legend of the classes that occur.
 
     Args:
-      path: of the PNG file.
-      rows: for each, panel title -> (image uint8 (H, W, 3), labels integers (H, W) or None for the image alone).
-      class_names: of the K classes.
-      palette: uint8 (K, 3).
-      max_classes: in the legend, those with the most pixels.
-      panel_width: of a panel, inches of 130 pixels.
+      path: PNG file to write.
+      rows: for each row, panel title -> (image, labels): uint8 (H, W, 3), and class indices, integers (H, W), or None to
+        draw only the image.
+      class_names: names of the K classes.
+      palette: colors of the classes, uint8 (K, 3).
+      max_classes: maximum number of classes in the legend, those with the most pixels.
+      panel_width: width of a panel in inches of 130 pixels.
     """
     counts = np.zeros(len(class_names), int)
     for row in rows:
         for _, labels in row.values():
             if labels is not None:
                 counts += np.bincount(labels[labels != 255].ravel(), minlength=len(counts))
-    shown = [index for index in np.argsort(-counts, kind="stable")[:max_classes] if counts[index]]
+    in_legend = [index for index in np.argsort(-counts, kind="stable")[:max_classes] if counts[index]]
     columns = max(map(len, rows))
     height = sum(
         (panel_width - 0.1) * max(image.shape[0] / image.shape[1] for image, _ in row.values()) for row in rows
     )
     figure = Figure(
-        figsize=(panel_width * columns + 1.8, max(height + 0.4, 0.19 * len(shown) + 0.6)), layout="constrained"
+        figsize=(panel_width * columns + 1.8, max(height + 0.4, 0.19 * len(in_legend) + 0.6)), layout="constrained"
     )
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.ravel():
@@ -181,46 +191,51 @@ def save_segmentations(
         for (title, (image, labels)), axes in zip(row.items(), line, strict=False):
             axes.imshow(image if labels is None else blend(image, labels, palette))
             axes.set_title(title, fontsize=8)
-    handles = [Patch(color=palette[index] / 255, label=class_names[index]) for index in shown]
+    handles = [Patch(color=palette[index] / 255, label=class_names[index]) for index in in_legend]
     if handles:
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
 def draw_detections(
-    axes,
+    axes: Axes,
     image: np.ndarray,
-    found: Mapping[str, np.ndarray],
+    detections: Mapping[str, np.ndarray],
     *,
     class_names: Sequence[str],
     palette: np.ndarray,
     opacity: float = 0.5,
 ) -> None:
-    """An image with boxes, masks, and names with scores over it.
+    """Draw an image with boxes, masks, class names and scores.
 
     Args:
-      axes: of matplotlib.
+      axes: axes to draw on.
       image: uint8 (H, W, 3).
-      found: "boxes", (n, 4), x1, y1, x2, y2 in pixels, pixel i covering [i, i + 1); "labels", integers (n,); where there are
-        any, "scores", (n,), and "masks", bool (n, H, W).
-      class_names, palette: of the K classes, uint8 (K, 3).
-      opacity: of the masks.
+      detections: "boxes", (n, 4), as x1, y1, x2, y2 in pixels, where pixel i covers [i, i + 1); "labels", integers (n,);
+        optionally "scores", (n,), and "masks", bool (n, H, W).
+      class_names: names of the K classes.
+      palette: colors of the classes, uint8 (K, 3).
+      opacity: opacity of the masks.
     """
-    masks, scores = found.get("masks"), found.get("scores")
-    for index in range(len(found["boxes"]) if masks is not None else 0):
-        coloured = (1 - opacity) * image + opacity * palette[found["labels"][index]]
-        image = np.where(masks[index][..., None], np.round(coloured), image).astype(np.uint8)
+    masks, scores = detections.get("masks"), detections.get("scores")
+    for index in range(len(detections["boxes"]) if masks is not None else 0):
+        blended = (1 - opacity) * image + opacity * palette[detections["labels"][index]]
+        image = np.where(masks[index][..., None], np.round(blended), image).astype(np.uint8)
     axes.imshow(image)
-    for index, (x1, y1, x2, y2) in enumerate(np.asarray(found["boxes"], float) - 0.5):
-        label = int(found["labels"][index])
-        colour = palette[label] / 255
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.2))
-        name = class_names[label] if scores is None else f"{class_names[label]} {scores[index]:.2f}"
-        ink = "black" if colour.mean() > 0.5 else "white"
-        box = dict(facecolor=colour, edgecolor="none", pad=1, alpha=0.8)
-        place = "top" if y1 < 0.03 * image.shape[0] else "bottom"  # within the box where there is no room above it
+    for index, (x1, y1, x2, y2) in enumerate(np.asarray(detections["boxes"], float) - 0.5):
+        label = int(detections["labels"][index])
+        color = palette[label] / 255
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2))
         axes.text(
-            x1, y1, name, fontsize=6, color=ink, verticalalignment=place, bbox=box, clip_on=True, parse_math=False
+            x1,
+            y1,
+            class_names[label] if scores is None else f"{class_names[label]} {scores[index]:.2f}",
+            fontsize=6,
+            color="black" if color.mean() > 0.5 else "white",
+            verticalalignment="top" if y1 < 0.03 * image.shape[0] else "bottom",  # inside the box at the upper border
+            bbox=dict(facecolor=color, edgecolor="none", pad=1, alpha=0.8),
+            clip_on=True,
+            parse_math=False,
         )
 
 
@@ -233,14 +248,15 @@ def save_detections(
     examples_per_row: int = 2,
     panel_width: float = 2.4,
 ) -> None:
-    """Images with what is found in them.
+    """Save images with their detections or annotations, in rows of panels.
 
     Args:
-      path: of the PNG file.
-      examples: of each, panel title -> (image, what is found), see ``draw_detections``.
-      class_names, palette: of the K classes, uint8 (K, 3).
-      examples_per_row: whose panels stand side by side.
-      panel_width: of a panel, inches of 130 pixels.
+      path: PNG file to write.
+      examples: for each example, panel title -> (image, detections), see ``draw_detections``.
+      class_names: names of the K classes.
+      palette: colors of the classes, uint8 (K, 3).
+      examples_per_row: number of examples per row of panels.
+      panel_width: width of a panel in inches of 130 pixels.
     """
     rows = [
         [panel for example in examples[start : start + examples_per_row] for panel in example.items()]
@@ -253,8 +269,8 @@ def save_detections(
     for axes in grid.ravel():
         axes.axis("off")
     for row, line in zip(rows, grid, strict=True):
-        for (title, (image, found)), axes in zip(row, line, strict=False):
-            draw_detections(axes, image, found, class_names=class_names, palette=palette)
+        for (title, (image, detections)), axes in zip(row, line, strict=False):
+            draw_detections(axes, image, detections, class_names=class_names, palette=palette)
             axes.set_title(title, fontsize=8)
     figure.savefig(path, dpi=130)
 
@@ -262,29 +278,31 @@ def save_detections(
 def save_drawn_image(
     path: pathlib.Path,
     image: np.ndarray,
-    found: Mapping[str, np.ndarray],
+    detections: Mapping[str, np.ndarray],
     *,
     class_names: Sequence[str],
     palette: np.ndarray,
     min_side: int = 640,
 ) -> None:
-    """An image with what is found in it, and nothing around it.
+    """Save an image with its detections, without a margin.
 
     Args:
-      path: of the PNG file.
+      path: PNG file to write.
       image: uint8 (H, W, 3).
-      found, class_names, palette: see ``draw_detections``.
-      min_side: pixels that the longer side of the picture has at least: a smaller image is enlarged a whole number of times.
+      detections: see ``draw_detections``.
+      class_names: names of the K classes.
+      palette: colors of the classes, uint8 (K, 3).
+      min_side: minimum length of the longer side in pixels. A smaller image is enlarged by an integer factor.
     """
-    longest = max(image.shape[:2])
-    factor = -(-min_side // longest)
+    longer_side = max(image.shape[:2])
+    factor = -(-min_side // longer_side)
     height, width = (factor * side for side in image.shape[:2])
-    dpi = factor * longest / _INCHES  # letters and lines of one size in every picture
-    # Pixels are cut to whole ones.
+    dpi = factor * longer_side / _DRAWN_INCHES
+    # matplotlib rounds the numbers of pixels down, hence the 0.5.
     figure = Figure(figsize=((width + 0.5) / dpi, (height + 0.5) / dpi), dpi=dpi)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    draw_detections(axes, image, found, class_names=class_names, palette=palette)
+    draw_detections(axes, image, detections, class_names=class_names, palette=palette)
     axes.set_aspect("auto")
     figure.savefig(path, dpi=dpi)
 
@@ -292,9 +310,9 @@ def save_drawn_image(
 def save_detections_and_points(
     path: pathlib.Path,
     image: np.ndarray,
-    found: Mapping[str, np.ndarray],
+    detections: Mapping[str, np.ndarray],
     *,
-    seen: np.ndarray,
+    network_input: np.ndarray,
     positions: Mapping[str, np.ndarray],
     map_shapes: Mapping[str, tuple[int, int]],
     class_names: Sequence[str],
@@ -302,26 +320,29 @@ def save_detections_and_points(
     columns: int = 4,
     panel_width: float = 4.0,
 ) -> None:
-    """An image, what is found in it, and where every deformable block looks, in lines of panels.
+    """Save an image, its detections, and the points that every deformable block samples, in rows of panels.
 
     Args:
-      path: of the PNG file.
+      path: PNG file to write.
       image: uint8 (H, W, 3).
-      found, class_names, palette: see ``draw_detections``.
-      seen: uint8 (Hp, Wp, 3), the image that the network sees.
-      positions, map_shapes: see ``save_sampled_points``, without the first axis.
-      columns: panels in a line.
-      panel_width: of a panel, inches of 130 pixels.
+      detections: see ``draw_detections``.
+      network_input: resized and padded image, uint8 (Hp, Wp, 3).
+      positions: see ``save_sampled_points``, without the first axis.
+      map_shapes: see ``save_sampled_points``.
+      class_names: names of the K classes.
+      palette: colors of the classes, uint8 (K, 3).
+      columns: number of panels per row.
+      panel_width: width of a panel in inches of 130 pixels.
     """
     blocks = _sort_blocks(positions)
-    lines = -(-(2 + len(blocks)) // columns)
-    height = panel_width * max(x.shape[0] / x.shape[1] for x in (image, seen)) + 0.3
-    figure = Figure(figsize=(panel_width * columns, height * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    rows = -(-(2 + len(blocks)) // columns)
+    height = panel_width * max(x.shape[0] / x.shape[1] for x in (image, network_input)) + 0.3
+    figure = Figure(figsize=(panel_width * columns, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     grid[0].imshow(image)
-    draw_detections(grid[1], image, found, class_names=class_names, palette=palette)
+    draw_detections(grid[1], image, detections, class_names=class_names, palette=palette)
     for axes, name in zip(grid[2:], blocks, strict=False):
-        _draw_points(axes, seen, positions[name], map_shapes[name])
+        _draw_points(axes, network_input, positions[name], map_shapes[name])
     for axes, title in itertools.zip_longest(grid, ["image", "detections", *blocks]):
         axes.set_title(title or "", fontsize=8)
         axes.axis("off")

@@ -338,7 +338,7 @@ def test_onnx_is_refused_for_a_detector_and_without_jax2onnx(trained, tmp_path, 
         (["{trained}", "{out}", "--image_size=big"], "--image_size must be SIDE or HEIGHT,WIDTH in pixels, got big"),
         (
             ["{trained}", "{out}", "--image_size=16"],
-            "image_size wants at least 32 and resize at least image_size, got 16 and 18",
+            "image_size must be at least 32 and resize at least image_size, got 16 and 18",
         ),
         (["{trained}", "/dev/null/out", "--formats=safetensors"], "/dev/null/out cannot be written"),
     ],

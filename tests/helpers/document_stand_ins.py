@@ -83,7 +83,7 @@ def parse_flags(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, list
             if flag.name != "config" and flag.name not in values:
                 values[flag.name] = copy.deepcopy(flag)
     else:
-        getattr(module, "define_own_flags" if hasattr(module, "define_own_flags") else "define_flags")(values)
+        module.define_flags(values)
     # Flags of single keys are looked for in sys.argv. Reading a file warns, which tools ignore too.
     with mock.patch.object(sys, "argv", [tool, *arguments]), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""A trained classifier as a function of images, and python -m dat_jax.predict with one."""
+"""Classifiers as functions of images, and python -m dat_jax.predict with a classifier."""
 
 import csv
 import io
@@ -11,11 +11,12 @@ from PIL import Image
 from rich.console import Console
 
 import dat_jax
-from dat_jax import inference, predict
+from dat_jax import inference
 from dat_jax.checkpoints.exports import export_model
 from dat_jax.data import imagenet_names
 from dat_jax.errors import UserError
 from dat_jax.inference.classification import from_trained
+from dat_jax.inference.command import report_predictions
 from tests.helpers.photographs import photographs
 from tests.helpers.tiny_classification import random_classifier
 from tests.inference.test_predict import run
@@ -34,7 +35,7 @@ def export(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three photographs of several sizes, between them a file that is none."""
+    """Folder of three photographs of different sizes and one file that is not an image."""
     images = tmp_path / "images"
     images.mkdir()
     for name, index, width in (("a.png", 0, 96), ("c.png", 1, 64), ("d.png", 2, 80)):
@@ -44,7 +45,7 @@ def folder(tmp_path):
 
 
 def expected(trained, path, *, image_size=64, resize=72):
-    """Probabilities by way of the model itself."""
+    """Probabilities computed with the model directly."""
     model, variables = dat_jax.load_pretrained(trained)
     with Image.open(path) as opened:
         image = opened.convert("RGB").resize((resize, resize), Image.Resampling.BICUBIC)
@@ -55,12 +56,12 @@ def expected(trained, path, *, image_size=64, resize=72):
     return np.asarray(jax.nn.softmax(logits[0]))
 
 
-def test_the_function_gives_the_models_probabilities(export, folder):
+def test_classifier_returns_the_probabilities_of_the_model(export, folder):
     classifier = inference.load(export)
     for name in ("a.png", "d.png"):
-        found = classifier(np.asarray(Image.open(folder / name)))
-        assert (found.dtype, found.shape) == (np.float32, (5,))
-        np.testing.assert_allclose(found, expected(export, folder / name), atol=1e-5)
+        probabilities = classifier(np.asarray(Image.open(folder / name)))
+        assert (probabilities.dtype, probabilities.shape) == (np.float32, (5,))
+        np.testing.assert_allclose(probabilities, expected(export, folder / name), atol=1e-5)
     assert classifier.class_names == NAMES
     assert dict(classifier.options) == {**OPTIONS, "top": 5, "batch_size": 8}
     logits = classifier.model.apply(classifier.variables, np.zeros((1, 64, 64, 3), np.float32))
@@ -68,29 +69,37 @@ def test_the_function_gives_the_models_probabilities(export, folder):
 
 
 def test_several_images_are_padded_to_a_batch(export):
-    classifier, seen = inference.load(export), []
+    classifier, shapes = inference.load(export), []
     network = classifier.predict
-    object.__setattr__(classifier, "predict", lambda *given: seen.append(given[1]["image"].shape) or network(*given))
+
+    def record_shape(variables, batch):
+        shapes.append(batch["image"].shape)
+        return network(variables, batch)
+
+    object.__setattr__(classifier, "predict", record_shape)
     images = [photographs(width=width, height=64)[0] for width in (64, 96, 70)]
-    found = classifier.classify(images, pad_to=4)
-    assert seen == [(4, 64, 64, 3)]
-    np.testing.assert_allclose(found, np.stack([classifier(image) for image in images]), atol=1e-5)
+    probabilities = classifier.classify(images, pad_to=4)
+    assert shapes == [(4, 64, 64, 3)]
+    np.testing.assert_allclose(probabilities, np.stack([classifier(image) for image in images]), atol=1e-5)
 
 
-def test_the_likeliest_come_first_and_equal_names_have_their_numbers(export):
+def test_classes_are_ranked_and_duplicate_names_have_their_labels(export):
     classifier = inference.load(export, top=3)
-    found = np.array([0.05, 0.1, 0.3, 0.05, 0.5], np.float32)
-    assert classifier.rank(found) == {
+    prediction = np.array([0.05, 0.1, 0.3, 0.05, 0.5], np.float32)
+    assert classifier.rank(prediction) == {
         "crane (4)": pytest.approx(0.5),
         "crane (2)": pytest.approx(0.3),
         "dog": pytest.approx(0.1),
     }
-    assert classifier.describe(found) == {"crane (4)": "50.0%", "crane (2)": "30.0%", "dog": "10.0%"}
-    assert [row[:3] for row in classifier.to_rows(found, image="x")][1:] == [("x", 2, "crane (2)"), ("x", 3, "dog")]
-    assert len(inference.load(export, top=9).rank(found)) == 5
+    assert classifier.describe(prediction) == {"crane (4)": "50.0%", "crane (2)": "30.0%", "dog": "10.0%"}
+    assert [row[:3] for row in classifier.to_rows(prediction, image="x")][1:] == [
+        ("x", 2, "crane (2)"),
+        ("x", 3, "dog"),
+    ]
+    assert len(inference.load(export, top=9).rank(prediction)) == 5
 
 
-def test_sizes_are_those_asked_for_or_exported_or_published(tmp_path, export):
+def test_sizes_are_passed_or_stored_or_published(tmp_path, export):
     def sizes(path, *, published=(), **options):
         model, variables = dat_jax.load_pretrained(export, **dict(published))
         classifier = from_trained(path, model, variables, **options)
@@ -106,7 +115,7 @@ def test_sizes_are_those_asked_for_or_exported_or_published(tmp_path, export):
     assert sizes(tmp_path) == (48, 50)
 
 
-def test_a_thousand_classes_are_those_of_imagenet(tmp_path):
+def test_a_model_of_1000_classes_has_the_names_of_imagenet(tmp_path):
     model, variables = random_classifier(num_classes=1000)
     export_model(tmp_path / "export", model=model, variables=variables)
     assert inference.load(tmp_path / "export").class_names == imagenet_names.CLASS_NAMES
@@ -115,49 +124,49 @@ def test_a_thousand_classes_are_those_of_imagenet(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratios": (1.0,)}, "Unknown option 'ratios' of a classifier: wanted some of image_size, resize, top"),
-        ({"image_size": 16}, "image_size wants at least 32 and resize at least image_size, got 16 and 18"),
+        ({"ratios": (1.0,)}, "Unknown option 'ratios' of a classifier; the options are image_size, resize, top"),
+        ({"image_size": 16}, "image_size must be at least 32 .* got 16 and 18"),
         ({"resize": 63}, "got 64 and 63"),
-        ({"top": 0}, "top wants a number of at least 1, got 0"),
+        ({"top": 0}, "top must be at least 1, got 0"),
     ],
 )
-def test_mistakes_are_said(options, message, export):
+def test_invalid_options_are_reported(options, message, export):
     with pytest.raises(UserError, match=message):
         inference.load(export, **options)
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
-def test_a_folder_becomes_lines_and_tables_and_a_bad_image_loses_no_other(batch_size, export, folder, tmp_path, capsys):
+def test_folder_is_classified_despite_a_damaged_image(batch_size, export, folder, tmp_path, capsys):
     files = [f"--json={tmp_path / 'all.json'}", f"--csv={tmp_path / 'all.csv'}"]
     assert run(export, folder, "--top=2", f"--batch_size={batch_size}", *files) == 1
-    said = capsys.readouterr()
-    assert said.err.startswith(f"error: The image {folder / 'b.png'} cannot be decoded")
-    assert len(said.err.splitlines()) == 1
-    lines, entries = said.out.splitlines(), json.loads((tmp_path / "all.json").read_text())
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: The image {folder / 'b.png'} cannot be decoded")
+    assert len(printed.err.splitlines()) == 1
+    lines, entries = printed.out.splitlines(), json.loads((tmp_path / "all.json").read_text())
     header, *rows = csv.reader(io.StringIO((tmp_path / "all.csv").read_text()))
     assert header == ["image", "rank", "class", "probability"]
     assert len(rows) == 6
     unique = ("cat", "dog", "crane (2)", "cow", "crane (4)")
     for index, name in enumerate(("a.png", "c.png", "d.png")):
-        wanted = expected(export, folder / name)
-        best = np.argsort(-wanted)[:2]
+        probabilities = expected(export, folder / name)
+        best = np.argsort(-probabilities)[:2]
         assert entries[index]["image"] == str(folder / name)
         classes = {key.split(" ")[0]: value for key, value in entries[index]["classes"].items()}
-        assert classes == {NAMES[label]: pytest.approx(float(wanted[label]), abs=1e-5) for label in best}
+        assert classes == {NAMES[label]: pytest.approx(float(probabilities[label]), abs=1e-5) for label in best}
         for rank, label in enumerate(best, start=1):
-            image, number, written, probability = rows[2 * index + rank - 1]
-            assert (image, number) == (str(folder / name), str(rank))
-            assert written in (NAMES[label], unique[label])
-            assert float(probability) == pytest.approx(float(wanted[label]), abs=1e-5)
+            image, row_rank, class_name, probability = rows[2 * index + rank - 1]
+            assert (image, row_rank) == (str(folder / name), str(rank))
+            assert class_name in (NAMES[label], unique[label])
+            assert float(probability) == pytest.approx(float(probabilities[label]), abs=1e-5)
         assert lines[index].startswith(f"{folder / name}: {NAMES[best[0]]}")
 
 
-def test_a_terminal_gets_a_table(export, folder):
+def test_terminal_output_is_a_table(export, folder):
     classifier, console = (
         inference.load(export),
         Console(file=io.StringIO(), force_terminal=True, highlight=False, width=100),
     )
-    assert predict.predict(classifier, [folder / "a.png"], console=console)
+    assert report_predictions(classifier, [folder / "a.png"], console=console)
     assert console.file.getvalue().startswith(f"{folder / 'a.png'}\n┌")
     assert f"{expected(export, folder / 'a.png').max():.1%}" in console.file.getvalue()
 

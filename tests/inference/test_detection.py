@@ -1,4 +1,4 @@
-"""A trained detector as a function of images."""
+"""Detectors as functions of images."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from dat_jax.tasks.preprocessing import normalize
 from tests.helpers import tiny_detection
 from tests.helpers.photographs import photographs
 
-FEW = dict(long_side=64, short_side=64, candidates=50, proposals=20, max_detections=5)
+SMALL = dict(long_side=64, short_side=64, candidates=50, proposals=20, max_detections=5)
 
 
 def export_detector(directory, head="mask_rcnn", **options):
@@ -30,16 +30,16 @@ def export_detector(directory, head="mask_rcnn", **options):
 
 
 def detect(trained, image, *, scale=(64, 64), **settings):
-    """Detections by way of the model itself."""
+    """Detections computed with the model directly."""
     model, variables = dat_jax.load_pretrained(trained)
     record = make_detection_eval_transform(scale=scale)({"image": image})
     batch = {name: record[name][None] for name in ("image", "valid", "scale")}
     task = make_detection_objective(model, settings=dataclasses.replace(default_settings(model), **settings))
-    found = {name: np.asarray(values[0]) for name, values in jax.jit(task.predict)(variables, batch).items()}
-    found = {name: values[found["valid"]] for name, values in found.items()}
-    if "masks" in found:
-        found["masks"] = paste_masks(found["masks"], found["boxes"], image.shape[:2], threshold=0.5)
-    return found
+    outputs = {name: np.asarray(values[0]) for name, values in jax.jit(task.predict)(variables, batch).items()}
+    outputs = {name: values[outputs["valid"]] for name, values in outputs.items()}
+    if "masks" in outputs:
+        outputs["masks"] = paste_masks(outputs["masks"], outputs["boxes"], image.shape[:2], threshold=0.5)
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -49,95 +49,95 @@ def export(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", tiny_detection.DETECTORS)
-def test_it_finds_what_the_model_finds(head, tmp_path):
+def test_detector_returns_the_detections_of_the_model(head, tmp_path):
     directory, image = export_detector(tmp_path / "export", head), photographs(width=96, height=64)[0]
-    found = inference.load(directory, **FEW)(image)
+    detections = inference.load(directory, **SMALL)(image)
     settings = dict(candidates=50) if head == "retinanet" else dict(test_candidates=50, test_proposals=20)
-    wanted = detect(directory, image, max_detections=5, **settings)
-    assert len(found["boxes"]) == 5
-    assert len(set(found["labels"].tolist())) > 1 or head == "cascade_mask_rcnn"
+    expected = detect(directory, image, max_detections=5, **settings)
+    assert len(detections["boxes"]) == 5
+    assert len(set(detections["labels"].tolist())) > 1 or head == "cascade_mask_rcnn"
     for name in ("boxes", "scores", "labels"):
-        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+        np.testing.assert_array_equal(detections[name], expected[name], err_msg=name)
     if head == "retinanet":
-        assert found["masks"] is None
+        assert detections["masks"] is None
     else:
-        assert (found["masks"].dtype, found["masks"].shape) == (bool, (5, 64, 96))
-        np.testing.assert_array_equal(found["masks"], wanted["masks"])
+        assert (detections["masks"].dtype, detections["masks"].shape) == (bool, (5, 64, 96))
+        np.testing.assert_array_equal(detections["masks"], expected["masks"])
 
 
-def test_classes_are_cocos_where_there_are_80(tmp_path):
+def test_a_model_of_80_classes_has_the_names_of_coco(tmp_path):
     directory = export_detector(tmp_path / "export", "retinanet", num_classes=80)
     detector = inference.load(directory)
     assert detector.class_names == coco_names.CLASS_NAMES
     assert detector.category_ids == coco_names.CATEGORY_IDS
     assert (detector.transform.scale, detector.transform.multiple, detector.min_score) == ((1333, 800), 32, 0.3)
-    (tmp_path / "names.txt").write_text("".join(f"Ding {k}\n" for k in range(80)))
+    (tmp_path / "names.txt").write_text("".join(f"name {k}\n" for k in range(80)))
     detector = inference.load(directory, classes=tmp_path / "names.txt")
-    assert detector.class_names[79] == "Ding 79"
+    assert detector.class_names[79] == "name 79"
     assert detector.category_ids == coco_names.CATEGORY_IDS
 
 
-def test_names_of_coco_have_their_numbers():
+def test_coco_names_have_their_category_ids():
     assert len(set(coco_names.CLASS_NAMES)) == len(coco_names.CATEGORY_IDS) == 80
     numbers = dict(zip(coco_names.CLASS_NAMES, coco_names.CATEGORY_IDS, strict=True))
-    wanted = {"person": 1, "stop sign": 13, "backpack": 27, "wine glass": 46, "dining table": 67, "toothbrush": 90}
-    assert {name: numbers[name] for name in wanted} == wanted
+    expected = {"person": 1, "stop sign": 13, "backpack": 27, "wine glass": 46, "dining table": 67, "toothbrush": 90}
+    assert {name: numbers[name] for name in expected} == expected
 
 
-def test_other_classes_count_from_1(export):
+def test_category_ids_of_other_classes_start_at_1(export):
     detector = inference.load(export)
     assert (detector.class_names, detector.category_ids) == (("0", "1", "2"), (1, 2, 3))
-    assert len({tuple(colour) for colour in detector.palette.tolist()}) == 3
+    assert len({tuple(color) for color in detector.palette.tolist()}) == 3
 
 
-def test_what_is_drawn_has_the_score(export, tmp_path):
-    detector, image = inference.load(export, min_score=0.5, **FEW), photographs(width=64, height=64)[0]
-    found = detector(image)
-    shown = detector.choose_shown(found)
-    assert 0 < len(shown["boxes"]) < len(found["boxes"]) == 5
-    assert shown["masks"].shape == (len(shown["scores"]), 64, 64)
-    words = detector.describe(found)
-    scores = [score for value in words.values() for score in value.split()]
-    assert sorted(scores, reverse=True) == [f"{score:.2f}" for score in shown["scores"]]
-    assert next(iter(words)) == str(found["labels"][0])
-    detector.save(tmp_path / "some.png", image, found)
-    detector.save(tmp_path / "none.png", image, {name: values[:0] for name, values in found.items()})
+def test_detections_above_the_minimum_score_are_drawn(export, tmp_path):
+    detector, image = inference.load(export, min_score=0.5, **SMALL), photographs(width=64, height=64)[0]
+    prediction = detector(image)
+    drawn = detector.filter_by_score(prediction)
+    assert 0 < len(drawn["boxes"]) < len(prediction["boxes"]) == 5
+    assert drawn["masks"].shape == (len(drawn["scores"]), 64, 64)
+    description = detector.describe(prediction)
+    scores = [score for value in description.values() for score in value.split()]
+    assert sorted(scores, reverse=True) == [f"{score:.2f}" for score in drawn["scores"]]
+    assert next(iter(description)) == str(prediction["labels"][0])
+    detector.save(tmp_path / "some.png", image, prediction)
+    detector.save(tmp_path / "none.png", image, {name: values[:0] for name, values in prediction.items()})
     some, none = (np.array(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("some", "none"))
     np.testing.assert_array_equal(none, np.repeat(np.repeat(image, 10, axis=0), 10, axis=1))
     changed = (some != none).any(axis=-1)
-    x1, y1, _, y2 = shown["boxes"][0]
+    x1, y1, _, y2 = drawn["boxes"][0]
     assert changed[:, round(10 * x1) - 1 : round(10 * x1) + 2][round(10 * y1) : round(10 * y2)].any(axis=1).mean() > 0.9
-    # Pixels of a mask are coloured, of what is not found they are not.
-    centres = np.s_[5::10, 5::10]
-    assert changed[centres][shown["masks"].any(axis=0)].mean() > 0.9
-    assert changed[centres][~shown["masks"].any(axis=0)].mean() < 0.5
+    # Pixels inside masks are colored, those outside are not.
+    centers = np.s_[5::10, 5::10]
+    assert changed[centers][drawn["masks"].any(axis=0)].mean() > 0.9
+    assert changed[centers][~drawn["masks"].any(axis=0)].mean() < 0.5
 
 
-def test_a_score_below_the_threshold_lowers_it(export):
+def test_a_lower_minimum_score_also_lowers_the_score_threshold(export):
     image = photographs(width=64, height=64)[0]
-    usual, more = (
-        inference.load(export, min_score=score, **{**FEW, "score_threshold": 0.5})(image)["scores"]
+    fewer, more = (
+        inference.load(export, min_score=score, **{**SMALL, "score_threshold": 0.5})(image)["scores"]
         for score in (0.5, 0.3)
     )
-    assert 0 < len(usual) < len(more) == 5
-    np.testing.assert_allclose(more[: len(usual)], usual)
+    assert 0 < len(fewer) < len(more) == 5
+    np.testing.assert_allclose(more[: len(fewer)], fewer)
 
 
-def test_points_are_those_of_the_backbone(export):
+def test_sampled_points_are_those_of_the_backbone(export):
     image = photographs(width=96, height=64)[1]
-    sampled = inference.load(export, **FEW).sample(image)
-    assert sampled["image"].shape == (64, 64, 3)  # 43 rows, and padding
+    sampled = inference.load(export, **SMALL).sample(image)
+    assert sampled["image"].shape == (64, 64, 3)  # 43 rows and padding
     assert not sampled["image"][43:].any()
     model, variables = dat_jax.load_pretrained(export)
     backbone = {"params": variables["params"]["backbone"]["dat"]}
     images = normalize(sampled["image"][None]).at[:, 43:].set(0)
     _, state = model.dat.apply(backbone, images, method="features", mutable=["intermediates"])
-    wanted = state["intermediates"]["stages_3"]["blocks_0"]["attn"]["positions"][0][0]
+    expected = state["intermediates"]["stages_3"]["blocks_0"]["attn"]["positions"][0][0]
     assert sampled["map_shapes"] == {"stages_3/blocks_0": (2, 2)}
-    np.testing.assert_allclose(sampled["positions"]["stages_3/blocks_0"], wanted, atol=1e-5)
+    np.testing.assert_allclose(sampled["positions"]["stages_3/blocks_0"], expected, atol=1e-5)
 
 
-def test_a_work_directory_says_how_it_is_looked_at(export, tmp_path):
+def test_options_and_class_names_are_read_from_the_work_directory(export, tmp_path):
     config = tiny_detection.get_config("retinanet").unlock()
     config.data.test_short_side, config.eval.multiple = 48, 64
     (tmp_path / "config.json").write_text(config.to_json_best_effort())
@@ -155,13 +155,13 @@ def test_a_work_directory_says_how_it_is_looked_at(export, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratios": (1.0,)}, "Unknown option 'ratios' of a detector: wanted some of long_side, short_side"),
-        ({"short_side": 0}, "long_side and short_side want numbers of at least 1"),
-        ({"max_detections": 0}, "max_detections wants a number of at least 1, got 0"),
-        ({"min_score": 1.5}, "min_score wants a number from 0 to 1, got 1.5"),
-        ({"min_score": float("nan")}, "min_score wants a number from 0 to 1, got nan"),
+        ({"ratios": (1.0,)}, "Unknown option 'ratios' of a detector; the options are long_side, short_side"),
+        ({"short_side": 0}, "short_side must be at least 1, got 0"),
+        ({"max_detections": 0}, "max_detections must be at least 1, got 0"),
+        ({"min_score": 1.5}, "min_score must be from 0 to 1, got 1.5"),
+        ({"min_score": float("nan")}, "min_score must be from 0 to 1, got nan"),
     ],
 )
-def test_mistakes_are_said(options, message, export):
+def test_invalid_options_are_reported(options, message, export):
     with pytest.raises(UserError, match=message):
         inference.load(export, **options)

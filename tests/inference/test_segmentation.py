@@ -1,4 +1,4 @@
-"""A trained segmentor as a function of images."""
+"""Segmentors as functions of images."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def export(tmp_path_factory):
     return directory
 
 
-def test_the_names_of_150_classes_are_those_of_ade20k(tmp_path):
+def test_a_model_of_150_classes_has_the_names_of_ade20k(tmp_path):
     model, variables = random_segmentor(num_classes=150)
     export_model(tmp_path / "export", model=model, variables=variables)
     segmenter = inference.load(tmp_path / "export")
@@ -29,7 +29,7 @@ def test_the_names_of_150_classes_are_those_of_ade20k(tmp_path):
     assert (segmenter.transform.scale, segmenter.transform.ratios) == ((2048, 512), (1.0,))
 
 
-def test_the_function_gives_labels_and_probabilities(export):
+def test_segmentor_returns_labels_and_probabilities(export):
     segmenter = inference.load(export, long_side=64, short_side=64)
     labels, probabilities = segmenter(photographs(width=64, height=64)[3])
     assert (labels.dtype, labels.shape) == (np.uint8, (64, 64))
@@ -38,12 +38,12 @@ def test_the_function_gives_labels_and_probabilities(export):
     assert segmenter.class_names == ("0", "1", "2", "3", "4")
 
 
-def test_shares_add_up_over_classes_of_one_name():
+def test_shares_of_classes_with_the_same_name_are_added_up():
     labels = np.array([[0, 1, 1, 1], [2, 2, 2, 2]], np.uint8)
     shares = measure_shares(labels, ["sky", "road", "sky", "tree"])
     assert list(shares.items()) == [("sky", 0.625), ("road", 0.375)]
 
 
 def test_unknown_options_are_refused(export):
-    with pytest.raises(UserError, match="Unknown option 'ratio' of a segmentor: wanted some of long_side"):
+    with pytest.raises(UserError, match="Unknown option 'ratio' of a segmentor; the options are long_side"):
         inference.load(export, ratio=1.0)

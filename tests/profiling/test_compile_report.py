@@ -1,7 +1,8 @@
-"""The report of what a compiler says, on the CPU's own, and on a TPU's where libtpu is installed."""
+"""Compilation reports for the CPU, and for TPUs if libtpu is installed."""
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import pathlib
@@ -12,11 +13,9 @@ import jax
 import pytest
 from rich.console import Console
 
-from dat_jax import compile_report
 from dat_jax.errors import UserError
 from dat_jax.ops import dispatch
-from dat_jax.profiling import step_report
-from dat_jax.profiling import topologies as targets
+from dat_jax.profiling import command, step_report, topologies
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
@@ -31,7 +30,7 @@ def cpu_report():
     return step_report.compile_report(tiny_config.get_config(stages=("D",)), topology="cpu", top=3)
 
 
-def test_the_report_of_the_cpu(cpu_report):
+def test_report_for_the_cpu(cpu_report):
     assert (cpu_report["chips"], cpu_report["dtype"]) == (8, "float32")
     train, evaluation = cpu_report["steps"]["train"], cpu_report["steps"]["eval"]
     assert (train["batch_size_per_chip"], evaluation["batch_size_per_chip"]) == (2, 4)
@@ -51,21 +50,21 @@ def test_the_report_of_the_cpu(cpu_report):
     assert any(row["name"].startswith("stages_0/blocks_0") for row in train["top"]["module"])
 
 
-def test_the_report_is_printed_and_written(cpu_report, tmp_path):
+def test_report_is_printed_and_written(cpu_report, tmp_path):
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    compile_report.print_report(console, cpu_report)
+    command.print_report(console, cpu_report)
     console.file.close()
     text = console.export_text()
     for words in ("dat_pp_nano, 32 x 32, float32, for 8 x cpu", "optimizer state", "all-reduce", "train, by module"):
         assert words in text
-    compile_report.write_json(tmp_path / "report.json", cpu_report)
+    command.write_json(tmp_path / "report.json", cpu_report)
     assert json.loads((tmp_path / "report.json").read_text()) == cpu_report
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     with pytest.raises(UserError, match="cannot be written"):
-        compile_report.write_json(tmp_path / "nowhere" / "report.json", cpu_report)
+        command.write_json(tmp_path / "report.json" / "report.json", cpu_report)
 
 
-def test_what_is_compiled_for_another_platform_is_what_it_would_run():
+def test_steps_for_another_platform_use_its_dtype_and_algorithms():
     config = tiny_config.get_config(dtype="auto")
     donated = {}
     for platform in ("cpu", "tpu"):
@@ -81,30 +80,30 @@ def test_what_is_compiled_for_another_platform_is_what_it_would_run():
     assert dispatch.choose("depthwise_conv", "auto", map_shape=(8, 8)) == "shifts"
 
 
-def test_a_step_that_needs_more_memory_than_there_is(monkeypatch):
+def test_a_step_that_runs_out_of_memory_does_not_fit(monkeypatch):
     message = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (18.25G) exceeds available HBM (15.75G). HLO module: jit_train_step.\nSee https://openxla.org"
     )
 
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise jax.errors.JaxRuntimeError(message)
 
     config = tiny_config.get_config(stages=("D",))
-    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     report = step_report.compile_report(config, topology="cpu")["steps"]["train"]
     assert not report["fits"]
     assert "(18.25G) exceeds available HBM (15.75G)" in report["message"]
     message = "INTERNAL: Mosaic failed to compile the kernel.\nmore"
-    with pytest.raises(UserError, match="refuses the train step: INTERNAL: Mosaic failed to compile the kernel.$"):
+    with pytest.raises(UserError, match="train step failed: INTERNAL: Mosaic failed to compile the kernel.$"):
         step_report.compile_report(config, topology="cpu")
 
 
-def test_a_compiled_text_that_cannot_be_read_costs_its_rows_only(monkeypatch):
-    def refuse(_):
+def test_report_of_a_compiled_program_that_cannot_be_read(monkeypatch):
+    def fail(_):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: operands\nmore")
 
-    monkeypatch.setattr(jax.stages.Compiled, "as_text", refuse)
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
     config = tiny_config.get_config(stages=("D",))
     report = step_report.compile_report(config, topology="cpu", steps=("train",))
     train = report["steps"]["train"]
@@ -113,42 +112,44 @@ def test_a_compiled_text_that_cannot_be_read_costs_its_rows_only(monkeypatch):
     assert train["cost"]["product_flops"] > 0
     assert train["cost"]["bytes"] is None
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    compile_report.print_report(console, report)
+    command.print_report(console, report)
     printed = console.export_text()
     assert "temporaries" in printed
-    assert "cannot be read, so collectives are not known: INTERNAL: RET_CHECK failure: operands" in printed
+    assert "cannot be read, so collectives are unknown: INTERNAL: RET_CHECK failure: operands" in printed
 
 
-def test_a_step_fits_where_its_peak_is_at_most_the_memory_of_the_chip(monkeypatch):
-    """The search is told by the batch alone: here 48 examples a chip have room."""
-    seen, notes = [], []
+def test_largest_batch_that_fits_is_found(monkeypatch, caplog):
+    """Here 48 examples per chip fit."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(logging.getLogger("dat_jax"), "propagate", True)  # a command in this process may have set it
+    sizes = []
 
-    def report_step(trainer, step, *, chip, top):
-        batch = trainer.config.batch_size // trainer.mesh.size
-        seen.append(batch)
+    def report_step(run, step, *, chip, top):
+        batch = run.config.batch_size // run.mesh.size
+        sizes.append(batch)
         return {"fits": batch <= 48, "memory": {"peak": 2**20 * batch}}
 
     monkeypatch.setattr(step_report, "report_step", report_step)
     config = tiny_config.get_config(stages=("D",))
     sources = step_report.make_sources(config, classes=0, examples=0)
-    report = step_report.find_batch(config, "train", topology="cpu", sources=sources, note=notes.append)
+    report = step_report.find_batch(config, "train", topology="cpu", sources=sources)
     assert report["steps"]["train"]["memory"]["peak"] == 48 * 2**20
-    assert seen == [8, 16, 32, 64, 48, 56]
-    assert notes[0] == "train: a batch of 8 a chip fits, peak 8.00 MiB."
-    assert notes[-1] == "train: a batch of 56 a chip does not fit."
+    assert sizes == [8, 16, 32, 64, 48, 56]
+    assert caplog.messages[0] == "train: batch size 8 per chip fits, peak 8.00 MiB."
+    assert caplog.messages[-1] == "train: batch size 56 per chip does not fit."
     monkeypatch.setattr(step_report, "report_step", lambda *_, **__: {"fits": False, "memory": {}})
-    with pytest.raises(UserError, match="Not even a batch of 8 a chip fits the eval step on cpu"):
-        step_report.find_batch(config, "eval", topology="cpu", sources=sources, note=notes.append)
+    with pytest.raises(UserError, match="eval step does not fit on cpu even with a batch size of 8 per chip"):
+        step_report.find_batch(config, "eval", topology="cpu", sources=sources)
 
 
 @pytest.mark.parametrize("capacity", [0, 7, 8, 15, 16, 100, 127, 128, 1000])
 @pytest.mark.parametrize("unit", [8, 24])
-def test_the_largest_that_fits(capacity, unit):
-    wanted = min(capacity, 192) // unit * unit
-    assert step_report.largest_that_fits(lambda n: n <= capacity, unit=unit, limit=192) == wanted
+def test_bisection_finds_the_largest_multiple_that_fits(capacity, unit):
+    expected = min(capacity, 192) // unit * unit
+    assert step_report.largest_that_fits(lambda n: n <= capacity, unit=unit, limit=192) == expected
 
 
-def test_accumulated_parts_are_all_counted():
+def test_flops_include_all_accumulated_steps():
     flops = {}
     for parts in (1, 2):
         config = tiny_config.get_config(stages=("D",)).unlock()
@@ -159,31 +160,33 @@ def test_accumulated_parts_are_all_counted():
     assert math.isclose(flops[1], flops[2], rel_tol=0.05)
 
 
-def test_mistakes_are_said_in_one_sentence(monkeypatch, tmp_path):
+def test_unknown_topologies_and_missing_compilers_are_reported(monkeypatch, tmp_path):
     for name in ("v5e", "v5e:2", "v5e:2x2x1", "v5p:2x2", "v4:2x2x1", "h100:2", "cpu:8", "v5e:0x2", ""):
         with pytest.raises(UserError, match=f"Unknown topology '{name}'; choose v5e:2x2"):
-            targets.find_devices(name)
+            topologies.find_devices(name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: pip install libtpu\.$"):
-        targets.find_devices("v5e:2x2")
+        topologies.find_devices("v5e:2x2")
     with pytest.raises(UserError, match=r'not installed: pip install "jax\[cuda12\]"\.$'):
-        targets.find_devices("h100")
+        topologies.find_devices("h100")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match=r"--target_config .*none\.txtpb cannot be read: No such file"):
-        targets.find_devices("h100", target_config=tmp_path / "none.txtpb")
+        topologies.find_devices("h100", target_config=tmp_path / "none.txtpb")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/quickstart.py", "--find-batch"], "Expected --config=CONFIG --topology=NAME"),
+        (["--config=configs/quickstart.py", "--find-batch"], "Expected --config=FILE --topology=NAME"),
         (["--config=configs/dat_pp_t.py", "--topology=cpu", "--config.batch_size=60"], "60 is not a multiple of 8"),
     ],
 )
-def test_the_program_ends_with_one_sentence(arguments, message):
+def test_errors_are_one_line(arguments, message):
     result = run_program(*arguments)
     assert result.returncode == 1
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING:absl:Grain")]  # with older JAX
+    lines = [
+        line for line in result.stderr.splitlines() if not line.startswith("WARNING:absl:Grain")
+    ]  # logged with older JAX
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
@@ -196,8 +199,8 @@ def run_program(*arguments):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_the_report_of_a_tpu():
-    """On four chips with the parameters split, and a batch that no chip holds."""
+def test_report_for_a_tpu():
+    """Report for four chips with sharded parameters, and for a batch that does not fit."""
     config = tiny_config.get_config(stages=("D",), dtype="auto", dim_stem=128, dims=(128,), num_heads=(4,)).unlock()
     config.mesh.fsdp = 4
     options = dict(topology="v5e:2x2", steps=("train",))
@@ -208,7 +211,7 @@ def test_the_report_of_a_tpu():
     assert train["memory"]["outputs_in_place"] > 0
     assert train["collectives"].keys() & {"all-gather", "all-reduce", "reduce-scatter"}
     assert train["cost"]["padded_bytes"] > train["cost"]["bytes"] > 0
-    # What is read from the text is near what the compiler counts, without knowing how it counts.
+    # The bytes of the compiled program are close to the compiler's estimate.
     assert 0.5 < train["cost"]["padded_bytes"] / train["cost"]["bytes_accessed"] < 2
     assert train["roofline"]["binds"] == "memory"
     config.batch_size = 4 * 2**13
@@ -220,8 +223,8 @@ def test_the_report_of_a_tpu():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_kernels_in_a_step_of_several_chips():
-    """Each chip runs them on its part of the batch: nothing of it is gathered."""
+def test_kernels_in_a_step_on_several_chips():
+    """Each chip runs the kernels on its part of the batch, without gathering it."""
     config = tiny_config.get_config(dtype="auto", implementation="pallas", dim_stem=32, dims=(32,))
     report = step_report.compile_report(config, topology="v5e:2x2", steps=("train",), top=30)
     train = report["steps"]["train"]

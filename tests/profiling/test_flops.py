@@ -1,4 +1,4 @@
-"""Products counted in traced programs."""
+"""FLOPs counted in traced programs."""
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ def test_products_in_loops_and_branches_count_as_often_as_they_run():
         )
 
     product = 2 * 4**3
-    for function, wanted in [(scanned, 5 * product), (branched, 2 * product), (convolved, 2 * 2 * 36 * 27)]:
-        assert count_product_flops(jax.make_jaxpr(jax.jit(function))(x).jaxpr) == wanted
+    for function, expected in [(scanned, 5 * product), (branched, 2 * product), (convolved, 2 * 2 * 36 * 27)]:
+        assert count_product_flops(jax.make_jaxpr(jax.jit(function))(x).jaxpr) == expected
 
 
-def test_model_flops_do_not_depend_on_how_they_are_computed():
-    """4.26 G multiply-adds forward, as the papers count them, whatever is recomputed, scanned or accumulated."""
+def test_model_flops_do_not_depend_on_rematerialization_and_accumulation():
+    """The forward pass has 4.26 G multiply-adds, as published."""
     config = dat_pp_t.get_config().unlock()
     config.accumulate_steps = 2
     trainer = Trainer(config, sources=(StandIn(2048, tuple(map(str, range(1000)))),) * 2)

@@ -1,4 +1,4 @@
-"""Reading compiled programs, on excerpts of what the compilers of a TPU and a CPU write."""
+"""Parsing compiled programs, on excerpts of the output of the TPU and CPU compilers."""
 
 import pytest
 
@@ -97,17 +97,17 @@ backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step
 """
 
 
-def test_shapes_have_their_bytes_padded_by_tiles_in_the_order_of_the_layout():
+def test_bytes_of_shapes_are_padded_by_tiles_in_the_order_of_the_layout():
     entry = hlo.parse(TPU).computations["main.5"]
     (x,) = entry["x.1"].shapes
     assert (str(x), x.bytes, x.padded_bytes, x.on_chip) == ("bf16[64,32]", 64 * 32 * 2, 64 * 128 * 2, False)
-    (transposed,) = entry["convert.7"].shapes  # the innermost axis is the first one
+    (transposed,) = entry["convert.7"].shapes  # here the first axis is the innermost one
     assert transposed.padded_bytes == 128 * 32 * 4
     assert entry["copy-done.2"].shapes[0].on_chip
     assert entry["zero.1"].shapes[0].bytes == 4
 
 
-def test_tuples_calls_and_names_are_read():
+def test_tuples_calls_and_names_are_parsed():
     module = hlo.parse(TPU)
     entry = module.computations[module.entry]
     assert list(map(str, entry["all-reduce.1"].shapes)) == ["f32[64,32]", "f32[64]"]
@@ -120,12 +120,12 @@ def test_tuples_calls_and_names_are_read():
 @pytest.mark.parametrize(
     ("dtype", "size"), [("pred", 10), ("s4", 5), ("f8e4m3fn", 10), ("bf16", 20), ("c64", 80), ("token", 0)]
 )
-def test_every_dtype_has_its_size(dtype, size):
+def test_sizes_of_dtypes(dtype, size):
     text = f"ENTRY %main (p: f32[]) -> f32[] {{\n  ROOT %p = {dtype}[2,5]{{1,0}} parameter(0)\n}}\n"
     assert hlo.parse(text).computations["main"]["p"].shapes[0].bytes == size
 
 
-def test_collectives_count_once_whether_or_not_they_are_split_in_start_and_done():
+def test_asynchronous_collectives_count_once():
     assert hlo.collectives(hlo.parse(TPU)) == {
         "all-gather": {"count": 1, "bytes": 256 * 32 * 2, "in_loops": 1},
         "all-reduce": {"count": 1, "bytes": 64 * 32 * 4 + 64 * 4, "in_loops": 0},
@@ -133,7 +133,7 @@ def test_collectives_count_once_whether_or_not_they_are_split_in_start_and_done(
     assert hlo.collectives(hlo.parse(CPU)) == {}
 
 
-def test_gathers_are_found_in_fusions_and_scatters_have_the_size_of_their_updates():
+def test_gathers_in_fusions_count_and_scatters_have_the_size_of_their_updates():
     gathers = hlo.count_indexed(hlo.parse(TPU), "gather")
     assert (gathers["count"], gathers["largest"], gathers["bytes"]) == (1, "bf16[5,32]", 320)
     assert gathers["op_name"].endswith("position_bias/gather")
@@ -142,7 +142,7 @@ def test_gathers_are_found_in_fusions_and_scatters_have_the_size_of_their_update
     assert (scatters["count"], scatters["bytes"]) == (1, 2401 * 4)
 
 
-def test_loops_have_their_trip_count_from_the_compiler_or_the_condition():
+def test_trip_counts_come_from_the_compiler_or_the_condition():
     tpu, cpu = hlo.parse(TPU), hlo.parse(CPU)
     assert hlo.trip_count(tpu, tpu.computations["main.5"]["while.1"]) == 10
     assert hlo.trip_count(cpu, cpu.computations["main.9"]["while.2"]) == 3
@@ -152,10 +152,10 @@ def test_loops_have_their_trip_count_from_the_compiler_or_the_condition():
     assert hlo.loops(tpu) == {"wide.body", "wide.condition"}
 
 
-def test_traffic_is_grouped_by_op_and_by_place_and_counts_runs_of_loops():
+def test_traffic_by_op_and_by_module_counts_iterations_of_loops():
     by_opcode, by_path = hlo.traffic(hlo.parse(TPU))
     plain, padded = 64 * 32 * 2, 64 * 128 * 2
-    # The copy reads from HBM and writes to the chip; the fusion's padded rows and indices are in HBM, its table is not.
+    # The copy reads from HBM and writes to on-chip memory, where the fusion reads its table; the rest of it is in HBM.
     assert by_opcode["copy-start"] == {
         "ops": 1,
         "bytes": 2 * plain + 4,
@@ -169,8 +169,8 @@ def test_traffic_is_grouped_by_op_and_by_place_and_counts_runs_of_loops():
         "hbm_bytes": 8 * 128 * 4 + 8 * 128 * 2,
     }
     assert by_opcode["slice"]["ops"] == 10
-    assert by_opcode["slice"]["bytes"] == 10 * 2 * plain  # reads what it takes of four times as much
-    # What the compiler put in has no name of its own, but a place: that of what uses it.
+    assert by_opcode["slice"]["bytes"] == 10 * 2 * plain  # only the part that is taken, a quarter of the operand
+    # Instructions that the compiler inserted have no name and belong to the module of their user.
     assert by_path["stages_2/blocks_3/mlp"] == by_opcode["slice"] + by_opcode["all-gather-start"]
     assert by_path["stages_0/blocks_1/attn"] == by_opcode["fusion of gather"] + by_opcode["copy-start"]
     assert by_path["(no name)"]["ops"] == 12  # the conversion and the sum at the end, and ten comparisons
@@ -194,6 +194,6 @@ def test_module_paths(op_name, path):
     assert hlo.module_path(op_name) == path
 
 
-def test_text_without_an_entry_is_refused():
+def test_text_without_an_entry_computation_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing")

@@ -1,4 +1,4 @@
-"""The page of what a classifier attends to: what is packed into it, and how it behaves in a browser."""
+"""The interactive page of attention: its data, and its behavior in a browser."""
 
 import base64
 import dataclasses
@@ -12,8 +12,7 @@ import pytest
 import dat_jax
 from dat_jax.errors import UserError
 from dat_jax.inference import attention, classification
-from dat_jax.visualization import attention_page
-from dat_jax.visualization import charts as plots
+from dat_jax.visualization import attention_page, charts
 from tests.helpers.photographs import photographs
 from tests.helpers.random_variables import random_variables
 
@@ -37,15 +36,15 @@ TINY = dict(
     conv_mlp=(True, True),
     layer_scale_init=(-1, -1),
 )
-EVIL = "</script><b>&"
+HTML_NAME = "</script><b>&"
 
 
 def make_classifier(directory, **options):
-    """Of random weights."""
+    """Classifier with random weights."""
     model = dat_jax.create_model("dat_pp_nano", **TINY)
     variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32))
     names = directory / "names.txt"
-    names.write_text(f"{EVIL}\ncat\ndog\n")
+    names.write_text(f"{HTML_NAME}\ncat\ndog\n")
     return classification.from_trained(directory, model, variables, classes=names, **options)
 
 
@@ -55,13 +54,15 @@ def classifier(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def seen(classifier):
+def attended(classifier):
     return attention.make_attention_reader(classifier)(photographs(width=90, height=80)[0])
 
 
 @pytest.fixture(scope="module")
-def page(seen):
-    return attention_page.make_page(seen, title=f"a {EVIL}", query=(32, 32), block="stages_1/blocks_0", max_keys=5)
+def page(attended):
+    return attention_page.make_page(
+        attended, title=f"a {HTML_NAME}", query=(32, 32), block="stages_1/blocks_0", max_keys=5
+    )
 
 
 def read_data(page):
@@ -72,16 +73,16 @@ def decode(text, dtype):
     return np.frombuffer(base64.b64decode(text), dtype)
 
 
-def test_blocks_are_in_pixels_of_the_image(seen):
-    assert list(seen.blocks) == ["stages_0/blocks_0", "stages_0/blocks_1", "stages_1/blocks_0"]
-    assert seen.image.shape == (64, 64, 3)
-    neighbors, _, last = seen.blocks.values()
+def test_positions_are_in_pixels_of_the_image(attended):
+    assert list(attended.blocks) == ["stages_0/blocks_0", "stages_0/blocks_1", "stages_1/blocks_0"]
+    assert attended.image.shape == (64, 64, 3)
+    neighbors, _, last = attended.blocks.values()
     assert (neighbors.map_shape, last.map_shape, last.groups) == ((16, 16), (8, 8), 2)
     assert (neighbors.find_query((0, 63.9)), neighbors.find_query((64, 12))) == ((0, 15), (15, 3))
     np.testing.assert_array_equal(neighbors.find_window((0, 15)), [0, 52, 12, 64])  # shifted inward
     np.testing.assert_array_equal(neighbors.find_window((5, 4)), [16, 12, 28, 24])
-    np.testing.assert_array_equal(neighbors.find_keys((5, 4))[0, 4], [22, 18])  # the middle one, the query itself
-    # Positions are clamped to the centres of the first and last pixel of 8 pixels wide.
+    np.testing.assert_array_equal(neighbors.find_keys((5, 4))[0, 4], [22, 18])  # the middle key is the query itself
+    # Positions are clamped to the centers of the first and last cell, which are 8 pixels wide.
     assert last.positions.min() >= 4 - 1e-4
     assert last.positions.max() <= 60 + 1e-4
     group, key, weights = last.rank_keys((2, 3), 5)
@@ -91,55 +92,55 @@ def test_blocks_are_in_pixels_of_the_image(seen):
     np.testing.assert_allclose(last.received.sum(axis=1), 1, rtol=1e-5)
 
 
-def test_the_page_has_the_most_important_keys_of_every_query(page, seen):
+def test_page_stores_the_most_important_keys_of_every_query(page, attended):
     data = read_data(page)
     assert [block["kind"] for block in data["blocks"]] == ["N", "D", "D"]
     for packed in data["blocks"]:
-        block = seen.blocks[packed["name"]]
+        block = attended.blocks[packed["name"]]
         shape = (block.groups, block.weights.shape[1], 5)
         indices, codes = (
             decode(packed[name], kind).reshape(shape) for name, kind in (("indices", "<u2"), ("weights", "<u2"))
         )
-        wanted = -np.sort(-block.group_weights, axis=-1)[..., :5]
-        np.testing.assert_array_equal(np.take_along_axis(block.group_weights, indices.astype(int), axis=-1), wanted)
-        np.testing.assert_allclose(packed["scale"] * codes / 65535, wanted, atol=packed["scale"] / 65535)
+        expected = -np.sort(-block.group_weights, axis=-1)[..., :5]
+        np.testing.assert_array_equal(np.take_along_axis(block.group_weights, indices.astype(int), axis=-1), expected)
+        np.testing.assert_allclose(packed["scale"] * codes / 65535, expected, atol=packed["scale"] / 65535)
     np.testing.assert_array_equal(decode(packed["positions"], "<f4"), block.positions.ravel())
 
 
-def test_names_cannot_leave_their_place_and_nothing_is_loaded(page):
+def test_class_names_are_escaped_and_nothing_is_downloaded(page):
     assert page.count("</script>") == page.count("<script") == 2
     assert "a &lt;/script&gt;&lt;b&gt;&amp;</title>" in page
-    assert EVIL in dict(read_data(page)["classes"])
+    assert HTML_NAME in dict(read_data(page)["classes"])
     assert not re.search(r'(src|href)="|@import|url\((?!#)|fetch\(', page.replace("url(#arrow)", ""))
 
 
-def test_large_images_keep_fewer_keys_and_at_least_one(seen):
-    blocks = list(seen.blocks.values())  # 256 queries twice, 64 of two groups
+def test_pages_of_large_images_store_fewer_keys_and_at_least_one(attended):
+    blocks = list(attended.blocks.values())  # 256 queries in each of two blocks, and 64 queries with two groups
     assert attention_page.choose_count(blocks, 16) == 16
     assert attention_page.choose_count(blocks * 300, 16) == 3_000_000 // (4 * 640 * 300)
     assert attention_page.choose_count(blocks * 10_000, 16) == 1
 
 
 @pytest.mark.parametrize("count", [3, 10, 16, 30])
-def test_groups_differ_in_colour(count):
-    assert len(set(plots.make_group_colours(count))) == count
+def test_groups_have_different_colors(count):
+    assert len(set(charts.make_group_colors(count))) == count
 
 
-def test_a_pixel_of_the_image_is_found_in_what_the_network_sees(tmp_path):
-    cut = make_classifier(tmp_path, image_size=64, resize=80)  # 8 pixels less at every side
-    assert attention.find_seen_point(cut, (160, 40), None) == (32, 32)
-    assert attention.find_seen_point(cut, (160, 40), (79.5, 19.5)) == (32, 32)
-    whole = dataclasses.replace(cut, options={**cut.options, "resize": 64})
-    assert attention.find_seen_point(whole, (80, 90), (0, 89)) == (0.4, 89.5 * 64 / 90)
-    with pytest.raises(UserError, match=r"query 3,20 lies in the border .* wanted Y from 16 to 143, X from 4 to 35\."):
-        attention.find_seen_point(cut, (160, 40), (3, 20))
+def test_pixels_of_the_image_are_located_in_the_network_input(tmp_path):
+    cropped = make_classifier(tmp_path, image_size=64, resize=80)  # by 8 pixels on each side
+    assert attention.find_seen_point(cropped, (160, 40), None) == (32, 32)
+    assert attention.find_seen_point(cropped, (160, 40), (79.5, 19.5)) == (32, 32)
+    resized = dataclasses.replace(cropped, options={**cropped.options, "resize": 64})
+    assert attention.find_seen_point(resized, (80, 90), (0, 89)) == (0.4, 89.5 * 64 / 90)
+    with pytest.raises(UserError, match=r"query 3,20 .* Y from 16 to 143 and X from 4 to 35\."):
+        attention.find_seen_point(cropped, (160, 40), (3, 20))
     with pytest.raises(UserError, match=r"query 20,40 lies outside the image of 160 x 40 pixels"):
-        attention.find_seen_point(cut, (160, 40), (20, 40))
+        attention.find_seen_point(cropped, (160, 40), (20, 40))
 
 
 @pytest.fixture
 def opened(page, tmp_path):
-    """The page in Chromium, Playwright's own or the system's, and what its console said."""
+    """The page in Chromium of the system or of Playwright, and a list of console messages and network requests."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     with sync_api.sync_playwright() as playwright:
@@ -148,41 +149,41 @@ def opened(page, tmp_path):
             browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         except sync_api.Error as error:
             pytest.skip(f"there is no Chromium that starts: {str(error).splitlines()[0]}")
-        tab, said = browser.new_page(viewport={"width": 900, "height": 800}), []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
+        tab, messages = browser.new_page(viewport={"width": 900, "height": 800}), []
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
+        tab.on("request", lambda request: request.url.startswith(("file:", "data:")) or messages.append(request.url))
         tab.goto((tmp_path / "page.html").as_uri())
         tab.wait_for_selector("body[data-ready=true]")
-        yield tab, said
+        yield tab, messages
         browser.close()
 
 
-def test_a_click_or_an_arrow_asks_for_another_query(opened, seen):
-    tab, said = opened
+def test_clicks_and_arrow_keys_select_a_query(opened, attended):
+    tab, messages = opened
     figure = tab.locator("#figure")
 
-    def shown():  # rank by rank, as the table has them
+    def shown():  # (group, key) by rank
         script = "rows => rows.map(row => [Number(row.cells[1].textContent), Number(row.dataset.key)])"
         return [tuple(pair) for pair in tab.eval_on_selector_all("#values tr", script)]
 
-    def wanted(name, row, column):
-        return list(zip(*map(list, seen.blocks[name].rank_keys((row, column), 5)[:2]), strict=True))
+    def expected(name, row, column):
+        return list(zip(*map(list, attended.blocks[name].rank_keys((row, column), 5)[:2]), strict=True))
 
     box = figure.bounding_box()
     click = lambda y, x: figure.click(position={"x": x * box["width"], "y": y * box["height"]})  # noqa: E731
     at = lambda: tuple(int(figure.locator("#query").get_attribute(f"data-{name}")) for name in ("row", "column"))  # noqa: E731
     first = shown()
     assert at() == (4, 4)
-    assert set(first) == set(wanted("stages_1/blocks_0", 4, 4))
+    assert set(first) == set(expected("stages_1/blocks_0", 4, 4))
     click(0.05, 0.95)
     assert at() == (0, 7)
-    assert set(shown()) == set(wanted("stages_1/blocks_0", 0, 7)) != set(first)
+    assert set(shown()) == set(expected("stages_1/blocks_0", 0, 7)) != set(first)
     assert tab.locator("#keys circle").count() == 5
     figure.press("ArrowDown")
     figure.press("ArrowRight")  # at the border already
     assert at() == (1, 7)
-    assert set(shown()) == set(wanted("stages_1/blocks_0", 1, 7))
+    assert set(shown()) == set(expected("stages_1/blocks_0", 1, 7))
     assert "row 1, column 7 of 8 x 8" in tab.inner_text("#status")
 
     tab.select_option("#group", "1")
@@ -196,16 +197,16 @@ def test_a_click_or_an_arrow_asks_for_another_query(opened, seen):
     click(0.01, 0.01)
     window = tab.locator("#window rect").first
     assert [float(window.get_attribute(name)) for name in ("x", "y", "width", "height")] == [0, 0, 12, 12]
-    assert set(shown()) == set(wanted("stages_0/blocks_0", 0, 0))
+    assert set(shown()) == set(expected("stages_0/blocks_0", 0, 0))
     assert tab.locator("#points circle").count() == 0
-    assert said == []
+    assert messages == []
 
 
-def test_a_narrow_screen_scrolls_in_one_direction_only(opened):
-    tab, said = opened
+def test_page_fits_narrow_screens_and_follows_the_color_scheme(opened):
+    tab, messages = opened
     tab.set_viewport_size({"width": 340, "height": 700})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 340
     assert tab.locator("#title b").count() == tab.locator("#classes b").count() == 0
     tab.emulate_media(color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
-    assert said == []
+    assert messages == []

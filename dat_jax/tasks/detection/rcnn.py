@@ -1,6 +1,6 @@
-"""Mask R-CNN and Cascade Mask R-CNN: which boxes are looked at, what they learn, and the detections that they give.
+"""Settings, sampling, losses and detections of Mask R-CNN and Cascade Mask R-CNN.
 
-All arrays have static shapes: proposals and samples are padded, and what is padding counts nowhere.
+All arrays have static shapes. Proposals and samples are padded, and padding is masked everywhere.
 """
 
 import dataclasses
@@ -17,30 +17,25 @@ from dat_jax.models.rpn import STRIDES
 from dat_jax.ops.detection import boxes as bx
 from dat_jax.ops.detection.assignment import NOT_CONSIDERED, assign_max_iou, sample_assigned
 from dat_jax.ops.detection.masks import mask_targets
-from dat_jax.ops.detection.nms import multiclass_nms, nms
+from dat_jax.ops.detection.nms import multiclass_nms
 from dat_jax.ops.detection.roi_align import pyramid_roi_align
 from dat_jax.tasks.detection import losses
-from dat_jax.tasks.detection.anchors import (
-    assign_anchors,
-    level_shapes,
-    make_anchor_coder,
-    make_level_anchors,
-    take_truths,
-    truths_that_count,
-)
+from dat_jax.tasks.detection.anchors import gather_ground_truth, valid_ground_truth
+from dat_jax.tasks.detection.rpn import choose_proposals, map_keys, rpn_loss
 
-_ROI_LEVELS = 4  # of the pyramid, from the finest on
+_ROI_LEVELS = 4  # number of pyramid levels for RoIAlign, starting with the finest
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A pair of heads, for boxes and for masks.
+    """Settings of one stage: a box head and a mask head.
 
     Attributes:
-      iou: overlap with a ground truth from which on a box is positive; below it, it is background.
-      match_low_quality: see ``assign_max_iou``; published for Mask R-CNN only.
-      means, stds: of the deltas, see ``encode_boxes``.
-      weight: of the stage's losses.
+      iou: a box is positive if its IoU with a ground truth is at least this, and background otherwise.
+      match_low_quality: see ``assign_max_iou``; in the published recipes only for Mask R-CNN.
+      means: means of the box deltas, see ``encode_boxes``.
+      stds: standard deviations of the box deltas, see ``encode_boxes``.
+      weight: weight of the losses of the stage.
     """
 
     iou: float = 0.5
@@ -51,25 +46,32 @@ class Stage:
 
     @property
     def coder(self) -> dict:
-        """Of boxes."""
+        """Means and standard deviations of the box deltas, as arguments of ``encode_boxes``."""
         return dict(means=self.means, stds=self.stds)
 
 
 @dataclasses.dataclass(frozen=True)
 class RCNNSettings:
-    """Source: the published recipes.
+    """Settings of sampling, losses and postprocessing. Defaults are those of the published recipe for Mask R-CNN.
 
     Attributes:
-      stages: one, or three of a cascade.
-      giou: boxes learn by 10 times GIoU of the decoded box, as in a cascade, else by L1 of deltas.
-      rpn_beta: of the smooth L1 loss of the RPN's deltas.
-      rpn_inside_only: whether anchors that reach out of their image are left out.
-      rpn_samples, rpn_positive: anchors of an image that learn, and the largest part of them that may be positive.
-      roi_samples, roi_positive: likewise, of proposals and ground truths, in every stage.
-      train_candidates, train_proposals: the best anchors of a level, and what is left of all levels after NMS.
-      test_candidates, test_proposals: likewise, for detections.
-      proposal_iou: of proposals of one level that overlap more only the best one stays.
-      score_threshold, iou_threshold, max_detections: as in ``RetinaNetSettings``.
+      stages: one stage, or three stages of a cascade.
+      giou: whether the box loss is 10 times the GIoU loss of decoded boxes, as in the published cascade, instead of the L1
+        loss of deltas.
+      rpn_beta: beta of the smooth L1 loss of the RPN's deltas.
+      rpn_inside_only: whether anchors that extend beyond their image are excluded from training.
+      rpn_samples: number of anchors per image that are sampled for the losses of the RPN.
+      rpn_positive: maximum fraction of positive anchors among these samples.
+      roi_samples: number of RoIs (proposals and ground truth boxes) per image that are sampled for each stage.
+      roi_positive: maximum fraction of positive RoIs among these samples.
+      train_candidates: number of anchors per level, those with the best scores, that enter NMS during training.
+      train_proposals: maximum number of proposals per image after NMS during training.
+      test_candidates: like train_candidates, for detections.
+      test_proposals: like train_proposals, for detections.
+      proposal_iou: of proposals of one level with a larger IoU, NMS keeps only the one with the best score.
+      score_threshold: see ``RetinaNetSettings``.
+      iou_threshold: see ``RetinaNetSettings``.
+      max_detections: see ``RetinaNetSettings``.
     """
 
     stages: tuple[Stage, ...] = (Stage(match_low_quality=True),)
@@ -107,10 +109,10 @@ CASCADE = RCNNSettings(
 def set_box_coders(
     settings: RCNNSettings, *, means: Sequence[Sequence[float]], stds: Sequence[Sequence[float]]
 ) -> RCNNSettings:
-    """The settings with other means and deviations of each stage's deltas; empty sequences leave them as they are.
+    """Replace means and standard deviations of the box deltas of each stage. Empty sequences change nothing.
 
     Raises:
-      ValueError: not four numbers for each stage.
+      ValueError: the values are not four numbers for each stage.
     """
     count = len(settings.stages)
     for name, values in (("box_means", means), ("box_stds", stds)):
@@ -125,186 +127,102 @@ def set_box_coders(
     return dataclasses.replace(settings, stages=tuple(stages))
 
 
-class Proposals(NamedTuple):
-    """Boxes worth a look, of B images, by descending score."""
+class SampledRoIs(NamedTuple):
+    """RoIs sampled for the losses of a stage: positive ones, then background, then padding.
 
-    boxes: jax.Array  # (B, P, 4), in pixels of the image that the network saw
-    scores: jax.Array  # (B, P), from 0 to 1
-    valid: jax.Array  # (B, P) bool
+    Arrays have a leading axis (B,) for a batch of images.
 
+    Attributes:
+      boxes: (S, 4), as x1, y1, x2, y2 in pixels of the network's input.
+      ground_truth: index of the assigned ground truth, int32 (S,); -1 for background.
+      valid: bool (S,), False for padding.
+      is_ground_truth: bool (S,), True if the box is that of a ground truth instead of a proposal.
+    """
 
-class Chosen(NamedTuple):
-    """What a stage learns from, of one image or of several: positives, then background, then what is not valid."""
-
-    boxes: jax.Array  # (S, 4)
-    truths: jax.Array  # (S,) int32, index of the ground truth; -1 for background
-    valid: jax.Array  # (S,) bool
-    is_truth: jax.Array  # (S,) bool: a ground truth's own box
+    boxes: jax.Array
+    ground_truth: jax.Array
+    valid: jax.Array
+    is_ground_truth: jax.Array
 
     @property
     def positive(self) -> jax.Array:
-        """(S,) bool."""
-        return self.truths >= 0
+        """Mask of positive RoIs, bool (S,)."""
+        return self.ground_truth >= 0
 
 
-def rpn_loss(
-    model: RCNN, outputs: dict[str, Sequence[jax.Array]], batch: dict, keys: jax.Array | None, settings: RCNNSettings
-) -> dict[str, jax.Array]:
-    """Cross-entropy of sampled anchors, and smooth L1 of the deltas of the positive ones, both over the number sampled.
-
-    Args:
-      model: says which anchors there are.
-      outputs: of ``RCNN.propose``.
-      batch: see ``tasks.detection.detector``.
-      keys: (B,), of the samples; None takes the first anchors.
-      settings: see there.
-
-    Returns:
-      {"rpn_class_loss", "rpn_box_loss"}.
-    """
-    anchors = make_level_anchors(model, outputs, STRIDES)
-    codes = assign_anchors(
-        anchors,
-        level_shapes(outputs),
-        batch,
-        strides=STRIDES,
-        inside_only=settings.rpn_inside_only,
-        positive=0.7,
-        negative=0.3,
-        min_positive=0.3,
-    )
-    options = dict(count=settings.rpn_samples, positive_fraction=settings.rpn_positive)
-    sample = _map_keys(functools.partial(sample_assigned, **options), keys, codes)
-
-    def take(levels, last):
-        flat = jnp.concatenate([x.reshape(len(codes), -1, last) for x in levels], axis=1)
-        return jnp.take_along_axis(flat, sample.indices[..., None], axis=1)
-
-    class_losses = losses.binary_cross_entropy(take(outputs["scores"], 1), sample.is_positive[..., None])
-    _, truths = take_truths(batch, jnp.take_along_axis(codes, sample.indices, axis=1))
-    targets = bx.encode_boxes(
-        jnp.concatenate(anchors)[sample.indices],
-        bx.replace_invalid(truths, sample.is_positive),
-        **make_anchor_coder(model),
-    )
-    box_losses = losses.smooth_l1(take(outputs["deltas"], 4), targets, beta=settings.rpn_beta)
-    parts = sample.is_positive, sample.is_valid & ~sample.is_positive
-    count = sum(jnp.maximum(part.sum(axis=1), 1).sum() for part in parts)
-    return {
-        "rpn_class_loss": losses.masked_sum(class_losses, sample.is_valid) / count,
-        "rpn_box_loss": losses.masked_sum(box_losses, sample.is_positive) / count,
-    }
-
-
-def choose_proposals(
-    model: RCNN,
-    outputs: dict[str, Sequence[jax.Array]],
-    image_shapes: jax.Array,
-    *,
-    candidates: int,
-    count: int,
-    iou_threshold: float,
-) -> Proposals:
-    """The best boxes of the RPN: the best of each level, those that overlap dropped level by level, the best of what is left.
-
-    Args:
-      model: says which anchors there are.
-      outputs: of ``RCNN.propose``.
-      image_shapes: int (B, 2), the height and width of each image, to which boxes are cut.
-      candidates: of each level.
-      count: of each image.
-      iou_threshold: of boxes of one level that overlap more only the best one stays.
-    """
-    anchors = make_level_anchors(model, outputs, STRIDES)
-    most = min(candidates, max(map(len, anchors)))
-    coder = make_anchor_coder(model)
-
-    def choose(scores, deltas, image_shape):
-        levels = []
-        for level_scores, level_deltas, level_anchors in zip(scores, deltas, anchors, strict=True):
-            best, places = lax.top_k(level_scores, min(most, len(level_anchors)))
-            boxes = bx.decode_boxes(level_anchors[places], level_deltas[places], **coder, image_shape=image_shape)
-            missing = most - len(places)
-            levels.append(
-                (
-                    jnp.pad(boxes, ((0, missing), (0, 0))),
-                    jnp.pad(best, (0, missing), constant_values=-jnp.inf),
-                )
-            )
-        boxes, scores = (jnp.stack(parts) for parts in zip(*levels, strict=True))
-        valid = (scores > -jnp.inf) & (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
-        keep = jax.vmap(lambda b, s, v: nms(b, s, threshold=iou_threshold, valid=v))(boxes, scores, valid)
-        kept = jnp.where(keep, scores, -jnp.inf).reshape(-1)
-        best, places = lax.top_k(kept, min(count, len(kept)))
-        valid = best > -jnp.inf
-        return bx.replace_invalid(boxes.reshape(-1, 4)[places], valid), jax.nn.sigmoid(best), valid
-
-    scores = tuple(x.reshape(len(x), -1) for x in outputs["scores"])
-    deltas = tuple(x.reshape(len(x), -1, 4) for x in outputs["deltas"])
-    return Proposals(*lax.stop_gradient(jax.vmap(choose)(scores, deltas, image_shapes)))
-
-
-def choose_boxes(
+def sample_rois(
     boxes: jax.Array, valid: jax.Array, batch: dict, keys: jax.Array | None, stage: Stage, settings: RCNNSettings
-) -> Chosen:
-    """Samples what a stage learns from, of proposals and of the ground truths themselves.
+) -> SampledRoIs:
+    """Sample the RoIs of a stage's losses from proposals and ground truth boxes.
 
     Args:
-      boxes, valid: of the proposals, (B, P, 4) and (B, P).
-      batch: see ``tasks.detection.detector``.
-      keys: (B,); None takes the first boxes, ground truths before others.
-      stage, settings: see there.
+      boxes: boxes of the proposals, (B, P, 4).
+      valid: mask of the proposals, bool (B, P).
+      batch: see ``tasks.detection.objective``.
+      keys: random keys (B,) for sampling; None takes the first boxes, ground truth boxes before proposals.
+      stage: see ``Stage``.
+      settings: see ``RCNNSettings``.
     """
 
-    def choose(key, boxes, valid, truths, is_truth):
+    def sample(key, boxes, valid, ground_truth, is_valid):
         codes, _ = assign_max_iou(
             boxes,
-            truths,
+            ground_truth,
             valid_boxes=valid,
-            valid_ground_truths=is_truth,
+            valid_ground_truths=is_valid,
             positive=stage.iou,
             negative=stage.iou,
             min_positive=stage.iou,
             match_low_quality=stage.match_low_quality,
         )
-        count = len(truths)
-        own = jnp.where(is_truth, jnp.arange(count, dtype=codes.dtype), NOT_CONSIDERED)
-        codes = jnp.concatenate([own, codes])
+        count = len(ground_truth)
+        # Each ground truth box is assigned to itself.
+        self_codes = jnp.where(is_valid, jnp.arange(count, dtype=codes.dtype), NOT_CONSIDERED)
+        codes = jnp.concatenate([self_codes, codes])
         options = dict(count=settings.roi_samples, positive_fraction=settings.roi_positive)
-        sample = sample_assigned(key, codes, **options)
-        return Chosen(
-            bx.replace_invalid(jnp.concatenate([truths, boxes])[sample.indices], sample.is_valid),
-            jnp.where(sample.is_positive, codes[sample.indices], -1),
-            sample.is_valid,
-            sample.is_valid & (sample.indices < count),
+        samples = sample_assigned(key, codes, **options)
+        return SampledRoIs(
+            boxes=bx.replace_invalid(jnp.concatenate([ground_truth, boxes])[samples.indices], samples.is_valid),
+            ground_truth=jnp.where(samples.is_positive, codes[samples.indices], -1),
+            valid=samples.is_valid,
+            is_ground_truth=samples.is_valid & (samples.indices < count),
         )
 
-    truths = batch["boxes"].astype(boxes.dtype)
-    return _map_keys(choose, keys, boxes, valid, truths, truths_that_count(batch))
+    ground_truth = batch["boxes"].astype(boxes.dtype)
+    return map_keys(sample, keys, boxes, valid, ground_truth, valid_ground_truth(batch))
 
 
 def rcnn_loss(
     module: RCNN, images: jax.Array, batch: dict, key: jax.Array | None, settings: RCNNSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The losses of the RPN and of every stage, added up.
+    """Sum of the losses of the RPN and of every stage.
 
     Args:
-      module: a bound model; BatchNorm is in training.
-      images: float (B, H, W, 3), normalised.
-      batch: see ``tasks.detection.detector``.
-      key: of the samples; None takes the first boxes everywhere.
-      settings: see there.
+      module: bound model. BatchNorm updates its statistics.
+      images: normalized images, float (B, H, W, 3).
+      batch: see ``tasks.detection.objective``.
+      key: random key for sampling; None takes the first boxes everywhere.
+      settings: see ``RCNNSettings``.
 
     Returns:
-      The loss, and {"rpn_class_loss", "rpn_box_loss", "class_loss", "box_loss", "mask_loss", "accuracy": percent}, of a
-      cascade with "_0", "_1" and "_2" at the names of its stages.
+      The loss, and {"rpn_class_loss", "rpn_box_loss", "class_loss", "box_loss", "mask_loss", "accuracy": percent}. Metrics
+      of the stages of a cascade have the suffixes "_0", "_1" and "_2".
     """
     keys = [None] * (1 + len(settings.stages))
     if key is not None:
         keys = jax.random.split(key, (len(keys), len(images)))
     pyramid = module.pyramid(images, train=True)
     outputs = module.propose(pyramid)
-    metrics = rpn_loss(module, outputs, batch, keys[0], settings)
+    metrics = rpn_loss(
+        module,
+        outputs,
+        batch,
+        keys[0],
+        samples=settings.rpn_samples,
+        positive_fraction=settings.rpn_positive,
+        beta=settings.rpn_beta,
+        inside_only=settings.rpn_inside_only,
+    )
     proposals = choose_proposals(
         module,
         outputs,
@@ -316,88 +234,116 @@ def rcnn_loss(
     boxes, valid = proposals.boxes, proposals.valid
     total = sum(metrics.values())
     for index, stage in enumerate(settings.stages):
-        chosen = choose_boxes(boxes, valid, batch, keys[1 + index], stage, settings)
-        own, (boxes, valid) = _stage_loss(module, pyramid, chosen, batch, index, settings)
-        total += sum(value for name, value in own.items() if name.endswith("_loss"))
+        rois = sample_rois(boxes, valid, batch, keys[1 + index], stage, settings)
+        stage_metrics, (boxes, valid) = _stage_loss(module, pyramid, rois, batch, index, settings)
+        total += sum(value for name, value in stage_metrics.items() if name.endswith("_loss"))
         suffix = f"_{index}" if len(settings.stages) > 1 else ""
-        metrics |= {f"{name}{suffix}": value for name, value in own.items()}
+        metrics |= {f"{name}{suffix}": value for name, value in stage_metrics.items()}
     return total, metrics
 
 
-def _stage_loss(module, pyramid, chosen, batch, index, settings):
-    """Losses of one stage, and the refined boxes with their validity, for the next one."""
-    stage, positive = settings.stages[index], chosen.positive
-    logits, deltas = look_at_boxes(module, pyramid, chosen.boxes, chosen.valid, stage=index, train=True)
-    truth_labels, truths = take_truths(batch, chosen.truths)
-    labels = jnp.where(positive, truth_labels, module.num_classes)
-    count = jnp.maximum(chosen.valid.sum(), 1)
-    class_loss = losses.masked_sum(losses.softmax_cross_entropy(logits, labels), chosen.valid) / count
-    own = _pick_class(deltas, labels)
-    boxes, truths = (bx.replace_invalid(x, positive) for x in (chosen.boxes, truths.astype(chosen.boxes.dtype)))
+def _stage_loss(module, pyramid, rois, batch, index, settings):
+    """Metrics of one stage, and its refined boxes with their validity, for the next stage."""
+    stage, positive = settings.stages[index], rois.positive
+    logits, deltas = run_box_head(module, pyramid, rois.boxes, rois.valid, stage=index, train=True)
+    target_labels, targets = gather_ground_truth(batch, rois.ground_truth)
+    labels = jnp.where(positive, target_labels, module.num_classes)
+    count = jnp.maximum(rois.valid.sum(), 1)
+    class_loss = losses.masked_sum(losses.softmax_cross_entropy(logits, labels), rois.valid) / count
+    class_deltas = _select_class(deltas, labels)
+    boxes, targets = (bx.replace_invalid(x, positive) for x in (rois.boxes, targets.astype(rois.boxes.dtype)))
     if settings.giou:
-        box_losses = 10 * losses.giou_loss(bx.decode_boxes(boxes, own, **stage.coder), truths)
+        box_losses = 10 * losses.giou_loss(bx.decode_boxes(boxes, class_deltas, **stage.coder), targets)
     else:
-        box_losses = losses.smooth_l1(own, bx.encode_boxes(boxes, truths, **stage.coder), beta=0)
-    right = (logits.argmax(axis=-1) == labels) & chosen.valid
+        box_losses = losses.smooth_l1(class_deltas, bx.encode_boxes(boxes, targets, **stage.coder), beta=0)
+    correct = (logits.argmax(axis=-1) == labels) & rois.valid
     metrics = {
         "class_loss": stage.weight * class_loss,
         "box_loss": stage.weight * losses.masked_sum(box_losses, positive) / count,
-        "mask_loss": stage.weight * _mask_loss(module, pyramid, chosen, labels, batch, index, settings),
-        "accuracy": 100 * right.sum() / count.astype(logits.dtype),
+        "mask_loss": stage.weight * _mask_loss(module, pyramid, rois, labels, batch, index, settings),
+        "accuracy": 100 * correct.sum() / count.astype(logits.dtype),
     }
     best = jnp.where(positive, labels, logits[..., :-1].argmax(axis=-1))
-    refined = refine_boxes(chosen.boxes, deltas, best, batch["valid"], stage)
-    return metrics, (refined, chosen.valid & ~chosen.is_truth)
+    refined = refine_boxes(rois.boxes, deltas, best, batch["valid"], stage)
+    return metrics, (refined, rois.valid & ~rois.is_ground_truth)
 
 
-def _mask_loss(module, pyramid, chosen, labels, batch, index, settings):
-    # Positives come first, so that the rest needs no masks.
-    most = int(settings.roi_samples * settings.roi_positive)
-    boxes, truths, positive, labels = (x[:, :most] for x in (chosen.boxes, chosen.truths, chosen.positive, labels))
-    logits = look_at_masks(module, pyramid, boxes, positive, labels, stage=index)
+def _mask_loss(module, pyramid, rois, labels, batch, index, settings):
+    # Positive RoIs come first; masks of the others are not computed.
+    max_positive = int(settings.roi_samples * settings.roi_positive)
+    boxes, indices, positive, labels = (
+        x[:, :max_positive] for x in (rois.boxes, rois.ground_truth, rois.positive, labels)
+    )
+    logits = run_mask_head(module, pyramid, boxes, positive, labels, stage=index)
     resolution = 2 * module.mask_side
 
-    def cut(masks, boxes, truths, image_shape, positive):
+    def make_targets(masks, boxes, indices, image_shape, positive):
         options = dict(size=resolution, mask_shape=tuple(image_shape), valid=positive, packed=True)
-        return mask_targets(masks, boxes, truths, **options)
+        return mask_targets(masks, boxes, indices, **options)
 
-    targets = jax.vmap(cut)(batch["masks"], boxes, truths, batch["valid"], positive)
+    targets = jax.vmap(make_targets)(batch["masks"], boxes, indices, batch["valid"], positive)
     values = losses.binary_cross_entropy(logits, targets)
     count = jnp.maximum(positive.sum(), 1) * resolution**2
     return losses.masked_sum(values.reshape(*positive.shape, -1), positive) / count
 
 
-def look_at_boxes(
+def run_box_head(
     module: RCNN, pyramid: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array, *, stage: int, train: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits (B, S, K + 1) and deltas (B, S, K, 4) of boxes (B, S, 4); valid (B, S) as in ``pyramid_roi_align``."""
-    cuts = _cut_out(pyramid, boxes, valid, module.box_side)
-    logits, deltas = module.boxes(cuts, stage=stage, train=train, mask=valid.reshape(-1))
+    """Run the box head of a stage on RoIs.
+
+    Args:
+      module: bound model.
+      pyramid: feature maps of the pyramid.
+      boxes: (B, S, 4), as x1, y1, x2, y2 in pixels of the network's input.
+      valid: bool (B, S), see ``pyramid_roi_align``.
+      stage: index of the stage.
+      train: whether BatchNorm updates its statistics.
+
+    Returns:
+      Logits (B, S, K + 1), with the background last, and deltas (B, S, K, 4).
+    """
+    features = _align_rois(pyramid, boxes, valid, module.box_side)
+    logits, deltas = module.boxes(features, stage=stage, train=train, mask=valid.reshape(-1))
     return logits.reshape(*valid.shape, -1), deltas.reshape(*valid.shape, module.num_classes, 4)
 
 
-def look_at_masks(
+def run_mask_head(
     module: RCNN, pyramid: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array, labels: jax.Array, *, stage: int
 ) -> jax.Array:
-    """Logits (B, S, 28, 28) of each box's class, labels (B, S)."""
-    logits = module.masks(_cut_out(pyramid, boxes, valid, module.mask_side), stage=stage)
-    own = labels.reshape(-1, 1, 1, 1) == jnp.arange(logits.shape[-1]).reshape(1, 1, 1, -1)
-    return jnp.where(own, logits, 0).sum(axis=-1).reshape(*valid.shape, *logits.shape[1:3])
+    """Mask logits (B, S, 28, 28) of boxes (B, S, 4) for their classes, labels (B, S); see ``run_box_head``."""
+    logits = module.masks(_align_rois(pyramid, boxes, valid, module.mask_side), stage=stage)
+    is_label = labels.reshape(-1, 1, 1, 1) == jnp.arange(logits.shape[-1]).reshape(1, 1, 1, -1)
+    return jnp.where(is_label, logits, 0).sum(axis=-1).reshape(*valid.shape, *logits.shape[1:3])
 
 
 def refine_boxes(
     boxes: jax.Array, deltas: jax.Array, labels: jax.Array, image_shapes: jax.Array, stage: Stage
 ) -> jax.Array:
-    """Where a stage's deltas (B, S, K, 4) of a class, labels (B, S), lead boxes (B, S, 4) to, within the images; no gradient."""
-    refined = bx.decode_boxes(boxes, _pick_class(deltas, labels), **stage.coder)
+    """Boxes (B, S, 4) refined by a stage, clipped to the images, without gradient.
+
+    Args:
+      boxes: (B, S, 4).
+      deltas: deltas of all classes, (B, S, K, 4).
+      labels: class whose deltas are applied, (B, S).
+      image_shapes: height and width of each image, int (B, 2).
+      stage: stage that predicted the deltas.
+    """
+    refined = bx.decode_boxes(boxes, _select_class(deltas, labels), **stage.coder)
     return lax.stop_gradient(jax.vmap(lambda b, shape: bx.clip_boxes(b, image_shape=shape))(refined, image_shapes))
 
 
 def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSettings) -> dict[str, jax.Array]:
-    """Detections of every image, see ``tasks.detection.detector``; ``module`` and ``images`` as for ``rcnn_loss``.
+    """Detections of every image; see ``tasks.detection.objective`` for their format.
 
-    A cascade's scores are the softmax of the mean of its stages' logits, its boxes those of the last stage, its masks the
-    mean of its stages' probabilities.
+    For a cascade, scores are the softmax of the mean logits of the stages, boxes are those of the last stage, and masks are
+    the mean probabilities of the stages.
+
+    Args:
+      module: bound model.
+      images: normalized images, float (B, H, W, 3).
+      batch: see ``tasks.detection.objective``.
+      settings: see ``RCNNSettings``.
     """
     pyramid = module.pyramid(images)
     proposals = choose_proposals(
@@ -408,13 +354,13 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
         count=settings.test_proposals,
         iou_threshold=settings.proposal_iou,
     )
-    boxes, total = proposals.boxes, 0.0
+    boxes, logits_sum = proposals.boxes, 0.0
     for index, stage in enumerate(settings.stages):
-        logits, deltas = look_at_boxes(module, pyramid, boxes, proposals.valid, stage=index, train=False)
-        total += logits
+        logits, deltas = run_box_head(module, pyramid, boxes, proposals.valid, stage=index, train=False)
+        logits_sum += logits
         if index < len(settings.stages) - 1:
             boxes = refine_boxes(boxes, deltas, logits[..., :-1].argmax(axis=-1), batch["valid"], stage)
-    scores = jax.nn.softmax(total / len(settings.stages), axis=-1)[..., :-1]
+    scores = jax.nn.softmax(logits_sum / len(settings.stages), axis=-1)[..., :-1]
     scores = jnp.where(proposals.valid[..., None], scores, 0)
 
     def detect(boxes, deltas, scores, image_shape, scale):
@@ -428,36 +374,33 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
             candidates=len(boxes),
         )
 
-    found = jax.vmap(detect)(boxes, deltas, scores, batch["valid"], batch["scale"])
-    seen = found.boxes * batch["scale"][:, None]
+    detections = jax.vmap(detect)(boxes, deltas, scores, batch["valid"], batch["scale"])
+    boxes = detections.boxes * batch["scale"][:, None]  # in pixels of the network's input
     masks = 0.0
     for index in range(len(settings.stages)):
-        masks += jax.nn.sigmoid(look_at_masks(module, pyramid, seen, found.valid, found.labels, stage=index))
+        logits = run_mask_head(module, pyramid, boxes, detections.valid, detections.labels, stage=index)
+        masks += jax.nn.sigmoid(logits)
     return {
-        "boxes": found.boxes,
-        "scores": found.scores,
-        "labels": found.labels,
-        "valid": found.valid,
+        "boxes": detections.boxes,
+        "scores": detections.scores,
+        "labels": detections.labels,
+        "valid": detections.valid,
         "masks": masks / len(settings.stages),
     }
 
 
-def _cut_out(pyramid, boxes, valid, side):
-    """(B * S, side, side, C)"""
+def _align_rois(pyramid, boxes, valid, side):
+    """Features of RoIs, (B * S, side, side, C)."""
     levels = slice(_ROI_LEVELS)
     align = functools.partial(pyramid_roi_align, size=side, strides=STRIDES[levels])
-    cuts = jax.vmap(lambda maps, b, v: align(maps, b, valid=v))(tuple(pyramid[levels]), boxes, valid)
-    return cuts.reshape(-1, *cuts.shape[2:])
+    features = jax.vmap(lambda maps, b, v: align(maps, b, valid=v))(tuple(pyramid[levels]), boxes, valid)
+    return features.reshape(-1, *features.shape[2:])
 
 
-def _pick_class(deltas, labels):
-    """(B, S, K, 4) and (B, S) -> (B, S, 4); 0 for background. By comparison, as the gradient of a look-up is a scatter."""
-    own = labels[..., None] == jnp.arange(deltas.shape[2]).reshape(1, 1, -1)
-    return jnp.where(own[..., None], deltas, 0).sum(axis=2)
+def _select_class(deltas, labels):
+    """Deltas (B, S, 4) of the classes ``labels`` (B, S) from deltas (B, S, K, 4); 0 for background.
 
-
-def _map_keys(function, keys, *arrays):
-    """``function(key, ...)`` of every image; without keys, with None."""
-    if keys is None:
-        return jax.vmap(functools.partial(function, None))(*arrays)
-    return jax.vmap(function)(keys, *arrays)
+    They are selected by comparison because the gradient of indexing is a scatter.
+    """
+    is_label = labels[..., None] == jnp.arange(deltas.shape[2]).reshape(1, 1, -1)
+    return jnp.where(is_label[..., None], deltas, 0).sum(axis=2)

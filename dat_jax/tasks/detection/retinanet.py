@@ -1,4 +1,4 @@
-"""RetinaNet: what its anchors learn, and the detections that they give."""
+"""Loss and detections of RetinaNet."""
 
 import dataclasses
 import math
@@ -14,23 +14,23 @@ from dat_jax.ops.detection.assignment import BACKGROUND
 from dat_jax.ops.detection.nms import nms
 from dat_jax.tasks.detection.anchors import (
     assign_anchors,
+    gather_ground_truth,
     level_shapes,
     make_anchor_coder,
     make_level_anchors,
-    take_truths,
 )
 from dat_jax.tasks.detection.losses import masked_sum, sigmoid_focal_loss, smooth_l1
 
 
 @dataclasses.dataclass(frozen=True)
 class RetinaNetSettings:
-    """Source: the published recipe.
+    """Settings of the postprocessing. Defaults are those of the published recipe.
 
     Attributes:
-      candidates: the best pairs of an anchor and a class of each level, from which detections are chosen.
-      score_threshold: a candidate's score is above it.
-      iou_threshold: of boxes of one class that overlap more only the best one stays.
-      max_detections: of an image.
+      candidates: number of pairs of an anchor and a class per level, those with the best scores, that enter NMS.
+      score_threshold: detections have a score above this.
+      iou_threshold: of boxes of one class with a larger IoU, NMS keeps only the one with the best score.
+      max_detections: maximum number of detections per image.
     """
 
     candidates: int = 1000
@@ -42,17 +42,17 @@ class RetinaNetSettings:
 def retinanet_loss(
     model: RetinaNet, outputs: dict[str, Sequence[jax.Array]], batch: dict
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Focal loss of every anchor that is positive or background, and L1 of the deltas of positive ones.
+    """Focal loss of positive and background anchors, and L1 loss of the deltas of positive anchors.
 
-    Both are divided by the number of positive anchors, at least one an image.
+    Both are divided by the number of positive anchors, counting at least one per image.
 
     Args:
-      model: says which anchors there are.
-      outputs: of the model.
-      batch: see ``tasks.detection.detector``.
+      model: model whose anchors are used.
+      outputs: outputs of the model.
+      batch: see ``tasks.detection.objective``.
 
     Returns:
-      The loss, and {"class_loss", "box_loss"}.
+      The total loss, and {"class_loss", "box_loss"}.
     """
     level_anchors = make_level_anchors(model, outputs, STRIDES)
     codes = assign_anchors(
@@ -70,13 +70,13 @@ def retinanet_loss(
     coder = make_anchor_coder(model)
     class_loss = box_loss = start = 0
     for scores, deltas, anchors in zip(outputs["scores"], outputs["deltas"], level_anchors, strict=True):
-        of_level = codes[:, start : start + len(anchors)]
+        level_codes = codes[:, start : start + len(anchors)]
         start += len(anchors)
-        positive = of_level >= 0
-        labels, targets = take_truths(batch, of_level)
+        positive = level_codes >= 0
+        labels, targets = gather_ground_truth(batch, level_codes)
         is_class = positive[..., None] & (labels[..., None] == classes)
-        focal = sigmoid_focal_loss(scores.reshape(*of_level.shape, -1), is_class)
-        class_loss += masked_sum(focal, positive | (of_level == BACKGROUND))
+        focal = sigmoid_focal_loss(scores.reshape(*level_codes.shape, -1), is_class)
+        class_loss += masked_sum(focal, positive | (level_codes == BACKGROUND))
         targets = bx.encode_boxes(anchors[None], bx.replace_invalid(targets, positive), **coder)
         box_loss += masked_sum(smooth_l1(deltas.reshape(targets.shape), targets, beta=0), positive)
     class_loss, box_loss = class_loss / count, box_loss / count
@@ -86,22 +86,22 @@ def retinanet_loss(
 def retinanet_detect(
     model: RetinaNet, outputs: dict[str, Sequence[jax.Array]], batch: dict, settings: RetinaNetSettings
 ) -> dict[str, jax.Array]:
-    """Detections of every image, see ``tasks.detection.detector``, from the outputs of the model."""
+    """Detections of every image from the outputs of the model; see ``tasks.detection.objective`` for their format."""
     anchors = make_level_anchors(model, outputs, STRIDES)
     coder = make_anchor_coder(model)
 
     def detect(scores, deltas, image_shape, scale):
         levels = zip(scores, deltas, anchors, strict=True)
-        found = [_best_of_level(*level, image_shape, settings, coder) for level in levels]
-        boxes, scores, labels = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+        candidates = [_best_of_level(*level, image_shape, settings, coder) for level in levels]
+        boxes, scores, labels = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
         boxes, valid = boxes / scale.reshape(1, 4), scores > 0
         keep = nms(boxes, scores, threshold=settings.iou_threshold, valid=valid, groups=labels)
-        best, places = lax.top_k(jnp.where(keep, scores, 0), min(settings.max_detections, len(scores)))
+        best, indices = lax.top_k(jnp.where(keep, scores, 0), min(settings.max_detections, len(scores)))
         valid = best > 0
         return {
-            "boxes": jnp.where(valid[:, None], boxes[places], 0),
+            "boxes": jnp.where(valid[:, None], boxes[indices], 0),
             "scores": best,
-            "labels": jnp.where(valid, labels[places], 0),
+            "labels": jnp.where(valid, labels[indices], 0),
             "valid": valid,
         }
 
@@ -113,12 +113,12 @@ def retinanet_detect(
 
 
 def _best_of_level(scores, deltas, anchors, image_shape, settings, coder):
-    """Boxes (n, 4), scores (n,), 0 for those that do not count, and labels (n,) of the best pairs of anchor and class."""
-    # The best n pairs are of anchors that are among the best n by their best class: so the large sort is of anchors only.
+    """Boxes (n, 4), scores (n,) and labels (n,) of the best pairs of anchor and class. Scores below the threshold are 0."""
+    # The anchors of the best n pairs are among the best n anchors by their best class, so only anchors are sorted first.
     count = min(settings.candidates, math.prod(scores.shape))
     _, rows = lax.top_k(scores.max(axis=-1), min(count, len(scores)))
-    best, places = lax.top_k(scores[rows].reshape(-1), count)
-    rows, labels = rows[places // scores.shape[-1]], places % scores.shape[-1]
+    best, indices = lax.top_k(scores[rows].reshape(-1), count)
+    rows, labels = rows[indices // scores.shape[-1]], indices % scores.shape[-1]
     boxes = bx.decode_boxes(anchors[rows], deltas[rows], **coder, image_shape=image_shape)
     probabilities = jax.nn.sigmoid(best)
     return boxes, jnp.where(probabilities > settings.score_threshold, probabilities, 0), labels

@@ -1,4 +1,4 @@
-"""Erasing, mixup and cutmix against the recipe's distributions; each 20,000 draws."""
+"""Random erasing, mixup and cutmix against the distributions of the published recipe, with 20,000 draws each."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from scipy import stats
 from dat_jax.tasks.classification.augmentation import draw_erased_box, erase_randomly, mix
 from tests.reference.augmentation import draw_boxes
 
-P_VALUE = 1e-3  # of each statistical test; the draws are seeded, so that a pass stays a pass
+P_VALUE = 1e-3  # threshold of each statistical test; seeded draws make the tests deterministic
 DRAWS = 20_000
 
 
@@ -18,10 +18,10 @@ def keys(seed=0, count=DRAWS):
 
 
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 160)])
-def test_erased_boxes_have_the_recipes_areas_aspects_and_places(height, width):
+def test_distributions_of_erased_boxes(height, width):
     draw = jax.jit(jax.vmap(lambda key: jnp.stack(draw_erased_box(key, height=height, width=width))))
     top, left, h, w = np.asarray(draw(keys())).T
-    found = h > 0
+    drawn = h > 0
     bound = np.log(1 / 0.3)
     wanted_w, wanted_h = draw_boxes(
         np.random.default_rng(1),
@@ -32,7 +32,7 @@ def test_erased_boxes_have_the_recipes_areas_aspects_and_places(height, width):
         log_aspect=(-bound, bound),  # h / w
         fits=lambda w, h: (h < height) & (w < width),
     )
-    assert found.sum() == len(wanted_h) == DRAWS
+    assert drawn.sum() == len(wanted_h) == DRAWS
     assert stats.ks_2samp(h * w, wanted_h * wanted_w).pvalue > P_VALUE
     assert stats.ks_2samp(h / w, wanted_h / wanted_w).pvalue > P_VALUE
     for place, room in ((top, height - h), (left, width - w)):
@@ -43,7 +43,7 @@ def test_erased_boxes_have_the_recipes_areas_aspects_and_places(height, width):
         assert stats.kstest((place[free] + jitter) / (room[free] + 1), "uniform").pvalue > P_VALUE
 
 
-def test_a_quarter_of_the_images_get_one_box_of_standard_normal_noise():
+def test_erasing_fills_one_box_with_standard_normal_noise_at_the_given_probability():
     images = jnp.full((4000, 16, 16, 3), 7.0)
     erased = np.asarray(jax.jit(lambda x, key: erase_randomly(x, key, probability=0.25))(images, jax.random.key(0)))
     changed = erased != 7.0
@@ -58,7 +58,7 @@ def test_a_quarter_of_the_images_get_one_box_of_standard_normal_noise():
 
 
 def mixed_pairs(**alphas):
-    """Of 20,000 batches of a white and a black image of 64 x 48: both mixed, and the first one's target."""
+    """Mixed images and targets of 20,000 batches of a white and a black image of 64 x 48 pixels."""
     pair = jnp.stack([jnp.ones((64, 48, 1)), jnp.zeros((64, 48, 1))])
     mixed = jax.jit(jax.vmap(lambda key: mix(pair, jnp.eye(2), key, **alphas)))
     images, targets = mixed(keys())
@@ -76,7 +76,7 @@ def test_mixup_weights_are_beta_distributed():
     assert stats.kstest(weights, stats.beta(0.8, 0.8).cdf).pvalue > P_VALUE
 
 
-def test_cutmix_boxes_follow_the_rule_and_the_target_is_what_is_left():
+def test_cutmix_boxes_and_targets():
     images, targets = mixed_pairs(mixup_alpha=0.0, cutmix_alpha=1.0)
     first = images[:, 0]
     assert set(np.unique(first)) == {0.0, 1.0}
@@ -91,25 +91,25 @@ def test_cutmix_boxes_follow_the_rule_and_the_target_is_what_is_left():
     wanted_h = np.clip(y + half_h, 0, 64) - np.clip(y - half_h, 0, 64)
     wanted_w = np.clip(x + half_w, 0, 48) - np.clip(x - half_w, 0, 48)
     assert stats.ks_2samp(heights * widths, wanted_h * wanted_w).pvalue > P_VALUE
-    seen = heights * widths > 0
-    assert stats.ks_2samp(heights[seen], wanted_h[wanted_h * wanted_w > 0]).pvalue > P_VALUE
+    nonempty = heights * widths > 0
+    assert stats.ks_2samp(heights[nonempty], wanted_h[wanted_h * wanted_w > 0]).pvalue > P_VALUE
 
 
-def test_both_are_switched_evenly():
+def test_mixup_and_cutmix_are_equally_likely():
     images, _ = mixed_pairs(mixup_alpha=0.8, cutmix_alpha=1.0)
     cut = np.isin(images, (0.0, 1.0)).all(axis=(1, 2, 3))
     assert stats.binomtest(int(cut.sum()), DRAWS).pvalue > P_VALUE
 
 
-def test_without_alphas_nothing_is_mixed():
+def test_zero_alphas_disable_mixing():
     images, targets = jnp.ones((2, 4, 4, 3)), jnp.eye(2)
-    same = mix(images, targets, jax.random.key(0), mixup_alpha=0.0, cutmix_alpha=0.0)
-    assert same[0] is images
-    assert same[1] is targets
+    unchanged = mix(images, targets, jax.random.key(0), mixup_alpha=0.0, cutmix_alpha=0.0)
+    assert unchanged[0] is images
+    assert unchanged[1] is targets
 
 
 @pytest.mark.parametrize("partners", [(1, 0, 3, 2, 5, 4), (1, 0, 3, 2, 4)])
-def test_the_partner_is_the_neighbor(partners):
+def test_neighboring_images_are_mixed(partners):
     images = jnp.arange(float(len(partners)))[:, None, None, None] * jnp.ones((len(partners), 8, 8, 3))
     targets = jnp.eye(len(partners))
     mixed, mixed_targets = mix(images, targets, jax.random.key(3), mixup_alpha=0.8, cutmix_alpha=0.0)

@@ -1,4 +1,4 @@
-"""Anchors, assignment, samples, losses, gradients and detections agree with the recorded ones of the published detectors."""
+"""Anchors, assignment, samples, losses, gradients and detections against golden arrays of the published detectors."""
 
 import dataclasses
 
@@ -14,15 +14,16 @@ from dat_jax.models import rpn
 from dat_jax.models.retinanet import STRIDES, RetinaNet
 from dat_jax.tasks.detection.anchors import assign_anchors, level_shapes, make_level_anchors
 from dat_jax.tasks.detection.objective import default_settings
-from dat_jax.tasks.detection.rcnn import choose_boxes, choose_proposals, rcnn_detect, rcnn_loss
+from dat_jax.tasks.detection.rcnn import rcnn_detect, rcnn_loss, sample_rois
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
+from dat_jax.tasks.detection.rpn import choose_proposals
 from tests.helpers.golden_files import channels_last, load, relative_error
 
-# Of values that were computed in float64 and stored in float32, and of losses.
+# Relative tolerances of values, which were computed in float64 and stored in float32, and of losses.
 TOLERANCES = {"float64": (5e-6, 1e-7), "float32": (1e-4, 1e-4)}
-# Of gradient norms, in float64. In the cascade many RoIs go through BatchNorm and ReLU, near whose kink rounding counts.
+# Relative tolerances of gradient norms in float64. In the cascade, rounding matters near the kinks of ReLU.
 NORMS_CLOSE = {"retinanet": 1e-8, "maskrcnn": 2e-6, "cascade": 5e-6}
-TRUTHS = 6  # of an image, with padding
+TRUTHS = 6  # ground truth boxes per image, including padding
 RCNN = ["maskrcnn", "cascade"]
 
 
@@ -36,7 +37,7 @@ def make(kind, dtype):
     batch = {
         "valid": np.array([meta["img_shape"][:2] for meta in metas], np.int32),
         "scale": np.array([meta["scale_factor"] for meta in metas], np.float32),
-        "boxes": np.full((2, TRUTHS, 4), np.nan, np.float32),  # what is padding may be anything
+        "boxes": np.full((2, TRUTHS, 4), np.nan, np.float32),  # padding may be anything
         "labels": np.full((2, TRUTHS), -7, np.int32),
         "box_mask": np.zeros((2, TRUTHS), bool),
     }
@@ -56,7 +57,7 @@ def make(kind, dtype):
 
 
 def settings_of(model, config, mode="firstk"):
-    """Those that were recorded with; in the mode "all" every candidate is sampled."""
+    """Settings of the recorded arrays; in the mode "all" every candidate is sampled."""
     if isinstance(model, RetinaNet):
         test = config["test_cfg"]
         return RetinaNetSettings(candidates=test["nms_pre"], max_detections=test["max_per_img"])
@@ -117,7 +118,7 @@ def check_masks(arrays, kind, image, found, meta, close):
     masks = found["masks"][found["valid"]]
     if kind == "cascade":
         assert relative_error(masks[::6], arrays[f"test.mask_prob_merged_6{image}"]) < close
-    else:  # 60 detections an image
+    else:  # 60 detections per image
         logits = arrays["test.mask0.logits_own_6"][10 * image : 10 * image + 10].astype(float)
         assert relative_error(masks[::6], 1 / (1 + np.exp(-logits))) < close
     pasted = to_original({**found, "original": meta["ori_shape"][:2]}, masks=True)["masks"]
@@ -140,7 +141,7 @@ def test_detections_in_float64(kind, x64):
 
 
 def compute_losses(kind, mode, dtype):
-    """A function of parameters, jitted: (loss, (metrics, model state)), and the parameters."""
+    """The model, a function of parameters that returns (loss, (metrics, model state)), and the parameters."""
     _, config, _, _ = load(kind)
     model, variables, images, batch = make(kind, dtype)
     settings = settings_of(model, config, mode)
@@ -198,7 +199,7 @@ def test_losses_of_all_candidates(kind, x64):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
 def test_losses_and_gradients_in_float64(kind, x64):
-    """Every loss, the norms of the gradients, and BatchNorm's statistics after the step."""
+    """Every loss, the norms of the gradients, and the statistics of BatchNorm after the step."""
     arrays, mode = load(kind)[0], "all" if kind == "retinanet" else "firstk"
     model, loss, params = compute_losses(kind, mode, "float64")
     (value, (metrics, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -238,8 +239,8 @@ def test_anchors_and_their_assignment(kind):
 
 
 @pytest.mark.parametrize("kind", RCNN)
-def test_what_stages_learn_from(kind):
-    """From the recorded proposals of every stage: which are positive, of which object, and which are background."""
+def test_sampled_rois(kind):
+    """Positive RoIs with their ground truth, and background, sampled from the recorded proposals of every stage."""
     arrays, config, _, _ = load(kind)
     model, _, _, batch = make(kind, "float32")
     settings = settings_of(model, config)
@@ -248,17 +249,17 @@ def test_what_stages_learn_from(kind):
         most = max(map(len, boxes))
         valid = jnp.array([np.arange(most) < len(x) for x in boxes])
         padded = jnp.array([np.pad(x, ((0, most - len(x)), (0, 0)), constant_values=np.nan) for x in boxes])
-        chosen = choose_boxes(padded, valid, batch, None, stage, settings)
+        rois = sample_rois(padded, valid, batch, None, stage, settings)
         for image in range(2):
             name = f"firstk.rcnn{index}"
             known = np.concatenate([arrays[f"gt_bboxes{image}"], boxes[image]])
             positives, negatives = arrays[f"{name}.pos_inds{image}"], arrays[f"{name}.neg_inds{image}"]
             count = len(positives) + len(negatives)
-            assert int(chosen.valid[image].sum()) == count
+            assert int(rois.valid[image].sum()) == count
             np.testing.assert_array_equal(
-                chosen.boxes[image, :count], known[np.concatenate([positives, negatives])].astype(np.float32)
+                rois.boxes[image, :count], known[np.concatenate([positives, negatives])].astype(np.float32)
             )
             truths = np.concatenate([arrays[f"{name}.pos_gt{image}"], np.full(len(negatives), -1)])
-            np.testing.assert_array_equal(chosen.truths[image, :count], truths)
+            np.testing.assert_array_equal(rois.ground_truth[image, :count], truths)
             is_truth = np.concatenate([positives, negatives]) < len(arrays[f"gt_bboxes{image}"])
-            np.testing.assert_array_equal(chosen.is_truth[image, :count], is_truth)
+            np.testing.assert_array_equal(rois.is_ground_truth[image, :count], is_truth)

@@ -1,4 +1,4 @@
-"""What detectors learn from images that have little or nothing in them."""
+"""Losses of detectors for images without objects, and with degenerate boxes."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from tests.helpers import tiny_detection
 
 
 @pytest.mark.parametrize("head", tiny_detection.DETECTORS)
-def test_images_without_objects_and_odd_boxes_give_finite_losses_and_gradients(head):
+def test_losses_and_gradients_are_finite_without_objects_and_with_degenerate_boxes(head):
     config = tiny_detection.get_config(head).unlock()
     config.mesh.data = config.mesh.fsdp = 1
     trainer = Trainer(config, devices=jax.devices()[:1])
@@ -34,12 +34,12 @@ def test_images_without_objects_and_odd_boxes_give_finite_losses_and_gradients(h
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((metrics, gradients)))
         return metrics
 
-    nothing = check()
-    assert all(value == 0 for name, value in nothing.items() if "box_loss" in name or "mask_loss" in name)
-    # A box without an area, one beyond the image, and one that is all of it.
+    metrics = check()
+    assert all(value == 0 for name, value in metrics.items() if "box_loss" in name or "mask_loss" in name)
+    # A box without area, a box outside the image, and later a box that covers the image.
     batch["box_mask"][1] = True
     batch["boxes"][1] = [[5, 5, 5, 30], [50, 50, 60, 60]]
     check()
     batch["boxes"][1, 0] = [0, 0, 33, 40]
-    something = check()
-    assert sum(value > 0 for name, value in something.items() if "box_loss" in name) > 0
+    metrics = check()
+    assert sum(value > 0 for name, value in metrics.items() if "box_loss" in name) > 0

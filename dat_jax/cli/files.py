@@ -1,0 +1,68 @@
+"""Files that commands read and write: names of outputs, checks before work starts, errors per file."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from dat_jax.errors import UserError
+
+
+def name_outputs(inputs: Sequence[pathlib.Path], directory: str | os.PathLike) -> list[pathlib.Path]:
+    """Output file of each input: DIRECTORY/<stem>.png.
+
+    Raises:
+      UserError: two inputs have the same stem.
+    """
+    by_stem: dict[str, pathlib.Path] = {}
+    for path in inputs:
+        if path.stem in by_stem:
+            raise UserError(
+                f"{by_stem[path.stem]} and {path} would both be written to {path.stem}.png; process them separately."
+            )
+        by_stem[path.stem] = path
+    return [pathlib.Path(directory) / f"{stem}.png" for stem in by_stem]
+
+
+def check_outputs(outputs: Sequence[pathlib.Path], *, inputs: Sequence[pathlib.Path], overwrite: bool) -> None:
+    """Check output files before any work is done.
+
+    Args:
+      outputs: files to write.
+      inputs: files to read, which are never overwritten.
+      overwrite: whether other existing files may be replaced.
+
+    Raises:
+      UserError: an output is written twice, is also an input, exists already, or lies below a file instead of a folder.
+    """
+    read, written = {path.resolve() for path in inputs}, set()
+    for path in outputs:
+        resolved = path.resolve()
+        if resolved in written:
+            raise UserError(f"{path} would be written twice; choose inputs and outputs with different names.")
+        written.add(resolved)
+        if resolved in read:
+            raise UserError(f"{path} is an input and would be overwritten; choose another output.")
+        if path.is_dir():
+            raise UserError(f"{path} cannot be written: it is a folder.")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: {path.parent} is not a folder.")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; --overwrite replaces it.")
+
+
+def process_files(files: Sequence[pathlib.Path], process: Callable[[int], None]) -> bool:
+    """Call ``process(index)`` for every file. A UserError is printed to stderr and the next file is processed.
+
+    Returns:
+      True if all files succeeded.
+    """
+    succeeded = True
+    for index, path in enumerate(files):
+        try:
+            process(index)
+        except UserError as error:
+            succeeded = False
+            message = str(error) if str(path) in str(error) else f"{path}: {error}"
+            print(f"error: {message}", file=sys.stderr, flush=True)
+    return succeeded

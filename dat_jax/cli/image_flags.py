@@ -1,0 +1,57 @@
+"""Flags that the commands for images share: the output folder, and how a trained model preprocesses images."""
+
+from typing import Any
+
+from absl import flags
+
+from dat_jax.errors import UserError
+
+# Title -> flags, for ``format_help``.
+IMAGE_FLAGS = {
+    "Preprocessing and classes": ("classes=FILE",),
+    "Classifiers": ("image_size=PIXELS", "resize=PIXELS", "top=N"),
+    "Segmentors and detectors": ("long_side=PIXELS", "short_side=PIXELS"),
+    "Segmentors": ("ratios=RATIO,...", "flip"),
+    "Detectors": ("min_score=SCORE", "max_detections=N"),
+}
+# Flags that are options of ``inference.load``; ``batch_size`` only of commands that define it.
+_OPTIONS = (
+    *("classes", "image_size", "resize", "top", "batch_size", "long_side", "short_side", "flip"),
+    *("min_score", "max_detections"),
+)
+
+
+def define_image_flags(values: flags.FlagValues) -> None:
+    """Define ``output``, ``overwrite`` and the flags of ``IMAGE_FLAGS``."""
+    options = {"flag_values": values}
+    flags.DEFINE_string("output", None, "Folder for the figures, one PNG per image.", **options)
+    flags.DEFINE_bool("overwrite", False, "Replace existing files.", **options)
+    flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", **options)
+    help_text = "Side of the square that the network sees, in pixels."
+    flags.DEFINE_integer("image_size", None, help_text, **options)
+    help_text = "Side in pixels that images are resized to before the central square is cropped."
+    flags.DEFINE_integer("resize", None, help_text, **options)
+    flags.DEFINE_integer("top", None, "Number of classes to report (5 by default).", **options)
+    help_text = "Images are resized to fit into this long side, in pixels."
+    flags.DEFINE_integer("long_side", None, help_text, **options)
+    help_text = "Images are resized to fit into this short side, in pixels."
+    flags.DEFINE_integer("short_side", None, help_text, **options)
+    help_text = "Scales of test-time augmentation, such as 0.5,1.0, whose probabilities are averaged."
+    flags.DEFINE_list("ratios", None, help_text, **options)
+    flags.DEFINE_bool("flip", None, "Also average over horizontally flipped images.", **options)
+    help_text = "Lowest score of the objects that are drawn and listed (0.3 by default)."
+    flags.DEFINE_float("min_score", None, help_text, **options)
+    flags.DEFINE_integer("max_detections", None, "Maximum number of detections per image.", **options)
+
+
+def read_image_options(values: flags.FlagValues) -> dict[str, Any]:
+    """Options of ``inference.load`` from the flags of ``define_image_flags``; None where a flag is not set.
+
+    Raises:
+      UserError: ``ratios`` are not numbers.
+    """
+    try:
+        ratios = None if values.ratios is None else tuple(map(float, values.ratios))
+    except ValueError as error:
+        raise UserError(f"--ratios must be numbers separated by commas, got {','.join(values.ratios)}.") from error
+    return {"ratios": ratios, **{name: values[name].value for name in _OPTIONS if name in values}}

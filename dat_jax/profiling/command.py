@@ -1,0 +1,172 @@
+"""The command ``python -m dat_jax.compile_report``: compile the steps of a configuration, print and write the report."""
+
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from dat_jax.cli.console import configure_logging, format_size, make_console
+from dat_jax.config.validation import validate
+from dat_jax.errors import UserError
+from dat_jax.profiling import step_report
+from dat_jax.profiling.topologies import TARGET_CONFIG, find_devices
+from dat_jax.storage import atomic_path
+
+_NOTES = """\
+peak: arguments, outputs that do not reuse the memory of arguments, temporaries and code
+FLOPs, bytes accessed: the compiler's estimates, which count each loop body once, with padding and on-chip memory
+FLOPs of products: counted in the traced program, with all iterations of loops
+operands and results: counted in the compiled program, with all iterations of loops; of a slice the part that is taken
+collectives, gathers, scatters: each counts once, also in a loop; a dynamic slice is neither a gather nor a scatter"""
+_COSTS = {
+    "flops": "FLOPs",
+    "product_flops": "FLOPs of products",
+    "bytes_accessed": "bytes accessed",
+    "bytes": "operands and results",
+    "padded_bytes": "operands and results, padded",
+    "hbm_bytes": "operands and results in HBM",
+}
+
+
+def report_steps(
+    config: ConfigDict,
+    *,
+    topology: str,
+    steps: Sequence[str],
+    find_batch: bool = False,
+    json_file: str | None = None,
+    top: int = 0,
+    classes: int | None = None,
+    examples: int,
+    target_config: str | None = None,
+) -> None:
+    """Compile the steps of a configuration, print the report, and write it as JSON.
+
+    It sets jax to the CPU platform and disables the compilation cache, for the whole process.
+
+    Args:
+      config: configuration of a run.
+      topology: see ``find_devices``.
+      steps: one or more of ``step_report.STEPS``.
+      find_batch: whether to find the largest batch size that fits, instead of using that of the configuration.
+      json_file: file for the report, or None.
+      top: number of rows in the tables of bytes by op and by module.
+      classes: see ``step_report.make_sources``.
+      examples: see ``step_report.make_sources``.
+      target_config: file that describes the GPU to its compiler, by default that of an H100.
+
+    Raises:
+      UserError: an argument or the configuration is impossible, compilation fails, or the file cannot be written.
+    """
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    jax.config.update("jax_enable_compilation_cache", False)  # to avoid reporting the time of a cache hit
+    configure_logging()
+    report = _make_report(
+        config,
+        topology=topology,
+        steps=steps,
+        find_batch=find_batch,
+        top=top,
+        classes=classes,
+        examples=examples,
+        target_config=target_config or TARGET_CONFIG,
+    )
+    print_report(make_console(), report)  # before writing, which may fail after minutes of compilation
+    if json_file:
+        write_json(json_file, report)
+
+
+def _make_report(config, *, topology, steps, find_batch, top, classes, examples, target_config) -> dict[str, Any]:
+    if not steps or not set(steps) <= set(step_report.STEPS):
+        choices = ", ".join(step_report.STEPS)
+        raise UserError(f"--steps must be one or more of {choices}, got {','.join(steps) or 'none'}.")
+    validate(config)
+    find_devices(topology, target_config=target_config)  # reports errors before data are read
+    sources = step_report.make_sources(config, classes=classes, examples=examples)
+    options = dict(topology=topology, sources=sources, target_config=target_config, top=top)
+    if not find_batch:
+        return step_report.compile_report(config, steps=steps, **options)
+    reports = [step_report.find_batch(config, step, **options) for step in steps]
+    return {**reports[0], "steps": {step: part for report in reports for step, part in report["steps"].items()}}
+
+
+def write_json(path: str | pathlib.Path, report: dict) -> None:
+    """Write a report as JSON.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with atomic_path(pathlib.Path(path), overwrite=True) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def print_report(console: Console, report: dict) -> None:
+    """Print a report of ``step_report.compile_report`` as tables, with one column per step."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    console.print(
+        f"{report['model']}, {report['images']}, {report['dtype']}, for {report['chips']} x {report['device']}"
+    )
+    console.print(f"Compiled with {versions}. Every number is per chip and per step.")
+    columns = {step: _make_column(part) for step, part in report["steps"].items()}
+    style = {} if console.is_terminal else {"box": None}
+    table = Table(report["topology"], *columns, **style)
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        table.add_row(name, *(column.get(name, "-") for column in columns.values()))
+    console.print(table, soft_wrap=False)
+    for step, part in report["steps"].items():
+        if "message" in part:
+            console.print(f"{step} does not fit: {part['message']}")
+        if "unread" in part:
+            console.print(f"{step}: the compiled program cannot be read, so collectives are unknown: {part['unread']}")
+        for kind, rows in part.get("top", {}).items():
+            table = Table(f"{step}, by {kind}", "ops", "GB", "GB padded", "GB in HBM", **style)
+            for row in rows:
+                sizes = (f"{row[key] / 1e9:.3f}" for key in ("bytes", "padded_bytes", "hbm_bytes"))
+                table.add_row(row["name"], f"{row['ops']:,}", *sizes)
+            console.print(table, soft_wrap=False)
+    console.print(_NOTES, style="dim")
+
+
+def _make_column(part: dict) -> dict[str, str]:
+    """Rows of one step: name -> value."""
+    memory, batch = part["memory"], part["batch_size_per_chip"]
+    rows = {"batch size per chip; total": f"{batch}; {part['batch_size']}"}
+    rows |= {key.replace("_", " "): format_size(size) for key, size in memory.items() if size is not None}
+    if memory["available"] is not None:
+        rows["fits"] = "yes" if part["fits"] else "no"
+    if cost := part.get("cost"):
+        untiled = len({cost[key] for key in ("bytes", "padded_bytes", "hbm_bytes")}) == 1
+        for key, name in _COSTS.items():
+            if cost[key] is not None and not (untiled and key in ("padded_bytes", "hbm_bytes")):
+                rows[f"{name}, G; per image"] = f"{cost[key] / 1e9:,.2f}; {cost[key] / batch / 1e9:.3f}"
+    if roofline := part.get("roofline"):
+        rows["time at peak FLOP/s, ms"] = f"{1e3 * roofline['compute_seconds']:.2f}"
+        rows["time at memory bandwidth, ms"] = f"{1e3 * roofline['memory_seconds']:.2f}"
+        rows["time at memory bandwidth, HBM only, ms"] = f"{1e3 * roofline['hbm_seconds']:.2f}"
+        rows["bottleneck"] = f"{roofline['binds']}, at most {roofline['images_per_second']:,.0f} images/s"
+    if "collectives" in part:
+        rows |= _make_program_rows(part)
+    rows["tracing and lowering, s"] = f"{part['lower_seconds']:.1f}"
+    rows["compilation, s"] = f"{part['compile_seconds']:.1f}"
+    return {name: value or "none" for name, value in rows.items()}
+
+
+def _make_program_rows(part: dict) -> dict[str, str]:
+    """Rows that describe the ops of the compiled program."""
+    collectives = (
+        f"{kind} {row['count']}, {row['bytes'] / 1e6:.1f} MB" + f", {row['in_loops']} in loops" * (row["in_loops"] > 0)
+        for kind, row in part["collectives"].items()
+    )
+    rows = {"collectives": "\n".join(collectives)}
+    for kind in ("gather", "scatter"):
+        row = part[kind]
+        rows[f"{kind}s"] = f"{row['count']}" + f", largest {row['largest']}" * (row["count"] > 0)
+    by_trips = sorted(Counter(part["loops"]).items(), key=lambda item: item[0] or 0)
+    rows["loops"] = ", ".join(f"{loops} x {trips or 'unknown'} iterations" for trips, loops in by_trips)
+    return rows
