@@ -5,5 +5,5 @@
 * ``segmentation``: SemanticFPN and UperNet.
 * ``retinanet``, ``rpn``, ``rcnn``: detectors.
 * ``registry``, ``catalogue``: models by name, and facts about them.
-* ``key_positions``, ``attention_weights``: what the attention blocks of a model look at, for figures.
+* ``key_positions``, ``attention_weights``: key positions and attention weights of the blocks of a model, for figures.
 """

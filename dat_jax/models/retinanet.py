@@ -17,7 +17,7 @@ ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height over width
 _PRIOR = 0.01  # initial probability of every class
 
 
-def small_conv(features: int, side: int, *, name: str | None, dtype: Any, bias: float = 0.0) -> nn.Conv:
+def small_conv(features: int, side: int, *, dtype: Any, bias: float = 0.0) -> nn.Conv:
     """A convolution that keeps the size of the map, initialized like the published dense heads: N(0, 0.01)."""
     return nn.Conv(
         features,
@@ -26,7 +26,6 @@ def small_conv(features: int, side: int, *, name: str | None, dtype: Any, bias: 
         kernel_init=nn.initializers.normal(0.01),
         bias_init=nn.initializers.constant(bias),
         dtype=dtype,
-        name=name,
     )
 
 
@@ -51,11 +50,11 @@ class RetinaHead(nn.Module):
 
     def setup(self):
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        self.cls_convs = [small_conv(self.features, 3, name=None, dtype=self.dtype) for _ in range(self.depth)]
-        self.reg_convs = [small_conv(self.features, 3, name=None, dtype=self.dtype) for _ in range(self.depth)]
+        self.cls_convs = [small_conv(self.features, 3, dtype=self.dtype) for _ in range(self.depth)]
+        self.reg_convs = [small_conv(self.features, 3, dtype=self.dtype) for _ in range(self.depth)]
         prior = math.log(_PRIOR / (1 - _PRIOR))
-        self.retina_cls = small_conv(self.num_anchors * self.num_classes, 3, name=None, dtype=wide, bias=prior)
-        self.retina_reg = small_conv(self.num_anchors * 4, 3, name=None, dtype=wide)
+        self.retina_cls = small_conv(self.num_anchors * self.num_classes, 3, dtype=wide, bias=prior)
+        self.retina_reg = small_conv(self.num_anchors * 4, 3, dtype=wide)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores = deltas = x

@@ -28,9 +28,9 @@ class RPNHead(nn.Module):
 
     def setup(self):
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        self.rpn_conv = small_conv(self.features, 3, name=None, dtype=self.dtype)
-        self.rpn_cls = small_conv(self.num_anchors, 1, name=None, dtype=wide)
-        self.rpn_reg = small_conv(self.num_anchors * 4, 1, name=None, dtype=wide)
+        self.rpn_conv = small_conv(self.features, 3, dtype=self.dtype)
+        self.rpn_cls = small_conv(self.num_anchors, 1, dtype=wide)
+        self.rpn_reg = small_conv(self.num_anchors * 4, 1, dtype=wide)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = nn.relu(self.rpn_conv(x))

@@ -75,9 +75,7 @@ def batched_call(
             f'implementation="pallas" is for TPUs, but the program is compiled for {dispatch.target_platform()}; choose '
             '"auto", or use dispatch.interpreted_kernels() in a test.'
         )
-    resident = [_stored_bytes(x.shape[1:] if batched else x.shape, x.dtype) for x, batched in operands]
-    resident += [_stored_bytes(r.shape[1:] if r.batched else r.shape, r.dtype) for r in results]
-    needed = 2 * sum(resident) + work_bytes  # blocks are double-buffered
+    needed = _resident_bytes(operands, results) + work_bytes
     if needed > MAX_VMEM_BYTES:
         raise ValueError(
             f'implementation="pallas" needs {needed / 2**20:.0f} MiB of VMEM for an example of this size, more than the '
@@ -120,6 +118,13 @@ def batched_call(
         out_specs=[P(axes) if r.batched else P() for r in results],
         check_vma=False,
     )(*arrays)
+
+
+def _resident_bytes(operands, results) -> int:
+    """Size in VMEM of the blocks of all arrays, which are double-buffered."""
+    blocks = [_stored_bytes(x.shape[1:] if batched else x.shape, x.dtype) for x, batched in operands]
+    blocks += [_stored_bytes(r.shape[1:] if r.batched else r.shape, r.dtype) for r in results]
+    return 2 * sum(blocks)
 
 
 def _block(shape, batched) -> pl.BlockSpec:
