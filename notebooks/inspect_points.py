@@ -90,10 +90,10 @@ print(f"stages {classifier.model.stages}, an image of shape {image.shape} is {cl
 # key. A query is a pixel of the block's map.
 
 # %%
-from dat_jax.inference.attention import find_seen_point, make_attention_reader
+from dat_jax.inference.attention import find_input_point, make_attention_reader
 
 attention = make_attention_reader(classifier)(image)
-query = find_seen_point(classifier, image.shape[:2], QUERY)
+query = find_input_point(classifier, image.shape[:2], QUERY)
 deformable = {name: block for name, block in attention.blocks.items() if block.kind == "D"}
 for name, block in deformable.items():
     print(f"{name}: map {block.map_shape}, positions {block.positions.shape}, weights {block.weights.shape}")

@@ -179,7 +179,7 @@ def _make_block(name, arrays, model, image_shape):
     )
 
 
-def find_seen_point(
+def find_input_point(
     classifier: Classifier, image_shape: tuple[int, int], pixel: tuple[float, float] | None
 ) -> tuple[float, float]:
     """Position of the center of an image's pixel in the resized and cropped input of the network.

@@ -47,7 +47,7 @@ class ObjectDetector:
       class_names: names of the K classes.
       category_ids: category ids of the classes in COCO's format of results.
       palette: colors of the classes, uint8 (K, 3), RGB.
-      transform: preprocessing of an image to what the network sees.
+      transform: preprocessing of an image to the input of the network.
       predict: jitted ``predict`` of ``make_detection_objective``.
       find_positions: jitted ``tasks.detection.objective.find_positions``, a function of variables and a batch.
       model: the network.

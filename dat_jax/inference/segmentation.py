@@ -40,7 +40,7 @@ class Segmenter:
     Attributes:
       class_names: names of the K classes.
       palette: colors of the classes, uint8 (K, 3), RGB.
-      transform: preprocessing of an image to the augmented views that the network sees.
+      transform: preprocessing of an image to the augmented views of test time.
       segment: function from ``make_segmenter``.
       model: the network.
       variables: weights of the network.

@@ -7,7 +7,7 @@ import numpy as np
 
 from dat_jax.errors import UserError
 from dat_jax.inference import Classifier, ObjectDetector, Segmenter
-from dat_jax.inference.attention import NO_ATTENTION, block_names, find_seen_point, make_attention_reader
+from dat_jax.inference.attention import NO_ATTENTION, block_names, find_input_point, make_attention_reader
 from dat_jax.storage import atomic_path
 from dat_jax.visualization import charts
 from dat_jax.visualization.attention_figure import save_attention
@@ -121,7 +121,7 @@ def make_attention_saver(
     read_attention = make_attention_reader(classifier)
 
     def save(path, image):
-        point = find_seen_point(classifier, image.shape[:2], query)
+        point = find_input_point(classifier, image.shape[:2], query)
         attention = read_attention(image)
         if page:
             text = make_page(attention, title=path.stem, query=point, block=blocks[-1], max_keys=max_keys)

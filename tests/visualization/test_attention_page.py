@@ -128,14 +128,14 @@ def test_groups_have_different_colors(count):
 
 def test_pixels_of_the_image_are_located_in_the_network_input(tmp_path):
     cropped = make_classifier(tmp_path, image_size=64, resize=80)  # by 8 pixels on each side
-    assert attention.find_seen_point(cropped, (160, 40), None) == (32, 32)
-    assert attention.find_seen_point(cropped, (160, 40), (79.5, 19.5)) == (32, 32)
+    assert attention.find_input_point(cropped, (160, 40), None) == (32, 32)
+    assert attention.find_input_point(cropped, (160, 40), (79.5, 19.5)) == (32, 32)
     resized = dataclasses.replace(cropped, options={**cropped.options, "resize": 64})
-    assert attention.find_seen_point(resized, (80, 90), (0, 89)) == (0.4, 89.5 * 64 / 90)
+    assert attention.find_input_point(resized, (80, 90), (0, 89)) == (0.4, 89.5 * 64 / 90)
     with pytest.raises(UserError, match=r"query 3,20 .* Y from 16 to 143 and X from 4 to 35\."):
-        attention.find_seen_point(cropped, (160, 40), (3, 20))
+        attention.find_input_point(cropped, (160, 40), (3, 20))
     with pytest.raises(UserError, match=r"query 20,40 lies outside the image of 160 x 40 pixels"):
-        attention.find_seen_point(cropped, (160, 40), (20, 40))
+        attention.find_input_point(cropped, (160, 40), (20, 40))
 
 
 @pytest.fixture

@@ -97,35 +97,35 @@ def check_detections(kind, dtype):
         )
         return rcnn_detect(module, images, batch, settings), proposals
 
-    found, proposals = jax.jit(nn.apply(detect, model))(variables, images)
+    detections, proposals = jax.jit(nn.apply(detect, model))(variables, images)
     for image in range(2):
-        wanted = arrays[f"test.det_bboxes{image}"]
-        assert int(found["valid"][image].sum()) == len(wanted)
-        count = np.s_[image, : len(wanted)]
-        np.testing.assert_array_equal(found["labels"][count], arrays[f"test.det_labels{image}"])
-        assert relative_error(found["boxes"][count], wanted[:, :4]) < close
-        assert relative_error(found["scores"][count], wanted[:, 4]) < close
+        expected = arrays[f"test.det_bboxes{image}"]
+        assert int(detections["valid"][image].sum()) == len(expected)
+        count = np.s_[image, : len(expected)]
+        np.testing.assert_array_equal(detections["labels"][count], arrays[f"test.det_labels{image}"])
+        assert relative_error(detections["boxes"][count], expected[:, :4]) < close
+        assert relative_error(detections["scores"][count], expected[:, 4]) < close
         if kind == "retinanet":
             continue
-        wanted = arrays[f"test.proposals{image}"]
-        assert int(proposals.valid[image].sum()) == len(wanted)
-        assert relative_error(proposals.boxes[image, : len(wanted)], wanted[:, :4]) < close
-        assert relative_error(proposals.scores[image, : len(wanted)], wanted[:, 4]) < close
-        check_masks(arrays, kind, image, jax.tree.map(lambda x: np.asarray(x[image]), found), metas[image], close)  # noqa: B023
+        expected = arrays[f"test.proposals{image}"]
+        assert int(proposals.valid[image].sum()) == len(expected)
+        assert relative_error(proposals.boxes[image, : len(expected)], expected[:, :4]) < close
+        assert relative_error(proposals.scores[image, : len(expected)], expected[:, 4]) < close
+        check_masks(arrays, kind, image, jax.tree.map(lambda x: np.asarray(x[image]), detections), metas[image], close)  # noqa: B023
 
 
-def check_masks(arrays, kind, image, found, meta, close):
-    masks = found["masks"][found["valid"]]
+def check_masks(arrays, kind, image, detections, meta, close):
+    masks = detections["masks"][detections["valid"]]
     if kind == "cascade":
         assert relative_error(masks[::6], arrays[f"test.mask_prob_merged_6{image}"]) < close
     else:  # 60 detections per image
         logits = arrays["test.mask0.logits_own_6"][10 * image : 10 * image + 10].astype(float)
         assert relative_error(masks[::6], 1 / (1 + np.exp(-logits))) < close
-    pasted = to_original({**found, "original": meta["ori_shape"][:2]}, masks=True)["masks"]
+    pasted = to_original({**detections, "original": meta["ori_shape"][:2]}, masks=True)["masks"]
     shape = arrays[f"test.masks_shape{image}"]
     assert pasted.shape == tuple(shape)
-    wanted = np.unpackbits(arrays[f"test.masks{image}"], axis=1)[:, : shape[1] * shape[2]].reshape(shape)
-    differing = (pasted != wanted).sum(axis=(1, 2))
+    expected = np.unpackbits(arrays[f"test.masks{image}"], axis=1)[:, : shape[1] * shape[2]].reshape(shape)
+    differing = (pasted != expected).sum(axis=(1, 2))
     assert (differing <= arrays["test.masks_ambiguous"].reshape(2, -1)[image]).all()
 
 
@@ -162,22 +162,22 @@ def compute_losses(kind, mode, dtype):
 def check_losses(kind, mode, dtype, value, metrics):
     arrays, exact = load(kind)[0], TOLERANCES[dtype][1]
     assert relative_error(value, arrays[f"{mode}.loss_total"]) < exact
-    wanted = wanted_metrics(arrays, f"{mode}.loss.", kind)
-    assert set(metrics) == set(wanted)
-    for name, x in wanted.items():
+    expected = expected_metrics(arrays, f"{mode}.loss.", kind)
+    assert set(metrics) == set(expected)
+    for name, x in expected.items():
         assert relative_error(metrics[name], x) < 10 * exact, name
 
 
-def wanted_metrics(arrays, prefix, kind):
-    found = {key.removeprefix(prefix): x.sum() for key, x in arrays.items() if key.startswith(prefix)}
+def expected_metrics(arrays, prefix, kind):
+    sums = {key.removeprefix(prefix): x.sum() for key, x in arrays.items() if key.startswith(prefix)}
     if kind == "retinanet":
-        return {"class_loss": found["loss_cls"], "box_loss": found["loss_bbox"]}
-    wanted = {"rpn_class_loss": found["loss_rpn_cls"], "rpn_box_loss": found["loss_rpn_bbox"]}
+        return {"class_loss": sums["loss_cls"], "box_loss": sums["loss_bbox"]}
+    expected = {"rpn_class_loss": sums["loss_rpn_cls"], "rpn_box_loss": sums["loss_rpn_bbox"]}
     ours = {"loss_cls": "class_loss", "loss_bbox": "box_loss", "loss_mask": "mask_loss", "acc": "accuracy"}
     for stage in range(3) if kind == "cascade" else [None]:
         before, after = ("", "") if stage is None else (f"s{stage}.", f"_{stage}")
-        wanted |= {f"{name}{after}": found[f"{before}{published}"] for published, name in ours.items()}
-    return wanted
+        expected |= {f"{name}{after}": sums[f"{before}{published}"] for published, name in ours.items()}
+    return expected
 
 
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
