@@ -170,7 +170,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path, monkeypatch, ca
     result = train_until_full(14)
     assert result["examples"] == 50
     printed = capsys.readouterr().out
-    assert "WARNING: step 15 could not be saved: No space left on device" in printed
+    assert "WARNING: Step 15 could not be saved: No space left on device" in printed
     assert "The checkpoint of step 12 is untouched" in printed
     assert list(read_metrics(tmp_path / "metrics.jsonl")["eval/top1"]) == [10, 20]
     assert int(restore(tmp_path, 12).step) == 12
