@@ -147,7 +147,7 @@ def test_it_starts_from_a_classifier(tmp_path):
     config.init_from = str(tmp_path / "classifier")
     run, notes = run_lib.make_run(config), []
     state = run_lib.start_state(run, note=notes.append)
-    assert "The backbone is that of a classifier; norms of its maps, and heads, are new." in notes
+    assert "The backbone is that of a classifier; norms of its maps, and heads, are initialized." in notes
     backbone = flat(jax.device_get(state.params["backbone"]["dat"]))
     wanted = {name: array for name, array in flat(weights["params"]).items() if not name.startswith("cls_")}
     assert backbone.keys() == wanted.keys()
