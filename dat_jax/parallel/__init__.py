@@ -1,1 +1,1 @@
-"""The mesh of devices, the placement of arrays on it, and runs of several processes."""
+"""Parallel training: the mesh of devices, the sharding of arrays over it, and runs of several processes."""

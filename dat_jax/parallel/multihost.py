@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and how they agree on what each of them found."""
+"""Runs of several processes: how the processes connect, and how they synchronize and agree."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from dat_jax.errors import UserError
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_TIMEOUT_SECONDS = 300  # to wait for the other processes when they start
+_TIMEOUT_SECONDS = 300  # for all processes to connect
 
 
 def start(
@@ -20,53 +20,56 @@ def start(
     process_id: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Joins the processes of a run, before anything else of jax is used; of a run of one process it does nothing.
+    """Connect the processes of a run. Call it before any other function of jax. A single process returns at once.
 
-    The address, number and index are those given, or those of the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, or what jax finds on a TPU pod, under SLURM, Open MPI or in a Kubernetes JobSet.
+    The address, number and index come from the arguments, or from the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. Without any of them, jax detects a TPU pod, SLURM, Open MPI and a Kubernetes JobSet.
 
     Args:
-      mode: "auto" joins where one of these says that there are several processes, "on" leaves it to jax to find them, as on
-        the virtual machines of a TPU pod, where no variable says so, and "off" is one process, whatever the variables say.
+      mode: "auto" connects if the arguments, the variables or a scheduler specify several processes. "on" always connects,
+        and lets jax detect the processes, as on the virtual machines of a TPU pod, where no variable is set. "off" never
+        connects.
       coordinator_address: HOST:PORT of process 0.
-      num_processes, process_id: how many, and which this is, from 0.
-      environment: of variables.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+      environment: environment variables.
 
     Raises:
-      UserError: some but not all of the three are known, one is impossible, or the others did not come.
+      UserError: only some of the three values are known, a value is invalid, or the other processes did not connect.
     """
     if mode == "off":
         return
-    given = dict(zip(_VARIABLES, (coordinator_address or None, num_processes, process_id), strict=True))
-    known = {name: environment.get(name) if value is None else value for name, value in given.items()}
-    settings = {}
-    if any(value is not None for value in known.values()):
-        missing = [name for name, value in known.items() if value is None]
+    arguments = dict(zip(_VARIABLES, (coordinator_address or None, num_processes, process_id), strict=True))
+    values = {name: environment.get(name) if value is None else value for name, value in arguments.items()}
+    options = {}
+    if any(value is not None for value in values.values()):
+        missing = [name for name, value in values.items() if value is None]
         if missing:
             raise UserError(
-                f"A run of several processes wants {', '.join(_VARIABLES)} or the flags of these names; not given: "
+                f"A run of several processes needs {', '.join(_VARIABLES)}, or the flags of the same names; not given: "
                 f"{', '.join(missing)}."
             )
-        address, *numbers = known.values()
+        address, *numbers = values.values()
         if not all(str(number).isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
             raise UserError(
-                f"A run of several processes wants their number and an index below it, got {numbers[0]} and {numbers[1]}."
+                "A run of several processes needs their number and an index below it, got "
+                f"{numbers[0]} and {numbers[1]}."
             )
-        settings = dict(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
-        if settings["num_processes"] == 1:
+        options = dict(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
+        if options["num_processes"] == 1:
             return
     elif mode == "auto" and not in_a_cluster(environment):
         return
-    # The run has its own way to stop at the same step everywhere; jax's would take the signal away from it.
+    # training.preemption handles SIGTERM, and stops all processes at the same step; jax's service would take the signal.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**settings, initialization_timeout=_TIMEOUT_SECONDS)
+        jax.distributed.initialize(**options, initialization_timeout=_TIMEOUT_SECONDS)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"The processes of the run did not find each other: {str(error).splitlines()[0]}") from error
+        raise UserError(f"The processes of the run did not connect: {str(error).splitlines()[0]}") from error
 
 
 def in_a_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a scheduler says that this is one process of several."""
+    """Whether the variables of a scheduler show that this is one of several processes."""
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     counts = (
         environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
@@ -76,7 +79,7 @@ def in_a_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def everywhere(value: bool) -> bool:
-    """Whether it is true in all processes, which all have to ask."""
+    """Whether ``value`` is true in all processes. All of them must call it."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -85,7 +88,7 @@ def everywhere(value: bool) -> bool:
 
 
 def wait(name: str) -> None:
-    """Until all processes are at the place of this name."""
+    """Wait until all processes have called this function with the same name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -93,8 +96,13 @@ def wait(name: str) -> None:
 
 
 def check_started() -> None:
-    """Raises a UserError where devices of several processes are seen by processes that do not know each other."""
+    """Check that the processes are connected if jax sees the devices of several ones.
+
+    Raises:
+      UserError: they are not connected.
+    """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
-            f"These are devices of {jax.process_count()} processes: start all of them with --distributed=on."
+            f"jax sees the devices of {jax.process_count()} processes that are not connected: start all of them with "
+            "--distributed=on."
         )

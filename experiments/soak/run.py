@@ -148,7 +148,7 @@ def run_disk(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
         if disk is None:
             return {"a disk of 20 MB": "not run: tmpfs requires root"}
         (printed,) = processes.finish(start(disk / "run", cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
-        warnings = re.findall(r"WARNING: step \d+ could not be saved: [^.]*\.", printed)
+        warnings = re.findall(r"WARNING: Step \d+ could not be saved: [^.]*\.", printed)
         steps = sorted(int(path.name) for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdigit())
         lines = _count_lines(disk / "run")
         state = read_state(disk / "run", ONE_EPOCH, steps[-1])

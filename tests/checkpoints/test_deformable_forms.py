@@ -54,7 +54,7 @@ def test_an_export_records_its_form(tmp_path, form):
     assert describe_model(model) == describe_model(wanted)
 
 
-def test_a_dat_v1_saved_before_the_form_was_recorded_is_refused_until_the_form_is_given(tmp_path):
+def test_a_dat_v1_without_a_recorded_form_needs_the_form_to_load(tmp_path):
     make_export(tmp_path / "export", recorded=False)
     with pytest.raises(
         UserError, match=r"deformable_form=FORM.*--form=FORM. FORM is cvpr2022 for weights that the authors"
@@ -75,7 +75,7 @@ def test_the_conversion_command_writes_a_file_that_records_the_given_form(tmp_pa
 
 
 @pytest.mark.parametrize("settings", [dict(lpu=(True,) * 4), dict(stages=("L", "N", "D", "D"))])
-def test_a_dat_pp_saved_before_the_form_was_recorded_loads_as_it_was(tmp_path, settings):
+def test_a_dat_pp_without_a_recorded_form_loads(tmp_path, settings):
     make_export(tmp_path / "export", recorded=False, deformable_form="dat_pp", **settings)
     model, _ = load_trained(tmp_path / "export")
     assert model.deformable_form == "dat_pp"
@@ -86,7 +86,7 @@ def test_a_model_without_deformable_blocks_needs_no_form(tmp_path):
     assert load_trained(tmp_path / "export")[0].stages == ("L", "L", "S", "L")
 
 
-def test_weights_of_the_other_form_do_not_start_a_training(tmp_path):
+def test_weights_of_the_other_form_are_an_error_in_finetuning(tmp_path):
     _, variables = make_export(tmp_path / "export")
     fresh = jax.tree.map(np.asarray, variables)
     loaded, _ = load_for_finetuning(tmp_path / "export", fresh_variables=fresh, deformable_form="cvpr2022")
@@ -123,7 +123,7 @@ def test_every_configuration_has_the_key():
         assert runpy.run_path(str(path))["get_config"]().model.deformable_form == "auto", path.name
 
 
-def test_a_checkpoint_without_the_form_is_of_the_only_one_that_there_was():
+def test_a_checkpoint_without_a_recorded_form_has_the_form_dat_pp():
     metadata = {"config": tiny_config.get_config().to_dict(), "classes": 2}
     del metadata["config"]["model"]["deformable_form"]
     compatibility.check_model(metadata, trainer_lib.Trainer(tiny_config.get_config()).config, classes=2)

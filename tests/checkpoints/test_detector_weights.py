@@ -1,4 +1,4 @@
-"""Trained detectors: as exports, as work directories, and as what another training starts from."""
+"""Trained detectors: as folders of weights, as work directories, and as the start of another training."""
 
 import json
 
@@ -66,7 +66,7 @@ def exports(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_an_export_is_the_model_again(name, exports):
+def test_the_model_of_an_export_is_restored(name, exports):
     directory, wanted, variables = exports[name]
     model, loaded = dat_jax.load_pretrained(directory)
     assert model == wanted
@@ -88,7 +88,7 @@ def test_a_loaded_detector_runs_on_images(exports):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_a_work_directory_is_a_model(name, tmp_path):
+def test_the_model_of_a_work_directory_is_restored(name, tmp_path):
     """The number of classes is that of the weights, the best checkpoint that of box AP."""
     model, _ = make(name)
     settings = {"name": "dat_pp_nano", "dtype": "auto", **tiny_segmentation.BACKBONE}
@@ -106,14 +106,14 @@ def test_a_work_directory_is_a_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("config", [{"task": "detection", "model": {}}, {"task": "detection", "model": {}, "head": 1}])
-def test_a_work_directory_without_its_detector_is_said(config, tmp_path):
+def test_a_work_directory_without_its_detector_is_an_error(config, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json does not describe the model"):
         load_trained(tmp_path)
 
 
-def test_an_export_of_an_unknown_detector_is_said(exports, tmp_path):
+def test_an_export_of_an_unknown_detector_is_an_error(exports, tmp_path):
     _, model, variables = exports["mask_rcnn"]
     export_model(tmp_path / "export", model=model, variables=variables)
     file = tmp_path / "export" / "model.json"
@@ -124,11 +124,11 @@ def test_an_export_of_an_unknown_detector_is_said(exports, tmp_path):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_other_classes_have_new_layers(name, exports):
+def test_layers_for_other_classes_are_initialized(name, exports):
     directory, _, given = exports[name]
     _, fresh = make(name, classes=5, seed=1)
     variables, notes = load_for_finetuning(directory, fresh_variables=fresh, deformable_form="dat_pp")
-    assert notes == ["The layers of 5 classes are new: the loaded ones have 3."]
+    assert notes == ["The layers for 5 classes are initialized: the trained ones are for 3."]
     got, given, fresh = flat(variables), flat(given), flat(fresh)
     assert got.keys() == fresh.keys()
     new = {f"params/{layer}/{leaf}" for layer in OF_CLASSES[name] for leaf in ("kernel", "bias")}
@@ -144,18 +144,18 @@ def test_other_classes_have_new_layers(name, exports):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_it_starts_from_a_classifier(name, tmp_path):
+def test_a_detector_starts_from_a_classifier(name, tmp_path):
     classifier = dat_jax.create_model("dat_pp_nano", **tiny_segmentation.BACKBONE, num_classes=9)
     weights = random_variables(classifier, IMAGES, seed=5)
     export_model(tmp_path / "classifier", model=classifier, variables=weights)
     _, fresh = make(name)
     variables, notes = load_for_finetuning(tmp_path / "classifier", fresh_variables=fresh, deformable_form="dat_pp")
-    assert notes == ["The backbone is that of a classifier; norms of its maps, and heads, are new."]
+    assert notes == ["The backbone is that of a classifier; norms of its maps, and heads, are initialized."]
     given = {f"params/backbone/dat/{key}": array for key, array in flat(weights["params"]).items() if key[:4] != "cls_"}
     assert_same(variables, flax.traverse_util.unflatten_dict(flat(fresh) | given, sep="/"))
 
 
-def test_weights_of_another_kind_are_refused(exports, tmp_path):
+def test_weights_of_another_kind_are_an_error(exports, tmp_path):
     segmentor = dat_jax.create_segmentor("sem_fpn", backbone=make("retinanet")[0].dat, channels=8, neck_channels=8)
     pixels = random_variables(segmentor, IMAGES)
     export_model(tmp_path / "segmentor", model=segmentor, variables=pixels)
@@ -166,7 +166,7 @@ def test_weights_of_another_kind_are_refused(exports, tmp_path):
         (directory, pixels, "of a detector; a segmentor starts from those of a classifier, or of another segmentor"),
         (directory, classifier, r"of a detector; a classifier starts from those of a classifier\."),
         (exports["mask_rcnn"][0], boxes, "of another model: .*bbox_head/retina_cls/kernel is missing.*rpn_head"),
-        (directory, make("retinanet", dims=(8, 8, 16, 32))[1], "of another model: .*fpn_convs_3/kernel is"),
+        (directory, make("retinanet", dims=(8, 8, 16, 32))[1], "of another model: .*fpn_convs_3/kernel: expected"),
     ):
         with pytest.raises(UserError, match=message) as info:
             load_for_finetuning(path, fresh_variables=fresh, deformable_form="dat_pp")

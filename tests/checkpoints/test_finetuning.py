@@ -61,7 +61,7 @@ def test_a_run_starts_from_the_weights_with_a_new_head(finished, three_classes, 
         state = initialize_state(trainer.config, **loop._state_options(trainer))
     assert messages == [
         f"Starting from the weights of {finished[0]}.",
-        "The head of 3 classes is new: the loaded one has 2.",
+        "The head for 3 classes is initialized: the trained one is for 2.",
     ]
     _, variables = load_pretrained(finished[0])
     for name, wanted in variables["params"].items():
@@ -93,7 +93,7 @@ def test_rows_of_the_head_are_taken(finished, tmp_path):
         (None, "init_head_rows .* cannot be read"),
         ("a\nb\n", "init_head_rows .* cannot be read"),
         ("0\n", "wants a number for each of the 2 classes, .* has 1"),
-        ("0\n7\n", "want numbers from 0 to 1, got 0 to 7"),
+        ("0\n7\n", "numbers from 0 to 1, got 0 to 7"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(rows, message, finished, tmp_path):

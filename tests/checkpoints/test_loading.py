@@ -1,4 +1,4 @@
-"""Exports, work directories as models, and weights adapted to another size or other classes."""
+"""Folders of weights, work directories as models, and weights adapted to another size or other classes."""
 
 import json
 import pathlib
@@ -63,7 +63,7 @@ def assert_same(got, wanted):
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """A folder, read only in tests, and the model and parameters in it."""
+    """A folder of weights, which tests only read, with the model and parameters in it."""
     directory = tmp_path_factory.mktemp("export") / "export"
     model, params = tiny()
     export_model(directory, model=model, variables={"params": params})
@@ -72,7 +72,7 @@ def export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a run with three evaluations, the second the best, and its averaged weights of the second."""
+    """Work directory of a run with three evaluations, the second the best, and the averaged weights of that one."""
     directory = tmp_path_factory.mktemp("run")
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in TINY.items()}
     config = {"task": "classification", "model": {"name": "dat_pp_nano", "dtype": "auto", **settings}}
@@ -87,7 +87,7 @@ def workdir(tmp_path_factory):
     return directory, averaged[2]
 
 
-def test_an_export_gives_back_every_bit(tmp_path):
+def test_arrays_are_restored_exactly(tmp_path):
     params = {
         "a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T, "bias": jnp.ones(3, jnp.bfloat16)},
         "scalar": np.array(2, np.int32),
@@ -100,7 +100,7 @@ def test_an_export_gives_back_every_bit(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["export"]
 
 
-def test_what_exists_is_not_overwritten(export, tmp_path):
+def test_existing_files_are_not_overwritten(export, tmp_path):
     directory, model, params = export
     with pytest.raises(UserError, match="export exists already and nothing is overwritten"):
         export_model(directory, model=model, variables={"params": params})
@@ -138,14 +138,14 @@ def test_damaged_arrays_are_named(damage, export, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"arrays": {"a": 3}, "checksum": ""}'])
-def test_a_damaged_description_is_said(text, export, tmp_path):
+def test_a_damaged_description_is_an_error(text, export, tmp_path):
     directory = shutil.copytree(export[0], tmp_path / "copy")
     (directory / "model.json").write_text(text)
     with pytest.raises(UserError, match=r"copy is not a folder of weights, or its model\.json is damaged"):
         dat_jax.load_pretrained(directory)
 
 
-def test_an_array_that_the_description_lost_is_noticed(export, tmp_path):
+def test_an_array_missing_from_the_description_is_an_error(export, tmp_path):
     directory = shutil.copytree(export[0], tmp_path / "copy")
     manifest = json.loads((directory / "model.json").read_text())
     del manifest["arrays"]["cls_head/bias"]
@@ -154,7 +154,7 @@ def test_an_array_that_the_description_lost_is_noticed(export, tmp_path):
         load_export(directory)
 
 
-def test_an_export_is_the_model_again(export):
+def test_the_model_of_an_export_is_restored(export):
     directory, wanted, params = export
     model, variables = dat_jax.load_pretrained(str(directory))
     assert model == wanted
@@ -171,7 +171,7 @@ def test_every_attribute_that_determines_the_function_is_described():
     assert dat_jax.DAT(**restored) == model
 
 
-def test_of_a_run_the_best_averaged_weights_are_taken(workdir):
+def test_the_best_averaged_weights_of_a_run_are_loaded(workdir):
     directory, averaged = workdir
     model, variables = load_trained(directory)
     params = variables["params"]
@@ -181,7 +181,7 @@ def test_of_a_run_the_best_averaged_weights_are_taken(workdir):
     assert_same(variables["params"], averaged)
 
 
-def test_a_run_without_averaging_gives_its_weights(tmp_path):
+def test_weights_of_a_run_without_averaging_are_loaded(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"name": "dat_pp_nano", **TINY}}))
     _, params = tiny()
     with Checkpoints(tmp_path / "checkpoints", metric="top1") as checkpoints:
@@ -190,7 +190,7 @@ def test_a_run_without_averaging_gives_its_weights(tmp_path):
     assert_same(load_trained(tmp_path)[1]["params"], params)
 
 
-def test_a_damaged_run_is_said(workdir, tmp_path):
+def test_a_damaged_or_incomplete_run_is_an_error(workdir, tmp_path):
     directory = shutil.copytree(workdir[0], tmp_path / "copy")
     best, newest = directory / "checkpoints" / "2" / "state", directory / "checkpoints" / "3" / "state"
     shutil.rmtree(best)
@@ -214,14 +214,14 @@ def test_a_damaged_run_is_said(workdir, tmp_path):
         load_trained(tmp_path)
 
 
-def test_a_name_is_no_place_to_load_from():
+def test_the_name_of_a_model_is_not_a_path_to_load_from():
     with pytest.raises(
         UserError, match=r"^dat_pp_tiny is the name .* weights are not downloaded: .*dat_jax\.conversion"
     ):
         dat_jax.load("dat_pp_tiny")
 
 
-def test_bicubic_resizing_is_pytorchs():
+def test_bicubic_resizing_equals_that_of_pytorch():
     """Recorded from torch.nn.functional.interpolate(mode="bicubic", align_corners=False) in float64."""
     table = np.array([[0, 1, 4], [2, -3, 5], [1, 0, -2]])
     wanted = [
@@ -236,7 +236,7 @@ def test_bicubic_resizing_is_pytorchs():
     np.testing.assert_array_equal(resize_bicubic(np.stack([table, -table]), (5, 2))[1], -resize_bicubic(table, (5, 2)))
 
 
-def test_position_tables_are_resized_and_all_else_is_kept():
+def test_only_position_tables_are_resized():
     _, params = tiny()
     _, wanted = tiny(seed=1, image_size=96, window_sizes=(7, 5))
     adapted, notes = adapt_params(params, abstract_params=jax.eval_shape(lambda: wanted))
@@ -254,49 +254,49 @@ def test_position_tables_are_resized_and_all_else_is_kept():
     assert adapt_params(params, abstract_params=params)[1] == []
 
 
-def test_a_fixed_bias_is_no_table_of_positions():
+def test_a_fixed_bias_is_not_resized():
     params = {"stages_0": {"attn": {"rpe_table": np.ones((2, 9, 9))}}, "cls_head": {"kernel": np.ones((3, 2))}}
     wanted = {"stages_0": {"attn": {"rpe_table": np.ones((2, 25, 25))}}, "cls_head": {"kernel": np.ones((3, 2))}}
     adapt_params(params, abstract_params=wanted)
-    with pytest.raises(UserError, match=r"stages_0/attn/rpe_table is \(2, 9, 9\), wanted \(2, 25, 25\)"):
+    with pytest.raises(UserError, match=r"stages_0/attn/rpe_table: expected \(2, 25, 25\), got \(2, 9, 9\)"):
         adapt_params(params, abstract_params=wanted, fixed_stages={0})
 
 
-def test_a_head_of_other_classes_is_new_or_takes_rows():
+def test_a_head_for_other_classes_is_initialized_or_has_selected_rows():
     _, params = tiny()
     _, fresh = tiny(seed=1, num_classes=4)
     adapted, notes = adapt_params(params, abstract_params=fresh)
     assert_same(adapted, {**params, "cls_head": fresh["cls_head"]})
-    assert notes == ["The head of 4 classes is new: the loaded one has 6."]
+    assert notes == ["The head for 4 classes is initialized: the trained one is for 6."]
     rows = np.array([5, 0, 2, 2])
     adapted, notes = adapt_params(params, abstract_params=fresh, head_rows=rows)
     head = params["cls_head"]
     assert_same(adapted, {**params, "cls_head": {"kernel": head["kernel"][:, rows], "bias": head["bias"][rows]}})
-    assert notes == ["The head takes 4 of the 6 classes of the loaded one."]
+    assert notes == ["The head has 4 of the 6 classes of the trained one."]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([0, 1, 2], r"one integer for each of 4 classes, got \(3,\)"),
+        ([0, 1, 2], r"one integer for each of 4 classes, got int64 \(3,\)"),
         ([0.0, 1.0, 2.0, 3.0], "one integer for each of 4 classes"),
         ([0, 1, 2, 6], "numbers from 0 to 5, got 0 to 6"),
         ([-1, 1, 2, 3], "numbers from 0 to 5, got -1 to 3"),
     ],
 )
-def test_rows_that_are_not_there_are_refused(rows, message):
+def test_invalid_rows_of_the_head_are_an_error(rows, message):
     with pytest.raises(UserError, match=message):
         adapt_params(tiny()[1], abstract_params=tiny(num_classes=4)[1], head_rows=np.array(rows))
 
 
-def test_all_that_differs_otherwise_is_named():
+def test_all_other_differences_are_named():
     _, params = tiny()
     _, wanted = tiny(dims=(16, 32), num_heads=(4, 2), lpu=(False, True))
     with pytest.raises(UserError, match="These weights are of another model") as info:
         adapt_params(params, abstract_params=wanted)
     for part in (
-        f"{RPE} is (2, 31, 31), wanted (4, 31, 31)",
-        "cls_head/kernel is (16, 6), wanted (32, 6)",
+        f"{RPE}: expected (4, 31, 31), got (2, 31, 31)",
+        "cls_head/kernel: expected (32, 6), got (16, 6)",
         "stages_1/blocks_0/lpu/kernel is missing",
         "stages_0/blocks_0/lpu/kernel is unknown",
     ):
@@ -305,7 +305,7 @@ def test_all_that_differs_otherwise_is_named():
         adapt_params({"stages_0": {}}, abstract_params=wanted)
 
 
-def test_a_model_of_other_classes_and_size_is_ready_to_use(export):
+def test_a_model_with_other_classes_and_image_size_runs(export):
     directory, _, params = export
     model, variables = dat_jax.load_pretrained(directory, num_classes=4, image_size=96)
     images = np.random.default_rng(0).standard_normal((1, 96, 96, 3)).astype(np.float32)
@@ -328,12 +328,12 @@ def test_a_model_of_other_classes_and_size_is_ready_to_use(export):
         (dict(dims=(16,)), "one entry for each of the 2 stages"),
     ],
 )
-def test_attributes_that_do_not_fit_are_refused(overrides, message, export):
+def test_invalid_attributes_are_an_error(overrides, message, export):
     with pytest.raises(UserError, match=message):
         dat_jax.load_pretrained(export[0], **overrides)
 
 
-def test_finetuning_starts_from_host_arrays_of_the_dtypes_it_asks_for(export, workdir):
+def test_weights_for_finetuning_are_host_arrays_with_the_dtypes_of_the_new_model(export, workdir):
     _, fresh = tiny(seed=3, num_classes=4, image_size=96)
     fresh = jax.tree.map(jnp.asarray, fresh)
     fresh["cls_norm"]["bias"] = fresh["cls_norm"]["bias"].astype(jnp.bfloat16)
@@ -354,7 +354,7 @@ def test_finetuning_starts_from_host_arrays_of_the_dtypes_it_asks_for(export, wo
     np.testing.assert_array_equal(params["cls_head"]["bias"], export[2]["cls_head"]["bias"][rows])
 
 
-def test_the_package_imports_no_checkpoints():
+def test_importing_the_package_does_not_import_orbax():
     code = "import dat_jax, sys; print([name for name in sys.modules if name.split('.')[0] in ('orbax', 'matplotlib')])"
     root = pathlib.Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)

@@ -1,0 +1,76 @@
+"""Metadata of a checkpoint against the configuration of the run that restores it."""
+
+import json
+
+import pytest
+
+from dat_jax.checkpoints import compatibility
+from dat_jax.errors import UserError
+from tests.helpers import tiny_config
+from tests.helpers.logs import collect_logs
+
+
+def make_config(**values):
+    config = tiny_config.get_config(deformable_form="dat_pp").unlock()
+    config.update_from_flattened_dict(values)
+    return config.lock()
+
+
+METADATA = json.loads(json.dumps(compatibility.describe(make_config(), step=3, classes=2)))  # as a checkpoint stores it
+
+
+def check(metadata=METADATA, classes=2, **values) -> list[str]:
+    """What is logged."""
+    with collect_logs() as messages:
+        compatibility.check(metadata, make_config(**values), classes=classes)
+    return messages
+
+
+def test_metadata_has_the_position_in_the_data():
+    assert (METADATA["examples"], METADATA["classes"]) == (48, 2)
+    assert check() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mesh.fsdp", 2), ("log_every", 1), ("data.workers", 3), ("checkpoint.keep", 7), ("logs", ())]
+)
+def test_keys_of_the_machine_and_of_logging_may_change(key, value):
+    assert check(**{key: value}) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "saved", "value"), [("epochs", 2, 9), ("ema_decay", 0.0, 0.5), ("model.remat", None, "x")]
+)
+def test_other_differences_are_logged(key, saved, value):
+    if key == "model.remat":
+        config = make_config().unlock()
+        config.model.remat = value
+        with collect_logs() as messages:
+            compatibility.check(METADATA, config, classes=2)
+    else:
+        messages = check(**{key: value})
+    assert len(messages) == 1
+    assert f"{key} {saved}, now {value}" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "saved", "value"), [("batch_size", 16, 8), ("seed", 0, 7), ("data.name", "halves", "x")]
+)
+def test_another_order_of_the_data_is_an_error(key, saved, value):
+    with pytest.raises(UserError, match=f"started with {key} {saved}, now {value}"):
+        check(**{key: value})
+    compatibility.check_model(METADATA, make_config(**{key: value}), classes=2)
+
+
+def test_another_model_is_an_error_also_with_the_same_shapes():
+    with pytest.raises(UserError, match="of another model: model.offset_range_factors"):
+        check(**{"model.offset_range_factors": (2,)})
+    with pytest.raises(UserError, match="number of classes 2, now 3"):
+        check(classes=3)
+    compatibility.check_model(METADATA, make_config(**{"model.dtype": "bfloat16"}), classes=2)
+
+
+@pytest.mark.parametrize("metadata", [None, [], {}, {"config": 3, "classes": 2}, {"config": {}}])
+def test_incomplete_metadata_is_an_error(metadata):
+    with pytest.raises(UserError, match="does not record which model"):
+        check(metadata)
