@@ -19,7 +19,7 @@ from dat_jax.errors import UserError
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
-from dat_jax.inference import Classifier, Looker, Segmenter
+from dat_jax.inference import Classifier, Predictor, Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector
 from dat_jax.models.segmentation import Segmentor
@@ -32,7 +32,7 @@ MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.sa
 
 def write_exported(
     directory: str | os.PathLike,
-    predictor: Looker,
+    predictor: Predictor,
     *,
     formats: Sequence[str] = DEFAULT_FORMATS,
     image_shape: tuple[int, int] | None = None,
@@ -131,7 +131,7 @@ def _make_record(path: pathlib.Path) -> dict[str, Any] | None:
         return None
 
 
-def _name_task(predictor: Looker) -> str:
+def _name_task(predictor: Predictor) -> str:
     if isinstance(predictor, Classifier):
         return "classification"
     return "segmentation" if isinstance(predictor, Segmenter) else "detection"
@@ -144,7 +144,7 @@ def _describe_model(model: DAT | Segmentor | Detector) -> dict[str, Any]:
     return {**describe_model(model), "backbone": describe_model(model.dat)}
 
 
-def _describe_program(program: jax.export.Exported, predictor: Looker) -> dict[str, Any]:
+def _describe_program(program: jax.export.Exported, predictor: Predictor) -> dict[str, Any]:
     return {
         "file": PROGRAM,
         "platforms": list(program.platforms),

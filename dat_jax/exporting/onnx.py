@@ -9,14 +9,14 @@ import jax
 
 from dat_jax.errors import UserError
 from dat_jax.exporting.programs import BATCH, choose_dtype, describe_array, make_branch
-from dat_jax.inference import Looker, ObjectDetector
+from dat_jax.inference import Predictor, ObjectDetector
 
 _ALGORITHMS = "tpu"  # matrix products; jax2onnx does not support the gathers of other platforms
 
 
 def write_onnx(
     path: str | os.PathLike,
-    predictor: Looker,
+    predictor: Predictor,
     *,
     image_shape: tuple[int, int],
     preprocessing: str = "inside",

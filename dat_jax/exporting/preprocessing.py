@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from dat_jax.inference import Classifier, Looker, Segmenter
+from dat_jax.inference import Classifier, Predictor, Segmenter
 from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 _BILINEAR = "bilinear, not antialiased (OpenCV)"
 
 
-def describe_preprocessing(predictor: Looker, *, image_shape: tuple[int, int], inside: bool) -> dict[str, Any]:
+def describe_preprocessing(predictor: Predictor, *, image_shape: tuple[int, int], inside: bool) -> dict[str, Any]:
     """Preprocessing of an exported program, as values that JSON can hold.
 
     Args:
@@ -64,7 +64,7 @@ def _describe_segmentor(image_shape: tuple[int, int]) -> tuple[list[str], dict[s
     return steps, {"resize": [height, width], "interpolation": _BILINEAR}
 
 
-def _describe_detector(predictor: Looker, image_shape: tuple[int, int]) -> tuple[list[str], dict[str, Any]]:
+def _describe_detector(predictor: Predictor, image_shape: tuple[int, int]) -> tuple[list[str], dict[str, Any]]:
     height, width = image_shape
     long_side = min(predictor.options["long_side"], max(image_shape))
     short_side = min(predictor.options["short_side"], min(image_shape))

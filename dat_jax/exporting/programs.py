@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 
 from dat_jax.errors import UserError
-from dat_jax.inference import Classifier, Looker, ObjectDetector, Segmenter
+from dat_jax.inference import Classifier, Predictor, ObjectDetector, Segmenter
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.ops.dispatch import compiling_for
 from dat_jax.tasks.detection.objective import detect
@@ -22,7 +22,7 @@ _MAX_SIDE = 2**14
 
 
 def make_program(
-    predictor: Looker,
+    predictor: Predictor,
     *,
     image_shape: tuple[int, int],
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
@@ -70,7 +70,7 @@ def make_program(
 
 
 def check_program(
-    predictor: Looker,
+    predictor: Predictor,
     *,
     image_shape: tuple[int, int],
     platforms: Sequence[str],
@@ -103,7 +103,7 @@ def check_program(
         raise UserError(f"batch must be {SYMBOLIC} or a number of at least 1, got {batch}.")
 
 
-def make_branch(predictor: Looker, platform: str, *, preprocessing: str = "inside") -> Callable:
+def make_branch(predictor: Predictor, platform: str, *, preprocessing: str = "inside") -> Callable:
     """Function (variables, images, *sizes) -> outputs of ``make_program``, with the algorithms of one platform.
 
     Args:
@@ -120,7 +120,7 @@ def make_branch(predictor: Looker, platform: str, *, preprocessing: str = "insid
     return branch
 
 
-def _compute_outputs(predictor: Looker, variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
+def _compute_outputs(predictor: Predictor, variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
     model = predictor.model
     if isinstance(predictor, Classifier):
         return model.apply(variables, images, train=False).astype(jnp.float32)
@@ -142,7 +142,7 @@ def choose_dtype(preprocessing: str) -> jnp.dtype:
     return jnp.dtype(jnp.uint8 if preprocessing == "inside" else jnp.float32)
 
 
-def name_inputs(predictor: Looker) -> tuple[str, ...]:
+def name_inputs(predictor: Predictor) -> tuple[str, ...]:
     """Names of a program's inputs, in order."""
     return ("images", "sizes") if isinstance(predictor, ObjectDetector) else ("images",)
 
@@ -159,7 +159,7 @@ _MEANINGS = {
 }
 
 
-def describe_arrays(exported: jax.export.Exported, predictor: Looker) -> dict[str, list[dict[str, Any]]]:
+def describe_arrays(exported: jax.export.Exported, predictor: Predictor) -> dict[str, list[dict[str, Any]]]:
     """Inputs and outputs of a program, as the manifest lists them.
 
     Returns:
@@ -179,7 +179,7 @@ def describe_array(name: str, array: Any) -> dict[str, Any]:
     return {"name": name, "shape": shape, "dtype": array.dtype.name, "meaning": _MEANINGS[name]}
 
 
-def choose_image_shape(predictor: Looker) -> tuple[int, int]:
+def choose_image_shape(predictor: Predictor) -> tuple[int, int]:
     """Default (height, width) of a program's images in pixels.
 
     A classifier has its image size, a segmentor a square of its short side, and a detector its short and long side, each

@@ -23,7 +23,6 @@ from dat_jax.models.dat import DAT
 from dat_jax.models.segmentation import Segmentor
 
 Predictor = Classifier | Segmenter | ObjectDetector
-Looker = Predictor  # name that ``exporting`` imports
 
 
 def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, **options) -> Predictor:

@@ -92,7 +92,7 @@ def test_rows_of_the_head_are_taken(finished, tmp_path):
     [
         (None, "init_head_rows .* cannot be read"),
         ("a\nb\n", "init_head_rows .* cannot be read"),
-        ("0\n", "wants a number for each of the 2 classes, .* has 1"),
+        ("0\n", "a number for each of the 2 classes, got 1"),
         ("0\n7\n", "numbers from 0 to 1, got 0 to 7"),
     ],
 )
