@@ -26,7 +26,7 @@ from tests.helpers.document_stand_ins import (
     parse_config,
     parse_flags,
 )
-from tests.helpers.documents import ROOT, WALKTHROUGH
+from tests.helpers.documents import ROOT, WALKTHROUGHS
 from tests.helpers.xla_flags import fast_compilation_flags
 from tests.test_new_user import INSTALLS
 
@@ -40,7 +40,7 @@ RULES = (
         r"pre-commit |python -m (notebooks|tests\.models\.test_registry|pytest tests/ops/layers/test_depthwise\.py)\b",
         "copy",
     ),
-    (r"python -m pytest tests/ops/layers/test_pooling\.py|python -c .*NM", "page"),
+    (r"python -m pytest tests/ops/layers/test_pooling\.py|python -c .*NM|python -m .*configs/regression", "page"),
     (r"python -m dat_jax\.(conversion|data\.prepare|compile_report)( --steps=\w+)?$", "help"),
     (r"python -m dat_jax\.compile_report (?!.*--topology)", "help"),
     (r"python -m (dat_jax( |$)|dat_jax\.predict --help)", "program"),
@@ -66,7 +66,7 @@ def find_rule(command):
 
 
 COMMANDS = {command: find_rule(command) for command in documents.commands()}
-PYTHON = sorted({block.document for block in documents.all_blocks() if block.language == "python"} - {WALKTHROUGH})
+PYTHON = sorted({block.document for block in documents.all_blocks() if block.language == "python"} - {*WALKTHROUGHS})
 
 
 def commands_of(kind):
@@ -247,9 +247,9 @@ def test_snippets_run(document, stand_ins, monkeypatch):
 def test_the_walkthrough_holds(tmp_path):
     """The steps of the page, in a copy of the package."""
     documents.copy_project(tmp_path)
-    blocks = documents.read_blocks((ROOT / WALKTHROUGH).read_text())
-    for block in blocks:
+    for block in [block for page in WALKTHROUGHS for block in documents.read_blocks((ROOT / page).read_text())]:
         if block.named_file:
+            (tmp_path / block.named_file).parent.mkdir(exist_ok=True)
             (tmp_path / block.named_file).write_text(block.text.split("\n", 1)[1])
         elif block.language == "diff":
             applied = subprocess.run(
@@ -264,4 +264,8 @@ def test_the_walkthrough_holds(tmp_path):
                 words = [f"{word}{one}" if word.endswith("test_dat.py") else word for word in words]
                 words += ["-p", "no:cacheprovider"]
             printed = run_program(words, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert "('NM', 'ND', 'D', 'D')" in printed
+            if "NM" in command:
+                assert "('NM', 'ND', 'D', 'D')" in printed
+            elif "regression" in command:
+                assert "negative_error" in printed
+                assert (tmp_path / "runs/regression/predictions.png").is_file()

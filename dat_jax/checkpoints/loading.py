@@ -210,14 +210,14 @@ def _find_fixed_stages(dat: DAT) -> set[int]:
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """The configuration of a run, with a group that describes its model.
+    """The configuration of a run, with the groups that describe its model.
 
     Raises:
-      UserError: the file cannot be read, or lacks it.
+      UserError: the file cannot be read, or lacks them.
     """
     try:
         config = json.loads(path.read_text())
-        if isinstance(config["model"], dict):
+        if isinstance(config["model"], dict) and isinstance(config.get("head", {}), dict):
             return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe the model of the checkpoints beside it.") from error

@@ -9,7 +9,7 @@ import jax
 
 from dat_jax.errors import UserError
 from dat_jax.exporting.programs import BATCH, choose_dtype, describe_array, make_branch
-from dat_jax.inference import Predictor, ObjectDetector
+from dat_jax.inference import ObjectDetector, Predictor
 
 _ALGORITHMS = "tpu"  # matrix products; jax2onnx does not support the gathers of other platforms
 

@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 
 from dat_jax.errors import UserError
-from dat_jax.inference import Classifier, Predictor, ObjectDetector, Segmenter
+from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.ops.dispatch import compiling_for
 from dat_jax.tasks.detection.objective import detect

@@ -1,8 +1,6 @@
 """The form of deformable attention that weights were trained with is recorded, compared, and never guessed."""
 
 import json
-import pathlib
-import runpy
 
 import jax
 import numpy as np
@@ -14,6 +12,7 @@ from dat_jax.checkpoints.exports import export_model
 from dat_jax.checkpoints.integrity import DamagedError
 from dat_jax.checkpoints.loading import load_for_finetuning, load_trained
 from dat_jax.checkpoints.model_description import describe_model
+from dat_jax.config import list_configs, load_config
 from dat_jax.conversion.command import convert_to_official
 from dat_jax.conversion.files import read_checkpoint
 from dat_jax.errors import UserError
@@ -119,8 +118,8 @@ def test_auto_is_the_form_of_the_named_model(name, form):
 
 def test_every_configuration_has_the_key():
     """Flags of the command line can only change keys that a configuration has."""
-    for path in sorted((pathlib.Path(__file__).parents[2] / "configs").glob("[!_]*.py")):
-        assert runpy.run_path(str(path))["get_config"]().model.deformable_form == "auto", path.name
+    for name in list_configs():
+        assert load_config(name).model.deformable_form == "auto", name
 
 
 def test_a_checkpoint_without_a_recorded_form_has_the_form_dat_pp():

@@ -1,7 +1,6 @@
 """Image and label files in folders: layouts, decoding and validation."""
 
 import concurrent.futures
-import logging
 import pickle
 import struct
 import zlib
@@ -14,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from dat_jax.data import ade20k
 from dat_jax.data.segmentation_sources import SegmentationArraySource, load_segmentation_source
 from dat_jax.errors import UserError
+from tests.helpers.logs import collect_logs
 from tests.helpers.photographs import photographs
 
 HEIGHT, WIDTH = 30, 40
@@ -307,28 +307,28 @@ def test_gray_labels_with_4_bits_are_rejected(pairs):
         load(directory)[0]
 
 
-def test_training_skips_damaged_files_and_warns_once_about_each(pairs, caplog, monkeypatch):
+def test_training_skips_damaged_files_and_warns_once_about_each(pairs):
     directory, written = pairs
     (directory / "images/train/b.PNG").write_bytes(b"no image")
     label = directory / "annotations/train/c.png"
     label.write_bytes(label.read_bytes()[:-30])
     (directory / "annotations/train/d.png").write_bytes(b"")
     source = load(directory)
-    monkeypatch.setattr(logging.getLogger("dat_jax"), "propagate", True)
-    for _ in range(3):
-        for index, damaged in ((0, 0), (1, 3), (2, 2), (3, 1)):
-            record = source[index]
-            np.testing.assert_array_equal(record["label"], written[directory / "annotations/train/a.png"])
-            assert record["damaged"] == damaged
-            assert record["damaged"].dtype == np.int32
-    messages = sorted(caplog.messages)
+    with collect_logs() as messages:
+        for _ in range(3):
+            for index, damaged in ((0, 0), (1, 3), (2, 2), (3, 1)):
+                record = source[index]
+                np.testing.assert_array_equal(record["label"], written[directory / "annotations/train/a.png"])
+                assert record["damaged"] == damaged
+                assert record["damaged"].dtype == np.int32
+    messages = sorted(messages)
     assert len(messages) == 3
     for message, name in zip(messages, ("b.PNG", "c.png", "d.png"), strict=True):
         assert name in message
     (directory / "images/train/a.jpg").unlink()
-    with pytest.raises(UserError, match="d.png is not a readable PNG"):
+    with collect_logs() as messages, pytest.raises(UserError, match="d.png is not a readable PNG"):
         source[0]
-    assert "a.jpg cannot be read from" in caplog.messages[-1]
+    assert "a.jpg cannot be read from" in messages[-1]
 
 
 def test_a_damaged_file_is_an_error_in_evaluation(pairs):

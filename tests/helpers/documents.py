@@ -9,7 +9,7 @@ import shutil
 from dat_jax.__main__ import TOOLS
 
 ROOT = pathlib.Path(__file__).parents[2]
-WALKTHROUGH = "docs/add_stage_type.md"
+WALKTHROUGHS = ("docs/add_stage_type.md", "docs/add_task.md")  # applied to a copy of the project
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 _FENCE = re.compile(r"^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _CALLED = re.compile(r"(\.venv/bin/)?(python3? -m|dat-jax|pip install|make|pre-commit) \S")

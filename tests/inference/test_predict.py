@@ -335,7 +335,7 @@ def test_damaged_images_are_reported_and_the_others_processed(export, folder, tm
         (["{detector}", "{images}/b.jpg", "--flip"], "Unknown option 'flip' of a detector"),
         (["{detector}", "{images}/b.jpg", "--min_score=2"], "min_score must be from 0 to 1, got 2"),
         (["{detector}", "{images}/b.jpg", "--max_detections=0"], "max_detections must be at least 1, got 0"),
-        (["{detector}", "{images}/b.jpg", "--classes={images}/notes.txt"], r"notes.txt .*\b3\b"),
+        (["{detector}", "{images}/b.jpg", "--classes={images}/notes.txt"], r"notes\.txt.* 3 "),
         (["{detector}", "{images}", "--output={tmp}/there"], "b.png exists already; --overwrite replaces it"),
         (["{export}", "{images}/b.jpg", "--min_score=0.5"], "Unknown option 'min_score' of a segmentor"),
         (
@@ -352,7 +352,7 @@ def test_damaged_images_are_reported_and_the_others_processed(export, folder, tm
         (["{export}", "{images}/b.jpg", "--ratios=0"], "ratios must be one or more numbers above 0"),
         (["{export}", "{images}/b.jpg", "--ratios=nan"], "ratios must be one or more numbers above 0"),
         (["{export}", "{images}/b.jpg", "--short_side=0"], "short_side must be at least 1, got 0"),
-        (["{export}", "{images}/b.jpg", "--classes={images}/notes.txt"], r"notes.txt .*\b5\b"),
+        (["{export}", "{images}/b.jpg", "--classes={images}/notes.txt"], r"notes\.txt.* 5 "),
         (["{export}", "{images}/b.jpg", "--classes={images}/none.txt"], "none.txt cannot be read: .*No such file"),
     ],
 )
@@ -372,7 +372,8 @@ def test_errors_are_one_line_and_nothing_is_written(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
-    assert re.match(f"error: .*({message})", printed.err)
+    assert re.search(message, printed.err)
+    assert printed.err.startswith("error: ")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

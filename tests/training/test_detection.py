@@ -9,7 +9,7 @@ from dat_jax import conversion
 from dat_jax.checkpoints.class_names import read_class_names
 from dat_jax.checkpoints.loading import load_trained
 from dat_jax.errors import UserError
-from dat_jax.tasks.detection import task as setup
+from dat_jax.tasks.detection import task as task_lib
 from dat_jax.training.loop import evaluate, train
 from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.trainer import Trainer
@@ -73,20 +73,18 @@ def test_eight_devices_step_as_one():
 
 def test_data_that_do_not_fit_are_refused(monkeypatch):
     config = tiny_detection.get_config().unlock()
-    train_source, _ = setup.load_sources(config)
+    train_source = task_lib.DetectionTask(config).train_source
 
     class WithoutMasks:
         has_masks = False
 
-    with pytest.raises(UserError, match="mask_rcnn learns masks, and the annotations have none"):
-        setup.make_train_batches(config, WithoutMasks(), start_step=0, rows=[0])
+    with pytest.raises(UserError, match="mask_rcnn learns masks, but the annotations have none"):
+        task_lib.DetectionTask(config, sources=(WithoutMasks(), None)).make_train_batches(start_step=0, rows=[0])
 
     class OtherNames:
         category_ids, class_names = (1, 7), ("cat", "dog")
 
     sources = iter([train_source, OtherNames()])
-    monkeypatch.setattr(setup, "load_detection_source", lambda *_, **__: next(sources))
-    with pytest.raises(
-        UserError, match="categories 1 0, 2 1, 3 2, 4 3, 5 4 and 5 more, those to validate on 1 cat, 7 dog: wanted"
-    ):
-        setup.load_sources(config)
+    monkeypatch.setattr(task_lib, "load_detection_source", lambda *_, **__: next(sources))
+    with pytest.raises(UserError, match=r"same categories .* 1 0, 2 1, 3 2, 4 3, 5 4 and 5 more and 1 cat, 7 dog"):
+        task_lib.DetectionTask(config)
