@@ -96,6 +96,7 @@ def test_weights_of_the_other_form_are_an_error_in_finetuning(tmp_path):
         load_for_finetuning(tmp_path / "export", fresh_variables=fresh, deformable_form="dat_pp")
 
 
+@pytest.mark.slow
 def test_a_run_records_the_form_of_its_model(tmp_path):
     config = tiny_config.get_config()
     train(config, str(tmp_path), quiet=True)

@@ -54,6 +54,7 @@ def test_weights_without_a_work_directory_are_evaluated(finished, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_with_a_new_head(finished, three_classes, tmp_path, capsys):
     config = with_values(**{"init_from": str(finished[0]), "data.name": "thirds", "epochs": 1, "ema_decay": 0.5})
     trainer = Trainer(config)

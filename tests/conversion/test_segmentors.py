@@ -53,6 +53,7 @@ def test_one_error_names_all_weights_that_do_not_fit():
         segmentors.segmentor_variables(model, state_dict)
 
 
+@pytest.mark.slow
 def test_weight_decay_of_published_names():
     """The published code does not decay names with norm, rpe_table, relative_position_bias_table or absolute_pos_embed."""
     from dat_jax.training.optimizer import decay_all_but_norms

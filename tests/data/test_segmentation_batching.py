@@ -47,6 +47,7 @@ def train_batches(rows=None, workers=0, count=3):
     return result
 
 
+@pytest.mark.slow
 def test_training_batches_do_not_depend_on_workers_and_processes():
     whole = train_batches()
     assert whole[0]["image"].shape == (4, 96, 96, 3)

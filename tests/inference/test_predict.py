@@ -178,6 +178,7 @@ def test_terminal_output_is_a_table(export, folder):
     assert f"{np.mean(labels == np.bincount(labels.ravel()).argmax()):.1%}" in console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_options_and_class_names_are_read_from_the_work_directory(workdir, folder, tmp_path, capsys):
     image = folder / "a.PNG"
     assert run(workdir, image, f"--output={tmp_path}", f"--json={tmp_path / 'x.json'}") == 0
@@ -230,6 +231,7 @@ def test_detector_writes_drawn_images_and_coco_results_of_a_folder(detector, fol
         assert (drawn[::factor, ::factor] != image).any()
 
 
+@pytest.mark.slow
 def test_class_names_of_a_detector_are_read_from_its_work_directory(detector_workdir, folder, tmp_path, capsys):
     files = [f"--{kind}={tmp_path / 'x'}.{kind}" for kind in ("json", "csv")]
     assert run(detector_workdir, folder / "a.PNG", *files, "--min_score=0") == 0

@@ -166,6 +166,7 @@ def check_training(name, dtype):
     check_norms(ours, golden.group("gradnorm."), norms_close)
 
 
+@pytest.mark.slow
 def test_backbone():
     check_backbone("float32")
 
@@ -188,6 +189,7 @@ def test_float64(name, x64):
     check_training(name, "float64")
 
 
+@pytest.mark.slow
 def test_multi_scale_and_flip():
     check_multi_scale("sem_fpn_mini", "float32")
 

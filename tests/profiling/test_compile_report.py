@@ -177,7 +177,7 @@ def test_unknown_topologies_and_missing_compilers_are_reported(monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/quickstart.py", "--find-batch"], "Expected --config=FILE --topology=NAME"),
+        (["--config=configs/quickstart.py", "--find-batch"], "--topology=NAME"),
         (["--config=configs/dat_pp_t.py", "--topology=cpu", "--config.batch_size=60"], "60 is not a multiple of 8"),
     ],
 )

@@ -139,6 +139,7 @@ def test_an_export_comes_back(workdir, tmp_path):
         initialize_state(trainer.config, **_state_options(trainer))
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_classifier(tmp_path):
     classifier = dat_jax.create_model("dat_pp_nano", **tiny_segmentation.BACKBONE, num_classes=9)
     weights = random_variables(classifier, np.zeros((1, 64, 64, 3), np.float32))

@@ -66,6 +66,7 @@ def test_float32():
     check_training("float32", loss_tolerance=1e-3, norm_tolerance=1e-2, final_tolerance=1e-3)
 
 
+@pytest.mark.slow
 def test_float64(x64):
     check_training("float64", loss_tolerance=1e-9, norm_tolerance=1e-8, final_tolerance=1e-8)
 

@@ -82,6 +82,7 @@ def test_auto_equals_plain(x64, map_shape):
     compare.assert_same({"auto": attend(7, 2, "auto")}, attend(7, 2, "plain"), *arguments)
 
 
+@pytest.mark.slow
 @compare.few_examples(12)
 @given(kernel_size=st.integers(1, 5), extra=st.tuples(st.integers(0, 7), st.integers(0, 7)), tile=st.integers(1, 6))
 def test_tiles_of_any_side_equal_the_rule(x64, kernel_size, extra, tile):

@@ -65,6 +65,7 @@ def mixed_pairs(**alphas):
     return np.asarray(images)[..., 0], np.asarray(targets)
 
 
+@pytest.mark.slow
 def test_mixup_weights_are_beta_distributed():
     images, targets = mixed_pairs(mixup_alpha=0.8, cutmix_alpha=0.0)
     weights = images[:, 0, 0, 0]
@@ -76,6 +77,7 @@ def test_mixup_weights_are_beta_distributed():
     assert stats.kstest(weights, stats.beta(0.8, 0.8).cdf).pvalue > P_VALUE
 
 
+@pytest.mark.slow
 def test_cutmix_boxes_and_targets():
     images, targets = mixed_pairs(mixup_alpha=0.0, cutmix_alpha=1.0)
     first = images[:, 0]
@@ -95,6 +97,7 @@ def test_cutmix_boxes_and_targets():
     assert stats.ks_2samp(heights[nonempty], wanted_h[wanted_h * wanted_w > 0]).pvalue > P_VALUE
 
 
+@pytest.mark.slow
 def test_mixup_and_cutmix_are_equally_likely():
     images, _ = mixed_pairs(mixup_alpha=0.8, cutmix_alpha=1.0)
     cut = np.isin(images, (0.0, 1.0)).all(axis=(1, 2, 3))

@@ -8,6 +8,7 @@ from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_detection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", tiny_detection.DETECTORS)
 def test_losses_and_gradients_are_finite_without_objects_and_with_degenerate_boxes(head):
     config = tiny_detection.get_config(head).unlock()
