@@ -27,26 +27,25 @@ _FLAGS = {
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define all flags of this command. Importing the module defines none, as dat_jax.main also has the flag ``config``."""
-    options = {"flag_values": values}
     define_config_flag(values)
     help_text = "Devices to compile for: v5e:2x2, v6e:2x2, v5p:2x2x1 or other sizes of these, h100, or cpu."
-    flags.DEFINE_string("topology", None, help_text, **options)
-    flags.DEFINE_list("steps", ["train", "eval"], "Steps to compile: train, eval or both.", **options)
+    flags.DEFINE_string("topology", None, help_text, flag_values=values)
+    flags.DEFINE_list("steps", ["train", "eval"], "Steps to compile: train, eval or both.", flag_values=values)
     help_text = "Find the largest batch size per chip that fits, compiling once per batch size."
-    flags.DEFINE_bool("find_batch", False, help_text, **options)
-    flags.DEFINE_alias("find-batch", "find_batch", **options)
-    flags.DEFINE_string("json", None, "JSON file for the report.", **options)
+    flags.DEFINE_bool("find_batch", False, help_text, flag_values=values)
+    flags.DEFINE_alias("find-batch", "find_batch", flag_values=values)
+    flags.DEFINE_string("json", None, "JSON file for the report.", flag_values=values)
     help_text = "Number of rows in the tables of bytes by op and by module; 0 omits them."
-    flags.DEFINE_integer("top", 0, help_text, lower_bound=0, **options)
+    flags.DEFINE_integer("top", 0, help_text, lower_bound=0, flag_values=values)
     help_text = (
         "Number of classes, if config.data.directory names a data set (by default 1,000 for classification, 150 for "
         "segmentation and 80 for detection)."
     )
-    flags.DEFINE_integer("classes", None, help_text, lower_bound=1, **options)
+    flags.DEFINE_integer("classes", None, help_text, lower_bound=1, flag_values=values)
     help_text = "Number of training examples, if config.data.directory names a data set."
-    flags.DEFINE_integer("examples", 1_281_167, help_text, lower_bound=1, **options)
+    flags.DEFINE_integer("examples", 1_281_167, help_text, lower_bound=1, flag_values=values)
     help_text = "File that describes a GPU to its compiler (by default an H100)."
-    flags.DEFINE_string("target_config", None, help_text, **options)
+    flags.DEFINE_string("target_config", None, help_text, flag_values=values)
 
 
 def main(_: list[str]) -> None:

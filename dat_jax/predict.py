@@ -39,11 +39,10 @@ _FLAGS = {
 def define_flags(values: flags.FlagValues) -> None:
     """Define all flags of this command."""
     define_image_flags(values)
-    options = {"flag_values": values}
-    flags.DEFINE_string("json", None, "JSON file for the results of all images.", **options)
-    flags.DEFINE_string("csv", None, "CSV file for the results of all images.", **options)
-    flags.DEFINE_integer("batch_size", None, "Number of images per batch (8 by default).", **options)
-    flags.DEFINE_bool("quiet", False, "Print errors only.", short_name="q", **options)
+    flags.DEFINE_string("json", None, "JSON file for the results of all images.", flag_values=values)
+    flags.DEFINE_string("csv", None, "CSV file for the results of all images.", flag_values=values)
+    flags.DEFINE_integer("batch_size", None, "Number of images per batch (8 by default).", flag_values=values)
+    flags.DEFINE_bool("quiet", False, "Print errors only.", short_name="q", flag_values=values)
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

@@ -44,21 +44,20 @@ _FLAGS = {
 def define_flags(values: flags.FlagValues) -> None:
     """Define all flags of this command."""
     define_image_flags(values)
-    options = {"flag_values": values}
     help_text = "Annotated label maps: PNG files of class indices (255: no class) with the same names as the images."
-    flags.DEFINE_string("labels", None, help_text, **options)
+    flags.DEFINE_string("labels", None, help_text, flag_values=values)
     help_text = "In label files, 0 means no class and k + 1 means class k, as in ADE20K."
-    flags.DEFINE_bool("zero_is_ignored", False, help_text, **options)
+    flags.DEFINE_bool("zero_is_ignored", False, help_text, flag_values=values)
     help_text = "Also write DIR/<stem>.html, an interactive page for any query, block and group of heads."
-    flags.DEFINE_bool("html", False, help_text, **options)
+    flags.DEFINE_bool("html", False, help_text, flag_values=values)
     help_text = "The query, in pixels of the image counted from 0 (by default the center)."
-    flags.DEFINE_string("query", None, help_text, **options)
-    flags.DEFINE_integer("keys", None, "Number of keys to draw for the query (16 by default).", **options)
+    flags.DEFINE_string("query", None, help_text, flag_values=values)
+    flags.DEFINE_integer("keys", None, "Number of keys to draw for the query (16 by default).", flag_values=values)
     help_text = (
         "Blocks whose keys are drawn, such as stages_2/blocks_1 (by default the last D block of each stage). The page opens "
         "with the last of them."
     )
-    flags.DEFINE_list("blocks", None, help_text, **options)
+    flags.DEFINE_list("blocks", None, help_text, flag_values=values)
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

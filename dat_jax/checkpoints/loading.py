@@ -155,7 +155,8 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
         head = config.get("head")
         if kind != "classifier" and not isinstance(head, dict):
             raise UserError(f"{path / 'config.json'} does not describe the head of the checkpoints beside it.")
-        (settings if kind == "classifier" else head)["num_classes"] = count_classes(variables["params"])
+        described = settings if kind == "classifier" else head
+        described["num_classes"] = count_classes(variables["params"])
     elif str(path) in VARIANTS:
         raise UserError(
             f"{path} is the name of a model, and weights are not downloaded: convert published weights with python -m "

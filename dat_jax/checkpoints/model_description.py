@@ -54,7 +54,7 @@ def create_described(
     if kind == "classifier":
         return dat
     try:
-        attributes = _to_attributes(head)
+        attributes = _to_attributes(head or {})
         name = attributes.pop("name", attributes.get("head"))  # a segmentor has its name as an attribute
         return _CREATE_DENSE[kind](name, backbone=dat, **attributes)
     except (ValueError, TypeError, AttributeError) as error:

@@ -3,6 +3,7 @@
 Rich respects the environment variable NO_COLOR.
 """
 
+import functools
 import logging
 import sys
 
@@ -18,11 +19,19 @@ def make_console(*, quiet: bool = False) -> Console:
 
     In a notebook it writes plain lines, which form one output of the cell, instead of one HTML element per line.
     """
-    options = dict(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
-    if type(sys.stdout).__module__.startswith("ipykernel"):  # ipykernel reports itself as a terminal
-        options["force_terminal"] = False
-    console = Console(**options)
-    return console if console.is_terminal else Console(**options, width=_UNLIMITED_WIDTH)
+    make = functools.partial(
+        Console,
+        quiet=quiet,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        force_jupyter=False,
+        # ipykernel reports itself as a terminal
+        force_terminal=False if type(sys.stdout).__module__.startswith("ipykernel") else None,
+    )
+    console = make()
+    return console if console.is_terminal else make(width=_UNLIMITED_WIDTH)
 
 
 class ConsoleHandler(logging.Handler):

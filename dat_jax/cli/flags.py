@@ -41,7 +41,7 @@ def run_tool(
     define_flags(flags.FLAGS)
     arguments = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
     if any(argument in HELP_FLAGS for argument in arguments):
-        text = sys.modules[main.__module__].__doc__
+        text = sys.modules[main.__module__].__doc__ or ""
         columns = shutil.get_terminal_size((_MAX_HELP_WIDTH, 24)).columns
         print(format_help(text, flags.FLAGS, groups=groups, width=min(columns, _MAX_HELP_WIDTH)))
     elif "--version" in arguments:
@@ -90,7 +90,7 @@ def format_help(text: str, values: flags.FlagValues, *, groups: Mapping[str, Seq
 def _format_default(flag: flags.Flag) -> str:
     if flag.default in (None, False, "", 0):
         return ""
-    return f" Default: {flag.default_as_str.strip(chr(39))}."
+    return f" Default: {(flag.default_as_str or '').strip(chr(39))}."
 
 
 def find_nearest(name: str, choices: Iterable[str]) -> str:

@@ -23,25 +23,24 @@ _OPTIONS = (
 
 def define_image_flags(values: flags.FlagValues) -> None:
     """Define ``output``, ``overwrite`` and the flags of ``IMAGE_FLAGS``."""
-    options = {"flag_values": values}
-    flags.DEFINE_string("output", None, "Folder for the figures, one PNG per image.", **options)
-    flags.DEFINE_bool("overwrite", False, "Replace existing files.", **options)
-    flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", **options)
+    flags.DEFINE_string("output", None, "Folder for the figures, one PNG per image.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "Replace existing files.", flag_values=values)
+    flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", flag_values=values)
     help_text = "Side of the square that the network sees, in pixels."
-    flags.DEFINE_integer("image_size", None, help_text, **options)
+    flags.DEFINE_integer("image_size", None, help_text, flag_values=values)
     help_text = "Side in pixels that images are resized to before the central square is cropped."
-    flags.DEFINE_integer("resize", None, help_text, **options)
-    flags.DEFINE_integer("top", None, "Number of classes to report (5 by default).", **options)
+    flags.DEFINE_integer("resize", None, help_text, flag_values=values)
+    flags.DEFINE_integer("top", None, "Number of classes to report (5 by default).", flag_values=values)
     help_text = "Images are resized to fit into this long side, in pixels."
-    flags.DEFINE_integer("long_side", None, help_text, **options)
+    flags.DEFINE_integer("long_side", None, help_text, flag_values=values)
     help_text = "Images are resized to fit into this short side, in pixels."
-    flags.DEFINE_integer("short_side", None, help_text, **options)
+    flags.DEFINE_integer("short_side", None, help_text, flag_values=values)
     help_text = "Scales of test-time augmentation, such as 0.5,1.0, whose probabilities are averaged."
-    flags.DEFINE_list("ratios", None, help_text, **options)
-    flags.DEFINE_bool("flip", None, "Also average over horizontally flipped images.", **options)
+    flags.DEFINE_list("ratios", None, help_text, flag_values=values)
+    flags.DEFINE_bool("flip", None, "Also average over horizontally flipped images.", flag_values=values)
     help_text = "Lowest score of the objects that are drawn and listed (0.3 by default)."
-    flags.DEFINE_float("min_score", None, help_text, **options)
-    flags.DEFINE_integer("max_detections", None, "Maximum number of detections per image.", **options)
+    flags.DEFINE_float("min_score", None, help_text, flag_values=values)
+    flags.DEFINE_integer("max_detections", None, "Maximum number of detections per image.", flag_values=values)
 
 
 def read_image_options(values: flags.FlagValues) -> dict[str, Any]:

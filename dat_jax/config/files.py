@@ -128,6 +128,8 @@ def _list_files() -> dict[str, pathlib.Path]:
 
 def _import_file(path: pathlib.Path) -> types.ModuleType:
     loader = importlib.machinery.SourceFileLoader(f"dat_jax_config_{path.stem}", str(path))  # any suffix
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None  # only None for a missing loader
+    module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module

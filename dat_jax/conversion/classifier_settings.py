@@ -32,7 +32,9 @@ _IGNORED_OF_MODEL = {
     "DROP_PATH_RATE": _BUILT_FROM_DAT,
     "LABEL_SMOOTHING": _TRAINING,
 }
-_IGNORED_OF_DATA = dict.fromkeys(("BATCH_SIZE", "DATA_PATH", "DATASET", "NUM_WORKERS", "PIN_MEMORY"), _DATA)
+_IGNORED_OF_DATA: dict[str, str] = dict.fromkeys(
+    ("BATCH_SIZE", "DATA_PATH", "DATASET", "NUM_WORKERS", "PIN_MEMORY"), _DATA
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -112,6 +114,7 @@ def _read_sizes(settings: Settings, model: DAT) -> dict[str, int]:
     """
     data, test = settings.optional_section("DATA"), settings.optional_section("TEST")
     size, crop = model.image_size, True
+    assert isinstance(size, int)  # published configurations have square images
     if data is not None:
         data.ignore_all(_IGNORED_OF_DATA)
         data.check("INTERPOLATION", "bicubic", default="bicubic")

@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 
 from dat_jax.checkpoints.exports import export_model, load_export
@@ -269,7 +269,8 @@ def _choose_model(
     """
     if yaml_file is not None:
         read = _read_classifier_config if family is None else functools.partial(_read_dense_config, family)
-        return yaml_file, *read(yaml_file, weights)
+        network, options = read(yaml_file, weights)
+        return yaml_file, network, options
     if family is None:
         name, network = _find_classifier(state_dict, weights) if model is None else (model, _create(state_dict, model))
     elif model is None:
@@ -330,9 +331,9 @@ def _read_dense_config(family: _Family, path: str, weights: str) -> tuple[Segmen
 
 def _create(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:
     """A registered classifier with the number of classes of the weights."""
-    head_shape = np.shape(state_dict.get("cls_head.weight"))
+    head = state_dict.get("cls_head.weight")
     try:
-        return create_model(name, **({"num_classes": head_shape[0]} if head_shape else {}))
+        return create_model(name, **({} if head is None or not head.ndim else {"num_classes": head.shape[0]}))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -393,7 +394,7 @@ def _make_fixed_kernels(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.nd
 
 
 def _checksum(variables: Mapping[str, Any]) -> str:
-    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    flat = flatten_dict(variables, sep="/")
     return hash_arrays({name: np.asarray(array) for name, array in flat.items()})
 
 

@@ -5,10 +5,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from dat_jax.conversion.official import (
     CONV,
@@ -169,7 +169,7 @@ def to_official(model, table: Table, variables: Mapping[str, Any]) -> dict[str, 
 
     Counters of BatchNorm, which our variables do not have, are 0.
     """
-    flat = flax.traverse_util.flatten_dict(dict(variables))
+    flat = flatten_dict(dict(variables))
     entries = make_entries(model, table)
     state_dict = {entry.name: entry.transform.to_official(np.asarray(flat[entry.path])) for entry in entries}
     counters = [name for name in state_dict if name.endswith(".running_var")]
@@ -217,7 +217,7 @@ def make_entries(model, table: Table) -> Entries:
     """Entries of all parameters and statistics of a model, in a fixed order."""
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    flat = flax.traverse_util.flatten_dict(variables)
+    flat = flatten_dict(variables)
     return [Entry(path, leaf.shape, *name_entry(path[1:], model.dat, table)) for path, leaf in sorted(flat.items())]
 
 

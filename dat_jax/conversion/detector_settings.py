@@ -265,8 +265,11 @@ def _read_box_head(head: Settings, features: int, side: int) -> dict[str, Any]:
     check_plain(head, "conv_cfg", value=None)
     giou = head.take("reg_decoded_bbox", FLAG, default=False)
     check_loss(head, "loss_cls", kind="CrossEntropyLoss", use_sigmoid=False)
-    loss = dict(kind="GIoULoss", weight=10.0) if giou else dict(kind="L1Loss")  # the two published losses
-    check_loss(head, "loss_bbox", **loss, reason=f"It must agree with {head.path_of('reg_decoded_bbox')}, {giou}.")
+    reason = f"It must agree with {head.path_of('reg_decoded_bbox')}, {giou}."
+    if giou:  # the two published losses
+        check_loss(head, "loss_bbox", kind="GIoULoss", weight=10.0, reason=reason)
+    else:
+        check_loss(head, "loss_bbox", kind="L1Loss", reason=reason)
     means, stds = _read_coder(head)
     return dict(
         num_classes=head.take("num_classes", COUNT),

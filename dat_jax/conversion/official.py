@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dat_jax.conversion.backbone_settings import read_backbone
 from dat_jax.conversion.settings import Settings
@@ -196,7 +196,7 @@ def assemble(
         array = np.asarray(state_dict[entry.name])
         array = array if array.dtype == np.float64 else array.astype(np.float32)
         flat[entry.path] = jnp.asarray(entry.transform.to_ours(array))
-    return flax.traverse_util.unflatten_dict(flat)
+    return unflatten_dict(flat)
 
 
 def to_official(model: DAT, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -209,7 +209,7 @@ def to_official(model: DAT, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Returns:
       Published name -> array, with the dtypes of ``params``. Buffers are not included.
     """
-    flat = flax.traverse_util.flatten_dict(params)
+    flat = flatten_dict(params)
     return {entry.name: entry.transform.to_official(np.asarray(flat[entry.path])) for entry in _entries(model)}
 
 
@@ -308,7 +308,7 @@ def _param_shapes(model: DAT) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter."""
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    return {path: leaf.shape for path, leaf in sorted(flax.traverse_util.flatten_dict(params).items())}
+    return {path: leaf.shape for path, leaf in sorted(flatten_dict(params).items())}
 
 
 def name_parameter(path: tuple[str, ...], model: DAT) -> tuple[str, Transform]:
@@ -323,10 +323,9 @@ def name_parameter(path: tuple[str, ...], model: DAT) -> tuple[str, Transform]:
     """
     *module, leaf = path
     module = "/".join(module)
-    if leaf in _TABLES:
+    if leaf in _TABLES and (match := re.fullmatch(f"{_BLOCK}/attn", module)):
         name, transform = _TABLES[leaf]
-        i, j = re.fullmatch(f"{_BLOCK}/attn", module).group("i", "j")
-        return f"stages.{i}.attns.{j}.{name}", transform
+        return f"stages.{match['i']}.attns.{match['j']}.{name}", transform
     if match := re.fullmatch(f"{_BLOCK}/mlp/(?P<m>linear[12])", module):
         i, j, m = match.group("i", "j", "m")
         if model.conv_mlp[int(i)]:

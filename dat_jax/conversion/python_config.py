@@ -123,12 +123,12 @@ def _read_bases(path: pathlib.Path, statements: list[ast.stmt], *, chain, done, 
     """Name -> value of all ``_base_`` files together."""
     names: dict[str, Any] = {}
     origins: dict[str, pathlib.Path] = {}
-    assignments = [statement for statement in statements if _target(statement) == "_base_"]
+    assignments = [(s.lineno, value) for s in statements for name, value in [_split_assignment(s)] if name == "_base_"]
     if len(assignments) > 1:
-        raise UserError(f"{path}:{assignments[1].lineno}: _base_ is assigned a second time.")
-    for statement in assignments:
-        place = f"{path}:{statement.lineno}"
-        for text in _base_paths(statement.value, place):
+        raise UserError(f"{path}:{assignments[1][0]}: _base_ is assigned a second time.")
+    for line, value in assignments:
+        place = f"{path}:{line}"
+        for text in _base_paths(value, place):
             file = path.parent / text
             try:
                 exists = file.is_file()
@@ -169,15 +169,17 @@ def _base_paths(node: ast.expr, place: str) -> list[str]:
     return list(paths)
 
 
-def _target(statement: ast.stmt) -> str | None:
-    """The name to which a statement assigns a value; None for other statements."""
+def _split_assignment(statement: ast.stmt) -> tuple[str, ast.expr] | tuple[None, None]:
+    """The name to which a statement assigns a value, and the value; None for other statements."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target = statement.targets[0]
-    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+    elif isinstance(statement, ast.AnnAssign):
         target = statement.target
     else:
-        return None
-    return target.id if isinstance(target, ast.Name) else None
+        return None, None
+    if statement.value is None or not isinstance(target, ast.Name):
+        return None, None
+    return target.id, statement.value
 
 
 def _assign(
@@ -189,15 +191,15 @@ def _assign(
       Refused: the statement could change ``model`` in a way that is not followed.
     """
     place = f"{path}:{statement.lineno}"
-    name = _target(statement)
-    if name is not None:
+    name, value = _split_assignment(statement)
+    if name is not None and value is not None:
         if name == "dict":
             raise Refused(statement, "dict must keep its meaning")
         if name != "_base_":
             annotation = getattr(statement, "annotation", None)
             if annotation is not None and not python_values.is_harmless(annotation, names):
                 raise Refused(annotation, "an annotation with a call or an assignment cannot be read")
-            names[name] = _evaluate_or_skip(name, statement.value, names, base, path, budget)
+            names[name] = _evaluate_or_skip(name, value, names, base, path, budget)
     elif isinstance(statement, ast.Import | ast.ImportFrom):
         for alias in statement.names:
             if alias.name == "*":

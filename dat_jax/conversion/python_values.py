@@ -75,7 +75,7 @@ class Refused(Exception):
       origin: "FILE:LINE" of the cause if it is in another statement, else None.
     """
 
-    def __init__(self, node: ast.AST, message: str, *, origin: str | None = None):
+    def __init__(self, node: ast.AST | None, message: str, *, origin: str | None = None):
         super().__init__(message)
         self.line = getattr(node, "lineno", 0)
         self.origin = origin

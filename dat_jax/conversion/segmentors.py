@@ -105,8 +105,8 @@ def _read_upernet(settings: Settings, head: Settings, dat: DAT) -> dict[str, Any
     auxiliary.check("concat_input", False, default=True)
     auxiliary.check("kernel_size", 3, default=3)
     auxiliary.check("dilation", 1, default=1)
-    options = dict(in_index=2, in_channels=dat.dims[2], source="backbone.dims, the third value", weight=0.4)
-    auxiliary_attributes = _read_head(auxiliary, **options)
+    source = "backbone.dims, the third value"
+    auxiliary_attributes = _read_head(auxiliary, in_index=2, in_channels=dat.dims[2], source=source, weight=0.4)
     for key, name in (("num_classes", "num_classes"), ("dropout_ratio", "dropout")):
         auxiliary.match(key, attributes[name], f"decode_head.{key}", default=auxiliary_attributes[name])
     return {

@@ -261,15 +261,15 @@ def load_tensors(tensors: Mapping[str, Tensor], file: TorchFile, *, file_bytes: 
         raise ValueError(
             f"its tensors would take {total:,} bytes, more than the limit of {limit:,} for a file of its size"
         )
-    arrays = dict.fromkeys(tensors)
+    arrays: dict[str, np.ndarray] = {}
     for storage, names in sharing.items():
         try:
             data = file.read_storage(storage)
         except ValueError as error:
             raise ValueError(f"{show(names[0])}: {error}") from error
         for name in names:
-            arrays[name] = _view(tensors[name], data, file.byte_order)
-    return arrays
+            arrays[name] = _view(show(name), tensors[name], data, file.byte_order)
+    return {name: arrays[name] for name in tensors}
 
 
 def _get_limit(file_bytes: int) -> int:
@@ -279,10 +279,7 @@ def _get_limit(file_bytes: int) -> int:
 def _check_view(name: str, tensor: Tensor) -> int:
     """Size of a tensor in bytes, after a check that its view lies within its storage."""
     storage, offset, size, stride = tensor.storage, tensor.offset, tensor.size, tensor.stride
-    dtype = _get_dtype(tensor)
-    if dtype is None:
-        known = ", ".join(_DTYPES)
-        raise UnsupportedError(f"{name} has the dtype {show(str(tensor.dtype))}; expected one of {known}")
+    dtype = _get_dtype(name, tensor)
     if not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
         raise ValueError(f"{name} has no valid shape")
     if not _are_counts(offset, *size, *stride) or len(size) != len(stride) or len(size) > _MAX_AXES:
@@ -300,12 +297,16 @@ class UnsupportedError(ValueError):
     """Weights of a kind that is not supported."""
 
 
-def _get_dtype(tensor: Tensor) -> np.dtype | None:
-    return _DTYPES.get(tensor.dtype) if isinstance(tensor.dtype, str) else None
+def _get_dtype(name: str, tensor: Tensor) -> np.dtype:
+    dtype = _DTYPES.get(tensor.dtype) if isinstance(tensor.dtype, str) else None
+    if dtype is None:
+        known = ", ".join(_DTYPES)
+        raise UnsupportedError(f"{name} has the dtype {show(str(tensor.dtype))}; expected one of {known}")
+    return dtype
 
 
-def _view(tensor: Tensor, data: bytes, order: str) -> np.ndarray:
-    dtype, size = _get_dtype(tensor), tuple(tensor.size)
+def _view(name: str, tensor: Tensor, data: bytes, order: str) -> np.ndarray:
+    dtype, size = _get_dtype(name, tensor), tuple(tensor.size)
     if not math.prod(size):
         return np.empty(size, dtype)
     flat = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)
@@ -320,7 +321,7 @@ def _are_counts(*numbers) -> bool:
     return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
-def show(value: str | Global | Exception, limit: int = 100) -> str:
+def show(value: Any, limit: int = 100) -> str:
     """Text from a file for an error message: printable, on one line and at most ``limit`` characters long.
 
     Values of other types are shown as the name of their type, because the text of nested tuples that share items can be

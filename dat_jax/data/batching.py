@@ -55,7 +55,9 @@ def make_train_batches(
 
     def load(position: int) -> dict:
         step, row = divmod(position, len(rows))
-        return dataset[step * batch_size + rows[row]]
+        record = dataset[step * batch_size + rows[row]]
+        assert record is not None  # nothing is filtered out
+        return record
 
     examples = grain.MapDataset.range(_MAX_BATCHES * len(rows)).map(load)
     return _iterate(examples.batch(len(rows))[start_step:], workers)
@@ -75,7 +77,8 @@ def example_indices(count: int, *, seed: int, step: int, batch_size: int) -> lis
       step: number of the step, from 1.
     """
     order = _shuffle_and_repeat(range(count), seed)
-    return [int(order[position]) for position in range((step - 1) * batch_size, step * batch_size)]
+    positions = range((step - 1) * batch_size, step * batch_size)
+    return [int(order[position]) for position in positions]  # pyright: ignore[reportArgumentType] (nothing is filtered out)
 
 
 def make_eval_batches(

@@ -107,8 +107,7 @@ class CocoSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        options = dict(count=len(self), skip_damaged=self.skip_damaged, damage=_DamagedFile)
-        return read_record(self._read, index, **options)
+        return read_record(self._read, index, count=len(self), skip_damaged=self.skip_damaged, damage=_DamagedFile)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the height and width of an image, as in the JSON file; reading an image of another size is an error."""
@@ -127,7 +126,8 @@ class CocoSource:
         """Return all objects of an image; their masks are read from the JSON file."""
         part = np.s_[self.starts[index] : self.starts[index + 1]]
         masks = None if self.spans is None else self._read_masks(self.spans[part].tolist(), self.size(index))
-        return Objects(*(x[part] for x in (self.boxes, self.labels, self.areas, self.crowd, self.used)), masks)
+        boxes, labels, areas = self.boxes[part], self.labels[part], self.areas[part]
+        return Objects(boxes, labels, areas, self.crowd[part], self.used[part], masks)
 
     def _read_masks(self, spans: list[list[int]], size: tuple[int, int]) -> list[dict]:
         masks = []
@@ -173,9 +173,9 @@ def _to_rle(segmentation: dict | list | None, size: tuple[int, int]) -> dict:
     if not segmentation:  # of an object that is not used
         segmentation = {"size": list(size), "counts": [size[0] * size[1]]}
     if isinstance(segmentation, list):
-        return rle.merge(rle.frPyObjects(segmentation, *size))
+        return dict(rle.merge(rle.frPyObjects(segmentation, *size)))
     if isinstance(segmentation["counts"], list):
-        return rle.frPyObjects(segmentation, *size)
+        return rle.frPyObjects(segmentation, *size)  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType] (stubs lack counts)
     return {"size": list(size), "counts": segmentation["counts"].encode()}
 
 

@@ -275,17 +275,23 @@ def _scan(text: str, handlers: dict[str, Callable[[Any, int, int], None]]) -> se
     return present
 
 
+def _skip_blank(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    assert match is not None  # the pattern matches the empty string
+    return match.end()
+
+
 def _skip_token(text: str, position: int, token: str) -> int:
     """Return the position after a token and the whitespace around it."""
-    position = _BLANK.match(text, position).end()
+    position = _skip_blank(text, position)
     if text[position] != token:
         raise ValueError(f"expected {token!r} at byte {position}")
-    return _BLANK.match(text, position + 1).end()
+    return _skip_blank(text, position + 1)
 
 
 def _skip_comma(text: str, position: int, closing: str) -> int:
     """Return the position of the next entry, or of the closing bracket."""
-    position = _BLANK.match(text, position).end()
+    position = _skip_blank(text, position)
     return position if text[position] == closing else _skip_token(text, position, ",")
 
 

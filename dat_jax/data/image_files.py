@@ -75,7 +75,7 @@ def read_member(member: Member) -> bytes:
     return data
 
 
-def scan_folder(path: str) -> tuple[list[str], list[str]]:
+def scan_folder(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     """Return the names of the subfolders and of the images in a folder, each sorted as plain strings, without hidden ones.
 
     Raises:
@@ -159,7 +159,9 @@ def _walk_tar(path: str) -> Iterator[Member]:
 def _walk_class_tar(archive: tarfile.TarFile, item: tarfile.TarInfo, *, path: str, name: str) -> Iterator[Member]:
     """Yield the images of an inner tar, whose name is the class."""
     class_name = posixpath.basename(name)[: -len(".tar")]
-    with archive.extractfile(item) as file, tarfile.open(fileobj=file, mode="r:") as class_archive:
+    content = archive.extractfile(item)
+    assert content is not None  # the item is a regular file
+    with content as file, tarfile.open(fileobj=file, mode="r:") as class_archive:
         for image in _walk_files(class_archive):
             if is_image(image.name):
                 offset = item.offset_data + image.offset_data

@@ -33,6 +33,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -244,7 +245,7 @@ def write_shard(shard: Shard) -> int:
     Raises:
       UserError: the images cannot be read, or the file cannot be written.
     """
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] (compiled, no stubs)
 
     temporary = shard.report_path.with_suffix(f".{os.getpid()}.array_record")
     records, record_bytes, damaged = 0, 0, []
@@ -279,7 +280,7 @@ def encode_record(data: bytes, *, label: int, file_name: str) -> bytes:
     """Serialize an image as a tf.train.Example with the features that ``_write_metadata`` declares."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    example = tf_example_pb2.Example()
+    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue] (made by protobuf at import)
     example.features.feature["image"].bytes_list.value.append(data)
     example.features.feature["label"].int64_list.value.append(label)
     example.features.feature["file_name"].bytes_list.value.append(os.fsencode(file_name))
@@ -348,12 +349,15 @@ def _write_metadata(
             shard_lengths=[report.records for report in reports[split]],
             num_bytes=sum(report.record_bytes for report in reports[split]),
             filename_template=tfds.core.ShardedFileTemplate(
-                dataset_name=name, data_dir=directory, split=split, filetype_suffix="array_record"
+                dataset_name=name,
+                data_dir=directory,  # pyright: ignore[reportArgumentType] (any path works)
+                split=split,
+                filetype_suffix="array_record",
             ),
         )
         for split in SPLITS
     ]
-    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.set_splits(tfds.core.SplitDict(splits))
     info.write_to_directory(directory)
 
 
@@ -378,7 +382,7 @@ def _read_labels(path: str, count: int, labels_path: str) -> list[str]:
 def _read_imagenet_list(name: str) -> list[str]:
     """Return the lines of a file bundled with tensorflow_datasets: labels.txt, sorted, or validation_labels.txt."""
     package = importlib.util.find_spec("tensorflow_datasets")  # located but not imported
-    if package is None:
+    if package is None or package.origin is None:
         raise UserError(
             "Preparing data sets requires the package tensorflow_datasets: pip install tensorflow-datasets."
         )
@@ -411,7 +415,12 @@ def _ignore_interrupts() -> None:
 
 def _read_reports(shards: Sequence[Shard]) -> dict[str, list[Report]]:
     """Return the reports of finished shards by split."""
-    return {split: [read_report(shard) for shard in shards if shard.split == split] for split in SPLITS}
+    reports: dict[str, list[Report]] = {split: [] for split in SPLITS}
+    for shard in shards:
+        report = read_report(shard)
+        assert report is not None
+        reports[shard.split].append(report)
+    return reports
 
 
 def _describe(shards: Sequence[Shard]) -> str:
@@ -449,7 +458,7 @@ _FLAGS = {
 def main(_):
     """Run the command; user errors are printed without a traceback."""
     names = [form.partition("=")[0] for forms in _FLAGS.values() for form in forms]
-    options = {name: flags.FLAGS[name].value for name in names}
+    options: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}  # absl does not annotate values
     missing = [f"--{name}" for name in ("train", "validation", "output") if not options[name]]
     if missing:
         fail(

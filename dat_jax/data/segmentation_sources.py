@@ -84,8 +84,7 @@ class SegmentationFileSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        options = dict(count=len(self), skip_damaged=self.skip_damaged, damage=_DamagedFile)
-        return read_record(self._read, index, **options)
+        return read_record(self._read, index, count=len(self), skip_damaged=self.skip_damaged, damage=_DamagedFile)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the height and width of an image in pixels, from the header of its file."""

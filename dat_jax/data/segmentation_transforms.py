@@ -137,7 +137,7 @@ def is_varied(label: np.ndarray, max_class_ratio: float) -> bool:
       max_class_ratio: fraction of the counted pixels.
     """
     counts = np.bincount(label.ravel(), minlength=256)[:IGNORED]
-    return np.count_nonzero(counts) > 1 and bool(counts.max() / counts.sum() < max_class_ratio)
+    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_class_ratio)
 
 
 def pad(array: np.ndarray, *, height: int, width: int, value: int) -> np.ndarray:
@@ -267,4 +267,4 @@ def make_segmentation_eval_transform(
       A transform with ``view_shapes(height, width)``, to be called with {"image": uint8 (H, W, 3), "label": uint8 (H, W)}. It
       returns {"view_0": uint8 (h, w, 3), ... one per ratio, "label": uint8 (H, W), "size": int32 (2,), which is (H, W)}.
     """
-    return SegmentationEvalTransform(tuple(scale), tuple(ratios))
+    return SegmentationEvalTransform((scale[0], scale[1]), tuple(ratios))

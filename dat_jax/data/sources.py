@@ -9,8 +9,8 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,19 +48,27 @@ class ArraySource:
         return {"image": self.images[index], "label": np.int32(self.labels[index])}
 
 
+class Records(Protocol):
+    """A sequence of (encoded bytes, label, name of the image)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[bytes, int, str]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodedSource:
     """Encoded images, decoded on access.
 
     Attributes:
-      records: sequence of (encoded bytes, label, name of the image).
+      records: encoded images with their labels and names.
       class_names: names of the classes, in label order.
       skip_damaged: whether a damaged image is replaced by the next readable one, with one warning, instead of raising an error.
         If True, every record has "damaged", the number of damaged images that it replaces, int32.
       advice: sentence appended to the error.
     """
 
-    records: Sequence[tuple[bytes, int, str]]
+    records: Records
     class_names: tuple[str, ...]
     skip_damaged: bool
     advice: str = ""
@@ -103,6 +111,7 @@ def read_record(
     """
     if not 0 <= index < count:
         raise IndexError(f"index {index} of {count} images")
+    error: UserError | None = None
     for skipped in range(min(count, _MAX_CONSECUTIVE_DAMAGED) if skip_damaged else 1):
         try:
             record = read((index + skipped) % count)
@@ -111,6 +120,7 @@ def read_record(
             error = caught
         if skip_damaged:
             _warn_once(f"{error_text(error)} The next readable image is used instead.")
+    assert error is not None  # at least one record was read
     raise UserError(f"{error_text(error)} {advice}".strip()) from error
 
 
@@ -269,18 +279,18 @@ def _load_tfds(directory: pathlib.Path, split: str) -> EncodedSource:
 
     try:
         builder = tfds.builder_from_directory(directory)
-        info, features = builder.info, dict(builder.info.features)
+        info = builder.info
+        features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
     except Exception as error:  # TFDS raises several types for invalid metadata
         reason = error_text(error)[:200] or type(error).__name__
         raise UserError(f"The metadata of the data set in {directory} cannot be read: {reason}.") from error
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         file_format = info.file_format.value if info.file_format else "unknown"
         raise UserError(f"The data set in {directory} has the format {file_format}: expected array_record.")
-    if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(
-        features.get("label"), tfds.features.ClassLabel
-    ):
+    label = features.get("label")
+    if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         raise UserError(
-            f"The data set in {directory} has the features {name_some(sorted(features))}: expected image and label."
+            f"The data set in {directory} has the features {name_some(sorted(features)) or 'none'}: expected image and label."
         )
     stored = next((name for name in _TFDS_SPLITS[split] if name in info.splits), None)
     if stored is None:
@@ -291,7 +301,8 @@ def _load_tfds(directory: pathlib.Path, split: str) -> EncodedSource:
     missing = [path.name for path in info.splits[stored].filepaths if not path.exists()]
     if missing:
         raise UserError(f"The data set in {directory} is incomplete; these files are missing: {name_some(missing)}.")
-    data_source = builder.as_data_source(split=stored, decoders={"image": tfds.decode.SkipDecoding()})
-    names = features["label"].names or map(str, range(features["label"].num_classes))
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    data_source = builder.as_data_source(split=stored, decoders=decoders)  # pyright: ignore[reportCallIssue] (decorated)
+    names = label.names or map(str, range(label.num_classes or 0))
     records = _TfdsRecords(data_source, f"{stored} in {directory}")
     return EncodedSource(records, tuple(names), skip_damaged=split == "train")

