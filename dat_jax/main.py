@@ -63,14 +63,15 @@ def format_command_flags(config_name: str, overrides: dict) -> str:
 
 def main(_):
     """Parses flags and makes one call; a UserError is printed as one sentence."""
-    if _CONFIG.value is None or not (_WORKDIR.value or _PRINT_CONFIG.value):
+    workdir = _WORKDIR.value
+    if _CONFIG.value is None or not (workdir or _PRINT_CONFIG.value):
         fail("Expected --config=CONFIG --workdir=DIR, such as --config=quickstart --workdir=runs/quickstart.")
     try:
         if _PRINT_CONFIG.value:
             validate(_CONFIG.value)
             print(format_config(_CONFIG.value), end="")
-        else:
-            _run(_CONFIG.value, _WORKDIR.value)
+        elif workdir:
+            _run(_CONFIG.value, workdir)
     except UserError as error:
         fail(str(error))
 
@@ -90,7 +91,8 @@ def _run(config: ConfigDict, workdir: str) -> None:
         loop.evaluate(config, workdir, quiet=_QUIET.value)
         return
     flag = flags.FLAGS["config"]
-    command_flags = format_command_flags(flag.config_filename, config_flags.get_override_values(flag))
+    file = flag.config_filename  # pyright: ignore[reportAttributeAccessIssue] (a flag of config_flags)
+    command_flags = format_command_flags(file, config_flags.get_override_values(flag))
     loop.train(config, workdir, quiet=_QUIET.value, command_flags=command_flags)
 
 

@@ -155,7 +155,7 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
         head = config.get("head")
         if kind != "classifier" and not isinstance(head, dict):
             raise UserError(f"{path / 'config.json'} does not describe the head of the checkpoints beside it.")
-        described = settings if kind == "classifier" else head
+        described = settings if kind == "classifier" or head is None else head
         described["num_classes"] = count_classes(variables["params"])
     elif str(path) in VARIANTS:
         raise UserError(

@@ -106,7 +106,7 @@ class Checkpoints:
         meta["checksum"] = hash_json(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
-            started = self._manager.save(step, args=args, metrics=metrics)
+            started = self._open_manager.save(step, args=args, metrics=metrics)
         except ORBAX_ERRORS as error:
             self._log_failure(step, describe_error(error))
             self._reopen()
@@ -125,8 +125,8 @@ class Checkpoints:
             return
         manifest_writer, self._manifest_writer = self._manifest_writer, None
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._open_manager.wait_until_finished()
+            self._open_manager.check_for_errors()
             if manifest_writer is not None:
                 manifest_writer.finish()
         except ORBAX_ERRORS as error:
@@ -176,7 +176,7 @@ class Checkpoints:
             check_digests(name, saved=saved, actual=actual)
             self._check_structure(step, abstract_state, meta["digests"].keys())
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            state = self._manager.restore(step, args=args)["state"]
+            state = self._open_manager.restore(step, args=args)["state"]
             fingerprints = self._fingerprint(state)
         except UserError:
             raise
@@ -244,6 +244,11 @@ class Checkpoints:
         with quiet_orbax() if self._read_only else contextlib.nullcontext():
             return ocp.CheckpointManager(self.directory.absolute(), item_handlers=handlers, options=options)
 
+    @property
+    def _open_manager(self) -> ocp.CheckpointManager:
+        assert self._manager is not None, "the directory could not be opened again after a failed save"
+        return self._manager
+
     def _reopen(self) -> bool:
         """Open the directory again, without the remains of a failed save. Returns whether that succeeded."""
         old, self._manager = self._manager, None
@@ -266,7 +271,7 @@ class Checkpoints:
           DamagedError: the saved arrays are not those with the names that were written.
           UserError: the state has other arrays.
         """
-        saved = self._manager.item_metadata(step)["state"]
+        saved = self._open_manager.item_metadata(step)["state"]
         saved = _get_shapes(saved.tree if hasattr(saved, "tree") else saved)
         name = f"The checkpoint {self._path(step)}"
         check_digests(name, saved=dict.fromkeys(names, True), actual=dict.fromkeys(saved, True))

@@ -49,8 +49,9 @@ def read_image_options(values: flags.FlagValues) -> dict[str, Any]:
     Raises:
       UserError: ``ratios`` are not numbers.
     """
+    ratios = values.ratios
     try:
-        ratios = None if values.ratios is None else tuple(map(float, values.ratios))
+        ratios = None if ratios is None else tuple(map(float, ratios))
     except ValueError as error:
-        raise UserError(f"--ratios must be numbers separated by commas, got {','.join(values.ratios)}.") from error
+        raise UserError(f"--ratios must be numbers separated by commas, got {','.join(ratios or ())}.") from error
     return {"ratios": ratios, **{name: values[name].value for name in _OPTIONS if name in values}}

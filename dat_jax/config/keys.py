@@ -4,6 +4,7 @@ The keys of a task are nested dicts of ``Key``; see ``common.py``, ``classificat
 ``detection.py``. Default configurations and the checks of ``validation.py`` are derived from them.
 """
 
+import builtins
 import dataclasses
 import numbers
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Key:
     default: Any
     help: str
     _: dataclasses.KW_ONLY
-    items: type | None = None
+    items: builtins.type | None = None  # `type` is the attribute above
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
@@ -64,6 +65,7 @@ class Key:
         if self.type is tuple:
             if not isinstance(value, list | tuple) or not (value or self.can_be_empty):
                 return False
+            assert self.items is not None
             return all(self._accepts_one(item, self.items) for item in value)
         return self._accepts_one(value, self.type)
 
@@ -81,7 +83,7 @@ class Key:
             bounds.append(f"of at most {self.maximum}")
         return " " + " and ".join(bounds) if bounds else ""
 
-    def _accepts_one(self, value: Any, kind: type) -> bool:
+    def _accepts_one(self, value: Any, kind: builtins.type) -> bool:
         if kind is bool:
             return isinstance(value, bool)
         if isinstance(value, bool) or not isinstance(value, _ABSTRACT_TYPES.get(kind, kind)):
@@ -136,10 +138,13 @@ def replace_defaults(keys: Keys, defaults: Mapping[str, Any]) -> dict[str, Any]:
     replaced = dict(keys)
     for path, default in defaults.items():
         name, _, rest = path.partition(".")
+        key = replaced[name]
         if rest:
-            replaced[name] = replace_defaults(replaced[name], {rest: default})
+            assert isinstance(key, Mapping)
+            replaced[name] = replace_defaults(key, {rest: default})
         else:
-            replaced[name] = dataclasses.replace(replaced[name], default=default)
+            assert isinstance(key, Key)
+            replaced[name] = dataclasses.replace(key, default=default)
     return replaced
 
 

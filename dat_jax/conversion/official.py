@@ -300,7 +300,7 @@ _FIXED_KERNELS = r"^(backbone\.)?stages\.\d+\.attns\.\d+\.dep_conv\.weight$"
 
 def _entries(model: DAT) -> Entries:
     """Entries of all parameters of a model, in a fixed order."""
-    return [Entry(path, shape, *name_parameter(path, model)) for path, shape in _param_shapes(model).items()]
+    return [Entry(path, shape, *name_parameter(path, model)) for path, shape in _param_shapes(model).items()]  # pyright: ignore[reportArgumentType] (Flax makes modules hashable)
 
 
 @functools.lru_cache(maxsize=8)  # tracing a large model takes seconds

@@ -123,7 +123,9 @@ def _read_bases(path: pathlib.Path, statements: list[ast.stmt], *, chain, done, 
     """Name -> value of all ``_base_`` files together."""
     names: dict[str, Any] = {}
     origins: dict[str, pathlib.Path] = {}
-    assignments = [(s.lineno, value) for s in statements for name, value in [_split_assignment(s)] if name == "_base_"]
+    assignments = [
+        (s.lineno, value) for s in statements for name, value in [_split_assignment(s)] if value and name == "_base_"
+    ]
     if len(assignments) > 1:
         raise UserError(f"{path}:{assignments[1][0]}: _base_ is assigned a second time.")
     for line, value in assignments:

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle
@@ -241,7 +241,9 @@ class DigitsSource:
 
 def _digit_objects(digits: list[tuple[int, np.ndarray]]) -> Objects:
     visible = [(digit, mask) for digit, mask in digits if np.count_nonzero(mask) >= _MIN_VISIBLE]
-    masks = [rle.encode(np.asfortranarray(mask, np.uint8)) for _, mask in visible]
+    masks: list[Any] = [
+        rle.encode(np.asfortranarray(mask, np.uint8)) for _, mask in visible
+    ]  # has its own type of dict
     boxes = np.array([rle.toBbox(mask) for mask in masks], np.float64).reshape(-1, 4)
     areas = np.array([np.count_nonzero(mask) for _, mask in visible], np.float64)
     labels = np.array([digit for digit, _ in visible], np.int32)

@@ -79,7 +79,7 @@ def save_figures(predict: Callable, variables, batch: dict, *, class_names, dire
     plots.save_predictions(
         directory / "predictions.png",
         images,
-        labels=labels,
+        labels=labels.tolist(),
         predictions=outputs["logits"].argmax(axis=-1),
         class_names=class_names,
     )

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,8 +52,9 @@ def make_evaluator(
         detections = []
         for row in np.flatnonzero(rows["mask"] > 0):
             image = to_original({name: values[row] for name, values in rows.items()}, masks=masks)
-            ids = dict(image_id=image_ids[rows["index"][row]], category_ids=category_ids)
-            detections += make_detections(image["boxes"], image["labels"], image["scores"], image["masks"], **ids)
+            arrays = (image["boxes"], image["labels"], image["scores"], image["masks"])
+            image_id = image_ids[rows["index"][row]]
+            detections += make_detections(*arrays, image_id=image_id, category_ids=category_ids)
         return detections, int((rows["mask"] > 0).sum())
 
     def evaluate(variables, batches):
@@ -74,7 +76,7 @@ def make_evaluator(
     return evaluate
 
 
-def to_original(outputs: dict[str, np.ndarray], *, masks: bool) -> dict[str, np.ndarray]:
+def to_original(outputs: dict[str, np.ndarray], *, masks: bool) -> dict[str, Any]:
     """Convert the outputs of one image to detections in the original image, on the host.
 
     Args:
@@ -89,8 +91,8 @@ def to_original(outputs: dict[str, np.ndarray], *, masks: bool) -> dict[str, np.
     detections = {name: np.asarray(outputs[name])[valid] for name in ("boxes", "scores", "labels")}
     pasted = None
     if masks:
-        shape = tuple(int(side) for side in outputs["original"])
-        pasted = paste_masks(outputs["masks"][valid], detections["boxes"], shape, threshold=_MASK_THRESHOLD)
+        height, width = (int(side) for side in outputs["original"])
+        pasted = paste_masks(outputs["masks"][valid], detections["boxes"], (height, width), threshold=_MASK_THRESHOLD)
     return detections | {"masks": pasted}
 
 
@@ -218,7 +220,8 @@ def compute_curves(ground_truth: dict, detections: Sequence[dict], *, kind: str)
     results = [{key: value for key, value in detection.items() if key != ignored_key} for detection in detections]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = {**ground_truth, "annotations": [dict(entry) for entry in ground_truth["annotations"]]}
+        dataset: Any = {**ground_truth, "annotations": [dict(entry) for entry in ground_truth["annotations"]]}  # JSON
+        coco.dataset = dataset
         coco.createIndex()
         evaluation = COCOeval(coco, _load_results(coco, results), kind)
         evaluation.evaluate()
@@ -229,7 +232,7 @@ def compute_curves(ground_truth: dict, detections: Sequence[dict], *, kind: str)
 
 def _load_results(ground_truth: COCO, results: list[dict]) -> COCO:
     if results:
-        return ground_truth.loadRes(results)
+        return ground_truth.loadRes(results)  # pyright: ignore[reportArgumentType] (lists are missing in the stub)
     empty = COCO()  # loadRes requires at least one result
     empty.dataset = {**ground_truth.dataset, "annotations": []}
     empty.createIndex()
@@ -276,4 +279,5 @@ def make_detections(
 def encode_mask(mask: np.ndarray) -> dict:
     """Encode a mask, bool (H, W), as a compressed RLE, {"size": [H, W], "counts": str}."""
     encoded = rle.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode()}
+    counts = encoded["counts"].decode()  # pyright: ignore[reportAttributeAccessIssue] (bytes, not str as in the stub)
+    return {"size": [int(side) for side in encoded["size"]], "counts": counts}

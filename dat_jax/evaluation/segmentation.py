@@ -55,7 +55,7 @@ def slide(shape: tuple[int, int], *, window: int, stride: int) -> tuple[tuple[in
         [min(index * stride, side - part) for index in range(max(side - window + stride - 1, 0) // stride + 1)]
         for side, part in zip(shape, sides, strict=True)
     ]
-    return tuple((top, left, *sides) for top in starts[0] for left in starts[1])
+    return tuple((top, left, sides[0], sides[1]) for top in starts[0] for left in starts[1])
 
 
 def make_segmenter(predict: Callable, *, flip: bool = False, window: int = 0, stride: int = 0) -> Callable:
@@ -289,7 +289,7 @@ def _window_matrices(window, one_pass, size, shape, logits_shape, dtype):
         side, stop = one_pass.shape[axis], start + length
         # Windows form a grid, so the number of windows over a pixel is the product of the numbers along both axes.
         starts = sorted({other[axis] for other in one_pass.windows})
-        cover = sum(((np.arange(side) >= s) & (np.arange(side) < s + length)).astype(float) for s in starts)
+        cover = np.sum([(np.arange(side) >= s) & (np.arange(side) < s + length) for s in starts], axis=0, dtype=float)
         to_view = np.zeros((side, logits_shape[1 + axis]))
         to_view[start:stop] = bilinear_weights(logits_shape[1 + axis], length) / cover[start:stop, None]
         if axis == 1 and one_pass.mirrored:

@@ -66,7 +66,9 @@ def write_exported(
         raise UserError(f"formats must be one or more of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
     check_absent(directory)
     image_shape = image_shape or choose_image_shape(predictor)
-    settings = dict(image_shape=image_shape, preprocessing=preprocessing, batch=batch)
+    settings: dict[str, Any] = dict(
+        image_shape=image_shape, preprocessing=preprocessing, batch=batch
+    )  # of several types
     check_program(predictor, platforms=platforms, **settings)
     program, onnx = None, None
     with atomic_path(directory) as unfinished:
@@ -75,8 +77,13 @@ def write_exported(
             program = make_program(predictor, platforms=platforms, **settings)
             (unfinished / PROGRAM).write_bytes(program.serialize())
         if "orbax" in formats:
-            options = dict(classes=predictor.class_names, options=predictor.options)
-            write_model(unfinished, model=predictor.model, variables=predictor.variables, **options)
+            write_model(
+                unfinished,
+                model=predictor.model,
+                variables=predictor.variables,
+                classes=predictor.class_names,
+                options=predictor.options,
+            )
         if "safetensors" in formats:
             variables = jax.tree.map(np.asarray, predictor.variables)
             write_official_weights(

@@ -42,7 +42,7 @@ def write_onnx(
             "ONNX export supports classifiers and segmentors; the box selection of a detector is not converted."
         )
     try:
-        import jax2onnx
+        import jax2onnx  # pyright: ignore[reportMissingImports] (an optional dependency)
     except ImportError as error:
         raise UserError('ONNX export requires jax2onnx, which is not installed: pip install -e ".[onnx]".') from error
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about every shape that it cannot infer

@@ -1,7 +1,7 @@
 """A trained model as one StableHLO program for several platforms, with its weights inside, by jax.export."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.export
@@ -123,12 +123,13 @@ def make_branch(predictor: Predictor, platform: str, *, preprocessing: str = "in
 def _compute_outputs(predictor: Predictor, variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
     model = predictor.model
     if isinstance(predictor, Classifier):
-        return model.apply(variables, images, train=False).astype(jnp.float32)
+        return cast(jax.Array, model.apply(variables, images, train=False)).astype(jnp.float32)
     if isinstance(predictor, Segmenter):
-        return model.apply(variables, images, train=False)["logits"].astype(jnp.float32)
+        outputs = cast(dict[str, jax.Array], model.apply(variables, images, train=False))
+        return outputs["logits"].astype(jnp.float32)
     (valid,) = sizes
     batch = {"valid": valid, "scale": jnp.ones((images.shape[0], 4), jnp.float32)}
-    return detect(model, variables, images, batch, settings=predictor.settings)
+    return detect(predictor.model, variables, images, batch, settings=predictor.settings)
 
 
 def choose_dtype(preprocessing: str) -> jnp.dtype:

@@ -62,7 +62,8 @@ class BlockAttention:
     def find_query(self, point: tuple[float, float]) -> tuple[int, int]:
         """(row, column) of the query whose cell of the feature map contains a point of the image."""
         sides = zip(point, self.image_shape, self.map_shape, strict=True)
-        return tuple(min(max(int(at / side * count), 0), count - 1) for at, side, count in sides)
+        row, column = (min(max(int(at / side * count), 0), count - 1) for at, side, count in sides)
+        return row, column
 
     def find_window(self, query: tuple[int, int]) -> np.ndarray | None:
         """Window of an N block around a query, (top, left, bottom, right), shifted inward at the borders of the image.
@@ -85,10 +86,12 @@ class BlockAttention:
 
     def find_keys(self, query: tuple[int, int]) -> np.ndarray:
         """Positions of the keys of a query, (G, N, 2)."""
-        if self.kind == "D":
+        window = self.find_window(query)
+        if window is None:
+            assert self.positions is not None
             return self.positions
         offsets = np.stack(np.meshgrid(*(np.arange(self.kernel_size),) * 2, indexing="ij"), axis=-1)
-        return (self.find_window(query)[:2] + (offsets.reshape(-1, 2) + 0.5) * self.cell)[None]
+        return (window[:2] + (offsets.reshape(-1, 2) + 0.5) * self.cell)[None]
 
     def rank_keys(self, query: tuple[int, int], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The keys with the largest weights for a query, over all groups.

@@ -96,6 +96,7 @@ def report_predictions(
         image, prediction = next(predictions)
         if isinstance(prediction, UserError):
             raise prediction
+        assert not isinstance(image, UserError)  # its prediction would be one, too
         name, output = str(images[index]), None if outputs is None else outputs[index]
         if output is not None:
             predictor.save(output, image, prediction)

@@ -121,7 +121,7 @@ class ObjectDetector:
             for label, score, (x1, y1, x2, y2) in zip(*arrays, strict=True)
         ]
 
-    def filter_by_score(self, prediction: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def filter_by_score(self, prediction: Mapping[str, Any]) -> dict[str, Any]:
         """Detections with a score of at least ``min_score``."""
         keep = prediction["scores"] >= self.min_score
         return {name: None if values is None else values[keep] for name, values in prediction.items()}
@@ -175,11 +175,11 @@ def from_trained(
     path, count = pathlib.Path(path), model.num_classes
     options = choose_options(path, options, known=OPTIONS, kind="detector")
     _check(options)
-    published = dict(count=count, published=coco_names.CLASS_NAMES)
-    has_coco_classes = find_names(path, None, **published) == coco_names.CLASS_NAMES
+    find = functools.partial(find_names, path, count=count, published=coco_names.CLASS_NAMES)
+    has_coco_classes = find(None) == coco_names.CLASS_NAMES
     scale, settings = (options["long_side"], options["short_side"]), _make_settings(model, options)
     return ObjectDetector(
-        class_names=find_names(path, classes, **published),
+        class_names=find(classes),
         category_ids=coco_names.CATEGORY_IDS if has_coco_classes else tuple(range(1, count + 1)),
         palette=make_palette(count + 1)[1:],  # without black, the first color
         transform=make_detection_eval_transform(scale=scale, multiple=options["multiple"]),

@@ -1,6 +1,7 @@
 """Options and class names of a trained model: passed by the caller, stored with the model, or published."""
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +48,9 @@ def _get(config, key, default):
     return default if config is None else config
 
 
-def find_names(path: pathlib.Path, file: str | None, *, count: int, published: Sequence[str]) -> tuple[str, ...]:
+def find_names(
+    path: pathlib.Path, file: str | os.PathLike | None, *, count: int, published: Sequence[str]
+) -> tuple[str, ...]:
     """Class names of a model.
 
     Args:

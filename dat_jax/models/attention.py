@@ -3,6 +3,7 @@
 Each module maps (B, H, W, C) to (B, H, W, C), for any H and W.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -90,7 +91,7 @@ class DeformableAttention(nn.Module):
 
         key = Linear(channels, name="proj_k", dtype=self.dtype)(sampled)
         value = Linear(channels, name="proj_v", dtype=self.dtype)(sampled)
-        lookup = {}
+        lookup: dict[str, Any] = {}  # arguments of several types
         bias = None
         if self.use_offsets and kind == "table":
             side_y, side_x = (2 * size - 1 for size in self.table_shape)
@@ -126,8 +127,8 @@ class DeformableAttention(nn.Module):
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         groups, kernel_size, stride = self.num_groups, self.offset_kernel, self.key_stride
         padding = 0 if kernel_size == stride else kernel_size // 2
-        options = dict(groups=groups, dtype=dtype, implementation=self.implementation)
-        x = DepthwiseConv(kernel_size, stride, padding, **options, name="conv_offset_0")(query)
+        make = functools.partial(DepthwiseConv, kernel_size, stride, padding, groups=groups, dtype=dtype)
+        x = make(implementation=self.implementation, name="conv_offset_0")(query)
         x = jnp.moveaxis(x.reshape(*x.shape[:3], groups, channels // groups), 3, 1)  # (B, G, Hk, Wk, C / G)
         x = gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
         return Linear(2, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
@@ -279,8 +280,8 @@ class SpatialReductionAttention(nn.Module):
         query = Linear(channels, name="q", dtype=self.dtype)(x).reshape(batch, -1, channels)
         if self.ratio > 1:
             x = _pad_bottom_right(x, max(height, self.ratio), max(width, self.ratio))
-            reduce = dict(kernel_size=self.ratio, stride=self.ratio, padding=0)
-            x = conv(channels, channels, **reduce, name="proj_ds_0", dtype=self.dtype)(x)
+            reduce = functools.partial(conv, channels, channels, kernel_size=self.ratio, stride=self.ratio, padding=0)
+            x = reduce(name="proj_ds_0", dtype=self.dtype)(x)
             x = LayerNorm(name="proj_ds_1", dtype=self.dtype)(x)
         packed = Linear(2 * channels, name="kv", dtype=self.dtype)(x.reshape(batch, -1, channels))
         key, value = jnp.split(packed, 2, axis=-1)

@@ -42,7 +42,7 @@ def compute_attention(model: DAT, variables: Mapping[str, Any], images: jax.Arra
     """
     model = model.clone(scan_blocks=False, remat="none")  # the parameters keep their names
     _, state = model.apply(variables, images, mutable=["intermediates"], capture_intermediates=_is_captured)
-    captured, params = state.get("intermediates", {}), variables["params"]
+    captured, params = dict(state).get("intermediates", {}), variables["params"]
     attention = {}
     for i, kinds in enumerate(model.stages):
         for j, kind in enumerate(kinds):

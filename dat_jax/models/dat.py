@@ -1,5 +1,6 @@
 """DAT and DAT++: the backbone and the classifier."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -309,10 +310,9 @@ class DAT(nn.Module):
 
     def setup(self):
         self._check()
-        options = dict(conv_patches=self.conv_patches, dtype=self.dtype)
         rates = np.linspace(0, self.drop_path_rate, sum(map(len, self.stages)))
         starts = np.cumsum([0, *map(len, self.stages)])
-        self.patch_proj = Stem(self.dim_stem, **options)
+        self.patch_proj = Stem(self.dim_stem, conv_patches=self.conv_patches, dtype=self.dtype)
         self.stage_modules = [
             Stage(
                 self.dims[i],
@@ -325,7 +325,9 @@ class DAT(nn.Module):
             )
             for i, kinds in enumerate(self.stages)
         ]
-        self.down_projs = [DownProjection(dim, **options) for dim in self.dims[1:]]
+        self.down_projs = [
+            DownProjection(dim, conv_patches=self.conv_patches, dtype=self.dtype) for dim in self.dims[1:]
+        ]
         self.cls_norm = LayerNorm(dtype=self.dtype)
         self.cls_head = Linear(self.num_classes, dtype=jnp.promote_types(self.dtype, jnp.float32))
 
@@ -389,10 +391,11 @@ class DAT(nn.Module):
         make_block = _remat(Block, self.remat)
         return lambda **place: make_block(make_attention, layer_scale_init=self.layer_scale_init[i], **common, **place)
 
-    def map_shape(self, image_shape: tuple[int, int], *, stage: int) -> tuple[int, int]:
+    def map_shape(self, image_shape: Sequence[int], *, stage: int) -> tuple[int, int]:
         """(H, W) of the map of a stage for images of (height, width)."""
         stride = 4 * 2**stage
-        return tuple(-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
+        height, width = (-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
+        return height, width
 
     def table_shape(self, *, stage: int) -> tuple[int, int]:
         """(H, W) of the map that the position tables of a stage are made for."""

@@ -1,12 +1,12 @@
 """Key positions of the deformable blocks of a model, by block."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dat_jax.models.dat import DAT
 
 
-def name_positions(sown: Mapping[str, Any], dat: DAT, image_shape: tuple[int, int]) -> dict[str, dict[str, Any]]:
+def name_positions(sown: Mapping[str, Any], dat: DAT, image_shape: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Key positions that a DAT sowed, by block.
 
     Args:

@@ -144,7 +144,7 @@ class RCNN(nn.Module):
             name: default if value is None else value
             for (name, default), value in zip(published.items(), (self.box_convs, self.box_layers), strict=True)
         }
-        options = dict(num_classes=self.num_classes, dtype=self.dtype)
+        options: dict[str, Any] = dict(num_classes=self.num_classes, dtype=self.dtype)  # of several types
         self.bbox_heads = [BoxHead(width=self.width, **sizes, **options) for _ in range(self.stages)]
         self.mask_heads = [MaskHead(num_convs=self.mask_convs, **options) for _ in range(self.stages)]
 

@@ -166,7 +166,8 @@ class Segmentor(nn.Module):
         if self.head not in HEADS:
             raise ValueError(f"Unknown head {self.head!r}; choose one of {', '.join(HEADS)}.")
         self.backbone = Backbone(self.dat.clone(parent=None), dtype=self.dtype)
-        options = dict(num_classes=self.num_classes, dropout=self.dropout, dtype=self.dtype)
+        # Arguments of several types.
+        options: dict[str, Any] = dict(num_classes=self.num_classes, dropout=self.dropout, dtype=self.dtype)
         if self.head == "sem_fpn":
             self.neck = FPN(self.neck_channels, dtype=self.dtype)
         pooling = dict(pool_sides=self.pool_sides) if self.head == "upernet" else {}

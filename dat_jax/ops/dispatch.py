@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 # "slice", "rows" and "shifts" are in ``ops.cpu``, "pallas" is in ``ops.pallas``.
 IMPLEMENTATIONS = {
@@ -40,7 +41,7 @@ PLAIN = {
 
 _MAX_KERNEL_PIXELS = 4096  # of a map that a Pallas kernel takes: one example must fit in VMEM
 
-_PLATFORM = contextvars.ContextVar("platform", default=None)
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
 def target_platform() -> str:
@@ -98,7 +99,9 @@ def interpreted_kernels() -> Iterator[None]:
         _INTERPRET.reset(token)
 
 
-_BATCH_SPLIT = contextvars.ContextVar("batch_split", default=(None, ()))
+_BATCH_SPLIT: contextvars.ContextVar[tuple[Mesh | None, tuple[str, ...]]] = contextvars.ContextVar(
+    "batch_split", default=(None, ())
+)
 
 
 def batch_split() -> tuple[Any, tuple[str, ...]]:
@@ -120,7 +123,7 @@ def split_batch(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Iterator[None
         _BATCH_SPLIT.reset(token)
 
 
-def choose(op: str, implementation: str, *, map_shape: tuple[int, int], table_fits: bool = False) -> str:
+def choose(op: str, implementation: str, *, map_shape: tuple[int, ...], table_fits: bool = False) -> str:
     """Name of the algorithm to run.
 
     Args:
@@ -186,4 +189,4 @@ def choose_query_tile(map_shape: tuple[int, int], *, pairs_per_query: int) -> tu
     rows = max(1, TILE_PAIRS // (pairs_per_query * width))
     columns = max(1, min(width, TILE_PAIRS // pairs_per_query))
     # The fewest tiles of at most this size, with sides as equal as possible.
-    return tuple(-(-size // -(-size // side)) for size, side in ((height, rows), (width, columns)))
+    return -(-height // -(-height // rows)), -(-width // -(-width // columns))

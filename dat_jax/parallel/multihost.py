@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def start(
         return
     arguments = dict(zip(_VARIABLES, (coordinator_address or None, num_processes, process_id), strict=True))
     values = {name: environment.get(name) if value is None else value for name, value in arguments.items()}
-    options = {}
+    options: dict[str, Any] = {}  # arguments of several types
     if any(value is not None for value in values.values()):
         missing = [name for name, value in values.items() if value is None]
         if missing:
@@ -49,8 +50,8 @@ def start(
                 f"A run of several processes needs {', '.join(_VARIABLES)}, or the flags of the same names; not given: "
                 f"{', '.join(missing)}."
             )
-        address, *numbers = values.values()
-        if not all(str(number).isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+        address, *numbers = map(str, values.values())
+        if not all(number.isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
             raise UserError(
                 "A run of several processes needs their number and an index below it, got "
                 f"{numbers[0]} and {numbers[1]}."

@@ -18,7 +18,12 @@ AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**16  # elements; gathering a smaller array costs more than sharding it saves
 
 
-def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    *,
+    data: int,
+    fsdp: int,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (jaxlib has no annotations)
+) -> Mesh:
     """Make the mesh over all devices.
 
     In a run of several processes the devices of an fsdp group belong to one process where possible: the parameters that fsdp
@@ -137,7 +142,8 @@ _gather.defvjp(
 def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
     """Indices of the examples of a batch that are placed on devices of this process, in ascending order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in indices for row in range(*part.indices(batch_size))})
+    parts = [part for index in indices if index is not None for part in index]
+    return sorted({row for part in parts for row in range(*part.indices(batch_size))})
 
 
 def put_batch(batch, mesh: Mesh):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -89,7 +90,7 @@ def _make_report(config, *, topology, steps, find_batch, top, classes, examples,
     validate(config)
     find_devices(topology, target_config=target_config)  # reports errors before data are read
     sources = step_report.make_sources(config, classes=classes, examples=examples)
-    options = dict(topology=topology, sources=sources, target_config=target_config, top=top)
+    options: dict[str, Any] = dict(topology=topology, sources=sources, target_config=target_config, top=top)
     if not find_batch:
         return step_report.compile_report(config, steps=steps, **options)
     reports = [step_report.find_batch(config, step, **options) for step in steps]
@@ -114,8 +115,8 @@ def print_report(console: Console, report: dict) -> None:
     )
     console.print(f"Compiled with {versions}. Every number is per chip and per step.")
     columns = {step: _make_column(part) for step, part in report["steps"].items()}
-    style = {} if console.is_terminal else {"box": None}
-    table = Table(report["topology"], *columns, **style)
+    box = HEAVY_HEAD if console.is_terminal else None
+    table = Table(report["topology"], *columns, box=box)
     for name in dict.fromkeys(name for column in columns.values() for name in column):
         table.add_row(name, *(column.get(name, "-") for column in columns.values()))
     console.print(table, soft_wrap=False)
@@ -125,7 +126,7 @@ def print_report(console: Console, report: dict) -> None:
         if "unread" in part:
             console.print(f"{step}: the compiled program cannot be read, so collectives are unknown: {part['unread']}")
         for kind, rows in part.get("top", {}).items():
-            table = Table(f"{step}, by {kind}", "ops", "GB", "GB padded", "GB in HBM", **style)
+            table = Table(f"{step}, by {kind}", "ops", "GB", "GB padded", "GB in HBM", box=box)
             for row in rows:
                 sizes = (f"{row[key] / 1e9:.3f}" for key in ("bytes", "padded_bytes", "hbm_bytes"))
                 table.add_row(row["name"], f"{row['ops']:,}", *sizes)

@@ -343,7 +343,7 @@ def _origins(computation: Mapping[str, Instruction]) -> dict[str, str]:
     """
     shared = {"parameter", "constant", "tuple", "while"}  # their users are unrelated to each other
     names = {i.name: i.op_name for i in computation.values() if i.opcode not in shared}
-    for instruction in reversed(computation.values()):  # users come after their operands
+    for instruction in reversed(list(computation.values())):  # users come after their operands
         for operand in instruction.operands:
             if names.get(operand) == "":
                 names[operand] = names.get(instruction.name, "")

@@ -153,11 +153,13 @@ def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dic
             raise UserError(f"Compilation of the {step} step failed: {first_line(error)}") from error
         return {**report, "message": _memory_message(error), "compile_seconds": time.perf_counter() - lowered_at}
     report["compile_seconds"] = time.perf_counter() - lowered_at
-    report["memory"] = _memory(compiled.memory_analysis(), _state_bytes(trainer, step), available=chip.memory_bytes)
-    report["fits"] = chip.memory_bytes is None or report["memory"]["peak"] <= chip.memory_bytes
+    memory = report["memory"] = _memory(
+        compiled.memory_analysis(), _state_bytes(trainer, step), available=chip.memory_bytes
+    )
+    report["fits"] = chip.memory_bytes is None or memory["peak"] <= chip.memory_bytes
     product_flops = count_product_flops(traced.jaxpr.jaxpr) / trainer.mesh.size
     try:
-        module = hlo.parse(compiled.as_text())
+        module = hlo.parse(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as error:  # with libtpu 0.0.52, for large programs on v5p
         report["unread"] = first_line(error)
         report["cost"] = _cost(compiled, None, product_flops)
@@ -207,7 +209,7 @@ def _state_bytes(trainer, step) -> dict[str, int]:
     }
 
 
-def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[str, float | None]:
+def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[str, Any]:  # only "available" can be None
     """Memory by use. The peak is the sum of arguments, outputs that do not reuse their memory, temporaries and code.
 
     Args:
@@ -252,7 +254,7 @@ def _roofline(cost, chip: Chip, batch: int) -> dict[str, Any]:
 
     FLOPs and bytes are the larger of the compiler's estimate, which may be missing or count loops once, and our counts.
     """
-    if chip.flops_per_second is None:
+    if chip.flops_per_second is None or chip.bytes_per_second is None:
         return {}
     seconds = {
         "compute_seconds": max(cost["flops"] or 0, cost["product_flops"]) / chip.flops_per_second,
@@ -301,7 +303,8 @@ def find_batch(config: ConfigDict, step: str, *, topology: str, sources: tuple[A
       UserError: the smallest batch size does not fit.
     """
     chips = len(find_devices(topology, target_config=options.get("target_config", TARGET_CONFIG))[1])
-    sources = tuple(StandIn(_LARGEST_BATCH * chips, source.class_names) for source in sources)
+    train_source, eval_source = (StandIn(_LARGEST_BATCH * chips, source.class_names) for source in sources)
+    sources = (train_source, eval_source)
     reports: dict[int, dict] = {}
 
     def fits(batch: int) -> bool:
@@ -351,6 +354,7 @@ def make_sources(config: ConfigDict, *, classes: int | None, examples: int) -> t
     """
     if config.data.directory:
         classes = classes or get_task_class(config.task).published_classes
-        return (StandIn(examples, tuple(map(str, range(classes)))),) * 2
+        source = StandIn(examples, tuple(map(str, range(classes))))
+        return source, source
     task = make_task(config)
     return task.train_source, task.eval_source

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from dat_jax.storage import check_writable
 logger = logging.getLogger(__name__)
 
 
-def known_options(options: Mapping[str, object]) -> dict[str, object] | None:
+def known_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     """The options that the installed compiler accepts, for ``jax.jit(..., compiler_options=...)``.
 
     XLA adds and removes options between releases, and a compilation with an unknown one fails. Every option here only
@@ -62,10 +63,11 @@ def enable_cache(setting: str) -> pathlib.Path | None:
     Returns:
       The directory in use, or None. A directory that cannot be written is logged as a warning.
     """
-    if not setting or not jax.config.jax_enable_compilation_cache:  # JAX_ENABLE_COMPILATION_CACHE=false
+    options: Any = jax.config  # its attributes are defined at run time
+    if not setting or not options.jax_enable_compilation_cache:  # JAX_ENABLE_COMPILATION_CACHE=false
         return None
-    if setting == "auto" and jax.config.jax_compilation_cache_dir:
-        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    if setting == "auto" and options.jax_compilation_cache_dir:
+        return pathlib.Path(options.jax_compilation_cache_dir)
     directory = _default_directory() if setting == "auto" else pathlib.Path(setting).expanduser()
     if jax.default_backend() == "cpu":
         directory /= f"cpu-{_machine_digest()}"

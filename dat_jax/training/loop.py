@@ -1,6 +1,8 @@
 """The training loop, and the evaluation of a checkpoint."""
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -85,12 +87,14 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
             checkpoints.wait()
 
         step = int(state.step)
-        summary = dict(description=description, command_flags=command_flags)
+        save_summary = functools.partial(
+            report.save_summary, trainer, directory, description=description, command_flags=command_flags
+        )
         if ended_by is not None:
             command = next(iter(list_commands(workdir, command_flags=command_flags).values()))
             _log_end(ended_by, step, checkpoints.latest_step(), directory, command)
             seconds = time.monotonic() - start_time
-            report.save_summary(trainer, directory, step=step, ended_by=ended_by, seconds=seconds, **summary)
+            save_summary(step=step, ended_by=ended_by, seconds=seconds)
             return {}
         if checkpoints.latest_step() is not None:  # otherwise no checkpoint could be saved, which was logged
             del state  # free its memory for the best one
@@ -99,7 +103,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     report.save_figures(trainer, state, directory)
     if not finished or not (directory / SUMMARY).exists():  # an existing summary has the duration of the training
         seconds = time.monotonic() - start_time
-        report.save_summary(trainer, directory, step=trainer.total_steps, ended_by=None, seconds=seconds, **summary)
+        save_summary(step=trainer.total_steps, ended_by=None, seconds=seconds)
     report.print_result(console, metrics, weights=f"step {int(state.step)} in {checkpoints.directory}")
     return metrics
 
@@ -153,7 +157,8 @@ def _run_steps(
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(_make_writer(trainer, directory))
         preemption = stack.enter_context(Preemption(trainer.mesh))
-        batches = stack.enter_context(contextlib.closing(trainer.train_batches(start_step=start)))
+        train_batches = trainer.train_batches(start_step=start)
+        batches = stack.enter_context(contextlib.closing(train_batches))  # pyright: ignore[reportArgumentType] (a generator)
         for hook in hooks:
             stack.callback(hook.close)
         for step in range(start + 1, trainer.total_steps + 1):
@@ -202,7 +207,7 @@ def _make_hooks(trainer: Trainer, directory: pathlib.Path, *, start_step: int) -
     def make_progress(step):
         return Progress(start_step=step, total_steps=total_steps, batch_size=config.batch_size)
 
-    usage = Usage(trainer.mesh.devices.ravel(), count_flops=trainer.count_model_flops)
+    usage = Usage(trainer.mesh.devices.ravel().tolist(), count_flops=trainer.count_model_flops)
     throughput = Throughput(make_progress, usage)
     spikes = directory / "loss_spikes.jsonl"
     hooks = [
@@ -237,8 +242,8 @@ def _check_skipped_steps(trainer: Trainer, state: TrainState, values: list[dict]
     step = int(state.step) - count
     message = f"The loss or the gradient of {in_a_row} steps in a row was not a finite number"
     if count:  # the skipped steps are the last ones, so the state is that before them
-        before = state.replace(
-            step=state.step - count, skipped=state.skipped - count, skipped_in_a_row=state.skipped_in_a_row * 0
+        before = dataclasses.replace(
+            state, step=state.step - count, skipped=state.skipped - count, skipped_in_a_row=state.skipped_in_a_row * 0
         )
         if step not in checkpoints.steps() and step > 0:
             _save(trainer, before, checkpoints)
@@ -304,8 +309,8 @@ def _state_options(trainer: Trainer) -> dict:
 
 
 def _open_checkpoints(trainer: Trainer, directory: pathlib.Path, *, read_only: bool = False) -> Checkpoints:
-    options = dict(metric=trainer.task.metric, keep=trainer.config.checkpoint.keep, read_only=read_only)
-    return Checkpoints(directory / "checkpoints", **options)
+    keep = trainer.config.checkpoint.keep
+    return Checkpoints(directory / "checkpoints", metric=trainer.task.metric, keep=keep, read_only=read_only)
 
 
 def _configure_console(quiet: bool):

@@ -44,7 +44,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: ConfigDict, *, devices: Sequence[jax.Device] | None = None, sources: tuple[Any, Any] | None = None
+        self,
+        config: ConfigDict,
+        *,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (jaxlib has no annotations)
+        sources: tuple[Any, Any] | None = None,
     ):
         """Build everything and check that it fits together.
 

@@ -1,5 +1,6 @@
 """Figure of the sampled points and the most important keys of a classifier for one image."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -132,8 +133,8 @@ def _draw_keys(axes, image, block, blocks_by_name, query, max_keys):
     if neighborhood:
         top, left, bottom, right = neighborhood[0].find_window(cell)
         for style, color in (("-", _OUTLINE), ("--", "white")):
-            box = dict(fill=False, edgecolor=color, linewidth=1.6, linestyle=style, zorder=3)
-            axes.add_patch(Rectangle((left, top), right - left, bottom - top, **box))
+            box = functools.partial(Rectangle, fill=False, edgecolor=color, linewidth=1.6, linestyle=style, zorder=3)
+            axes.add_patch(box((left, top), right - left, bottom - top))
     center = (np.array(cell) + 0.5) * block.cell
     _draw_star(axes, *center)
 

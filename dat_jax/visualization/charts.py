@@ -123,10 +123,10 @@ def _draw_points(axes, image, points, map_shape):
 
 def make_group_colors(count: int) -> list[str]:
     """Colors of ``count`` groups of heads as "#rrggbb": those of tab10 or tab20, and evenly spaced hues for more groups."""
-    colors = colormaps["tab10" if count <= 10 else "tab20"].colors
-    if count > len(colors):
-        colors = colormaps["hsv"](np.arange(count) / count)
-    return [to_hex(color) for color in colors[:count]]
+    if count > 20:
+        return [to_hex(color) for color in colormaps["hsv"](np.arange(count) / count)]
+    colormap = colormaps["tab10" if count <= 10 else "tab20"]
+    return [to_hex(colormap(index)) for index in range(count)]
 
 
 def blend(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, *, opacity: float = 0.6) -> np.ndarray:
@@ -191,7 +191,7 @@ def save_segmentations(
         for (title, (image, labels)), axes in zip(row.items(), line, strict=False):
             axes.imshow(image if labels is None else blend(image, labels, palette))
             axes.set_title(title, fontsize=8)
-    handles = [Patch(color=palette[index] / 255, label=class_names[index]) for index in in_legend]
+    handles = [Patch(color=tuple((palette[index] / 255).tolist()), label=class_names[index]) for index in in_legend]
     if handles:
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
@@ -218,9 +218,10 @@ def draw_detections(
       opacity: opacity of the masks.
     """
     masks, scores = detections.get("masks"), detections.get("scores")
-    for index in range(len(detections["boxes"]) if masks is not None else 0):
-        blended = (1 - opacity) * image + opacity * palette[detections["labels"][index]]
-        image = np.where(masks[index][..., None], np.round(blended), image).astype(np.uint8)
+    pairs = [] if masks is None else zip(detections["labels"], masks, strict=True)
+    for label, mask in pairs:
+        blended = (1 - opacity) * image + opacity * palette[label]
+        image = np.where(mask[..., None], np.round(blended), image).astype(np.uint8)
     axes.imshow(image)
     for index, (x1, y1, x2, y2) in enumerate(np.asarray(detections["boxes"], float) - 0.5):
         label = int(detections["labels"][index])

@@ -1,6 +1,7 @@
 """The command ``python -m dat_jax.visualize``: a figure for every image file."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,9 @@ def visualize_files(
         save_attention = make_attention_saver(
             predictor, query=query, blocks=attention.blocks or (), max_keys=max_keys, page=attention.html
         )
-    label_options = dict(classes=len(predictor.class_names), zero_is_ignored=zero_is_ignored)
+    read_label_file = functools.partial(
+        read_labels, classes=len(predictor.class_names), zero_is_ignored=zero_is_ignored
+    )
 
     def process(index):
         image = read_image(images[index])
@@ -85,7 +88,7 @@ def visualize_files(
         elif isinstance(predictor, Segmenter):
             annotation = None
             if label_files:
-                annotation = read_labels(label_files[index], shape=image.shape[:2], **label_options)
+                annotation = read_label_file(label_files[index], shape=image.shape[:2])
             save_segmentation(outputs[index], image, segmenter=predictor, annotation=annotation)
         else:
             save_detection(outputs[index], image, detector=predictor)

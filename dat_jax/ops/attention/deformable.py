@@ -1,5 +1,6 @@
 """Deformable attention: every query attends to N keys at positions that the network predicts from the image."""
 
+import functools
 import math
 
 import jax
@@ -17,10 +18,11 @@ FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_point
 def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int) -> tuple[int, int]:
     """(Hk, Wk): shape of the key grid, the output of a convolution with padding kernel // 2 (0 if kernel == stride)."""
     padding = 0 if kernel_size == stride else kernel_size // 2
-    return tuple((size + 2 * padding - kernel_size) // stride + 1 for size in map_shape)
+    height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in map_shape)
+    return height, width
 
 
-def reference_points(key_shape: tuple[int, int], dtype=jnp.float32, *, form: str = "dat_pp") -> jax.Array:
+def reference_points(key_shape: tuple[int, ...], dtype=jnp.float32, *, form: str = "dat_pp") -> jax.Array:
     """Positions of the keys before any offset: (Hk, Wk, 2), (y, x) in normalized coordinates.
 
     Key i of n is at
@@ -122,32 +124,34 @@ def deformable_attention(
     Source: DAT (CVPR 2022), equations 8 and 9.
     """
     _check_bias(points, table, bias)
-    map_shape = query.shape[1:3]
-    lookup = dict(map_shape=map_shape, query_grid=query_grid)
+    height, width = query.shape[1:3]
+    map_shape = (height, width)
     use_pallas = (
         dispatch.choose("deformable_attention", _attention_implementation(implementation), map_shape=map_shape)
         == "pallas"
     )
 
     def attend_with_pallas(queries, tile):
-        options = dict(num_heads=num_heads)
-        fits = table is not None and position_bias.table_fits(table, **lookup)
-        if fits and points_inside and tile.shape == map_shape and pallas_deformable.table_fits(table.shape):
-            return pallas_deformable.deformable_attention(queries, key, value, points=points, table=table, **options)
+        attention = functools.partial(pallas_deformable.deformable_attention, queries, key, value, num_heads=num_heads)
         tile_bias = None
-        if table is not None:
-            tile_bias = position_bias.table_position_bias_by_key(table, points, **lookup, tile=tile)
+        if table is not None and points is not None:
+            fits = position_bias.table_fits(table, map_shape=map_shape, query_grid=query_grid)
+            if fits and points_inside and tile.shape == map_shape and pallas_deformable.table_fits(table.shape):
+                return attention(points=points, table=table)
+            tile_bias = position_bias.table_position_bias_by_key(
+                table, points, map_shape=map_shape, query_grid=query_grid, tile=tile
+            )
         elif bias is not None:
             tile_bias = jnp.broadcast_to(bias, (queries.shape[0], *bias.shape[1:])).swapaxes(2, 3)
-        return pallas_deformable.deformable_attention(queries, key, value, bias=tile_bias, **options)
+        return attention(bias=tile_bias)
 
     def attend(queries, tile):  # (B, tile height, tile width, C)
         if use_pallas:
             return attend_with_pallas(queries, tile)
         tile_bias = bias
-        if table is not None:
+        if table is not None and points is not None:
             tile_bias = position_bias.table_position_bias(
-                table, points, **lookup, tile=tile, implementation=implementation
+                table, points, map_shape=map_shape, query_grid=query_grid, tile=tile, implementation=implementation
             )
         flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
         out = multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
@@ -188,8 +192,9 @@ def deformable_attention_weights(
       ValueError: both a table and a bias are given, or a table without points.
     """
     _check_bias(points, table, bias)
-    if table is not None:
-        bias = position_bias.table_position_bias(table, points, map_shape=query.shape[1:3], query_grid=query_grid)
+    height, width = query.shape[1:3]
+    if table is not None and points is not None:
+        bias = position_bias.table_position_bias(table, points, map_shape=(height, width), query_grid=query_grid)
     flat = query.reshape(query.shape[0], -1, query.shape[-1])
     return attention_weights(flat, key, num_heads=num_heads, bias=bias)
 

@@ -104,8 +104,8 @@ def attend_backward(
     """Gradients of the arguments of ``attend``, from its arguments, its output and the gradient of the output."""
     scale = 1 / math.sqrt(query.shape[-1])
     if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
-        to_query, *others = _attend_backward(1.0, (query * scale, key, value, bias, out), gradient)
-        return to_query * scale, *others
+        to_query, to_key, to_value, to_bias = _attend_backward(1.0, (query * scale, key, value, bias, out), gradient)
+        return to_query * scale, to_key, to_value, to_bias
     return _attend_backward(scale, (query, key, value, bias, out), gradient)
 
 

@@ -31,11 +31,12 @@ def sum_over_axes(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return x
 
 
-def _add_slices(x):
+def _add_slices(x: jax.Array) -> jax.Array:
     """(B, H, ...) -> (B, H / n, ...): the sum of n equal parts of the rows."""
     terms = max((n for n in range(2, _MAX_TERMS + 1) if x.shape[1] % n == 0), default=0)
     if not terms:  # no small divisor: add the second half to the first, an odd row stays
         half = x.shape[1] // 2
         return jnp.concatenate([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], axis=1)
     rows = x.shape[1] // terms
-    return sum(x[:, part * rows : (part + 1) * rows] for part in range(terms))
+    parts = (x[:, part * rows : (part + 1) * rows] for part in range(terms))
+    return sum(parts)  # pyright: ignore[reportReturnType] (there are at least two terms)

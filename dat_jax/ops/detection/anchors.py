@@ -27,14 +27,14 @@ def base_anchors(stride: int, *, scales: Sequence[float], ratios: Sequence[float
     Source: MMDetection 2.26, ``AnchorGenerator``, which also computes in float32.
     """
     root = np.sqrt(np.asarray(ratios, np.float32))[:, None]
-    scales = np.asarray(scales, np.float32)[None, :]
-    width, height = (np.float32(stride) * side * scales for side in (1 / root, root))
+    multiples = np.asarray(scales, np.float32)[None, :]
+    width, height = (np.float32(stride) * side * multiples for side in (1 / root, root))
     half = 0.5 * np.stack([width.ravel(), height.ravel()], axis=1)
     return np.concatenate([-half, half], axis=1)
 
 
 def make_anchors(
-    map_shapes: Sequence[tuple[int, int]],
+    map_shapes: Sequence[tuple[int, ...]],
     *,
     strides: Sequence[int],
     scales: Sequence[float],
@@ -65,7 +65,7 @@ def make_anchors(
 
 
 def anchor_validity(
-    map_shapes: Sequence[tuple[int, int]], *, strides: Sequence[int], per_position: int, pad_shape
+    map_shapes: Sequence[tuple[int, ...]], *, strides: Sequence[int], per_position: int, pad_shape
 ) -> list[jax.Array]:
     """Mask of the anchors whose center is inside the padded image. The rest of such an anchor may be outside.
 

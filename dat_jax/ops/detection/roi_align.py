@@ -137,7 +137,12 @@ def pyramid_roi_align(
 
 
 def axis_weights(
-    start: jax.Array, stop: jax.Array, pixels: int, size: int, sampling_ratio: int = 0, extent: jax.Array | None = None
+    start: jax.Array,
+    stop: jax.Array,
+    pixels: int,
+    size: int,
+    sampling_ratio: int = 0,
+    extent: jax.Array | int | None = None,
 ) -> jax.Array:
     """Weight of each pixel of a line in each bin of each box.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def resize_bilinear(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def resize_bilinear(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Resizes maps bilinearly, like PyTorch's ``interpolate`` (mode "bilinear", align_corners=False).
 
     Pixel i of the result is sampled at (i + 1/2) * old / new - 1/2 pixels, clipped to the map. By default
@@ -44,7 +44,7 @@ def traced_bilinear_weights(old: int, new: jax.Array, *, count: int, dtype) -> j
     return jnp.maximum(0, 1 - jnp.abs(center[:, None] - jnp.arange(old, dtype=dtype)[None, :]))
 
 
-def resize_nearest(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def resize_nearest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Resizes maps like PyTorch's ``interpolate`` (mode "nearest"): new pixel i is old pixel floor(i * old / new).
 
     Args:

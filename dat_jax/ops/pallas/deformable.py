@@ -36,7 +36,7 @@ def deformable_attention(
     batch, height, width, channels = query.shape
     layout = attention.Layout(num_heads, channels, (attention.Span(0, height * width, 0, key.shape[1]),))
     arrays = (query.reshape(batch, height * width, channels), key, value)
-    if table is not None:
+    if table is not None and points is not None:
         groups = points.shape[1]
         matrix = shift_columns(table.astype(points.dtype))
         flat = points.swapaxes(1, 2).reshape(batch, -1, 2 * groups)

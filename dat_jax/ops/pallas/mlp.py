@@ -56,7 +56,8 @@ def conv_mlp(x: jax.Array, parameters: Parameters) -> jax.Array:
       (B, H, W, C).
     """
     batch, height, width, channels = x.shape
-    return _mlp(width, x.reshape(batch, height * width, channels), parameters).reshape(x.shape)
+    out = _mlp(width, x.reshape(batch, height * width, channels), parameters)
+    return out.reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue] (custom_vjp loses the type of the result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

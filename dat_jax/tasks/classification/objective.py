@@ -1,5 +1,7 @@
 """Loss and prediction of an image classifier."""
 
+from typing import cast
+
 import jax
 import optax
 
@@ -64,7 +66,7 @@ def make_classification_objective(
         if erasing_probability > 0:
             images = erase_randomly(images, erasing_key, probability=erasing_probability)
         images, targets = mix(images, targets, mixing_key, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
-        logits = model.apply(variables, images, train=True, rngs={"dropout": dropout_key})
+        logits = cast(jax.Array, model.apply(variables, images, train=True, rngs={"dropout": dropout_key}))
         value = soft_cross_entropy(logits, targets)
         # The class of a mixed image is that of its larger part.
         top1 = 100 * (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=logits.dtype)
@@ -73,6 +75,6 @@ def make_classification_objective(
     def predict(variables, batch):
         images = normalize(batch["image"])
         logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
-        return {"logits": logits, **name_positions(state.get("intermediates", {}), model, images.shape[1:3])}
+        return {"logits": logits, **name_positions(dict(state).get("intermediates", {}), model, images.shape[1:3])}
 
     return Objective(init=init, loss=loss, predict=predict)

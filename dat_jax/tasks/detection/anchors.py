@@ -1,7 +1,7 @@
 """Anchors of a dense head (RetinaNet or RPN) and their assignment to ground truth."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dat_jax.ops.detection.assignment import assign_max_iou
 _PADDED_TO = 32  # images are padded to a multiple of this; anchors whose position lies beyond are not used
 
 
-def level_shapes(outputs: dict[str, Sequence[jax.Array]]) -> list[tuple[int, int]]:
+def level_shapes(outputs: Mapping[str, Sequence[jax.Array]]) -> list[tuple[int, ...]]:
     """(height, width) of each pyramid level of the outputs of a dense head."""
     return [tuple(scores.shape[1:3]) for scores in outputs["scores"]]
 
@@ -23,7 +23,7 @@ def make_anchor_coder(model) -> dict[str, tuple[float, ...]]:
     return dict(means=model.anchor_means, stds=model.anchor_stds)
 
 
-def make_level_anchors(model, outputs: dict[str, Sequence[jax.Array]], strides: Sequence[int]) -> list[jax.Array]:
+def make_level_anchors(model, outputs: Mapping[str, Sequence[jax.Array]], strides: Sequence[int]) -> list[jax.Array]:
     """Anchors (n, 4) of each pyramid level of the outputs of a dense head, in the dtype of the outputs."""
     anchors = make_anchors(
         level_shapes(outputs), strides=strides, scales=model.anchor_scales, ratios=model.anchor_ratios
@@ -33,7 +33,7 @@ def make_level_anchors(model, outputs: dict[str, Sequence[jax.Array]], strides: 
 
 def assign_anchors(
     anchors: Sequence[jax.Array],
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, ...]],
     batch: dict,
     *,
     strides: Sequence[int],
@@ -54,17 +54,17 @@ def assign_anchors(
       Codes of ``ops.detection.assignment``, int32 (B, N), for the N anchors of all levels.
     """
     per_position = len(anchors[0]) // math.prod(shapes[0])
-    anchors = jnp.concatenate(list(anchors))
+    all_anchors = jnp.concatenate(list(anchors))
 
     def assign(image_shape, ground_truth, is_valid):
         padded = -(-image_shape // _PADDED_TO) * _PADDED_TO
         valid = jnp.concatenate(anchor_validity(shapes, strides=strides, per_position=per_position, pad_shape=padded))
         if inside_only:
-            valid &= inside_image(anchors, image_shape=image_shape)
+            valid &= inside_image(all_anchors, image_shape=image_shape)
         options = dict(valid_boxes=valid, valid_ground_truths=is_valid, match_low_quality=True)
-        return assign_max_iou(anchors, ground_truth, **options, **thresholds)[0]
+        return assign_max_iou(all_anchors, ground_truth, **options, **thresholds)[0]
 
-    return jax.vmap(assign)(batch["valid"], batch["boxes"].astype(anchors.dtype), valid_ground_truth(batch))
+    return jax.vmap(assign)(batch["valid"], batch["boxes"].astype(all_anchors.dtype), valid_ground_truth(batch))
 
 
 def valid_ground_truth(batch: dict) -> jax.Array:

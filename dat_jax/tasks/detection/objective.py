@@ -10,7 +10,7 @@ image were multiplied. Detections are {"boxes": (B, D, 4), in pixels of the orig
 Entries that are not valid are 0.
 """
 
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import jax
 
@@ -63,10 +63,12 @@ def make_detection_objective(
         def compute(module, images):
             if isinstance(module, RetinaNet):
                 return retinanet_loss(module, module(images, train=True), batch)
+            assert isinstance(settings, RCNNSettings)
             return rcnn_loss(module, images, batch, sampling_key, settings)
 
-        options = dict(method=compute, rngs={"dropout": dropout_key}, mutable=["batch_stats"])
-        (value, metrics), state = model.apply(variables, _preprocess(batch), **options)
+        (value, metrics), state = model.apply(
+            variables, _preprocess(batch), method=compute, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
+        )
         return value, {"loss": value, **metrics}, dict(state)
 
     def predict(variables, batch):
@@ -97,10 +99,13 @@ def detect(
 
     def compute(module, images):
         if isinstance(module, RetinaNet):
+            assert isinstance(settings, RetinaNetSettings)
             return retinanet_detect(module, module(images), batch, settings)
+        assert isinstance(settings, RCNNSettings)
         return rcnn_detect(module, images, batch, settings)
 
-    return model.apply(variables, clear_padding(images, batch["valid"]), method=compute)
+    detections = model.apply(variables, clear_padding(images, batch["valid"]), method=compute)
+    return cast(dict[str, jax.Array], detections)
 
 
 def find_positions(model: RetinaNet | RCNN, variables, batch: dict) -> dict[str, dict[str, Any]]:
@@ -116,7 +121,7 @@ def find_positions(model: RetinaNet | RCNN, variables, batch: dict) -> dict[str,
         return module.backbone(images)
 
     _, state = model.apply(variables, images, method=run_backbone, mutable=["intermediates"])
-    sown = state.get("intermediates", {}).get("backbone", {}).get("dat", {})
+    sown = dict(state).get("intermediates", {}).get("backbone", {}).get("dat", {})
     return name_positions(sown, model.dat, images.shape[1:3])
 
 

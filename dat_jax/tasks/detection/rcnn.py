@@ -179,8 +179,7 @@ def sample_rois(
         # Each ground truth box is assigned to itself.
         self_codes = jnp.where(is_valid, jnp.arange(count, dtype=codes.dtype), NOT_CONSIDERED)
         codes = jnp.concatenate([self_codes, codes])
-        options = dict(count=settings.roi_samples, positive_fraction=settings.roi_positive)
-        samples = sample_assigned(key, codes, **options)
+        samples = sample_assigned(key, codes, count=settings.roi_samples, positive_fraction=settings.roi_positive)
         return SampledRoIs(
             boxes=bx.replace_invalid(jnp.concatenate([ground_truth, boxes])[samples.indices], samples.is_valid),
             ground_truth=jnp.where(samples.is_positive, codes[samples.indices], -1),
@@ -232,7 +231,7 @@ def rcnn_loss(
         iou_threshold=settings.proposal_iou,
     )
     boxes, valid = proposals.boxes, proposals.valid
-    total = sum(metrics.values())
+    total = jnp.asarray(sum(metrics.values()))
     for index, stage in enumerate(settings.stages):
         rois = sample_rois(boxes, valid, batch, keys[1 + index], stage, settings)
         stage_metrics, (boxes, valid) = _stage_loss(module, pyramid, rois, batch, index, settings)
@@ -385,7 +384,7 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
         "scores": detections.scores,
         "labels": detections.labels,
         "valid": detections.valid,
-        "masks": masks / len(settings.stages),
+        "masks": jnp.asarray(masks) / len(settings.stages),
     }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class RetinaNetSettings:
 
 
 def retinanet_loss(
-    model: RetinaNet, outputs: dict[str, Sequence[jax.Array]], batch: dict
+    model: RetinaNet, outputs: Mapping[str, Sequence[jax.Array]], batch: dict
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Focal loss of positive and background anchors, and L1 loss of the deltas of positive anchors.
 
@@ -84,7 +84,7 @@ def retinanet_loss(
 
 
 def retinanet_detect(
-    model: RetinaNet, outputs: dict[str, Sequence[jax.Array]], batch: dict, settings: RetinaNetSettings
+    model: RetinaNet, outputs: Mapping[str, Sequence[jax.Array]], batch: dict, settings: RetinaNetSettings
 ) -> dict[str, jax.Array]:
     """Detections of every image from the outputs of the model; see ``tasks.detection.objective`` for their format."""
     anchors = make_level_anchors(model, outputs, STRIDES)

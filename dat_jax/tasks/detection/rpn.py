@@ -1,7 +1,7 @@
 """Loss and proposals of the region proposal network (RPN) of Mask R-CNN and Cascade Mask R-CNN."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +39,7 @@ class Proposals(NamedTuple):
 
 def rpn_loss(
     model: RCNN,
-    outputs: dict[str, Sequence[jax.Array]],
+    outputs: Mapping[str, Sequence[jax.Array]],
     batch: dict,
     keys: jax.Array | None,
     *,
@@ -101,7 +101,7 @@ def rpn_loss(
 
 def choose_proposals(
     model: RCNN,
-    outputs: dict[str, Sequence[jax.Array]],
+    outputs: Mapping[str, Sequence[jax.Array]],
     image_shapes: jax.Array,
     *,
     candidates: int,

@@ -1,5 +1,7 @@
 """Loss and prediction of a semantic segmentation model."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
@@ -60,6 +62,7 @@ def make_segmentation_objective(model: Segmentor, *, auxiliary_weight: float) ->
         return value, {"loss": value, **metrics}, dict(state)
 
     def predict(variables, batch):
-        return {"logits": model.apply(variables, normalize(batch["image"]), train=False)["logits"]}
+        outputs = cast(dict[str, jax.Array], model.apply(variables, normalize(batch["image"]), train=False))
+        return {"logits": outputs["logits"]}
 
     return Objective(init=init, loss=loss, predict=predict)

@@ -44,7 +44,7 @@ class TensorBoardSink:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink``."""
         for name, value in metrics.items():
-            event = event_pb2.Event(step=step, wall_time=time.time(), summary=summary.scalar(name, value))
+            event = event_pb2.Event(step=step, wall_time=time.time(), summary=summary.scalar(name, value))  # pyright: ignore[reportAttributeAccessIssue] (made by protobuf at import)
             self._events.write_event(event)
         self._events.flush()
 
@@ -72,7 +72,7 @@ class WandbSink:
         config: Mapping[str, Any],
         finish_seconds: float = _FINISH_SECONDS,
     ):
-        import wandb  # an optional dependency that is slow to import
+        import wandb  # pyright: ignore[reportMissingImports] (an optional dependency that is slow to import)
 
         self._run, self._finish_seconds = None, finish_seconds
         options = dict(project=os.environ.get("WANDB_PROJECT") or _PROJECT, name=directory.resolve().name)

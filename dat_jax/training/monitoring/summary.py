@@ -67,7 +67,9 @@ def list_results(series: Series, *, metric: str) -> list[tuple[str, str, str]]:
     for name, values in series.items():
         if name.startswith("eval/") or name in ("train/loss", "train/learning_rate"):
             last = max(values)
-            at_best = _format_value(values[best], best) if name.startswith("eval/") and best in values else ""
+            at_best = ""
+            if name.startswith("eval/") and best is not None and best in values:
+                at_best = _format_value(values[best], best)
             rows.append((name, at_best, _format_value(values[last], last)))
     return sorted(rows, key=lambda row: (row[0] != f"eval/{metric}", row[0]))
 

@@ -25,7 +25,8 @@ class Throughput(Hook):
     """
 
     def __init__(self, progress: Callable[[int], "Progress"], usage: "Usage"):
-        self._make_progress, self._progress, self._usage = progress, None, usage
+        self._make_progress, self._usage = progress, usage
+        self._progress: Progress | None = None  # until the first step
         self.images_per_second = self.seconds_left = 0.0
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -37,12 +38,14 @@ class Throughput(Hook):
     def on_log(self, step: int, metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
         """{"images_per_second": since the last call, excluding evaluations} and ``Usage.measure``."""
         del metrics
+        assert self._progress is not None
         self.images_per_second, self.seconds_left = self._progress.update(step)
         return {"images_per_second": self.images_per_second, **self._usage.measure(self.images_per_second)}
 
     def after_evaluation(self, step: int) -> None:
         """Exclude the evaluation from the rate."""
         del step
+        assert self._progress is not None
         self._progress.skip()
 
 
@@ -80,10 +83,17 @@ class Usage:
         performance of the devices is known.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], *, count_flops: Callable[[], float]):
+    def __init__(
+        self,
+        devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm] (jaxlib has no annotations)
+        *,
+        count_flops: Callable[[], float],
+    ):
         self._local = [device for device in devices if device.process_index == jax.process_index()]
         chip = find_chip(devices[0].device_kind)
-        self._peak_images = None if chip is None else len(devices) * chip.flops_per_second / count_flops()
+        self._peak_images: float | None = None
+        if chip is not None and chip.flops_per_second is not None:
+            self._peak_images = len(devices) * chip.flops_per_second / count_flops()
 
     def measure(self, images_per_second: float) -> dict[str, float]:
         """Measure, as far as the devices allow it.
