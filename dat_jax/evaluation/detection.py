@@ -6,7 +6,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -171,7 +171,7 @@ def _gather(detections: list[dict], image_count: int) -> tuple[list[dict], int]:
 
 
 def evaluate_coco(
-    ground_truth: dict, detections: Sequence[dict], *, kinds: Sequence[str] = ("bbox", "segm")
+    ground_truth: dict, detections: Sequence[dict], *, kinds: Sequence[Literal["bbox", "segm"]] = ("bbox", "segm")
 ) -> dict[str, float]:
     """Compute COCO's twelve metrics for boxes, masks, or both.
 
@@ -195,7 +195,9 @@ def evaluate_coco(
     return metrics
 
 
-def compute_curves(ground_truth: dict, detections: Sequence[dict], *, kind: str) -> dict[str, np.ndarray]:
+def compute_curves(
+    ground_truth: dict, detections: Sequence[dict], *, kind: Literal["bbox", "segm"]
+) -> dict[str, np.ndarray]:
     """Compute precision and recall of COCO's evaluation for one kind.
 
     Boxes of detections are ignored in the evaluation of masks, so that small, medium and large refer to the area of the masks.
@@ -220,8 +222,8 @@ def compute_curves(ground_truth: dict, detections: Sequence[dict], *, kind: str)
     results = [{key: value for key, value in detection.items() if key != ignored_key} for detection in detections]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        dataset: Any = {**ground_truth, "annotations": [dict(entry) for entry in ground_truth["annotations"]]}  # JSON
-        coco.dataset = dataset
+        dataset = {**ground_truth, "annotations": [dict(entry) for entry in ground_truth["annotations"]]}
+        coco.dataset = dataset  # pyright: ignore[reportAttributeAccessIssue] (JSON, a typed dictionary in the stub)
         coco.createIndex()
         evaluation = COCOeval(coco, _load_results(coco, results), kind)
         evaluation.evaluate()
