@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dat_jax.config import get_classification_config
 from dat_jax.models.registry import VARIANTS
 from dat_jax.profiling.step_report import StandIn, step_function
-from dat_jax.training.monitoring.metrics import peak_host_memory
+from dat_jax.training.monitoring.throughput import peak_host_memory
 from dat_jax.training.trainer import Trainer
 from experiments import measure
 

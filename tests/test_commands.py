@@ -41,7 +41,7 @@ RULES = (
         "copy",
     ),
     (r"python -m pytest tests/ops/layers/test_pooling\.py|python -c .*NM|python -m .*configs/regression", "page"),
-    (r"python -m dat_jax\.(conversion|data\.prepare|compile_report)( --steps=\w+)?$", "help"),
+    (r"python -m dat_jax\.(main|conversion|data\.prepare|compile_report)( --steps=\w+)?$", "help"),
     (r"python -m dat_jax\.compile_report (?!.*--topology)", "help"),
     (r"python -m (dat_jax( |$)|dat_jax\.predict --help)", "program"),
     (r"python -m dat_jax\.", "small"),
@@ -49,7 +49,7 @@ RULES = (
     (r"python -c .*digit\.png", "small"),
 )
 # Languages of fenced blocks that are neither commands nor executed.
-NOT_EXECUTED = {"text": "formulas, and the layout", "diff": "applied by the test of its page"}
+NOT_EXECUTED = {"text": "formulas, and the layout", "diff": "applied by the test of its page", "bibtex": "citations"}
 # Arguments with which an experiment takes seconds.
 _FAST = "--repeats=1 --min-seconds=0"
 SMALL_EXPERIMENTS = {

@@ -1,4 +1,4 @@
-"""README's commands for a bare machine, as they stand: a clean copy, an environment of its own, packages, a training.
+"""The documents' commands for a bare machine, as they are: a clean copy, an environment of its own, packages, a training.
 
 One epoch of it is done, of as many as the configuration has. They want a network for the packages. Those of extras, which are
 large or for devices that are not there, pip finds and does not install.
@@ -17,7 +17,7 @@ from tests.helpers.documents import ROOT
 
 pytestmark = pytest.mark.slow
 
-PATH_HEADING = "## A new user's path"
+PATH_HEADING = "## From installation to an exported model"
 # What installs packages; `make train` also trains. The rest of the path is in its block.
 INSTALLS = r"make train$|python3 -m venv |(python -m )?pip install "
 
@@ -58,7 +58,7 @@ def check_path(bare):
     bare("make train")
     series = [json.loads(line) for line in (bare.place / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
     assert [row["eval/top1"] for row in series if "eval/top1" in row][-1] > 80  # 97.7 after all epochs
-    section = (ROOT / "README.md").read_text().split(PATH_HEADING, 1)[1]
+    section = (ROOT / "docs/get_started.md").read_text().split(PATH_HEADING, 1)[1]
     lines = documents.read_blocks(section)[0].text.splitlines()
     assert [line.split()[0] for line in lines] == ["python3", *[".venv/bin/python"] * 6]
     printed = [bare(line) for line in lines]
@@ -72,7 +72,7 @@ def check_packages(bare):
     commands = [command for command in documents.commands() if re.match(r"(python -m )?pip install ", command)]
     for command in commands:
         wanted = shlex.split(command.removeprefix("python -m "))[2:]
-        ours = wanted in (["-r", "requirements.txt"], ["-e", "."])
+        ours = wanted in (["-r", "requirements.txt"], ["-e", "."], ["-r", "requirements.txt", "-e", "."])
         bare(shlex.join([".venv/bin/python", "-m", "pip", "install", *([] if ours else ["--dry-run"]), *wanted]))
     assert "pip install -e ." in commands
     assert "dat_pp_nano" in bare(

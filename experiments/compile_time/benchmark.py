@@ -27,7 +27,7 @@ def measure_compilation(
     from dat_jax.config import load_config
     from dat_jax.ops.dispatch import compiling_for
     from dat_jax.profiling.topologies import find_devices
-    from dat_jax.training.monitoring.metrics import peak_host_memory
+    from dat_jax.training.monitoring.throughput import peak_host_memory
     from experiments import steps
 
     if cache:
