@@ -61,7 +61,7 @@ def read_metrics(path: pathlib.Path) -> dict[str, float] | None:
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint stores beside the state: "metadata", "digests" (fingerprints), "metrics" and their "checksum".
+    """Read what is stored with the state of a checkpoint: "metadata", "digests" (fingerprints), "metrics", and a "checksum".
 
     Raises:
       OSError: the file cannot be read.

@@ -84,7 +84,7 @@ def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
 
 
 def trace_classifier(config: Mapping[str, Any]) -> tuple[DAT, dict[str, Any], dict[str, str]]:
-    """As ``read_yaml_config``, for a mapping, and also how each key was used (``Settings.uses``).
+    """Read a published classifier configuration, and record how each of its keys was used (``Settings.uses``).
 
     Args:
       config: mapping of a published YAML file, with MODEL.DAT.

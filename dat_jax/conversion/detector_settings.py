@@ -56,7 +56,7 @@ def read_detector(config: Mapping[str, Any], **overrides) -> tuple[Detector, Ret
 def trace_detector(
     config: Mapping[str, Any], **overrides
 ) -> tuple[Detector, RetinaNetSettings | RCNNSettings, dict[str, str]]:
-    """As ``read_detector``, and also how each key was used (``Settings.uses``)."""
+    """Read a published detector configuration like ``read_detector``, and record the use of each key (``Settings.uses``)."""
     settings = dense.open_config(config)
     kind = settings.take("type", choice(*_DETECTORS))
     if kind == "RetinaNet":

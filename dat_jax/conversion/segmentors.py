@@ -70,7 +70,7 @@ def read_segmentor(config: Mapping[str, Any], **overrides) -> tuple[Segmentor, d
 
 
 def trace_segmentor(config: Mapping[str, Any], **overrides) -> tuple[Segmentor, dict[str, Any], dict[str, str]]:
-    """As ``read_segmentor``, and also how each key was used (``Settings.uses``)."""
+    """Read a published segmentor configuration like ``read_segmentor``, and record the use of each key (``Settings.uses``)."""
     settings = dense.open_config(config)
     settings.check("type", "EncoderDecoder")
     dat = dense.read_backbone(settings, out_indices=(0, 1, 2, 3), **overrides)

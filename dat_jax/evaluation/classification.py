@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dat_jax.visualization import charts as plots
+from dat_jax.visualization import charts
 
 METRIC = "top1"  # the best checkpoint has the highest value of this metric
 
@@ -76,7 +76,7 @@ def save_figures(predict: Callable, variables, batch: dict, *, class_names, dire
     """
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
     outputs = jax.device_get(jax.jit(predict)(variables, {"image": images, "label": labels}))
-    plots.save_predictions(
+    charts.save_predictions(
         directory / "predictions.png",
         images,
         labels=labels.tolist(),
@@ -85,7 +85,7 @@ def save_figures(predict: Callable, variables, batch: dict, *, class_names, dire
     )
     if outputs["positions"]:
         examples = slice(0, 5)
-        plots.save_sampled_points(
+        charts.save_sampled_points(
             directory / "sampled_points.png",
             images[examples],
             {name: points[examples] for name, points in outputs["positions"].items()},

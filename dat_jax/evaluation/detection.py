@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dat_jax.ops.detection.masks import paste_masks
-from dat_jax.visualization import charts as plots
+from dat_jax.visualization import charts
 
 METRIC = "bbox/AP"  # the best checkpoint has the highest value of this metric
 # COCO's summary: average precision over IoU .5:.05:.95, at .5, at .75, for small, medium and large objects; average recall with
@@ -142,7 +142,7 @@ def save_figures(
         detections = {name: None if values is None else values[is_shown] for name, values in detections.items()}
         image = ground_truth["image"]
         rows.append({"objects": (image, ground_truth), "detections": (image, detections)})
-    plots.save_detections(directory / "detections.png", rows, class_names=class_names, palette=palette)
+    charts.save_detections(directory / "detections.png", rows, class_names=class_names, palette=palette)
 
 
 def _network_inputs(batch):

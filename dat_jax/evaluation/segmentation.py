@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.ops.layers.resize import bilinear_weights, traced_bilinear_weights
-from dat_jax.visualization import charts as plots
+from dat_jax.visualization import charts
 
 METRIC = "mIoU"  # the best checkpoint has the highest value of this metric
 IGNORED = 255
@@ -213,7 +213,7 @@ def save_figures(
         }
         for record in records
     ]
-    plots.save_segmentations(directory / "segmentations.png", rows, class_names=class_names, palette=palette)
+    charts.save_segmentations(directory / "segmentations.png", rows, class_names=class_names, palette=palette)
 
 
 def view_names(names) -> list[str]:

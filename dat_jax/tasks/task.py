@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 from ml_collections import ConfigDict
 
+from dat_jax.data import batching
 from dat_jax.tasks.objective import Objective
 
 # Random-access data set: len(source), source[index] -> record (a dict of numpy arrays), source.class_names.
@@ -74,9 +75,12 @@ class Task(abc.ABC):
           rows: as in ``make_train_batches``, within ``config.eval.batch_size`` examples.
         """
 
-    @abc.abstractmethod
     def example_indices(self, step: int) -> list[int]:
-        """Indices into ``train_source`` of the examples of a step's global batch."""
+        """Indices into ``train_source`` of the examples of a step's global batch, in the order of ``make_train_batches``."""
+        config = self.config
+        return batching.example_indices(
+            len(self.train_source), seed=config.seed, step=step, batch_size=config.batch_size
+        )
 
     @abc.abstractmethod
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,4 +1,4 @@
-"""What a run leaves for people: figures, summary.md and the table of results."""
+"""Reports of a run: figures, summary.md and the table of results."""
 
 import logging
 import pathlib

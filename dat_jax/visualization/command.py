@@ -18,7 +18,7 @@ from dat_jax.visualization.prediction_figures import make_attention_saver, save_
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """What to draw of the attention of a classifier. None and False are the defaults, which every kind of model accepts.
+    """Options of the attention figures of a classifier. Models of other kinds accept only the defaults.
 
     Attributes:
       query: "Y,X" in pixels of the image.

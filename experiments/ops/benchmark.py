@@ -221,7 +221,7 @@ def measure_case(case: Case, stage: Stage, *, batch: int, repeats: int, min_seco
         for direction, program in programs.items():
             try:
                 compiled = jax.jit(program).lower(arguments, weights).compile()
-            except (ValueError, NotImplementedError):
+            except (ValueError, NotImplementedError):  # this implementation does not run on this platform or map
                 continue
             jax.block_until_ready(compiled(arguments, weights))
             calls[name, direction] = functools.partial(compiled, arguments, weights)

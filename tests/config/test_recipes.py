@@ -18,6 +18,7 @@ from dat_jax.config import (
     load_config,
     validate,
 )
+from dat_jax.errors import UserError
 from dat_jax.models.registry import create_detector
 
 RECORDED = pathlib.Path(__file__).parent / "recipes.json.gz"
@@ -59,8 +60,12 @@ def test_packaged_configurations_are_valid_and_locked(name):
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults_are_valid(name):
-    validate(DEFAULTS[name]())
+def test_defaults_are_valid_and_an_unknown_key_is_not(name):
+    config = DEFAULTS[name]()
+    validate(config)
+    config.batchsize = 8
+    with pytest.raises(UserError, match=r"Unknown key config\.batchsize; did you mean config\.batch_size"):
+        validate(config)
 
 
 DROP_PATH_RATES = {  # as published, by family, backbone and length of the run

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dat_jax.errors import UserError
-from dat_jax.parallel import multihost as distributed
+from dat_jax.parallel import multihost
 from dat_jax.training.monitoring.metrics import read_metrics
 from experiments.soak import processes as soak
 from tests.helpers.xla_flags import fast_compilation_flags
@@ -71,11 +71,11 @@ def test_a_signal_to_one_process_ends_both_at_one_step_and_one_process_goes_on(w
 
 def test_processes_that_are_named_in_part_are_refused():
     with pytest.raises(UserError, match="not given: JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
-        distributed.start(coordinator_address="localhost:1", environment={})
+        multihost.start(coordinator_address="localhost:1", environment={})
     with pytest.raises(UserError, match="an index below it, got 2 and 2"):
-        distributed.start(coordinator_address="localhost:1", num_processes=2, process_id=2, environment={})
-    distributed.start(environment={})
-    distributed.start(mode="off", environment={"SLURM_STEP_NUM_TASKS": "8"})
+        multihost.start(coordinator_address="localhost:1", num_processes=2, process_id=2, environment={})
+    multihost.start(environment={})
+    multihost.start(mode="off", environment={"SLURM_STEP_NUM_TASKS": "8"})
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_processes_that_are_named_in_part_are_refused():
     ],
 )
 def test_schedulers_are_recognised(environment, several):
-    assert distributed.in_a_cluster(environment) == several
+    assert multihost.in_a_cluster(environment) == several
 
 
 def test_two_processes_evaluate_images_of_many_sizes_once(tmp_path):

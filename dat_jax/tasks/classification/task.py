@@ -72,13 +72,6 @@ class ClassificationTask(Task):
             workers=self.config.data.workers,
         )
 
-    def example_indices(self, step: int) -> list[int]:
-        """See ``Task``."""
-        config = self.config
-        return batching.example_indices(
-            len(self.train_source), seed=config.seed, step=step, batch_size=config.batch_size
-        )
-
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
         """See ``Task``."""
         del train

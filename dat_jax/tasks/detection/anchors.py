@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops.detection import boxes as bx
 from dat_jax.ops.detection.anchors import anchor_validity, inside_image, make_anchors
 from dat_jax.ops.detection.assignment import assign_max_iou
+from dat_jax.ops.detection.boxes import areas
 
 _PADDED_TO = 32  # images are padded to a multiple of this; anchors whose position lies beyond are not used
 
@@ -69,7 +69,7 @@ def assign_anchors(
 
 def valid_ground_truth(batch: dict) -> jax.Array:
     """Mask, bool (B, G), of the ground truth boxes that are not padding and have a positive area."""
-    return batch["box_mask"] & (bx.areas(batch["boxes"]) > 0)
+    return batch["box_mask"] & (areas(batch["boxes"]) > 0)
 
 
 def gather_ground_truth(batch: dict, codes: jax.Array) -> tuple[jax.Array, jax.Array]:

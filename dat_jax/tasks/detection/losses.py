@@ -6,7 +6,7 @@ Masked predictions must be finite, as those of networks are; masked targets may 
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops.detection import boxes as bx
+from dat_jax.ops.detection.boxes import aligned_giou
 
 
 def masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -57,4 +57,4 @@ def smooth_l1(predictions: jax.Array, targets: jax.Array, *, beta: float) -> jax
 
 def giou_loss(boxes: jax.Array, targets: jax.Array) -> jax.Array:
     """1 - GIoU, (..., 1), of boxes (..., 4) and their targets (..., 4)."""
-    return 1 - bx.aligned_giou(boxes, targets)[..., None]
+    return 1 - aligned_giou(boxes, targets)[..., None]

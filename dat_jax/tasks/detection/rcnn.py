@@ -14,8 +14,8 @@ from jax import lax
 
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.rpn import STRIDES
-from dat_jax.ops.detection import boxes as bx
 from dat_jax.ops.detection.assignment import NOT_CONSIDERED, assign_max_iou, sample_assigned
+from dat_jax.ops.detection.boxes import clip_boxes, decode_boxes, encode_boxes, replace_invalid
 from dat_jax.ops.detection.masks import mask_targets
 from dat_jax.ops.detection.nms import multiclass_nms
 from dat_jax.ops.detection.roi_align import pyramid_roi_align
@@ -181,7 +181,7 @@ def sample_rois(
         codes = jnp.concatenate([self_codes, codes])
         samples = sample_assigned(key, codes, count=settings.roi_samples, positive_fraction=settings.roi_positive)
         return SampledRoIs(
-            boxes=bx.replace_invalid(jnp.concatenate([ground_truth, boxes])[samples.indices], samples.is_valid),
+            boxes=replace_invalid(jnp.concatenate([ground_truth, boxes])[samples.indices], samples.is_valid),
             ground_truth=jnp.where(samples.is_positive, codes[samples.indices], -1),
             valid=samples.is_valid,
             is_ground_truth=samples.is_valid & (samples.indices < count),
@@ -250,11 +250,11 @@ def _stage_loss(module, pyramid, rois, batch, index, settings):
     count = jnp.maximum(rois.valid.sum(), 1)
     class_loss = losses.masked_sum(losses.softmax_cross_entropy(logits, labels), rois.valid) / count
     class_deltas = _select_class(deltas, labels)
-    boxes, targets = (bx.replace_invalid(x, positive) for x in (rois.boxes, targets.astype(rois.boxes.dtype)))
+    boxes, targets = (replace_invalid(x, positive) for x in (rois.boxes, targets.astype(rois.boxes.dtype)))
     if settings.giou:
-        box_losses = 10 * losses.giou_loss(bx.decode_boxes(boxes, class_deltas, **stage.coder), targets)
+        box_losses = 10 * losses.giou_loss(decode_boxes(boxes, class_deltas, **stage.coder), targets)
     else:
-        box_losses = losses.smooth_l1(class_deltas, bx.encode_boxes(boxes, targets, **stage.coder), beta=0)
+        box_losses = losses.smooth_l1(class_deltas, encode_boxes(boxes, targets, **stage.coder), beta=0)
     correct = (logits.argmax(axis=-1) == labels) & rois.valid
     metrics = {
         "class_loss": stage.weight * class_loss,
@@ -328,8 +328,8 @@ def refine_boxes(
       image_shapes: height and width of each image, int (B, 2).
       stage: stage that predicted the deltas.
     """
-    refined = bx.decode_boxes(boxes, _select_class(deltas, labels), **stage.coder)
-    return lax.stop_gradient(jax.vmap(lambda b, shape: bx.clip_boxes(b, image_shape=shape))(refined, image_shapes))
+    refined = decode_boxes(boxes, _select_class(deltas, labels), **stage.coder)
+    return lax.stop_gradient(jax.vmap(lambda b, shape: clip_boxes(b, image_shape=shape))(refined, image_shapes))
 
 
 def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSettings) -> dict[str, jax.Array]:
@@ -363,7 +363,7 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
     scores = jnp.where(proposals.valid[..., None], scores, 0)
 
     def detect(boxes, deltas, scores, image_shape, scale):
-        boxes = bx.decode_boxes(boxes[:, None], deltas, **settings.stages[-1].coder, image_shape=image_shape)
+        boxes = decode_boxes(boxes[:, None], deltas, **settings.stages[-1].coder, image_shape=image_shape)
         return multiclass_nms(
             boxes / scale.reshape(1, 1, 4),
             scores,

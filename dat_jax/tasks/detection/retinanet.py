@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dat_jax.models.retinanet import STRIDES, RetinaNet
-from dat_jax.ops.detection import boxes as bx
 from dat_jax.ops.detection.assignment import BACKGROUND
+from dat_jax.ops.detection.boxes import decode_boxes, encode_boxes, replace_invalid
 from dat_jax.ops.detection.nms import nms
 from dat_jax.tasks.detection.anchors import (
     assign_anchors,
@@ -77,7 +77,7 @@ def retinanet_loss(
         is_class = positive[..., None] & (labels[..., None] == classes)
         focal = sigmoid_focal_loss(scores.reshape(*level_codes.shape, -1), is_class)
         class_loss += masked_sum(focal, positive | (level_codes == BACKGROUND))
-        targets = bx.encode_boxes(anchors[None], bx.replace_invalid(targets, positive), **coder)
+        targets = encode_boxes(anchors[None], replace_invalid(targets, positive), **coder)
         box_loss += masked_sum(smooth_l1(deltas.reshape(targets.shape), targets, beta=0), positive)
     class_loss, box_loss = class_loss / count, box_loss / count
     return class_loss + box_loss, {"class_loss": class_loss, "box_loss": box_loss}
@@ -119,6 +119,6 @@ def _best_of_level(scores, deltas, anchors, image_shape, settings, coder):
     _, rows = lax.top_k(scores.max(axis=-1), min(count, len(scores)))
     best, indices = lax.top_k(scores[rows].reshape(-1), count)
     rows, labels = rows[indices // scores.shape[-1]], indices % scores.shape[-1]
-    boxes = bx.decode_boxes(anchors[rows], deltas[rows], **coder, image_shape=image_shape)
+    boxes = decode_boxes(anchors[rows], deltas[rows], **coder, image_shape=image_shape)
     probabilities = jax.nn.sigmoid(best)
     return boxes, jnp.where(probabilities > settings.score_threshold, probabilities, 0), labels

@@ -10,8 +10,8 @@ from jax import lax
 
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.rpn import STRIDES
-from dat_jax.ops.detection import boxes as bx
 from dat_jax.ops.detection.assignment import sample_assigned
+from dat_jax.ops.detection.boxes import decode_boxes, encode_boxes, replace_invalid
 from dat_jax.ops.detection.nms import nms
 from dat_jax.tasks.detection import losses
 from dat_jax.tasks.detection.anchors import (
@@ -85,9 +85,9 @@ def rpn_loss(
 
     class_losses = losses.binary_cross_entropy(take(outputs["scores"], 1), sample.is_positive[..., None])
     _, boxes = gather_ground_truth(batch, jnp.take_along_axis(codes, sample.indices, axis=1))
-    targets = bx.encode_boxes(
+    targets = encode_boxes(
         jnp.concatenate(anchors)[sample.indices],
-        bx.replace_invalid(boxes, sample.is_positive),
+        replace_invalid(boxes, sample.is_positive),
         **make_anchor_coder(model),
     )
     box_losses = losses.smooth_l1(take(outputs["deltas"], 4), targets, beta=beta)
@@ -126,7 +126,7 @@ def choose_proposals(
         levels = []
         for level_scores, level_deltas, level_anchors in zip(scores, deltas, anchors, strict=True):
             best, indices = lax.top_k(level_scores, min(per_level, len(level_anchors)))
-            boxes = bx.decode_boxes(level_anchors[indices], level_deltas[indices], **coder, image_shape=image_shape)
+            boxes = decode_boxes(level_anchors[indices], level_deltas[indices], **coder, image_shape=image_shape)
             missing = per_level - len(indices)
             levels.append(
                 (
@@ -140,7 +140,7 @@ def choose_proposals(
         scores = jnp.where(keep, scores, -jnp.inf).reshape(-1)
         best, indices = lax.top_k(scores, min(count, len(scores)))
         valid = best > -jnp.inf
-        return bx.replace_invalid(boxes.reshape(-1, 4)[indices], valid), jax.nn.sigmoid(best), valid
+        return replace_invalid(boxes.reshape(-1, 4)[indices], valid), jax.nn.sigmoid(best), valid
 
     scores = tuple(x.reshape(len(x), -1) for x in outputs["scores"])
     deltas = tuple(x.reshape(len(x), -1, 4) for x in outputs["deltas"])

@@ -79,7 +79,7 @@ class DetectionTask(Task):
         )
 
     def example_indices(self, step: int) -> list[int]:
-        """See ``Task``."""
+        """See ``Task``. Batches hold images of one orientation, so their order differs from that of other tasks."""
         options = dict(seed=self.config.seed, step=step, batch_size=self.config.batch_size)
         return batching.detection_example_indices(self.train_source, self._train_transform(), **options)
 

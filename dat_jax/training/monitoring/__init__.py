@@ -1,1 +1,1 @@
-"""What is observed during training: metrics, throughput, memory, input stalls, loss spikes and profiles."""
+"""Monitoring of training: metrics, throughput, memory, input stalls, loss spikes and profiles."""
