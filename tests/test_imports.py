@@ -18,7 +18,7 @@ ALLOWED = {
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
     "dat_jax.tasks": {
         *("dat_jax.tasks", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.models", "dat_jax.ops"),
-        *("jax", "ml_collections", "optax"),
+        *("jax", "matplotlib", "ml_collections", "optax"),  # matplotlib: a new task may draw its own figures
     },
     "dat_jax.data": {
         *("dat_jax.data", "dat_jax.cli", "dat_jax.errors", "dat_jax.storage"),
