@@ -29,9 +29,16 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+def pytest_collection_modifyitems(items):
+    """Put the files that take longest first, so that workers end at about the same time: slow tests, then trainings."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow_files, item.path.parent.name != "training"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Each of several workers takes a run of tests, what a module's fixtures made is used again, and steals at the end."""
-    from xdist.scheduler import WorkStealingScheduling
+    """Several workers take whole files, in the order of collection, so that no fixture of a module is made twice."""
+    from xdist.scheduler import LoadFileScheduling
 
-    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None

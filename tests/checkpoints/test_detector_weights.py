@@ -87,7 +87,9 @@ def test_a_loaded_detector_runs_on_images(exports):
     assert found["scores"][0].shape[-1] == 9 * 3
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "retinanet" else pytest.mark.slow) for name in DETECTORS]
+)
 def test_the_model_of_a_work_directory_is_restored(name, tmp_path):
     """The number of classes is that of the weights, the best checkpoint that of box AP."""
     model, _ = make(name)

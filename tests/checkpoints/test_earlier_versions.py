@@ -38,6 +38,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_resumed(folder, capsys):
     saved = read_metrics(folder / "run" / "metrics.jsonl")
     metrics = loop.evaluate(get_config(2), str(folder / "run"))

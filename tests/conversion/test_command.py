@@ -121,7 +121,7 @@ def test_half_precision_weights_become_float32(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpoints_of_any_precision_become_the_same_float32_numbers(dtype, legacy, tmp_path):
     model, params = nano()
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))

@@ -24,7 +24,10 @@ def make(kind, size):
     return create_detector(name, backbone=f"dat_pp_{size}")
 
 
-@pytest.mark.parametrize(("kind", "size"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [pytest.param(kind, size, marks=() if size == "tiny" else pytest.mark.slow) for kind, size in PUBLISHED],
+)
 def test_names_and_counts_equal_the_published_ones(kind, size):
     total, recorded = read_keys(f"{kind}_{size}")
     ours = detectors.detector_shapes(make(kind, size))
@@ -34,6 +37,7 @@ def test_names_and_counts_equal_the_published_ones(kind, size):
     assert abs(total / 1e6 - PUBLISHED[kind, size]) <= 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retinanet", "maskrcnn", "cascade"])
 def test_full_size_state_dict_round_trip(kind):
     rng = np.random.default_rng(0)

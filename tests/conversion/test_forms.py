@@ -55,7 +55,7 @@ def test_weights_with_the_shapes_of_v1_have_the_released_form(released, tmp_path
     assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) < 1e-5
 
 
-@pytest.mark.parametrize("how", ["shapes", "model", "yaml"])
+@pytest.mark.parametrize("how", ["shapes", *(pytest.param(how, marks=pytest.mark.slow) for how in ("model", "yaml"))])
 def test_flag_sets_the_other_form(released, tmp_path, how):
     golden, file = released
     options = {
@@ -68,6 +68,7 @@ def test_flag_sets_the_other_form(released, tmp_path, how):
     assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flag", "recorded"])
 @pytest.mark.parametrize(
     ("sections", "resize"),

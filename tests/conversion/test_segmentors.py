@@ -24,6 +24,7 @@ def test_names_and_counts_equal_the_published_ones(head, size):
     assert round(total / 1e6, 2) == published[("tiny", "small", "base").index(size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "size"), [("sem_fpn", "tiny"), ("upernet", "tiny")])
 def test_full_size_state_dict_round_trip(head, size):
     rng = np.random.default_rng(0)

@@ -77,6 +77,7 @@ def test_batches_are_reproducible_and_can_start_at_any_step(digits):
     assert (batches[0]["image"] != take(digits["train"], 1, seed=2)[0]["image"]).any()
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_number_of_workers(digits):
     threads = take(digits["train"], 5)
     for workers in (1, 2):

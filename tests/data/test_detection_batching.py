@@ -219,7 +219,7 @@ def test_every_image_is_evaluated_once(directory, batch_size):
     assert shapes == sorted(shapes)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_processes_load_their_rows_of_evaluation_batches(directory, workers):
     source = load(directory, "validation")
     whole = list(make_detection_eval_batches(source, EVAL_TRANSFORM, batch_size=4))

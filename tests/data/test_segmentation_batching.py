@@ -118,7 +118,7 @@ def test_every_example_is_evaluated_once(batch_size):
     assert len(batches) == sum(-(-count // batch_size) for count in groups)
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(2, 0), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(2, 0), (4, 0), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_processes_load_their_rows_of_evaluation_batches(batch_size, workers):
     source = sized_source()
     whole = list(make_sized_eval_batches(source, TRANSFORM, batch_size=batch_size))

@@ -135,7 +135,7 @@ def test_invalid_options_are_reported(options, message, export):
         inference.load(export, **options)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("batch_size", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_folder_is_classified_despite_a_damaged_image(batch_size, export, folder, tmp_path, capsys):
     files = [f"--json={tmp_path / 'all.json'}", f"--csv={tmp_path / 'all.csv'}"]
     assert run(export, folder, "--top=2", f"--batch_size={batch_size}", *files) == 1

@@ -113,6 +113,7 @@ def test_detections_above_the_minimum_score_are_drawn(export, tmp_path):
     assert changed[centers][~drawn["masks"].any(axis=0)].mean() < 0.5
 
 
+@pytest.mark.slow
 def test_a_lower_minimum_score_also_lowers_the_score_threshold(export):
     image = photographs(width=64, height=64)[0]
     fewer, more = (

@@ -96,6 +96,7 @@ def test_positions_equal_the_sown_ones_and_differ_between_groups(results):
     assert abs(positions[:, 0] - positions[:, 1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(results):
     model, variables, _, attention = results
     model = model.clone(scan_blocks=True, remat="blocks")
@@ -105,6 +106,7 @@ def test_scan_and_remat_change_nothing(results):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), attention)
 
 
+@pytest.mark.slow
 def test_keys_without_offsets_have_no_bias():
     model = make_model(use_offsets=(False,) * 4)
     variables = random_variables(model, IMAGES)

@@ -29,6 +29,7 @@ def test_products_in_loops_and_branches_count_as_often_as_they_run():
         assert count_product_flops(jax.make_jaxpr(jax.jit(function))(x).jaxpr) == expected
 
 
+@pytest.mark.slow
 def test_model_flops_do_not_depend_on_rematerialization_and_accumulation():
     """The forward pass has 4.26 G multiply-adds, as published."""
     config = dat_pp_t.get_config().unlock()

@@ -65,6 +65,7 @@ def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path,
     assert latest["top1"] == read_metrics(directory / "metrics.jsonl")["eval/top1"][20]
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_from_the_last_step(finished, tmp_path, capsys, monkeypatch):
     directory = copy(finished, tmp_path)
     traced = []  # the profiler itself is tested in a process of its own: beside a loaded libtpu it crashes

@@ -187,6 +187,7 @@ def test_the_step_of_every_configuration_has_consistent_shapes(name):
     assert set(metrics) == {"loss", *of_task, "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
 def test_devices_exchange_parameters_and_gradients_only(data, fsdp):
     """Left to itself the partitioner gathers activations where parameters are split."""
