@@ -90,6 +90,13 @@ class Task(abc.ABC):
     def describe_images(self) -> str:
         """Sizes of training and evaluation images in words, for the console."""
 
+    def check_data(self) -> None:  # noqa: B027 (most tasks have nothing to check)
+        """Check the data before training, and log as warnings what is unlikely to be meant.
+
+        Raises:
+          UserError: there is nothing to learn from.
+        """
+
     # Model
 
     @abc.abstractmethod

@@ -63,6 +63,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     console = _configure_console(quiet)
     trainer = Trainer(config)
     trainer.check_train_batch()
+    trainer.task.check_data()
     directory = pathlib.Path(workdir)
     check_writable(directory)
     cache = enable_cache(trainer.config.compilation_cache)
