@@ -12,7 +12,7 @@ from dat_jax.config import get_classification_config
 def get_config():
     config = get_classification_config()
     config.model.update(name="dat_base", drop_path_rate=0.5, remat="blocks", scan_blocks=True, implementation="auto")
-    config.data.update(directory="data/imagenet", workers=8)
+    config.data.update(directory="data/imagenet", workers=8, apply_orientation=False)
     config.optimizer.clip_norm = 1.0
     config.schedule.update(base_lr=4e-4, warmup_epochs=50.0)
     return config.lock()

@@ -17,7 +17,7 @@ def get_config():
         name="dat_base_384", drop_path_rate=0.5, remat="blocks", scan_blocks=True, implementation="auto"
     )
     config.init_from = "runs/dat_b"
-    config.data.update(directory="data/imagenet", workers=8, image_size=384)
+    config.data.update(directory="data/imagenet", workers=8, apply_orientation=False, image_size=384)
     config.data.eval_resize = 438  # the release crops at 384 as at 224, unlike DAT++
     config.epochs = 30
     config.optimizer.weight_decay = 1e-8

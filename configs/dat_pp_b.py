@@ -12,5 +12,5 @@ from dat_jax.config import get_classification_config
 def get_config():
     config = get_classification_config()
     config.model.update(name="dat_pp_base", drop_path_rate=0.7, remat="blocks", scan_blocks=True, implementation="auto")
-    config.data.update(directory="data/imagenet", workers=8)
+    config.data.update(directory="data/imagenet", workers=8, apply_orientation=False)
     return config.lock()

@@ -16,7 +16,7 @@ def get_config():
         name="dat_pp_base_384", drop_path_rate=0.6, remat="blocks", scan_blocks=True, implementation="auto"
     )
     config.init_from = "runs/dat_pp_b"
-    config.data.update(directory="data/imagenet", workers=8, image_size=384, eval_resize=384)
+    config.data.update(directory="data/imagenet", workers=8, apply_orientation=False, image_size=384, eval_resize=384)
     config.epochs = 30
     config.optimizer.weight_decay = 1e-8
     config.schedule.update(base_lr=2e-5, min_lr=2e-7, warmup_epochs=0.0)

@@ -14,5 +14,5 @@ def get_config():
     config.model.update(
         name="dat_pp_small", drop_path_rate=0.4, remat="blocks", scan_blocks=True, implementation="auto"
     )
-    config.data.update(directory="data/imagenet", workers=8)
+    config.data.update(directory="data/imagenet", workers=8, apply_orientation=False)
     return config.lock()

@@ -60,6 +60,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
             json_file=values.json or None,
             csv_file=values.csv or None,
             overwrite=values.overwrite,
+            recursive=values.recursive,
             quiet=values.quiet,
             options=read_image_options(values),
         )

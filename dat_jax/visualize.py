@@ -73,6 +73,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
             argv[2:],
             output=values.output,
             overwrite=values.overwrite,
+            recursive=values.recursive,
             labels=values.labels or None,
             zero_is_ignored=values.zero_is_ignored,
             attention=AttentionOptions(values.query, values.keys, values.blocks, values.html),

@@ -8,6 +8,7 @@ from dat_jax.errors import UserError
 
 # Title -> flags, for ``format_help``.
 IMAGE_FLAGS = {
+    "Input": ("recursive",),
     "Preprocessing and classes": ("classes=FILE",),
     "Classifiers": ("image_size=PIXELS", "resize=PIXELS", "top=N"),
     "Segmentors and detectors": ("long_side=PIXELS", "short_side=PIXELS"),
@@ -23,6 +24,7 @@ _OPTIONS = (
 
 def define_image_flags(values: flags.FlagValues) -> None:
     """Define ``output``, ``overwrite`` and the flags of ``IMAGE_FLAGS``."""
+    flags.DEFINE_bool("recursive", False, "Also read the folders in folders.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for the figures, one PNG per image.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace existing files.", flag_values=values)
     flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", flag_values=values)

@@ -96,6 +96,12 @@ KEYS: dict[str, Any] = {
             "Data set directory: TFDS array_record, as written by `python -m dat_jax.data.prepare`, or folders train/<class> "
             "and val/<class>. Empty: embedded data.",
         ),
+        "apply_orientation": Key(
+            bool,
+            True,
+            "Turn images upright as their EXIF orientation tag says. False reads the stored pixels, as the loader of the "
+            "published ImageNet evaluation does.",
+        ),
         "workers": Key(int, 0, "Data loading processes; 0 loads in threads of the main process.", minimum=0),
         "max_damaged": Key(
             float,

@@ -46,6 +46,14 @@ KEYS = merge_keys(
                 False,
                 "Label 0 is ignored and label k is class k - 1, as in ADE20K; otherwise label k is class k.",
             ),
+            "label_values": Key(
+                tuple,
+                (),
+                "Value of each class in label files, such as 0,255 for two classes. Empty: label k is class k, or k - 1 with "
+                "`zero_is_ignored`. 255 marks pixels without a class unless it is listed here.",
+                items=int,
+                can_be_empty=True,
+            ),
             "crop_size": Key(int, 512, "Side of the square training crops, in pixels.", minimum=1),
             "long_side": Key(
                 int,

@@ -13,7 +13,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.segmentation_transforms import IGNORED
+from dat_jax.data.sources import read_record
 from dat_jax.errors import UserError
 
 _PREFETCHED_BATCHES = 4
@@ -102,13 +104,16 @@ def make_eval_batches(
       workers: number of worker processes; 0 loads in threads of this process.
 
     Yields:
-      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,), "mask": float32 (batch_size,)}, with the mask 1 for
-      examples and 0 for filling.
+      {"image": uint8 (batch_size, S, S, 3), "label": int32 (batch_size,), "mask": float32 (batch_size,), "damaged_index": int32
+      (batch_size,)}, with the mask 1 for examples, and 0 for filling and damaged examples. "damaged_index" is the index of a
+      damaged example, and -1 for all others.
     """
 
     def load(position: int) -> dict:
-        record = transform(source[min(position, len(source) - 1)])
-        return {**record, "mask": np.float32(position < len(source))}
+        index = min(position, len(source) - 1)
+        record = read_record(source.__getitem__, index, count=len(source), skip_damaged=True)
+        damaged = record.pop("damaged") > 0
+        return transform(record) | _make_marks(index, counts=position < len(source), damaged=damaged)
 
     steps = -(-len(source) // (batch_size * process_count))
     positions = grain.MapDataset.range(steps * batch_size * process_count)
@@ -136,32 +141,65 @@ def make_sized_eval_batches(
       workers: number of worker processes; 0 loads in threads of this process.
 
     Yields:
-      {"view_0": uint8 (R, h, w, 3), ..., "label": uint8 (R, Hp, Wp), "size": int32 (R, 2), "mask": float32 (R,)} of R rows. The
-      mask is 1 for examples and 0 for filling. A label map occupies the top left region with the height and width "size"; the
-      rest is 255. Hp and Wp are the largest sides in the batch, over all processes, rounded up to a multiple of 64.
+      {"view_0": uint8 (R, h, w, 3), ..., "label": uint8 (R, Hp, Wp), "size": int32 (R, 2), "mask": float32 (R,),
+      "damaged_index": int32 (R,)} of R rows; see ``make_eval_batches`` for the last two. A label map occupies the top left
+      region with the height and width "size"; the rest is 255. Hp and Wp are the largest sides in the batch, over all
+      processes, rounded up to a multiple of 64.
 
     Raises:
       UserError: a worker died, or an example cannot be read.
     """
     rows = range(batch_size) if rows is None else rows
-    plan = _plan_sized_batches(source, transform, batch_size)
+    sizes = _read_sizes(source)
+    plan = _plan_sized_batches(sizes, transform, batch_size)
 
     def load(position: int) -> dict:
         step, row = divmod(position, len(rows))
         indices, (height, width) = plan[step]
-        record = transform(source[indices[min(rows[row], len(indices) - 1)]])
+        index, counts = indices[min(rows[row], len(indices) - 1)], rows[row] < len(indices)
+        try:
+            record, damaged = source[index], False
+        except DamagedFile:
+            shape = sizes[index]
+            record, damaged = (
+                {"image": np.zeros((*shape, 3), np.uint8), "label": np.full(shape, IGNORED, np.uint8)},
+                True,
+            )
+        record = transform(record)
         label = np.full((height, width), IGNORED, np.uint8)
         label[: record["label"].shape[0], : record["label"].shape[1]] = record["label"]
-        return {**record, "label": label, "mask": np.float32(rows[row] < len(indices))}
+        return {**record, "label": label} | _make_marks(index, counts=counts, damaged=damaged)
 
     return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
 
 
-def _plan_sized_batches(source, transform, batch_size: int) -> list[tuple[list[int], tuple[int, int]]]:
+def _make_marks(index: int, *, counts: bool, damaged: bool) -> dict:
+    """Return "mask" and "damaged_index" of a row, which holds an example if ``counts`` is True, and filling otherwise."""
+    damaged_index = index if counts and damaged else -1
+    return {"mask": np.float32(counts and not damaged), "damaged_index": np.int32(damaged_index)}
+
+
+def _read_sizes(source) -> list[tuple[int, int]]:
+    """Return the heights and widths of all examples; damaged ones have the size of the first readable one."""
+    sizes, error = [], None
+    for index in range(len(source)):
+        try:
+            sizes.append(tuple(source.size(index)))
+        except DamagedFile as caught:
+            sizes.append(None)
+            error = error or caught
+    readable = next((size for size in sizes if size is not None), None)
+    if readable is None:
+        raise error or UserError("There are no images to evaluate.")
+    return [size or readable for size in sizes]
+
+
+def _plan_sized_batches(
+    sizes: Sequence[tuple[int, int]], transform, batch_size: int
+) -> list[tuple[list[int], tuple[int, int]]]:
     """Return up to ``batch_size`` indices of examples for every batch, and the height and width of its label maps."""
-    sizes = [source.size(index) for index in range(len(source))]
     shapes = {size: transform.view_shapes(*size) for size in set(sizes)}
-    order = sorted(range(len(source)), key=lambda index: (shapes[sizes[index]], sizes[index], index))
+    order = sorted(range(len(sizes)), key=lambda index: (shapes[sizes[index]], sizes[index], index))
     plan = []
     for _, group in itertools.groupby(order, key=lambda index: shapes[sizes[index]]):
         group = list(group)
@@ -322,19 +360,24 @@ def make_detection_eval_batches(
 
     Yields:
       {"image": uint8 (R, Hp, Wp, 3), "valid": int32 (R, 2), "scale": float32 (R, 4), "original": int32 (R, 2), "index":
-      int32 (R,), "mask": float32 (R,)} of R rows, with the mask 1 for images and 0 for filling.
+      int32 (R,), "mask": float32 (R,), "damaged_index": int32 (R,)} of R rows; see ``make_eval_batches`` for the last two.
 
     Raises:
       UserError: a worker died, or an image cannot be read.
     """
     rows = range(batch_size) if rows is None else rows
-    plan = [indices for indices, _ in _plan_sized_batches(source, transform, batch_size)]
+    sizes = _read_sizes(source)
+    plan = [indices for indices, _ in _plan_sized_batches(sizes, transform, batch_size)]
 
     def load(position: int) -> dict:
         step, row = divmod(position, len(rows))
         indices = plan[step]
-        index = indices[min(rows[row], len(indices) - 1)]
-        return transform(source[index]) | {"index": np.int32(index), "mask": np.float32(rows[row] < len(indices))}
+        index, counts = indices[min(rows[row], len(indices) - 1)], rows[row] < len(indices)
+        try:
+            record, damaged = source[index], False
+        except DamagedFile:
+            record, damaged = {"image": np.zeros((*sizes[index], 3), np.uint8)}, True
+        return transform(record) | {"index": np.int32(index)} | _make_marks(index, counts=counts, damaged=damaged)
 
     return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
 

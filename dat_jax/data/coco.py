@@ -25,7 +25,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from dat_jax.data.coco_json import decode_counts, link_annotations, read_table
-from dat_jax.data.image_files import Member, error_text, read_member
+from dat_jax.data.image_files import LeftOut, Member, error_text, is_image, read_member
 from dat_jax.data.images import decode_image
 from dat_jax.data.sources import SPLITS, read_record
 from dat_jax.data.synthetic import CLASS_NAMES, COUNTS, SIDE, compose
@@ -60,10 +60,6 @@ class Objects(NamedTuple):
     masks: list[dict] | None
 
 
-class _DamagedFile(UserError):
-    """An image file that cannot be read, as opposed to a readable file with invalid content."""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class CocoSource:
     """Images in a folder with annotations in a JSON file; see ``load_coco``.
@@ -84,6 +80,7 @@ class CocoSource:
         if there are no masks.
       skip_damaged: see ``data.sources``.
       skipped: reason -> number of annotations or images that were left out or clipped when the file was read.
+      apply_orientation: see ``decode_image``. Sizes, boxes and masks belong to the upright image if it is True.
     """
 
     annotations: str
@@ -102,12 +99,13 @@ class CocoSource:
     spans: np.ndarray | None
     skip_damaged: bool
     skipped: dict[str, int]
+    apply_orientation: bool = True
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        return read_record(self._read, index, count=len(self), skip_damaged=self.skip_damaged, damage=_DamagedFile)
+        return read_record(self.read, index, count=len(self), skip_damaged=self.skip_damaged)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the height and width of an image, as in the JSON file; reading an image of another size is an error."""
@@ -143,15 +141,19 @@ class CocoSource:
             ) from error
         return masks
 
-    def _read(self, index: int) -> dict:
+    def read(self, index: int) -> dict:
+        """Return a record, or raise a DamagedFile error if its image cannot be read."""
         path, size = os.path.join(self.folder, self.files[index]), self.size(index)
-        try:
-            image = decode_image(read_member(Member(path, 0, -1, self.files[index], "")), name=path)
-        except UserError as error:
-            raise _DamagedFile(str(error)) from error
+        data = read_member(Member(path, 0, -1, self.files[index], ""))
+        image = decode_image(data, name=path, apply_orientation=self.apply_orientation)
         if image.shape[:2] != size:
             actual, expected = (f"{height} x {width}" for height, width in (image.shape[:2], size))
-            raise UserError(f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.")
+            turned = image.shape[1::-1] == size
+            advice = f" Its orientation tag was {'' if self.apply_orientation else 'not '}applied: set "
+            advice += f"config.data.apply_orientation={not self.apply_orientation} if the annotations belong to the other one."
+            raise UserError(
+                f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.{advice if turned else ''}"
+            )
         return _make_record(image, self.objects(index))
 
 
@@ -273,7 +275,9 @@ def to_coco_ground_truth(source: CocoSource | DigitsSource) -> dict:
     }
 
 
-def load_detection_source(name: str, *, split: str, directory: str = "") -> CocoSource | DigitsSource:
+def load_detection_source(
+    name: str, *, split: str, directory: str = "", apply_orientation: bool = True
+) -> CocoSource | DigitsSource:
     """Load a split of an embedded data set or of a directory in COCO's layout.
 
     A directory contains annotations/instances_train2017.json and train2017/, annotations/instances_val2017.json and val2017/.
@@ -284,6 +288,7 @@ def load_detection_source(name: str, *, split: str, directory: str = "") -> Coco
       name: name of an embedded data set, ignored if ``directory`` is given. "digits_on_photographs": see ``DigitsSource``.
       split: "train" or "validation".
       directory: "" or a path.
+      apply_orientation: see ``decode_image``.
 
     Raises:
       UserError: the name or the split is unknown, a file or folder is missing, or the annotations are invalid, see
@@ -296,7 +301,7 @@ def load_detection_source(name: str, *, split: str, directory: str = "") -> Coco
             raise UserError(f"There is no directory {directory} to read images from.")
         annotations = _choose_path(pathlib.Path(directory) / "annotations", FILES[split], "file")
         images = _choose_path(pathlib.Path(directory), IMAGE_FOLDERS[split], "folder")
-        return load_coco(annotations, images, split=split)
+        return load_coco(annotations, images, split=split, apply_orientation=apply_orientation)
     if name != "digits_on_photographs":
         raise UserError(
             f"Unknown data set {name!r} for detection; choose digits_on_photographs, or set config.data.directory to the "
@@ -316,7 +321,9 @@ def _choose_path(parent: pathlib.Path, names: tuple[str, ...], kind: str) -> str
     return str(parent / matches[0])
 
 
-def load_coco(annotations: str, images: str, *, split: str, min_side: int = MIN_SIDE) -> CocoSource:
+def load_coco(
+    annotations: str, images: str, *, split: str, min_side: int = MIN_SIDE, apply_orientation: bool = True
+) -> CocoSource:
     """Load the images and objects of a JSON file of COCO instances, in the order of the file.
 
     As in MMDetection 2.26, the following annotations are skipped, and counted in ``skipped``:
@@ -328,13 +335,13 @@ def load_coco(annotations: str, images: str, *, split: str, min_side: int = MIN_
 
     Boxes that are partly outside are clipped to the image, which is also counted. For training, images without an annotation of
     a listed category and images with a side below ``min_side`` are left out. Anything else that is invalid raises an error.
-    Orientation tags of images are not applied.
 
     Args:
       annotations: path of the JSON file.
       images: folder that the file names are relative to.
       split: "train" leaves out images and skips damaged ones; "validation" keeps all images.
       min_side: smallest side of images to train on, in pixels.
+      apply_orientation: see ``CocoSource``.
 
     Raises:
       UserError: see ``coco_json.read_table`` and ``coco_json.link_annotations``; image files are missing; no image is left for
@@ -375,6 +382,7 @@ def load_coco(annotations: str, images: str, *, split: str, min_side: int = MIN_
         spans=table.spans[indices] if table.has_mask.any() else None,
         skip_damaged=split == "train",
         skipped={reason: number for reason, number in skipped.items() if number},
+        apply_orientation=apply_orientation,
     )
 
 
@@ -395,3 +403,8 @@ def _check_files(files: tuple[str, ...], folder: str, annotations: str) -> None:
     missing = [name for name in files if os.path.basename(name) not in existing[os.path.dirname(name)]]
     if missing:
         raise UserError(f"These images of {annotations} are not in {folder}: {name_some(missing)}.")
+    left_out, listed = LeftOut(), set(files)
+    for parent, names in existing.items():
+        unlisted = [name for name in sorted(names) if is_image(name) and os.path.join(parent, name) not in listed]
+        left_out.add("images that the annotations do not list", unlisted, folder=parent)
+    left_out.log(folder, f"{len(files):,} images of {annotations}")

@@ -27,7 +27,7 @@ def load_eval_sets(paths: dict[str, str], eval_source) -> dict[str, tuple[Any, n
     Args:
       paths: name -> path; sets with the path "" are omitted. The path of "real" is the file real.json. Any other path is a
         directory: one folder per class, named by class or by label, or a TFDS data set in array_record format.
-      eval_source: source of the validation images, which defines the classes.
+      eval_source: source of the validation images, which defines the classes and whether orientation tags are applied.
 
     Returns:
       name -> (source, labels of the classes that occur in the set, or None if all classes occur).
@@ -38,17 +38,17 @@ def load_eval_sets(paths: dict[str, str], eval_source) -> dict[str, tuple[Any, n
     return {
         name: (load_reassessed(path, eval_source), None)
         if name == "real"
-        else _load_set(pathlib.Path(path), eval_source.class_names)
+        else _load_set(pathlib.Path(path), eval_source.class_names, getattr(eval_source, "apply_orientation", True))
         for name, path in paths.items()
         if path
     }
 
 
-def _load_set(directory: pathlib.Path, class_names: Sequence[str]):
+def _load_set(directory: pathlib.Path, class_names: Sequence[str], apply_orientation: bool):
     if not directory.is_dir():
         raise UserError(f"There is no directory {directory} of images to evaluate.")
     if has_metadata(directory):
-        source = load_source("", directory=str(directory), split="validation")
+        source = load_source("", split="validation", directory=str(directory), apply_orientation=apply_orientation)
         labels = index_by_name_or_number(source.class_names, class_names, place=str(directory))
         source = _RelabeledSource(source, labels, tuple(class_names))
     else:
@@ -57,7 +57,8 @@ def _load_set(directory: pathlib.Path, class_names: Sequence[str]):
         labels = index_by_name_or_number(folders, class_names, place=str(directory))
         label_of = dict(zip(folders, labels.tolist(), strict=True))
         member_labels = np.array([label_of[member.class_name] for member in members], np.int32)
-        source = EncodedSource(_MemberRecords(tuple(members), member_labels), tuple(class_names), skip_damaged=False)
+        records = _MemberRecords(tuple(members), member_labels)
+        source = EncodedSource(records, tuple(class_names), skip_damaged=False, apply_orientation=apply_orientation)
     classes = np.unique(labels)
     return source, None if len(classes) == len(class_names) else classes
 
@@ -139,7 +140,8 @@ class _ReassessedSource:
             )
         acceptable = np.zeros(len(self.class_names), bool)
         acceptable[list(self.acceptable[int(number[1]) - 1])] = True
-        return {"image": decode_image(data, name=name), "label": np.int32(label), "acceptable": acceptable}
+        image = decode_image(data, name=name, apply_orientation=self.source.apply_orientation)
+        return {"image": image, "label": np.int32(label), "acceptable": acceptable}
 
 
 def load_reassessed(path: str, eval_source: EncodedSource) -> _ReassessedSource:

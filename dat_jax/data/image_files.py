@@ -3,6 +3,8 @@
 Archives are indexed without unpacking: each image is described by its byte range.
 """
 
+import collections
+import logging
 import os
 import posixpath
 import tarfile
@@ -11,9 +13,17 @@ from typing import NamedTuple
 
 from dat_jax.errors import UserError, name_some
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
+IMAGE_SUFFIXES = (
+    *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 _COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _TAR_BLOCK = 512
+
+
+class DamagedFile(UserError):
+    """A file that cannot be read, as opposed to a readable file with unsupported or invalid content."""
 
 
 class Member(NamedTuple):
@@ -34,12 +44,58 @@ class Member(NamedTuple):
     class_name: str
 
 
+class Listing(NamedTuple):
+    """Content of a folder, each list sorted as plain strings.
+
+    Attributes:
+      folders, images: names of its subfolders and images.
+      others: names of files that are not images.
+      hidden: names of images and folders that start with a dot.
+    """
+
+    folders: list[str]
+    images: list[str]
+    others: list[str]
+    hidden: list[str]
+
+
+class LeftOut:
+    """Files that were left out of a data set, by reason, with an example of each."""
+
+    def __init__(self):
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._examples: dict[str, str] = {}
+
+    def add(self, reason: str, names: Sequence[str], *, folder: str = "") -> None:
+        """Add the names of files or folders in ``folder``."""
+        if names:
+            self._counts[reason] += len(names)
+            self._examples.setdefault(reason, posixpath.join(folder, names[0]))
+
+    def add_listing(self, listing: Listing, *, folder: str = "", subfolders: bool = False) -> None:
+        """Add what is left out of a folder of which the images are taken, and its subfolders unless ``subfolders`` is True."""
+        self.add("files that are no images", listing.others, folder=folder)
+        self.add("hidden files", listing.hidden, folder=folder)
+        if not subfolders:
+            self.add("folders at a level that is not read", listing.folders, folder=folder)
+
+    def log(self, place: object, taken: str) -> None:
+        """Log what was taken from a place, and as a warning what was left out, if anything was."""
+        if not self._counts:
+            logger.info("%s: %s.", place, taken)
+            return
+        reasons = ", ".join(
+            f"{count:,} {reason} (such as {self._examples[reason]})" for reason, count in self._counts.items()
+        )
+        logger.warning("%s: %s. Left out: %s.", place, taken, reasons)
+
+
 def list_images(path: str) -> list[Member]:
     """List the images of a folder or of an uncompressed tar, sorted by class and then by name, as plain strings.
 
     Args:
       path: one of: a folder of class folders, a flat folder of images, a tar with one tar per class, a flat tar of images.
-        Hidden files and files that are not images are ignored.
+        Hidden files and files that are not images are left out, which is logged.
 
     Raises:
       UserError: the path does not exist, is not an uncompressed tar, is truncated, contains no images, or contains images both
@@ -47,10 +103,13 @@ def list_images(path: str) -> list[Member]:
     """
     if not os.path.exists(path):
         raise UserError(f"There is no tar or folder of images at {path}.")
-    members = list(_walk_folder(path) if os.path.isdir(path) else _walk_tar(path))
+    left_out = LeftOut()
+    members = list(_walk_folder(path, left_out) if os.path.isdir(path) else _walk_tar(path, left_out))
+    left_out.log(path, f"{len(members):,} images")
     if not members:
         raise UserError(
-            f"{path} contains no images: expected class folders, one tar per class, or a flat folder or tar of images."
+            f"{path} contains no images: expected class folders, one tar per class, or a flat folder or tar of images. Images "
+            f"are files named {list_suffixes()}."
         )
     without_class = [member.name for member in members if not member.class_name]
     if 0 < len(without_class) < len(members):
@@ -62,38 +121,39 @@ def read_member(member: Member) -> bytes:
     """Read the bytes of an image.
 
     Raises:
-      UserError: the file cannot be read, or ends before the image does.
+      DamagedFile: the file cannot be read, or ends before the image does.
     """
     try:
         with open(member.path, "rb") as file:
             file.seek(member.offset)
             data = file.read(member.size)
     except OSError as error:
-        raise UserError(f"The image {member.name} cannot be read from {member.path}: {error.strerror}.") from error
+        raise DamagedFile(f"The image {member.name} cannot be read from {member.path}: {error.strerror}.") from error
     if member.size not in (-1, len(data)):
-        raise UserError(f"{member.path} ends within the image {member.name}: it has changed since it was listed.")
+        raise DamagedFile(f"{member.path} ends within the image {member.name}: it has changed since it was listed.")
     return data
 
 
-def scan_folder(path: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """Return the names of the subfolders and of the images in a folder, each sorted as plain strings, without hidden ones.
+def scan_folder(path: str | os.PathLike) -> Listing:
+    """List a folder.
 
     Raises:
       UserError: the folder cannot be read.
     """
-    folders, images = [], []
+    listing = Listing([], [], [], [])
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif is_image(entry.name):
-                    images.append(entry.name)
+                    if entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.is_dir():
+                        listing.hidden.append(entry.name)
+                elif entry.is_dir():
+                    listing.folders.append(entry.name)
+                else:
+                    (listing.images if is_image(entry.name) else listing.others).append(entry.name)
     except OSError as error:
         raise UserError(f"The folder {path} cannot be read: {error.strerror}.") from error
-    return sorted(folders), sorted(images)
+    return Listing(*map(sorted, listing))
 
 
 def index_classes(names: Iterable[str], class_names: Sequence[str], *, source: str) -> list[int]:
@@ -120,21 +180,29 @@ def is_image(name: str) -> bool:
     return not posixpath.basename(name).startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def list_suffixes() -> str:
+    """Return the suffixes of images in words."""
+    return f"{', '.join(f'*{suffix}' for suffix in IMAGE_SUFFIXES[:-1])} or *{IMAGE_SUFFIXES[-1]}"
+
+
 def error_text(error: object) -> str:
     """Return the message of an error as a single line."""
     return " ".join(str(error).split())
 
 
-def _walk_folder(path: str) -> Iterator[Member]:
-    folders, images = scan_folder(path)
-    for name in images:
+def _walk_folder(path: str, left_out: LeftOut) -> Iterator[Member]:
+    listing = scan_folder(path)
+    left_out.add_listing(listing, subfolders=True)
+    for name in listing.images:
         yield Member(os.path.join(path, name), 0, -1, name, "")
-    for folder in folders:
-        for name in scan_folder(os.path.join(path, folder))[1]:
+    for folder in listing.folders:
+        inner = scan_folder(os.path.join(path, folder))
+        left_out.add_listing(inner, folder=folder)
+        for name in inner.images:
             yield Member(os.path.join(path, folder, name), 0, -1, f"{folder}/{name}", folder)
 
 
-def _walk_tar(path: str) -> Iterator[Member]:
+def _walk_tar(path: str, left_out: LeftOut) -> Iterator[Member]:
     """Yield the images of a tar and of the tars inside it, all with offsets from the start of the outer file."""
     current = path  # the archive being read, for the error message
     try:
@@ -143,12 +211,14 @@ def _walk_tar(path: str) -> Iterator[Member]:
                 name = posixpath.normpath(item.name)
                 if name.lower().endswith(".tar"):
                     current = f"{name} in {path}"
-                    yield from _walk_class_tar(archive, item, path=path, name=name)
+                    yield from _walk_class_tar(archive, item, left_out, path=path, name=name)
                     current = path
                 elif name.lower().endswith(_COMPRESSED_SUFFIXES):
                     raise UserError(f"{name} in {path} is compressed: expected images or uncompressed tars of images.")
                 elif is_image(name):
                     yield Member(path, item.offset_data, item.size, name, "")
+                else:
+                    left_out.add("files that are no images", [name])
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"{current} cannot be read as an uncompressed tar ({error}): if it is compressed, unpack it first; otherwise "
@@ -156,7 +226,9 @@ def _walk_tar(path: str) -> Iterator[Member]:
         ) from error
 
 
-def _walk_class_tar(archive: tarfile.TarFile, item: tarfile.TarInfo, *, path: str, name: str) -> Iterator[Member]:
+def _walk_class_tar(
+    archive: tarfile.TarFile, item: tarfile.TarInfo, left_out: LeftOut, *, path: str, name: str
+) -> Iterator[Member]:
     """Yield the images of an inner tar, whose name is the class."""
     class_name = posixpath.basename(name)[: -len(".tar")]
     content = archive.extractfile(item)
@@ -166,6 +238,8 @@ def _walk_class_tar(archive: tarfile.TarFile, item: tarfile.TarInfo, *, path: st
             if is_image(image.name):
                 offset = item.offset_data + image.offset_data
                 yield Member(path, offset, image.size, f"{name}/{posixpath.normpath(image.name)}", class_name)
+            else:
+                left_out.add("files that are no images", [image.name], folder=name)
 
 
 def _walk_files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

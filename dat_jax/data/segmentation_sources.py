@@ -9,14 +9,14 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from dat_jax.data import ade20k
-from dat_jax.data.image_files import Member, error_text, read_member, scan_folder
-from dat_jax.data.images import DAMAGE, decode_image
+from dat_jax.data.image_files import DamagedFile, LeftOut, Member, error_text, list_suffixes, read_member, scan_folder
+from dat_jax.data.images import DAMAGE, decode_image, read_size
 from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.data.sources import SPLITS, read_record
 from dat_jax.data.synthetic import ComposedSource
@@ -54,10 +54,6 @@ class SegmentationArraySource:
         return self.images[index].shape[:2]
 
 
-class _DamagedFile(UserError):
-    """A file that cannot be read, as opposed to a readable file with invalid content."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SegmentationFileSource:
     """Image and label files in two folders, read on access.
@@ -66,11 +62,13 @@ class SegmentationFileSource:
       image_folder, label_folder: paths of the folders.
       files: (image file name, label file name) pairs.
       class_names: names of the classes in label order, at most 255, or 254 with ``zero_is_ignored``.
-      zero_is_ignored: whether label files number the classes from 1 and 0 marks pixels without a class. In either case, 255
-        marks pixels without a class.
-      skip_damaged: whether a pair with a damaged file is replaced by the next readable one, with one warning, instead of raising
-        an error. If True, every record has "damaged", the number of pairs that it replaces, int32. Readable files with invalid
-        content raise an error in either case.
+      zero_is_ignored: whether label files number the classes from 1 and 0 marks pixels without a class.
+      label_values: value in label files of each class, in label order; empty: their indices, or with ``zero_is_ignored`` the
+        indices plus 1. The value 255 marks pixels without a class, unless it is one of ``label_values``.
+      skip_damaged: whether a pair with a damaged file is replaced by the next readable one instead of raising an error. If True,
+        every record has "damaged", the number of pairs that it replaces, int32. Readable files with invalid content raise an
+        error in either case.
+      apply_orientation: see ``decode_image``. Label files belong to the upright image if it is True.
     """
 
     image_folder: str
@@ -79,62 +77,47 @@ class SegmentationFileSource:
     class_names: tuple[str, ...]
     zero_is_ignored: bool
     skip_damaged: bool
+    apply_orientation: bool = True
+    label_values: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        return read_record(self._read, index, count=len(self), skip_damaged=self.skip_damaged, damage=_DamagedFile)
+        return read_record(self.read, index, count=len(self), skip_damaged=self.skip_damaged)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the height and width of an image in pixels, from the header of its file."""
-        path = self._paths(index)[0]
-        try:
-            with Image.open(path) as image:
-                return image.height, image.width
-        except DAMAGE as error:
-            reason = getattr(error, "strerror", None) or error_text(error)
-            raise UserError(f"The size of the image {path} cannot be read: {reason}.") from error
+        return read_size(self._paths(index)[0], apply_orientation=self.apply_orientation)
 
     def _paths(self, index: int) -> tuple[str, str]:
         image, label = self.files[index]
         return os.path.join(self.image_folder, image), os.path.join(self.label_folder, label)
 
-    def _read(self, index: int) -> dict:
+    def read(self, index: int) -> dict:
+        """Return a record, or raise a DamagedFile error if one of its files cannot be read."""
         image_path, label_path = self._paths(index)
-        image = _decode_8bit_image(_read_file(image_path), path=image_path)
-        label = decode_label(_read_file(label_path), path=label_path)
+        image = decode_image(_read_file(image_path), name=image_path, apply_orientation=self.apply_orientation)
+        label = self.read_label(index)
         if image.shape[:2] != label.shape:
             label_size, image_size = (f"{height} x {width}" for height, width in (label.shape, image.shape[:2]))
             raise UserError(
                 f"The label file {label_path} has {label_size} pixels: expected {image_size}, the size of {image_path}."
             )
-        label = _to_class_indices(
-            label, zero_is_ignored=self.zero_is_ignored, count=len(self.class_names), path=label_path
-        )
         return {"image": image, "label": label}
+
+    def read_label(self, index: int) -> np.ndarray:
+        """Return the label map of an index, uint8 (H, W), or raise a DamagedFile error if its file cannot be read."""
+        path = self._paths(index)[1]
+        values = decode_label(_read_file(path), path=path)
+        first = int(self.zero_is_ignored)
+        class_values = self.label_values or tuple(range(first, first + len(self.class_names)))
+        ignored = {0, IGNORED} if self.zero_is_ignored else {IGNORED}
+        return _to_class_indices(values, class_values=class_values, ignored=ignored, path=path)
 
 
 def _read_file(path: str) -> bytes:
-    try:
-        return read_member(Member(path, 0, -1, os.path.basename(path), ""))
-    except UserError as error:
-        raise _DamagedFile(str(error)) from error
-
-
-def _decode_8bit_image(data: bytes, *, path: str) -> np.ndarray:
-    """Decode an image with ``decode_image``, but reject more than 8 bits per channel, which it would clip."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode = image.mode
-    except Exception:  # decode_image raises an error with the reason
-        mode = ""
-    if mode.startswith(("I", "F")) or (_png_header(data) or (8,))[0] == 16:
-        raise UserError(f"The image {path} has more than 8 bits per channel: expected an 8-bit image.")
-    try:
-        return decode_image(data, name=path)
-    except UserError as error:
-        raise _DamagedFile(str(error)) from error
+    return read_member(Member(path, 0, -1, os.path.basename(path), ""))
 
 
 def decode_label(data: bytes, *, path: str) -> np.ndarray:
@@ -153,12 +136,12 @@ def decode_label(data: bytes, *, path: str) -> np.ndarray:
     """
     header = _png_header(data)
     if header is None:
-        raise _DamagedFile(f"The label file {path} is not a readable PNG: it does not start with a PNG header.")
+        raise DamagedFile(f"The label file {path} is not a readable PNG: it does not start with a PNG header.")
     try:
         with Image.open(io.BytesIO(data)) as image:
             values = np.array(image)
     except DAMAGE as error:
-        raise _DamagedFile(f"The label file {path} cannot be decoded: {error_text(error)}.") from error
+        raise DamagedFile(f"The label file {path} cannot be decoded: {error_text(error)}.") from error
     bits, color_type = header  # checked after decoding, because a damaged header is damage
     if color_type != 3 and header != (8, 0):
         kind = f"{_PNG_COLORS.get(color_type, 'unknown color type')} with {bits} bits"
@@ -175,26 +158,44 @@ def _png_header(data: bytes) -> tuple[int, int] | None:
     return data[24], data[25]
 
 
-def _to_class_indices(values: np.ndarray, *, zero_is_ignored: bool, count: int, path: str) -> np.ndarray:
-    """Convert the values of a label file to class indices, uint8 (H, W).
+def _to_class_indices(
+    values: np.ndarray, *, class_values: Sequence[int], ignored: Iterable[int], path: str
+) -> np.ndarray:
+    """Convert the values of a label file to class indices, uint8 (H, W), with ``IGNORED`` for pixels without a class.
+
+    Args:
+      values: uint8 (H, W).
+      class_values: value of each class.
+      ignored: values of pixels without a class, unless they are in ``class_values``.
+      path: path of the file for error messages.
 
     Raises:
-      UserError: a value is not one of ``count`` classes.
+      UserError: another value occurs.
     """
-    first = int(zero_is_ignored)
-    invalid = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[first + count : IGNORED])
-    if len(invalid):
-        ignored = "0 or 255" if zero_is_ignored else "or 255"
+    index_of = {value: IGNORED for value in ignored} | {value: index for index, value in enumerate(class_values)}
+    invalid = [value for value in np.flatnonzero(np.bincount(values.ravel(), minlength=256)) if value not in index_of]
+    if invalid:
+        first, last = class_values[0], class_values[-1]
+        is_range = list(class_values) == list(range(first, last + 1))
+        expected = f"{first}..{last}" if is_range else ", ".join(map(str, class_values))
+        no_class = " or ".join(str(value) for value in sorted(ignored) if value not in class_values)
         raise UserError(
-            f"The label file {path} has the value {first + count + invalid[0]}: expected {first}..{first + count - 1} for the "
-            f"{count} classes, {ignored} for no class."
+            f"The label file {path} has the value {invalid[0]}: expected {expected} for the {len(class_values)} classes"
+            f"{no_class and f', {no_class} for no class'}. config.data.label_values sets the value of each class."
         )
-    # In uint8, 0 - 1 is 255.
-    return np.where(values == IGNORED, np.uint8(IGNORED), values - np.uint8(1)) if zero_is_ignored else values
+    lookup = np.full(256, IGNORED, np.uint8)
+    lookup[list(index_of)] = list(index_of.values())
+    return lookup[values]
 
 
 def load_segmentation_source(
-    name: str, *, split: str, directory: str = "", zero_is_ignored: bool = False
+    name: str,
+    *,
+    split: str,
+    directory: str = "",
+    zero_is_ignored: bool = False,
+    label_values: tuple[int, ...] = (),
+    apply_orientation: bool = True,
 ) -> SegmentationFileSource | ComposedSource:
     """Load a split of an embedded data set or of a directory of image and label files.
 
@@ -213,6 +214,8 @@ def load_segmentation_source(
       split: "train" or "validation".
       directory: "" or a path.
       zero_is_ignored: whether the value 0 of label files is no class and class k is k + 1.
+      label_values: value of each class in label files, see ``SegmentationFileSource``.
+      apply_orientation: see ``decode_image``.
 
     Raises:
       UserError: the name or the split is unknown, folders or files are missing, or an image or label file has no counterpart.
@@ -220,7 +223,13 @@ def load_segmentation_source(
     if split not in SPLITS:
         raise UserError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
     if directory:
-        return _load_directory(pathlib.Path(directory), split, zero_is_ignored)
+        return _load_directory(
+            pathlib.Path(directory),
+            split,
+            zero_is_ignored,
+            label_values=tuple(label_values),
+            apply_orientation=apply_orientation,
+        )
     if name not in _SOURCES:
         raise UserError(
             f"Unknown data set {name!r} for segmentation; choose one of {', '.join(_SOURCES)}, or set config.data.directory to "
@@ -232,7 +241,14 @@ def load_segmentation_source(
 _SOURCES = {"digits_on_photographs": ComposedSource}
 
 
-def _load_directory(directory: pathlib.Path, split: str, zero_is_ignored: bool) -> SegmentationFileSource:
+def _load_directory(
+    directory: pathlib.Path,
+    split: str,
+    zero_is_ignored: bool,
+    *,
+    label_values: tuple[int, ...],
+    apply_orientation: bool,
+) -> SegmentationFileSource:
     if not directory.is_dir():
         raise UserError(f"There is no directory {directory} to read images from.")
     images = _choose_folder(_choose_folder(directory, ("images",)), SPLIT_FOLDERS[split])
@@ -246,20 +262,42 @@ def _load_directory(directory: pathlib.Path, split: str, zero_is_ignored: bool) 
     if zero_is_ignored and not has_names and labels.parent.name == "annotations":
         is_ade20k |= images.name == labels.name and images.name in ("training", "validation")
     zero_is_ignored |= is_ade20k
-    max_classes = IGNORED - zero_is_ignored
+    if is_ade20k:
+        class_names = _read_ade20k_names(directory / ADE20K_FILE)
+    else:
+        class_names = _read_names(directory / CLASS_FILE, max_classes=IGNORED - zero_is_ignored)
+    if label_values:
+        _check_label_values(label_values, class_names, zero_is_ignored, directory)
     return SegmentationFileSource(
         str(images),
         str(labels),
         _pair_files(images, labels),
-        _read_ade20k_names(directory / ADE20K_FILE) if is_ade20k else _read_names(directory / CLASS_FILE, max_classes),
+        class_names,
         zero_is_ignored=zero_is_ignored,
         skip_damaged=split == "train",
+        apply_orientation=apply_orientation,
+        label_values=label_values,
     )
+
+
+def _check_label_values(
+    values: tuple[int, ...], class_names: Sequence[str], zero_is_ignored: bool, directory: pathlib.Path
+) -> None:
+    if zero_is_ignored:
+        raise UserError(
+            "config.data.label_values cannot be combined with config.data.zero_is_ignored or ADE20K, which number the classes "
+            "from 1."
+        )
+    if len(set(values)) != len(values) or not set(values) <= set(range(256)) or len(values) != len(class_names):
+        raise UserError(
+            f"config.data.label_values is {', '.join(map(str, values))}: expected {len(class_names)} different values from 0 "
+            f"to 255, one for each class of {directory / CLASS_FILE}."
+        )
 
 
 def _choose_folder(parent: pathlib.Path, names: Sequence[str]) -> pathlib.Path:
     """Return the only subfolder that has one of several names."""
-    folders = scan_folder(parent)[0]
+    folders = scan_folder(parent).folders
     matches = [name for name in names if name in folders]
     if len(matches) == 1:
         return parent / matches[0]
@@ -272,9 +310,14 @@ def _choose_folder(parent: pathlib.Path, names: Sequence[str]) -> pathlib.Path:
 
 def _pair_files(images: pathlib.Path, labels: pathlib.Path) -> tuple[tuple[str, str], ...]:
     """Return (image file name, label file name) pairs, sorted by the name of the image."""
-    image_names, label_names = scan_folder(images)[1], scan_folder(labels)[1]
+    listings = {folder: scan_folder(folder) for folder in (images, labels)}
+    image_names, label_names = (listing.images for listing in listings.values())
+    for folder, listing in listings.items():
+        left_out = LeftOut()
+        left_out.add_listing(listing)
+        left_out.log(folder, f"{len(listing.images):,} images")
     if not image_names:
-        raise UserError(f"{images} contains no images.")
+        raise UserError(f"{images} contains no images. Images are files named {list_suffixes()}.")
     others = [name for name in label_names if not name.lower().endswith(".png")]
     if others:
         raise UserError(f"{labels} contains label files that are not PNG: {name_some(others)}.")

@@ -5,7 +5,6 @@ always gives the same record. Sources are pickled for data workers and read by s
 """
 
 import dataclasses
-import functools
 import logging
 import os
 import pathlib
@@ -15,7 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from dat_jax.data.embedded import read_mnist5k
-from dat_jax.data.image_files import Member, error_text, index_classes, read_member, scan_folder
+from dat_jax.data.image_files import (
+    DamagedFile,
+    LeftOut,
+    Member,
+    error_text,
+    index_classes,
+    list_suffixes,
+    read_member,
+    scan_folder,
+)
 from dat_jax.data.images import decode_image
 from dat_jax.errors import UserError, name_some
 
@@ -63,73 +71,79 @@ class EncodedSource:
     Attributes:
       records: encoded images with their labels and names.
       class_names: names of the classes, in label order.
-      skip_damaged: whether a damaged image is replaced by the next readable one, with one warning, instead of raising an error.
-        If True, every record has "damaged", the number of damaged images that it replaces, int32.
-      advice: sentence appended to the error.
+      skip_damaged: whether a damaged image is replaced by the next readable one instead of raising an error. If True, every
+        record has "damaged", the number of damaged images that it replaces, int32.
+      apply_orientation: see ``decode_image``.
     """
 
     records: Records
     class_names: tuple[str, ...]
     skip_damaged: bool
-    advice: str = ""
+    apply_orientation: bool = True
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        read = functools.partial(read_record, self._read, index, count=len(self))
-        return read(skip_damaged=self.skip_damaged, damage=UserError, advice=self.advice)
+        return read_record(self.read, index, count=len(self), skip_damaged=self.skip_damaged)
 
-    def _read(self, index: int) -> dict:
+    def read(self, index: int) -> dict:
+        """Return a record, or raise a DamagedFile error if its image cannot be read."""
         data, label, name = self.records[index]
-        return {"image": decode_image(data, name=name), "label": np.int32(label)}
+        return {
+            "image": decode_image(data, name=name, apply_orientation=self.apply_orientation),
+            "label": np.int32(label),
+        }
 
 
-def read_record(
-    read: Callable[[int], dict],
-    index: int,
-    *,
-    count: int,
-    skip_damaged: bool,
-    damage: type[UserError],
-    advice: str = "",
-) -> dict:
+def read_record(read: Callable[[int], dict], index: int, *, count: int, skip_damaged: bool) -> dict:
     """Read a record, or the next readable one if it is damaged and ``skip_damaged`` is True.
 
     Args:
-      read: function that returns the record of an index or raises ``damage``.
+      read: function that returns the record of an index or raises a DamagedFile error.
       index: index from 0.
       count: number of records.
-      skip_damaged: whether damaged records are skipped. Each is logged once as a warning, and the result has "damaged", the
-        number of records skipped, int32.
-      damage: exception type of a file that cannot be read; other exceptions propagate.
-      advice: sentence appended to the error.
+      skip_damaged: whether damaged records are skipped. The result then has "damaged", the number of records skipped, int32.
 
     Raises:
       IndexError: the index is out of range.
-      UserError: the record cannot be read, or no readable one follows it.
+      DamagedFile: the record cannot be read, or none of the next 100 can.
     """
     if not 0 <= index < count:
         raise IndexError(f"index {index} of {count} images")
-    error: UserError | None = None
-    for skipped in range(min(count, _MAX_CONSECUTIVE_DAMAGED) if skip_damaged else 1):
+    if not skip_damaged:
+        return read(index)
+    error: DamagedFile | None = None
+    for skipped in range(min(count, _MAX_CONSECUTIVE_DAMAGED)):
         try:
-            record = read((index + skipped) % count)
-            return record | {"damaged": np.int32(skipped)} if skip_damaged else record
-        except damage as caught:
+            return read((index + skipped) % count) | {"damaged": np.int32(skipped)}
+        except DamagedFile as caught:
             error = caught
-        if skip_damaged:
-            _warn_once(f"{error_text(error)} The next readable image is used instead.")
     assert error is not None  # at least one record was read
-    raise UserError(f"{error_text(error)} {advice}".strip()) from error
+    raise error
 
 
-@functools.cache  # once per message and process
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
+def read_spread_examples(source: Any, count: int) -> list[dict]:
+    """Read up to ``count`` records spread evenly over a source, with the next readable one in place of a damaged one."""
+    indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
+    return [read_record(source.__getitem__, index, count=len(source), skip_damaged=True) for index in indices]
 
 
-def load_source(name: str, *, split: str, directory: str = "") -> ArraySource | EncodedSource:
+def describe_damage(source: Any, index: int) -> str | None:
+    """Return why a record of a source cannot be read, or None if it can.
+
+    Damage is found in data workers. With this function, the main process logs it, once.
+    """
+    try:
+        source.read(index) if hasattr(source, "read") else source[index]
+    except DamagedFile as error:
+        return error_text(error)
+    return None
+
+
+def load_source(
+    name: str, *, split: str, directory: str = "", apply_orientation: bool = True
+) -> ArraySource | EncodedSource:
     """Load a split of an embedded data set or of a directory.
 
     A directory has one of two layouts:
@@ -143,6 +157,7 @@ def load_source(name: str, *, split: str, directory: str = "") -> ArraySource | 
       name: name of an embedded data set, ignored if ``directory`` is given. "mnist5k": see ``embedded.read_mnist5k``.
       split: "train" or "validation".
       directory: "" or a path.
+      apply_orientation: see ``decode_image``.
 
     Raises:
       UserError: the name or the split is unknown, files are missing, or the directory has neither layout.
@@ -150,7 +165,7 @@ def load_source(name: str, *, split: str, directory: str = "") -> ArraySource | 
     if split not in SPLITS:
         raise UserError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
     if directory:
-        return _load_directory(pathlib.Path(directory), split)
+        return _load_directory(pathlib.Path(directory), split, apply_orientation)
     if name not in _SOURCES:
         raise UserError(
             f"Unknown data set {name!r}; choose one of {', '.join(_SOURCES)}, or set config.data.directory to the directory "
@@ -166,18 +181,18 @@ def _load_mnist5k(split: str) -> ArraySource:
 _SOURCES = {"mnist5k": _load_mnist5k}
 
 
-def _load_directory(directory: pathlib.Path, split: str) -> EncodedSource:
+def _load_directory(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
     if not directory.is_dir():
         raise UserError(f"There is no directory {directory} to read images from.")
     if has_metadata(directory):
-        return _load_tfds(directory, split)
+        return _load_tfds(directory, split, apply_orientation)
     if (directory / PREPARE_INPUTS).is_file():
         raise UserError(f"The data set in {directory} is incomplete: run `python -m dat_jax.data.prepare` again.")
     if (directory / "train").is_dir():
-        return _load_folders(directory, split)
+        return _load_folders(directory, split, apply_orientation)
     nested = [path for pattern in ("*", "*/*") for path in sorted(directory.glob(pattern)) if has_metadata(path)]
     if len(nested) == 1:
-        return _load_tfds(nested[0], split)
+        return _load_tfds(nested[0], split, apply_orientation)
     if nested:
         raise UserError(f"{directory} contains several data sets; choose one of {name_some(list(map(str, nested)))}.")
     content = sorted(path.name for path in directory.iterdir())
@@ -220,18 +235,27 @@ class _FolderRecords:
 _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
-def _load_folders(directory: pathlib.Path, split: str) -> EncodedSource:
-    class_names = scan_folder(directory / "train")[0]
+def _load_folders(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
+    class_names = scan_folder(directory / "train").folders
     root = next((path for path in map(directory.joinpath, _FOLDERS[split]) if path.is_dir()), None)
     if root is None:
         raise UserError(f"{directory} has no folder of {split} images: expected {' or '.join(_FOLDERS[split])}.")
-    folders = scan_folder(root)[0]
-    files = {folder: scan_folder(root / folder)[1] for folder in folders}
+    outer, left_out = scan_folder(root), LeftOut()
+    left_out.add("images outside class folders", outer.images)
+    left_out.add_listing(outer, subfolders=True)
+    folders, files = outer.folders, {}
+    for folder in folders:
+        listing = scan_folder(root / folder)
+        left_out.add_listing(listing, folder=folder)
+        files[folder] = listing.images
+    left_out.log(root, f"{sum(map(len, files.values())):,} images in {len(folders):,} class folders")
     empty = [folder for folder in folders if not files[folder]]
     if split == "train" and empty:
-        raise UserError(f"These class folders of {root} contain no images: {name_some(empty)}.")
+        raise UserError(
+            f"These class folders of {root} contain no images: {name_some(empty)}. Images are files named {list_suffixes()}."
+        )
     if not any(files.values()):
-        raise UserError(f"{root} contains no images in class folders.")
+        raise UserError(f"{root} contains no images in class folders. Images are files named {list_suffixes()}.")
     folder_labels = np.array(index_classes(folders, class_names, source=str(root)), np.int32)
     records = _FolderRecords(
         str(root),
@@ -239,8 +263,7 @@ def _load_folders(directory: pathlib.Path, split: str) -> EncodedSource:
         tuple(name for folder in folders for name in files[folder]),
         np.repeat(folder_labels, list(map(len, files.values()))),
     )
-    advice = "`python -m dat_jax.data.prepare` finds all damaged images."
-    return EncodedSource(records, tuple(class_names), skip_damaged=split == "train", advice=advice)
+    return EncodedSource(records, tuple(class_names), split == "train", apply_orientation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +286,9 @@ class _TfdsRecords:
         try:
             record = self.data_source[index]
         except Exception as error:  # array_record and protobuf raise several types
-            raise UserError(f"The image {name} cannot be read: {error_text(error)}.") from error
+            raise DamagedFile(f"The image {name} cannot be read: {error_text(error)}.") from error
         if not record["image"]:  # array_record returns empty bytes for a truncated file
-            raise UserError(f"The image {name} cannot be read: it has no bytes.")
+            raise DamagedFile(f"The image {name} cannot be read: it has no bytes.")
         if record.get("file_name"):
             name = f"{record['file_name'].decode(errors='replace')}, {name},"
         return record["image"], int(record["label"]), name
@@ -274,7 +297,7 @@ class _TfdsRecords:
 _TFDS_SPLITS = {"train": ("train",), "validation": ("validation", "test")}
 
 
-def _load_tfds(directory: pathlib.Path, split: str) -> EncodedSource:
+def _load_tfds(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
     import tensorflow_datasets as tfds  # imported here because it takes a second
 
     try:
@@ -305,4 +328,4 @@ def _load_tfds(directory: pathlib.Path, split: str) -> EncodedSource:
     data_source = builder.as_data_source(split=stored, decoders=decoders)  # pyright: ignore[reportCallIssue] (decorated)
     names = label.names or map(str, range(label.num_classes or 0))
     records = _TfdsRecords(data_source, f"{stored} in {directory}")
-    return EncodedSource(records, tuple(names), skip_damaged=split == "train")
+    return EncodedSource(records, tuple(names), split == "train", apply_orientation)

@@ -41,37 +41,39 @@ def make_evaluator(
 
     Returns:
       A function of variables and batches, see ``data.batching.make_detection_eval_batches``. It returns the metrics of
-      ``evaluate_coco`` and "images", the number of images. Every process converts the detections of the images on its own
-      devices; these are then gathered on all processes.
+      ``evaluate_coco``, over the images whose "mask" is 1, and "images", their number. Every process converts the detections of
+      the images on its own devices; these are then gathered on all processes.
     """
     network = jax.jit(predict)
 
     def collect(batch, outputs, image_ids):
-        """Return the detections of this process in a batch, and the number of its images."""
+        """Return the detections of this process in a batch, and the ids of its images."""
         rows = jax.tree.map(_local_rows, {**outputs, **{name: batch[name] for name in ("original", "index", "mask")}})
-        detections = []
+        detections, evaluated = [], []
         for row in np.flatnonzero(rows["mask"] > 0):
             image = to_original({name: values[row] for name, values in rows.items()}, masks=masks)
             arrays = (image["boxes"], image["labels"], image["scores"], image["masks"])
             image_id = image_ids[rows["index"][row]]
+            evaluated.append(image_id)
             detections += make_detections(*arrays, image_id=image_id, category_ids=category_ids)
-        return detections, int((rows["mask"] > 0).sum())
+        return detections, evaluated
 
     def evaluate(variables, batches):
         ground_truth = load_ground_truth()
         image_ids = [image["id"] for image in ground_truth["images"]]
-        detections, image_count, pending = [], 0, None
+        detections, evaluated, pending = [], [], None
         for batch in itertools.chain(batches, [None]):
             # The devices compute a batch while the host converts the outputs of the previous one.
             started = None if batch is None else (batch, network(variables, _network_inputs(batch)))
             if pending is not None:
-                batch_detections, count = collect(*pending, image_ids)
-                detections, image_count = detections + batch_detections, image_count + count
+                batch_detections, batch_ids = collect(*pending, image_ids)
+                detections, evaluated = detections + batch_detections, evaluated + batch_ids
             pending = started
         if jax.process_count() > 1:
-            detections, image_count = _gather(detections, image_count)
+            detections, evaluated = _gather(detections, evaluated)
         kinds = ("bbox", "segm") if masks else ("bbox",)
-        return {**evaluate_coco(ground_truth, detections, kinds=kinds), "images": image_count}
+        ground_truth = _restrict(ground_truth, set(evaluated))
+        return {**evaluate_coco(ground_truth, detections, kinds=kinds), "images": len(evaluated)}
 
     return evaluate
 
@@ -157,9 +159,18 @@ def _local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
-def _gather(detections: list[dict], image_count: int) -> tuple[list[dict], int]:
-    """Return the detections of all processes and their total number of images."""
-    text = np.frombuffer(json.dumps([detections, image_count]).encode(), np.uint8)
+def _restrict(ground_truth: dict, image_ids: set[int]) -> dict:
+    """Return the ground truth of some images."""
+    return {
+        "images": [image for image in ground_truth["images"] if image["id"] in image_ids],
+        "annotations": [entry for entry in ground_truth["annotations"] if entry["image_id"] in image_ids],
+        "categories": ground_truth["categories"],
+    }
+
+
+def _gather(detections: list[dict], image_ids: list[int]) -> tuple[list[dict], list[int]]:
+    """Return the detections and the image ids of all processes."""
+    text = np.frombuffer(json.dumps([detections, image_ids]).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(text), np.int32))
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(text)] = text
@@ -167,7 +178,7 @@ def _gather(detections: list[dict], image_count: int) -> tuple[list[dict], int]:
         json.loads(row[:length].tobytes())
         for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
     ]
-    return [detection for part in parts for detection in part[0]], sum(part[1] for part in parts)
+    return [detection for part in parts for detection in part[0]], [number for part in parts for number in part[1]]
 
 
 def evaluate_coco(

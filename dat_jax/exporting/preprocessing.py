@@ -28,7 +28,7 @@ def describe_preprocessing(predictor: Predictor, *, image_shape: tuple[int, int]
     normalize = "divide by 255, subtract the mean and divide by the standard deviation (std) of each channel"
     return {
         "steps": [
-            "decode to RGB with 8 bits per value, without applying orientation tags",
+            "decode to RGB with 8 bits per value, and turn upright as the EXIF orientation tag says",
             *steps,
             f"done by the program: {normalize}" if inside else normalize,
         ],

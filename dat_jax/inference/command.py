@@ -27,6 +27,7 @@ def predict_files(
     json_file: str | None = None,
     csv_file: str | None = None,
     overwrite: bool = False,
+    recursive: bool = False,
     quiet: bool = False,
     options: Mapping[str, Any],
 ) -> bool:
@@ -39,6 +40,7 @@ def predict_files(
       json_file: see ``report_predictions``.
       csv_file: see ``report_predictions``.
       overwrite: whether existing files are replaced.
+      recursive: see ``find_images``.
       quiet: print errors only.
       options: see ``inference.load``.
 
@@ -48,7 +50,7 @@ def predict_files(
     Raises:
       UserError: an image, output, model or option is impossible. Nothing is written then.
     """
-    images = find_images(names)
+    images = find_images(names, recursive=recursive)
     outputs = name_outputs(images, output) if output else None
     tables = [pathlib.Path(file) for file in (json_file, csv_file) if file]
     check_outputs([*(outputs or ()), *tables], inputs=images, overwrite=overwrite)

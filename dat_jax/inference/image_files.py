@@ -1,23 +1,22 @@
 """Image files on disk: finding, reading and numbering them."""
 
-import io
 import pathlib
 import sys
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
-from dat_jax.data.image_files import is_image
+from dat_jax.data.image_files import is_image, list_suffixes
 from dat_jax.data.images import decode_image
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 
 
-def find_images(names: Sequence[str]) -> list[pathlib.Path]:
+def find_images(names: Sequence[str], *, recursive: bool = False) -> list[pathlib.Path]:
     """Find image files.
 
     Args:
       names: files, folders, whose images are returned in the order of their names, or "-" for names on stdin, one per line.
+      recursive: whether the folders in folders are read too.
 
     Raises:
       UserError: a file is missing, or there is no image in a folder or on stdin.
@@ -26,21 +25,40 @@ def find_images(names: Sequence[str]) -> list[pathlib.Path]:
     for name in names:
         path = pathlib.Path(name)
         if name == "-":
-            files = find_images([line for line in sys.stdin.read().splitlines() if line not in ("", "-")])
+            lines = sys.stdin.read().splitlines()
+            files = find_images([line for line in lines if line not in ("", "-")], recursive=recursive)
         elif path.is_dir():
-            files = sorted(file for file in path.iterdir() if is_image(file.name) and file.is_file())
+            files = _find_in_folder(path, recursive=recursive)
         elif path.is_file():
             files = [path]
         else:
             raise UserError(f"There is no image or folder {path}.")
         if not files:
-            raise UserError(f"There is no image in {'stdin' if name == '-' else path}.")
+            raise UserError("There is no image in stdin.")
         images += files
     return images
 
 
+def _find_in_folder(path: pathlib.Path, *, recursive: bool) -> list[pathlib.Path]:
+    entries = path.rglob("*") if recursive else path.iterdir()
+    files = sorted(
+        file
+        for file in entries
+        if is_image(file.name)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if files:
+        return files
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    advice = (
+        f" Its folders are not read: {name_some(folders)}. --recursive reads them." if folders and not recursive else ""
+    )
+    raise UserError(f"There is no image in {path}: expected files named {list_suffixes()}.{advice}")
+
+
 def read_image(path: pathlib.Path) -> np.ndarray:
-    """Read an image file as uint8 (H, W, 3), RGB. Orientation tags are not applied.
+    """Read an image file as uint8 (H, W, 3), RGB, upright; see ``decode_image``.
 
     Raises:
       UserError: the file cannot be read or decoded, or has more than 8 bits per channel.
@@ -49,11 +67,7 @@ def read_image(path: pathlib.Path) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"The image {path} cannot be read: {error.strerror}.") from error
-    pixels = decode_image(data, name=str(path))
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith(("I", "F")):  # decoding clips larger values
-            raise UserError(f"The image {path} has more than 8 bits per channel; expected an 8-bit image.")
-    return pixels
+    return decode_image(data, name=str(path))
 
 
 def number_images(images: Sequence[pathlib.Path]) -> list[int]:

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dat_jax.data import batching
+from dat_jax.data.sources import describe_damage
 from dat_jax.tasks.objective import Objective
 
 # Random-access data set: len(source), source[index] -> record (a dict of numpy arrays), source.class_names.
@@ -73,6 +74,9 @@ class Task(abc.ABC):
         Args:
           source: data to evaluate on.
           rows: as in ``make_train_batches``, within ``config.eval.batch_size`` examples.
+
+        Besides the arrays of an example, batches hold "mask", 1 for examples that count, and "damaged_index", see
+        ``data.batching.make_eval_batches``.
         """
 
     def example_indices(self, step: int) -> list[int]:
@@ -81,6 +85,11 @@ class Task(abc.ABC):
         return batching.example_indices(
             len(self.train_source), seed=config.seed, step=step, batch_size=config.batch_size
         )
+
+    @staticmethod
+    def describe_damage(source: Source, index: int) -> str | None:
+        """Return why an example of a source cannot be read, or None if it can."""
+        return describe_damage(source, index)
 
     @abc.abstractmethod
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

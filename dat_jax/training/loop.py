@@ -189,7 +189,13 @@ def _run_steps(
                 _save(trainer, state, checkpoints)
                 return state, preemption.signal_name
             if evaluation_due:
-                metrics = trainer.evaluate(state.eval_variables)
+                try:
+                    metrics = trainer.evaluate(state.eval_variables)
+                except (
+                    Exception
+                ):  # such as validation images that cannot be read: the steps since the last checkpoint are kept
+                    _save(trainer, state, checkpoints)
+                    raise
                 _check_finite_evaluation(metrics, state, checkpoints)  # before anything is saved
                 writer.write(step, metrics, prefix="eval")
                 _save(trainer, state, checkpoints, metrics={trainer.task.metric: metrics[trainer.task.metric]})
@@ -203,7 +209,7 @@ def _run_steps(
 
 def _make_hooks(trainer: Trainer, directory: pathlib.Path, *, start_step: int) -> tuple[list[Hook], Throughput]:
     """Monitoring of the run, and of it the hook that measures throughput."""
-    config, total_steps = trainer.config, trainer.total_steps
+    config, task, total_steps = trainer.config, trainer.task, trainer.total_steps
 
     def make_progress(step):
         return Progress(start_step=step, total_steps=total_steps, batch_size=config.batch_size)
@@ -214,8 +220,13 @@ def _make_hooks(trainer: Trainer, directory: pathlib.Path, *, start_step: int) -
     hooks = [
         StallWarning(config.data.stall_seconds),
         throughput,
-        ImageCounter(config.data.max_damaged),
-        SpikeReport(spikes, trainer.task.example_indices, factor=config.spike_factor),
+        ImageCounter(
+            config.data.max_damaged,
+            count=len(task.train_source),
+            example_indices=trainer.local_example_indices,
+            describe=functools.partial(task.describe_damage, task.train_source),
+        ),
+        SpikeReport(spikes, task.example_indices, factor=config.spike_factor),
         StepProfiler(directory / "profile", steps=config.profile, start_step=start_step, total_steps=total_steps),
     ]
     return hooks, throughput

@@ -18,6 +18,7 @@ from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.registry import make_task
 from dat_jax.training.compilation import known_options
+from dat_jax.training.monitoring.input import without_damaged
 from dat_jax.training.optimizer import make_optimizer
 from dat_jax.training.schedule import make_schedule
 from dat_jax.training.state import TrainState, init_state
@@ -132,6 +133,11 @@ class Trainer:
         rows = sharding.local_rows(self.config.batch_size, self.mesh)
         return self.task.make_train_batches(start_step=start_step, rows=rows)
 
+    def local_example_indices(self, step: int) -> list[int]:
+        """Indices into the training data of this process's examples of a step, in the order of ``train_batches``."""
+        indices = self.task.example_indices(step)
+        return [indices[row] for row in sharding.local_rows(self.config.batch_size, self.mesh)]
+
     def put_batch(self, batch: dict) -> dict:
         """Place this process's batch (numpy) on the mesh."""
         return sharding.put_batch(batch, self.mesh)
@@ -148,7 +154,14 @@ class Trainer:
           Metrics; those of ``task.metric`` decide which checkpoint is best.
         """
         rows = sharding.local_rows(self.config.eval.batch_size, self.mesh)
-        batches = self.task.make_eval_batches(self.task.eval_source if source is None else source, rows=rows)
+        source = self.task.eval_source if source is None else source
+        batches = self.task.make_eval_batches(source, rows=rows)
+        batches = without_damaged(
+            batches,
+            count=len(source),
+            max_damaged=self.config.data.max_damaged,
+            describe=functools.partial(self.task.describe_damage, source),
+        )
         options = {} if classes is None else {"classes": classes}
         return self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
 

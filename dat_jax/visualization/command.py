@@ -39,6 +39,7 @@ def visualize_files(
     *,
     output: str,
     overwrite: bool = False,
+    recursive: bool = False,
     labels: str | None = None,
     zero_is_ignored: bool = False,
     attention: AttentionOptions,
@@ -51,6 +52,7 @@ def visualize_files(
       names: see ``find_images``.
       output: folder for the figures.
       overwrite: whether existing files are replaced.
+      recursive: see ``find_images``.
       labels: for segmentors, folder of annotated label maps, or the file for a single image.
       zero_is_ignored: see ``read_labels``.
       attention: for classifiers.
@@ -62,7 +64,7 @@ def visualize_files(
     Raises:
       UserError: an image, output, model or option is impossible. Nothing is written then.
     """
-    images = find_images(names)
+    images = find_images(names, recursive=recursive)
     outputs = name_outputs(images, output)
     pages = [path.with_suffix(".html") for path in outputs] if attention.html else []
     label_files = find_label_files(images, pathlib.Path(labels)) if labels else []

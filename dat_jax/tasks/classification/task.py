@@ -9,7 +9,7 @@ import numpy as np
 
 from dat_jax.data import batching
 from dat_jax.data.eval_sets import load_eval_sets
-from dat_jax.data.sources import SPLITS, load_source
+from dat_jax.data.sources import SPLITS, load_source, read_spread_examples
 from dat_jax.data.transforms import make_eval_transform, make_train_transform
 from dat_jax.evaluation import classification as evaluation
 from dat_jax.models.registry import create_model
@@ -31,7 +31,8 @@ class ClassificationTask(Task):
     def load_sources(self) -> tuple[Source, Source]:
         """See ``Task``."""
         data = self.config.data
-        train, validation = (load_source(data.name, directory=data.directory, split=split) for split in SPLITS)
+        options = dict(directory=data.directory, apply_orientation=data.apply_orientation)
+        train, validation = (load_source(data.name, split=split, **options) for split in SPLITS)
         return train, validation
 
     def load_extra_eval_sets(self) -> Mapping[str, tuple[Source, Any]]:
@@ -105,9 +106,9 @@ class ClassificationTask(Task):
     def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
         """See ``Task``. The examples are spread over the source, since some sources are sorted by class."""
         source, transform = self.eval_source, self._eval_transform()
-        indices = np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int)
-        records = [transform(source[int(index)]) for index in np.random.default_rng(0).permutation(indices)]
-        batch = {key: np.stack([record[key] for record in records]) for key in records[0]}
+        records = [transform(record) for record in read_spread_examples(source, _FIGURE_EXAMPLES)]
+        order = np.random.default_rng(0).permutation(len(records))
+        batch = {key: np.stack([records[index][key] for index in order]) for key in ("image", "label")}
         evaluation.save_figures(predict, variables, batch, class_names=source.class_names, directory=directory)
 
     def _eval_transform(self):

@@ -17,7 +17,7 @@ from dat_jax.data.detection_transforms import (
     make_detection_train_transform,
     parse_buckets,
 )
-from dat_jax.data.sources import SPLITS
+from dat_jax.data.sources import SPLITS, read_spread_examples
 from dat_jax.errors import UserError, name_some
 from dat_jax.evaluation import detection as evaluation
 from dat_jax.models.registry import create_detector
@@ -41,7 +41,10 @@ class DetectionTask(Task):
         """See ``Task``."""
         data = self.config.data
         train, validation = (
-            load_detection_source(data.name, split=split, directory=data.directory) for split in SPLITS
+            load_detection_source(
+                data.name, split=split, directory=data.directory, apply_orientation=data.apply_orientation
+            )
+            for split in SPLITS
         )
         train_categories, validation_categories = (
             (source.category_ids, source.class_names) for source in (train, validation)
@@ -132,8 +135,7 @@ class DetectionTask(Task):
         """See ``Task``."""
         source, transform = self.eval_source, self._eval_transform()
         examples = []
-        for index in np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int):
-            record = source[int(index)]
+        for record in read_spread_examples(source, _FIGURE_EXAMPLES):
             masks = np.stack([decode_mask(mask) for mask in record["masks"]]).astype(bool) if record["masks"] else None
             examples.append(({**record, "masks": masks}, transform(record)))
         evaluation.save_figures(

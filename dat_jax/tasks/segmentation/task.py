@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from dat_jax.data import batching
 from dat_jax.data.ade20k import make_palette_for
 from dat_jax.data.segmentation_sources import load_segmentation_source
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
-from dat_jax.data.sources import SPLITS
+from dat_jax.data.sources import SPLITS, read_spread_examples
 from dat_jax.evaluation import segmentation as evaluation
 from dat_jax.models.registry import create_segmentor
 from dat_jax.ops.dispatch import compute_dtype
 from dat_jax.tasks.objective import Objective
+from dat_jax.tasks.segmentation.label_check import check_labels
 from dat_jax.tasks.segmentation.objective import make_segmentation_objective
 from dat_jax.tasks.task import Evaluator, Source, Task
 
@@ -32,9 +32,14 @@ class SegmentationTask(Task):
     def load_sources(self) -> tuple[Source, Source]:
         """See ``Task``."""
         data = self.config.data
-        options = dict(directory=data.directory, zero_is_ignored=data.zero_is_ignored)
+        options = {name: data[name] for name in ("directory", "zero_is_ignored", "label_values", "apply_orientation")}
         train, validation = (load_segmentation_source(data.name, split=split, **options) for split in SPLITS)
         return train, validation
+
+    def check_data(self) -> None:
+        """See ``Task`` and ``check_labels``."""
+        check_labels(self.train_source, split="training")
+        check_labels(self.eval_source, split="validation")
 
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
@@ -99,11 +104,11 @@ class SegmentationTask(Task):
     def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
         """See ``Task``. Each example has its own size."""
         source, transform = self.eval_source, self._eval_transform()
-        indices = np.linspace(0, len(source) - 1, min(_FIGURE_EXAMPLES, len(source))).astype(int)
+        records = read_spread_examples(source, _FIGURE_EXAMPLES)
         evaluation.save_figures(
             evaluation.make_segmenter(predict, **self._inference_options()),
             variables,
-            [transform(source[int(index)]) | {"image": source[int(index)]["image"]} for index in indices],
+            [transform(record) | {"image": record["image"]} for record in records],
             class_names=source.class_names,
             palette=make_palette_for(len(source.class_names)),
             directory=directory,
