@@ -62,10 +62,11 @@ def test_the_pod_is_not_touched_without_an_address_of_the_repository(tmp_path):
 
 
 def test_slurm_starts_one_process_a_node(tmp_path):
-    arguments = ["configs/dat_pp_t.py", "/our runs/t"]
+    arguments = ["configs/dat_pp_t.py", "/our runs/t", "--config.batch_size=32"]
     (words,), status, _ = run_script("slurm.sh", *arguments, program="srun", tmp_path=tmp_path)
     assert status == 0
-    check_main(words, config=arguments[0], workdir=arguments[1])
+    _, config = check_main(words, config=arguments[0], workdir=arguments[1])
+    assert config.batch_size == 32
     assert "#SBATCH --ntasks-per-node=1" in (LAUNCH / "slurm.sh").read_text()
 
 
@@ -76,6 +77,8 @@ def test_gke_starts_one_process_a_host():
     (container,) = job["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     words = [word.replace("CONFIG", "configs/dat_pp_s.py") for word in container["command"]]
-    _, workdir = words[-1].split("=")
-    check_main(words, config="configs/dat_pp_s.py", workdir=workdir)
-    assert [workdir.startswith(mount["mountPath"]) for mount in container["volumeMounts"]] == [True]
+    values = dict(word.removeprefix("--").split("=") for word in words if word.startswith("--"))
+    check_main(words, config="configs/dat_pp_s.py", workdir=values["workdir"])
+    paths = (values["workdir"], values["config.data.directory"])
+    mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert [path.startswith(mount) for path, mount in zip(paths, mounted, strict=True)] == [True, True]

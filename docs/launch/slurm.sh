@@ -8,7 +8,7 @@
 #SBATCH --requeue                # a preempted job is queued again and resumes from its checkpoint
 #SBATCH --signal=TERM@120        # two minutes before the time limit: the run saves and exits
 #SBATCH --open-mode=append
-# Usage, from the root of a checkout with an environment in .venv: sbatch docs/launch/slurm.sh CONFIG WORKDIR
-# WORKDIR must be on a file system that is visible to all nodes. jax reads the nodes from SLURM's variables.
+# Usage, from the root of a checkout with an environment in .venv: sbatch docs/launch/slurm.sh CONFIG WORKDIR [--config.KEY=VALUE ...]
+# WORKDIR and the data must be on a file system that is visible to all nodes. jax reads the nodes from SLURM's variables.
 set -euo pipefail
-srun --kill-on-bad-exit=1 .venv/bin/python -m dat_jax.main --config="$1" --workdir="$2"
+srun --kill-on-bad-exit=1 .venv/bin/python -m dat_jax.main --config="$1" --workdir="$2" "${@:3}"

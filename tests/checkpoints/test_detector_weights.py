@@ -18,6 +18,7 @@ from tests.helpers import tiny_segmentation
 from tests.helpers.random_variables import random_variables
 
 DETECTORS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")
+QUICK_DETECTORS = [pytest.param(name, marks=() if name == "retinanet" else pytest.mark.slow) for name in DETECTORS]
 IMAGES = np.zeros((1, 64, 64, 3), np.float32)
 # The layers that go by the number of classes, and their widths with three.
 OF_CLASSES = {
@@ -65,7 +66,7 @@ def exports(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", QUICK_DETECTORS)
 def test_the_model_of_an_export_is_restored(name, exports):
     directory, wanted, variables = exports[name]
     model, loaded = dat_jax.load_pretrained(directory)
@@ -87,9 +88,7 @@ def test_a_loaded_detector_runs_on_images(exports):
     assert found["scores"][0].shape[-1] == 9 * 3
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "retinanet" else pytest.mark.slow) for name in DETECTORS]
-)
+@pytest.mark.parametrize("name", QUICK_DETECTORS)
 def test_the_model_of_a_work_directory_is_restored(name, tmp_path):
     """The number of classes is that of the weights, the best checkpoint that of box AP."""
     model, _ = make(name)

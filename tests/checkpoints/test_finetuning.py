@@ -88,6 +88,7 @@ def test_rows_of_the_head_are_taken(finished, tmp_path):
     assert swapped["top1"] == pytest.approx(100 - finished[1]["top1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -105,6 +106,7 @@ def test_rows_that_do_not_fit_are_refused(rows, message, finished, tmp_path):
         loop.train(with_values(**values), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_refused(finished, tmp_path):
     config = tiny_config.get_config(dim_stem=32, dims=(32,)).unlock()
     config.init_from = str(finished[0])

@@ -51,7 +51,9 @@ def nano_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("pp_mini", "pth"), ("v1_mini", "safetensors")])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [pytest.param("pp_mini", "pth", marks=pytest.mark.slow), ("v1_mini", "safetensors")]
+)
 def test_published_weights_round_trip(name, suffix, tmp_path):
     golden = Golden(name, np.float32)
     weights, out = tmp_path / f"w.{suffix}", tmp_path / "export"
@@ -109,6 +111,7 @@ def test_fixed_kernels_of_slide_attention_are_written(tmp_path):
             assert (kernel.sum(), kernel[tap // 3, tap % 3]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_half_precision_weights_become_float32(tmp_path):
     model, params = nano()
     weights = {name: array.astype(np.float16) for name, array in to_official(model, params).items()}
@@ -137,6 +140,7 @@ def test_checkpoints_of_any_precision_become_the_same_float32_numbers(dtype, leg
         np.testing.assert_array_equal(loaded[name], array)
 
 
+@pytest.mark.slow
 def test_raw_or_averaged_weights_are_chosen_and_reported(tmp_path):
     model, params = nano()
     raw = {f"module.{name}": array.astype(np.float32) for name, array in to_official(model, params).items()}

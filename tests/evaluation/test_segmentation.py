@@ -135,6 +135,7 @@ def evaluate_one_by_one(source, *, scale, ratios, flip):
     return reference_metrics(matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ratios", "flip"), [((1.0,), False), ((0.5, 1.0, 1.3), True)])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_batches_of_many_sizes_equal_single_images(ratios, flip, batch_size):

@@ -230,6 +230,7 @@ def test_interrupted_export_leaves_no_files(trained, tmp_path, monkeypatch, inte
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_segmentor_program(tmp_path, images):
     model, variables = random_segmentor()
     export_model(tmp_path / "trained", model=model, variables=variables)

@@ -90,6 +90,7 @@ def test_category_ids_of_other_classes_start_at_1(export):
     assert len({tuple(color) for color in detector.palette.tolist()}) == 3
 
 
+@pytest.mark.slow
 def test_detections_above_the_minimum_score_are_drawn(export, tmp_path):
     detector, image = inference.load(export, min_score=0.5, **SMALL), photographs(width=64, height=64)[0]
     prediction = detector(image)
@@ -138,6 +139,7 @@ def test_sampled_points_are_those_of_the_backbone(export):
     np.testing.assert_allclose(sampled["positions"]["stages_3/blocks_0"], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_options_and_class_names_are_read_from_the_work_directory(export, tmp_path):
     config = tiny_detection.get_config("retinanet").unlock()
     config.data.test_short_side, config.eval.multiple = 48, 64

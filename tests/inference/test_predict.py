@@ -253,6 +253,7 @@ def test_class_names_of_a_detector_are_read_from_its_work_directory(detector_wor
     assert capsys.readouterr().out == f"{folder / 'a.PNG'}: nothing\n"
 
 
+@pytest.mark.slow
 def test_terminal_output_is_a_table_of_detections(detector_workdir, folder):
     predictor = inference.load(detector_workdir, min_score=0.0)
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
@@ -379,6 +380,7 @@ def test_errors_are_one_line_and_nothing_is_written(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_failed_overwrite_keeps_the_existing_file(export, folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

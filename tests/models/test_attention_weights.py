@@ -38,7 +38,7 @@ RELEASED = dict(
 )
 
 
-@pytest.fixture(scope="module", params=[{}, RELEASED], ids=["dat_pp", "cvpr2022"])
+@pytest.fixture(scope="module", params=[{}, pytest.param(RELEASED, marks=pytest.mark.slow)], ids=["dat_pp", "cvpr2022"])
 def results(request):
     model = make_model(**request.param)
     variables = random_variables(model, IMAGES)

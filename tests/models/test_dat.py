@@ -51,7 +51,9 @@ def run(model, images, **options):
     return apply(model, random_variables(model, images), images, **options)
 
 
-@pytest.mark.parametrize("kind", sorted(STAGE_TYPES))
+@pytest.mark.parametrize(
+    "kind", [kind if kind in "DN" else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(STAGE_TYPES)]
+)
 def test_every_block_type_takes_any_map_and_differentiates(kind):
     model, images = make_small(stages=(kind, kind), layer_scale_init=(0.5, 0.5)), random_images(1, 45, 70)
     variables = random_variables(model, images)
@@ -97,6 +99,7 @@ def test_positions_without_offsets_equal_the_reference_grid():
     np.testing.assert_allclose(positions[0, 1, 0, :, 1], lines, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_smallest_image_has_a_map_of_one_pixel():
     model = dat_jax.create_model("dat_pp_nano", image_size=32, stages=("N", "N", "N", "D"))
     logits = run(model, random_images(1, 32, 32))
@@ -185,6 +188,7 @@ def test_scan_compiles_one_repetition():
     assert products[1] < 0.5 * products[0]
 
 
+@pytest.mark.slow
 def test_scan_uses_the_drop_path_rate_of_each_block():
     """Rates 0, 1/6 ... 1/2: each of the two branches of the last block is dropped for half of the examples."""
     images = jnp.broadcast_to(random_images(1, 64, 64), (64, 64, 64, 3))

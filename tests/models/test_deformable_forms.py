@@ -90,6 +90,7 @@ def test_gradients_of_the_released_form_agree_between_implementations(x64):
         )
 
 
+@pytest.mark.slow
 def test_forms_differ_for_the_same_parameters(x64):
     (x,) = compare.normal(2, (1, *TABLE_MAP, 8))
     variables = random_variables(make_attention(), x)

@@ -37,7 +37,10 @@ def parameter_shapes(name: str) -> dict[str, list[int]]:
     return {path: list(leaf.shape) for path, leaf in sorted(flat.items())}
 
 
-@pytest.mark.parametrize("name", dat_jax.list_models())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if "tiny" in name else pytest.mark.slow) for name in dat_jax.list_models()],
+)
 def test_names_and_shapes_of_parameters_equal_the_recorded_ones(name):
     shapes = parameter_shapes(name)
     assert shapes == json.loads(_PARAMETERS.read_text())[name]
@@ -57,7 +60,7 @@ def test_models_are_listed_by_pattern():
     assert dat_jax.list_models("*PP*") == []
 
 
-@pytest.mark.parametrize("name", ["dat_pp_nano", "dat_tiny"])
+@pytest.mark.parametrize("name", ["dat_pp_nano", pytest.param("dat_tiny", marks=pytest.mark.slow)])
 def test_multiply_adds_equal_the_counted_ones(name):
     (description,) = dat_jax.describe_models(name)
     assert count(name, description.image_size) == (description.parameters, description.multiply_adds)

@@ -200,6 +200,7 @@ def test_multi_scale_and_flip_in_float64(name, x64):
     check_multi_scale(name, "float64")
 
 
+@pytest.mark.slow
 def test_loss_of_the_task_equals_the_loss_of_the_model():
     """The task gets uint8 images and clears padding; the model gets normalized images."""
     golden, model, variables = load("upernet_mini", "float32")

@@ -52,6 +52,7 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert {f"![{name}]({name}.png)" in summary for name in ("curves", "predictions", "sampled_points")} == {True}
 
 
+@pytest.mark.slow
 def test_a_finished_run_ends_at_once_and_eval_gives_the_same(finished, tmp_path, capsys):
     directory = copy(finished, tmp_path)
     before = (directory / "metrics.jsonl").read_text()

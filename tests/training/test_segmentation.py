@@ -48,6 +48,7 @@ def test_it_learns_and_leaves_what_people_look_at(workdir):
             assert min(picture.size) > 200
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_to_the_same_numbers(workdir):
     directory, result = workdir
     assert evaluate(tiny_segmentation.get_config(), str(directory)) == pytest.approx(result)

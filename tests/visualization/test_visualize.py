@@ -77,6 +77,7 @@ def read(path):
         return np.array(image.convert("RGB"))
 
 
+@pytest.mark.slow
 def test_figures_of_a_segmentor_have_a_further_panel_for_labels(export, folder, tmp_path, capsys):
     plain, labelled = tmp_path / "plain", tmp_path / "labelled"
     assert run(export, folder, f"--output={plain}", *SMALL) == 0
@@ -92,6 +93,7 @@ def test_figures_of_a_segmentor_have_a_further_panel_for_labels(export, folder, 
     assert first.std() > 20
 
 
+@pytest.mark.slow
 def test_figures_of_a_detector_show_detections_and_sampled_points(detector, folder, tmp_path, capsys):
     assert run(detector, folder, f"--output={tmp_path / 'out'}", "--max_detections=5", *SMALL) == 0
     assert capsys.readouterr() == ("", "")

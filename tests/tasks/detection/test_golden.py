@@ -25,6 +25,7 @@ TOLERANCES = {"float64": (5e-6, 1e-7), "float32": (1e-4, 1e-4)}
 NORMS_CLOSE = {"retinanet": 1e-8, "maskrcnn": 2e-6, "cascade": 5e-6}
 TRUTHS = 6  # ground truth boxes per image, including padding
 RCNN = ["maskrcnn", "cascade"]
+QUICK_KINDS = ["retinanet", "maskrcnn", pytest.param("cascade", marks=pytest.mark.slow)]
 
 
 def make(kind, dtype):
@@ -129,7 +130,7 @@ def check_masks(arrays, kind, image, detections, meta, close):
     assert (differing <= arrays["test.masks_ambiguous"].reshape(2, -1)[image]).all()
 
 
-@pytest.mark.parametrize("kind", ["retinanet", *RCNN])
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_detections(kind):
     check_detections(kind, "float32")
 
@@ -180,7 +181,7 @@ def expected_metrics(arrays, prefix, kind):
     return expected
 
 
-@pytest.mark.parametrize("kind", ["retinanet", *RCNN])
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_losses(kind):
     mode = "all" if kind == "retinanet" else "firstk"
     _, loss, params = compute_losses(kind, mode, "float32")
