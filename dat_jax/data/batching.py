@@ -189,8 +189,8 @@ def _read_sizes(source) -> list[tuple[int, int]]:
             sizes.append(None)
             error = error or caught
     readable = next((size for size in sizes if size is not None), None)
-    if readable is None:
-        raise error or UserError("There are no images to evaluate.")
+    if readable is None and error is not None:
+        raise error
     return [size or readable for size in sizes]
 
 

@@ -50,7 +50,7 @@ class Listing(NamedTuple):
     Attributes:
       folders, images: names of its subfolders and images.
       others: names of files that are not images.
-      hidden: names of images and folders that start with a dot.
+      hidden: names of images that start with a dot.
     """
 
     folders: list[str]
@@ -75,7 +75,7 @@ class LeftOut:
     def add_listing(self, listing: Listing, *, folder: str = "", subfolders: bool = False) -> None:
         """Add what is left out of a folder of which the images are taken, and its subfolders unless ``subfolders`` is True."""
         self.add("files that are no images", listing.others, folder=folder)
-        self.add("hidden files", listing.hidden, folder=folder)
+        self.add("hidden images", listing.hidden, folder=folder)
         if not subfolders:
             self.add("folders at a level that is not read", listing.folders, folder=folder)
 
@@ -145,7 +145,7 @@ def scan_folder(path: str | os.PathLike) -> Listing:
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
-                    if entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.is_dir():
+                    if entry.name.lower().endswith(IMAGE_SUFFIXES):
                         listing.hidden.append(entry.name)
                 elif entry.is_dir():
                     listing.folders.append(entry.name)

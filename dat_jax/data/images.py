@@ -48,6 +48,8 @@ def decode_image(data: bytes, *, name: str, apply_orientation: bool = True) -> n
             if pixels is None:
                 pixels = np.asarray(_to_rgb(image))
             return _turn_upright(pixels, _read_orientation(image)) if apply_orientation else pixels
+    except UserError:
+        raise
     except DAMAGE as error:
         raise DamagedFile(f"The image {name} cannot be decoded: {_describe(error)}.") from error
 

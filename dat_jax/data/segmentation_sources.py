@@ -181,7 +181,7 @@ def _to_class_indices(
         no_class = " or ".join(str(value) for value in sorted(ignored) if value not in class_values)
         raise UserError(
             f"The label file {path} has the value {invalid[0]}: expected {expected} for the {len(class_values)} classes"
-            f"{no_class and f', {no_class} for no class'}. config.data.label_values sets the value of each class."
+            f"{no_class and f', or {no_class} for no class'}. config.data.label_values sets the value of each class."
         )
     lookup = np.full(256, IGNORED, np.uint8)
     lookup[list(index_of)] = list(index_of.values())
@@ -262,6 +262,7 @@ def _load_directory(
     if zero_is_ignored and not has_names and labels.parent.name == "annotations":
         is_ade20k |= images.name == labels.name and images.name in ("training", "validation")
     zero_is_ignored |= is_ade20k
+    files = _pair_files(images, labels)
     if is_ade20k:
         class_names = _read_ade20k_names(directory / ADE20K_FILE)
     else:
@@ -271,7 +272,7 @@ def _load_directory(
     return SegmentationFileSource(
         str(images),
         str(labels),
-        _pair_files(images, labels),
+        files,
         class_names,
         zero_is_ignored=zero_is_ignored,
         skip_damaged=split == "train",

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import json
-import logging
 import pickle
 import warnings
 
@@ -21,6 +20,7 @@ from dat_jax.data.coco import (
     to_coco_ground_truth,
 )
 from dat_jax.data.coco_json import _scan, decode_counts, read_table
+from dat_jax.data.sources import describe_damage
 from dat_jax.data.synthetic import compose
 from dat_jax.errors import UserError
 from tests.helpers.coco_files import annotation, bounds, real_images, write, write_real
@@ -415,13 +415,14 @@ def test_an_image_of_another_size_is_rejected(tmp_path):
         load(tmp_path, "train")[0]
 
 
-def test_a_damaged_image_is_skipped_in_training_and_an_error_in_evaluation(tmp_path, caplog, monkeypatch):
+def test_a_damaged_image_is_skipped_in_training_and_an_error_in_evaluation(tmp_path):
     for split in ("train", "val"):
         make(tmp_path, [annotate(k, image_id=k, category_id=(2, 9, 2)[k - 1]) for k in (1, 2, 3)], split=split)
         (tmp_path / split / "img_1.png").write_bytes(b"x")
-    monkeypatch.setattr(logging.getLogger("dat_jax"), "propagate", True)
-    record = load(tmp_path, "train")[0]
-    assert "img_1.png cannot be decoded" in caplog.text
+    source = load(tmp_path, "train")
+    record = source[0]
+    assert "img_1.png cannot be decoded" in describe_damage(source, 0)
+    assert describe_damage(source, 1) is None
     assert record["damaged"] == 1
     assert record["labels"].tolist() == [1]
     with pytest.raises(UserError, match=r"img_1\.png cannot be decoded"):

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dat_jax.data import ade20k
+from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.segmentation_sources import SegmentationArraySource, load_segmentation_source
+from dat_jax.data.sources import describe_damage
 from dat_jax.errors import UserError
-from tests.helpers.logs import collect_logs
 from tests.helpers.photographs import photographs
 
 HEIGHT, WIDTH = 30, 40
@@ -181,7 +182,7 @@ def test_zero_can_be_ignored_in_other_data_sets(pairs):
         load(directory)[0]
     (directory / "classes.txt").write_text("one\n")
     with pytest.raises(
-        UserError, match=r"a.png has the value 2: expected 1..1 for the 1 classes, 0 or 255 for no class"
+        UserError, match=r"a.png has the value 2: expected 1..1 for the 1 classes, or 0 or 255 for no class"
     ):
         load(directory, zero_is_ignored=True)[0]
 
@@ -270,20 +271,25 @@ def test_values_that_are_not_classes_are_rejected(pairs, value):
         load(directory)[2]
 
 
-@pytest.mark.parametrize("kind", ["gray png", "gray tiff", "float tiff", "integer tiff", "rgb png"])
+@pytest.mark.parametrize("kind", ["gray png", "gray tiff", "float tiff", "integer tiff"])
 def test_images_with_more_than_8_bits_are_rejected(pairs, kind):
     directory, _ = pairs
     path = directory / "images/train/a.jpg"
     gray = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 40
-    if kind == "rgb png":
-        data = np.repeat(gray[..., None], 3, axis=-1).astype(">u2").tobytes()
-        rows = b"".join(b"\0" + data[k : k + WIDTH * 6] for k in range(0, len(data), WIDTH * 6))
-        write_png(path, header=(WIDTH, HEIGHT, 16, 2), rows=rows)
-    else:
-        dtype = {"float tiff": np.float32, "integer tiff": np.int32}.get(kind, np.uint16)
-        Image.fromarray(gray.astype(dtype)).save(path, "PNG" if kind == "gray png" else "TIFF")
-    with pytest.raises(UserError, match=r"a.jpg has more than 8 bits per channel: expected an 8-bit image\."):
+    dtype = {"float tiff": np.float32, "integer tiff": np.int32}.get(kind, np.uint16)
+    Image.fromarray(gray.astype(dtype)).save(path, "PNG" if kind == "gray png" else "TIFF")
+    with pytest.raises(UserError, match=r"a.jpg has more than 8 bits per channel") as error:
         load(directory)[0]
+    assert not isinstance(error.value, DamagedFile)  # training does not skip it
+
+
+def test_color_images_with_16_bits_give_the_high_bytes(pairs):
+    directory, _ = pairs
+    values = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH, 3)).astype(">u2")
+    data = values.tobytes()
+    rows = b"".join(b"\0" + data[k : k + WIDTH * 6] for k in range(0, len(data), WIDTH * 6))
+    write_png(directory / "images/train/a.jpg", header=(WIDTH, HEIGHT, 16, 2), rows=rows)
+    np.testing.assert_array_equal(load(directory)[0]["image"], values >> 8)
 
 
 def write_png(path, *, header, rows):
@@ -307,28 +313,24 @@ def test_gray_labels_with_4_bits_are_rejected(pairs):
         load(directory)[0]
 
 
-def test_training_skips_damaged_files_and_warns_once_about_each(pairs):
+def test_training_skips_damaged_files(pairs):
     directory, written = pairs
     (directory / "images/train/b.PNG").write_bytes(b"no image")
     label = directory / "annotations/train/c.png"
     label.write_bytes(label.read_bytes()[:-30])
     (directory / "annotations/train/d.png").write_bytes(b"")
     source = load(directory)
-    with collect_logs() as messages:
-        for _ in range(3):
-            for index, damaged in ((0, 0), (1, 3), (2, 2), (3, 1)):
-                record = source[index]
-                np.testing.assert_array_equal(record["label"], written[directory / "annotations/train/a.png"])
-                assert record["damaged"] == damaged
-                assert record["damaged"].dtype == np.int32
-    messages = sorted(messages)
-    assert len(messages) == 3
-    for message, name in zip(messages, ("b.PNG", "c.png", "d.png"), strict=True):
-        assert name in message
+    for index, damaged in ((0, 0), (1, 3), (2, 2), (3, 1)):
+        record = source[index]
+        np.testing.assert_array_equal(record["label"], written[directory / "annotations/train/a.png"])
+        assert record["damaged"] == damaged
+        assert record["damaged"].dtype == np.int32
+    for index, name in enumerate(("b.PNG", "c.png", "d.png"), start=1):
+        assert name in describe_damage(source, index)
     (directory / "images/train/a.jpg").unlink()
-    with collect_logs() as messages, pytest.raises(UserError, match="d.png is not a readable PNG"):
+    with pytest.raises(DamagedFile, match="d.png is not a readable PNG"):
         source[0]
-    assert "a.jpg cannot be read from" in messages[-1]
+    assert "a.jpg cannot be read from" in describe_damage(source, 0)
 
 
 def test_a_damaged_file_is_an_error_in_evaluation(pairs):
@@ -339,7 +341,9 @@ def test_a_damaged_file_is_an_error_in_evaluation(pairs):
     with pytest.raises(UserError, match=r"The image .*val.a.jpg cannot be decoded"):
         source[0]
     path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"The size of the image .*val.a.jpg cannot be read: cannot identify"):
+    with pytest.raises(
+        UserError, match=r"The size of the image .*val.a.jpg cannot be read: the image format is not recognized"
+    ):
         source.size(0)
     path.unlink()
     with pytest.raises(UserError, match=r"The size of the image .*val.a.jpg cannot be read: No such file"):
@@ -425,3 +429,29 @@ def test_images_and_label_maps_in_memory():
     assert source.size(1) == (HEIGHT, WIDTH)
     assert source[1]["image"] is images[1]
     assert source[1]["label"].max() == 1
+
+
+def test_label_values_map_the_values_of_files_to_classes(pairs):
+    """Masks of 0 and 255, as many tools write them."""
+    directory, _ = pairs
+    (directory / "classes.txt").write_text("ground\nobject\n")
+    for path in (directory / "annotations").rglob("*.png"):
+        with Image.open(path) as image:
+            Image.fromarray(np.where(np.array(image) > 0, 255, 0).astype(np.uint8)).save(path)
+    path = directory / "annotations/train/a.png"
+    values = np.array(Image.open(path))
+    np.testing.assert_array_equal(load(directory)[0]["label"], values)  # 255 is no class
+    np.testing.assert_array_equal(load(directory, label_values=(0, 255))[0]["label"], values // 255)
+    np.testing.assert_array_equal(load(directory, label_values=(255, 0))[0]["label"], 1 - values // 255)
+    for path in (directory / "annotations/train").iterdir():
+        Image.new("L", (WIDTH, HEIGHT), 9).save(path)
+    with pytest.raises(UserError, match="a.png has the value 9: expected 0, 7 for the 2 classes, or 255 for no class"):
+        load(directory, label_values=(0, 7))[0]
+
+
+@pytest.mark.parametrize("label_values", [(0,), (0, 0, 1, 2), (0, 256, 1), (-1, 0, 1)])
+def test_label_values_that_do_not_fit_the_classes_are_refused(pairs, label_values):
+    with pytest.raises(UserError, match=r"config.data.label_values is .*: expected 3 different values from 0 to 255"):
+        load(pairs[0], label_values=label_values)
+    with pytest.raises(UserError, match="cannot be combined with config.data.zero_is_ignored"):
+        load(pairs[0], label_values=(0, 1, 2), zero_is_ignored=True)

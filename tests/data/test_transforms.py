@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from scipy import stats
 
-from dat_jax.data.images import check_image, decode_image, resize_bicubic
+from dat_jax.data.images import check_image, decode_image, read_size, resize_bicubic
 from dat_jax.data.transforms import draw_crop, make_eval_transform, make_train_transform
 from dat_jax.errors import UserError
 from tests.helpers.photographs import photograph_files, photographs
@@ -77,11 +77,56 @@ def test_files_of_all_formats_are_decoded_as_by_pillow(kind, mode, options):
         assert check_image(file.getvalue()) is None
 
 
-def test_orientation_tags_are_not_applied():
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_tags_are_applied_as_by_pillow(kind, orientation, tmp_path):
     tags = Image.Exif()
-    tags[0x0112] = 6  # orientation: rotated by 90 degrees
+    tags[ExifTags.Base.Orientation] = orientation
+    data = encode(photographs(width=61, height=45)[0], kind, exif=tags)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, name="a"), expected)
+    (tmp_path / "a").write_bytes(data)
+    assert read_size(str(tmp_path / "a")) == expected.shape[:2]
+    stored = decode_image(data, name="a", apply_orientation=False)
+    assert stored.shape == ((45, 61, 3) if kind != "TIFF" else expected.shape)  # Pillow always turns TIFF files
+    assert read_size(str(tmp_path / "a"), apply_orientation=False) == stored.shape[:2]
+
+
+def test_invalid_orientation_tags_are_ignored():
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 9
     image = photographs(width=61, height=45)[0]
     assert decode_image(encode(image, exif=tags), name="a").shape == (45, 61, 3)
+    assert decode_image(encode(image, exif=b"Exif\0\0broken"), name="a").shape == (45, 61, 3)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_gray_images_with_more_than_8_bits_are_refused(mode):
+    """Pillow's ``convert("RGB")`` would make them white."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 1000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(
+        file, "TIFF"
+    )
+    with pytest.raises(UserError, match="The image a has more than 8 bits per channel"):
+        decode_image(file.getvalue(), name="a")
+    assert "more than 8 bits" in check_image(file.getvalue())
+
+
+def test_a_palette_with_transparency_gives_its_colors(recwarn):
+    image = Image.fromarray(photographs(width=61, height=45)[0]).convert("P")
+    image.info["transparency"] = bytes(range(256))
+    file = io.BytesIO()
+    image.save(file, "PNG", transparency=bytes(range(256)))
+    np.testing.assert_array_equal(decode_image(file.getvalue(), name="a"), np.asarray(image.convert("RGBA"))[..., :3])
+    assert not recwarn.list
+
+
+def test_animations_give_their_first_frame():
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(file.getvalue(), name="a")[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.6, 0.9])
