@@ -191,7 +191,7 @@ def _read_sizes(source) -> list[tuple[int, int]]:
     readable = next((size for size in sizes if size is not None), None)
     if readable is None and error is not None:
         raise error
-    return [size or readable for size in sizes]
+    return [size or readable or (0, 0) for size in sizes]
 
 
 def _plan_sized_batches(
