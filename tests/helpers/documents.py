@@ -1,4 +1,4 @@
-"""What is in the documents: fenced blocks, the commands in them, inline code, links."""
+"""Parsing of the documents: fenced blocks, commands, inline code and links."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,7 @@ _CALLED = re.compile(r"(\.venv/bin/)?(python3? -m|dat-jax|pip install|make|pre-c
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block: the document's path from the root, its language, "" where it has none, and what is in it."""
+    """A fenced block: path of its document relative to the root, its language ("" if it has none), and its text."""
 
     document: str
     language: str
@@ -25,23 +25,23 @@ class Block:
 
     @property
     def named_file(self) -> str | None:
-        """Of "# path/to/file.py" in the first line: a file that the block is the text of."""
+        """The path in a first line "# path/to/file.py": the block is the content of that file."""
         match = re.match(r"# ([\w/]+\.py)\n", self.text)
         return match and match[1]
 
 
 def read_blocks(text: str, document: str = "") -> list[Block]:
-    """All of a document, in its order."""
+    """Return all blocks of a document in order."""
     return [Block(document, match["language"], match["text"]) for match in _FENCE.finditer(text)]
 
 
 def all_blocks() -> list[Block]:
-    """Of all documents."""
+    """Return the blocks of all documents."""
     return [block for path in DOCUMENTS for block in read_blocks(path.read_text(), path.relative_to(ROOT).as_posix())]
 
 
 def split_command(line: str) -> list[str]:
-    """A line as a shell takes it, without a comment, python being that of any environment; dat-jax TOOL as its module."""
+    """Split a line as a shell does, without its comment or the path of python, and with ``dat-jax TOOL`` as a module."""
     words = shlex.split(line, comments=True)
     if words:
         words[0] = words[0].removeprefix(".venv/bin/")
@@ -53,8 +53,10 @@ def split_command(line: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of every block without a language, and what the prose says in backticks to call, once each, as
-    ``shlex.join`` writes it. What has a placeholder, a word of capitals or dots, is no command."""
+    """Return every command once: the lines of blocks without a language, and calls in backticks in the prose.
+
+    Code with a placeholder, a word of capitals or dots, is not a command.
+    """
     lines = [line for block in all_blocks() if block.language == "" for line in block.text.splitlines()]
     called = [code for path in DOCUMENTS for code in inline_code(path.read_text()) if _CALLED.match(code)]
     lines += [code for code in called if not re.search(r"(^|[ =])[A-Z]{3,}\b| \.\.\.", code)]
@@ -62,36 +64,36 @@ def commands() -> list[str]:
 
 
 def without_blocks(text: str) -> str:
-    """The prose."""
+    """Return the prose of a document."""
     return _FENCE.sub("", text)
 
 
 def inline_code(text: str) -> list[str]:
-    """What stands between single backticks in the prose."""
+    """Return the text between single backticks in the prose."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks(text))]
 
 
 def links(text: str) -> list[str]:
-    """Targets of links and pictures in the prose."""
+    """Return the targets of links and pictures in the prose."""
     prose = re.sub(r"`[^`]*`", "", without_blocks(text))
     return re.findall(r"\]\(([^)\s]+)\)", prose)
 
 
 def anchors(text: str) -> set[str]:
-    """What headings are linked by."""
+    """Return the anchors of all headings."""
     headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def table_rows(text: str, heading: str) -> list[list[str]]:
-    """Cells of the first table under a heading, without its head."""
+    """Return the cells of the first table below a heading, without its header."""
     section = text.split(f"\n{heading}\n", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
 def copy_project(place: pathlib.Path) -> None:
-    """What is needed to use it, to a folder that is there: without recorded arrays and what runs have left."""
+    """Copy the project to an existing folder, without recorded arrays and outputs of runs."""
     for name in ("dat_jax", "configs", "docs", "experiments", "notebooks", "tests"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
     for name in (

@@ -1,4 +1,4 @@
-"""Reads the recorded arrays of tests/golden."""
+"""Readers of the recorded arrays in tests/golden."""
 
 import functools
 import gzip
@@ -29,18 +29,18 @@ class Golden:
             self.images = channels_last(self.arrays["images"].astype(dtype))
 
     def map_error(self, key: str, got) -> float:
-        """``relative_error`` of a map (B, H, W, C), on every fourth row and column if only these are recorded."""
+        """Return the ``relative_error`` of a map (B, H, W, C), on every fourth row and column if only these are recorded."""
         if f"{key}_4" in self.arrays:
             return relative_error(got[:, ::4, ::4], channels_last(self.arrays[f"{key}_4"]))
         return relative_error(got, channels_last(self.arrays[key]))
 
     def group(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays whose key starts with the prefix, without it."""
+        """Return the arrays whose key starts with a prefix, by the rest of the key."""
         return {key.removeprefix(prefix): value for key, value in self.arrays.items() if key.startswith(prefix)}
 
 
 def read(name: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by key. Files that ``tests.golden.pack`` wrote are unpacked."""
+    """Return the arrays of a file by key, also of files written by ``tests.golden.pack``."""
     with np.load(DIRECTORY / f"{name}.npz" if isinstance(name, str) else name) as file:
         arrays = {key: file[key] for key in file.files}
     for dtype in ("float16", "float32"):
@@ -54,14 +54,14 @@ def read(name: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_keys(name: str) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """Of a published model, HEAD_SIZE such as semfpn_tiny: number of parameters, and shape of every entry by name."""
+    """Return the number of parameters of a published model, and its shapes by name. Names are HEAD_SIZE, as in semfpn_tiny."""
     recorded = json.loads(gzip.decompress((DIRECTORY / "keys.json.gz").read_bytes()))[name]
     return recorded["params_total"], {key: tuple(shape) for key, shape in recorded["shapes"].items()}
 
 
 @functools.cache
 def load(kind: str) -> tuple[dict[str, np.ndarray], dict, list[dict], dict[str, np.ndarray]]:
-    """A recorded detector: retinanet, maskrcnn or cascade.
+    """Load a recorded detector: retinanet, maskrcnn or cascade.
 
     Returns:
       arrays: by recorded name and as recorded, channels-first; images float16, M.gradnorm.NAME one by one.
@@ -76,10 +76,10 @@ def load(kind: str) -> tuple[dict[str, np.ndarray], dict, list[dict], dict[str, 
 
 
 def channels_last(array: np.ndarray) -> np.ndarray:
-    """(B, C, H, W) -> (B, H, W, C)."""
+    """Convert (B, C, H, W) to (B, H, W, C)."""
     return np.moveaxis(array, 1, -1)
 
 
 def relative_error(got, wanted) -> float:
-    """Largest difference over the largest wanted magnitude."""
+    """Return the largest difference divided by the largest expected magnitude."""
     return float(np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max())

@@ -1,4 +1,4 @@
-"""Messages that the package logs."""
+"""Collection of the messages that the package logs."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ class _ListHandler(logging.Handler):
 
 @contextlib.contextmanager
 def collect_logs() -> Iterator[list[str]]:
-    """A list of the messages of level INFO and above, also where a run has configured the console."""
+    """Collect the messages of level INFO and above in a list, even if a run configures the console."""
     logger, handler = logging.getLogger("dat_jax"), _ListHandler()
     level = logger.level
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Photographs that come with packages of the test environment, cut and resized."""
+"""Photographs that come with packages of the test environment, cropped and resized."""
 
 import functools
 import importlib.util
@@ -15,13 +15,13 @@ _FILES = (
 
 
 def photograph_files() -> list[pathlib.Path]:
-    """JPEG files, 640 x 427, 640 x 427 and 512 x 600."""
+    """Return the contents of three JPEG files of 640 x 427, 640 x 427 and 512 x 600 pixels."""
     return [pathlib.Path(importlib.util.find_spec(package).origin).parent / path for package, path in _FILES]
 
 
 @functools.cache
 def photographs(*, width: int, height: int) -> list[np.ndarray]:
-    """Twenty cuts of the photographs at several places and sizes, each resized to uint8 (height, width, 3)."""
+    """Return twenty crops of the photographs, of several places and sizes, resized to uint8 (height, width, 3)."""
     rng = np.random.default_rng(0)
     images = []
     for index in range(20):

@@ -1,11 +1,11 @@
-"""Variables without running a model's own initialisation, which takes long to compile."""
+"""Random variables without the initialization of the model, which takes long to compile."""
 
 import jax
 import numpy as np
 
 
 def random_variables(model, images, *, seed: int = 0, scale: float = 0.2):
-    """Normal numbers for every parameter, those that scale a normalisation around one."""
+    """Draw normal numbers for every parameter, around one for scales of normalization layers."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     rng = np.random.default_rng(seed)
 

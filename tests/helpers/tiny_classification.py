@@ -8,6 +8,6 @@ from tests.helpers.random_variables import random_variables
 
 
 def random_classifier(*, scale: float = 0.4, **settings):
-    """A model of five classes and random variables whose classes differ from image to image."""
+    """Make a model of five classes and random variables whose predicted classes differ between images."""
     model = create_model("dat_pp_nano", **{"num_classes": 5, **tiny_segmentation.BACKBONE, **settings})
     return model, random_variables(model, np.zeros((1, 64, 64, 3), np.float32), scale=scale)

@@ -7,7 +7,7 @@ from dat_jax.data import sources
 
 
 def _load_halves(split: str) -> sources.ArraySource:
-    """Noise, brighter in the left or in the right half: 160 images to train, 50 to validate."""
+    """Return images of noise that is brighter in the left or in the right half: 160 to train, 50 to validate."""
     rng = np.random.default_rng(sources.SPLITS.index(split))
     labels = rng.integers(0, 2, 160 if split == "train" else 50)
     images = rng.integers(0, 100, (len(labels), 32, 32, 3), dtype=np.uint8)
@@ -20,7 +20,7 @@ sources._SOURCES["halves"] = _load_halves
 
 
 def get_config(**model):
-    """One stage of an N and a D block, on images of 32 x 32; 10 steps an epoch."""
+    """Return a configuration of a model with an N and a D block, for images of 32 x 32 and 10 steps per epoch."""
     config = quickstart.get_config().unlock()
     config.model = {
         **dict(

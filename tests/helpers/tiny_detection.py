@@ -22,12 +22,12 @@ CLASS_NAMES = DigitsSource("train").class_names
 
 
 def head_settings(name: str) -> dict:
-    """Attributes of a detector, beside its backbone, that make it small."""
+    """Attributes of the head that make a detector small."""
     return dict(features=8) if name == "retinanet" else dict(features=8, width=16)
 
 
 def get_config(head: str = "mask_rcnn"):
-    """Eight steps of eight images of 64 x 64; evaluated twice, on 200 images."""
+    """Return a configuration for eight steps of eight images of 64 x 64, evaluated twice on 200 images."""
     config = get_detection_config()
     config.model = ConfigDict(dict(name="dat_pp_nano", dtype="float32", drop_path_rate=0.1, **BACKBONE))
     config.head = ConfigDict(dict(name=head, **head_settings(head)))
@@ -59,7 +59,7 @@ def get_config(head: str = "mask_rcnn"):
 
 
 def random_detector(head: str = "mask_rcnn", *, num_classes: int = 3, seed: int = 0):
-    """A model and random variables that find boxes of several places, sizes and classes."""
+    """Make a model and random variables that detect boxes of several places, sizes and classes."""
     backbone = {"name": "dat_pp_nano", **BACKBONE}
     model = create_detector(head, backbone=backbone, num_classes=num_classes, **head_settings(head))
 

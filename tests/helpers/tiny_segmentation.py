@@ -26,7 +26,7 @@ CLASS_NAMES = ("ground", "square")
 
 
 def _load_squares(split: str) -> SegmentationArraySource:
-    """Noise, a bright square at a place of each image: 48 to train, 21 of three sizes to validate."""
+    """Return images of noise with a bright square: 48 to train, 21 of three sizes to validate."""
     rng = np.random.default_rng(int(split == "validation"))
     sizes = [(64, 64)] * 48 if split == "train" else [(64, 64), (48, 72), (64, 80)] * 7
     images = [rng.integers(0, 100, (height, width, 3), dtype=np.uint8) for height, width in sizes]
@@ -43,7 +43,7 @@ segmentation_sources._SOURCES["squares"] = _load_squares
 
 
 def get_config(head: str = "sem_fpn"):
-    """Twelve steps of eight images of 64 x 64."""
+    """Return a configuration for twelve steps of eight images of 64 x 64."""
     config = get_segmentation_config()
     config.model = ConfigDict(dict(name="dat_pp_nano", dtype="float32", drop_path_rate=0.1, **BACKBONE))
     width = dict(neck_channels=16) if head == "sem_fpn" else dict(auxiliary_channels=8)
@@ -64,7 +64,7 @@ def get_config(head: str = "sem_fpn"):
 
 
 def random_segmentor(**settings):
-    """A model and random variables whose classes differ from place to place."""
+    """Make a model and random variables whose predicted classes differ between places."""
     options = {"num_classes": 5, "channels": 16, "neck_channels": 16, **settings}
     model = create_segmentor("sem_fpn", backbone={"name": "dat_pp_nano", **BACKBONE}, **options)
     variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), scale=0.4)

@@ -17,7 +17,7 @@ _START_XLA = "from jaxlib import xla_client; xla_client.make_cpu_client()"
 
 @functools.cache
 def fast_compilation_flags() -> tuple[str, ...]:
-    """Those of ``_FAST_COMPILATION`` that the installed XLA knows.
+    """Return the flags of ``_FAST_COMPILATION`` that the installed XLA knows.
 
     XLA ends the process at a flag that it does not know, so each one is tried in a process of its own.
     """
@@ -25,7 +25,7 @@ def fast_compilation_flags() -> tuple[str, ...]:
 
 
 def is_known(flag: str) -> bool:
-    """Whether XLA starts with this flag, which takes about 0.1 s."""
+    """Return whether XLA starts with this flag, which takes about 0.1 s."""
     environment = {**os.environ, "XLA_FLAGS": flag}
     started = subprocess.run([sys.executable, "-c", _START_XLA], env=environment, capture_output=True, text=True)
     if started.returncode and "Unknown flag" not in started.stderr:
