@@ -38,6 +38,11 @@ TOOLS = {
         "convert ImageNet archives or class folders to a data set that loads fast",
         "--train=ILSVRC2012_img_train.tar --validation=ILSVRC2012_img_val.tar --output=/data/imagenet",
     ),
+    "split": Tool(
+        "data.split",
+        "split one folder of classes into training and validation images",
+        "flowers/all --output=/data/flowers",
+    ),
     "report": Tool(
         "compile_report",
         "memory, FLOPs and bytes of a step on a TPU or GPU that is not attached",
