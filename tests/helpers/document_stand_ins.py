@@ -228,13 +228,13 @@ class StandIns:
             for split in ("train", "val"):
                 self._write_classes(where / split)
         else:  # ILSVRC archives, flowers and other validation sets: folders of classes do as well
-            self._write_classes(where)
+            self._write_classes(where, count=12 if path.endswith("/all") else 8)  # "all" is split into two parts
 
-    def _write_classes(self, directory):
+    def _write_classes(self, directory, count=8):
         rng = np.random.default_rng(0)
         for name in ("left", "right"):
             (directory / name).mkdir(parents=True)
-            for index in range(8):
+            for index in range(count):
                 image = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(image).save(directory / name / f"{directory.name}_{name}_{index}.jpg")
 
