@@ -87,7 +87,12 @@ def write_exported(
         if "safetensors" in formats:
             variables = jax.tree.map(np.asarray, predictor.variables)
             write_official_weights(
-                str(unfinished / WEIGHTS), model=predictor.model, variables=variables, name=directory.name
+                str(unfinished / WEIGHTS),
+                model=predictor.model,
+                variables=variables,
+                name=directory.name,
+                classes=predictor.class_names,
+                options=predictor.options,
             )
         if "onnx" in formats:
             onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, predictor, **settings)}
