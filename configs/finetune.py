@@ -4,9 +4,9 @@ python -m dat_jax.main --config=configs/finetune.py --workdir=runs/mine --config
     --config.init_from=weights/dat_pp_t
 
 --config.init_from takes published weights converted by `python -m dat_jax.conversion`, or the work directory of a run. The
-classification head is initialized randomly if the number of classes differs. For another model, set --config.model.name to
-the one of the weights. Hardware: any. The learning rates are a quarter of those for training from scratch, the length a
-tenth; they are not tuned to any data set.
+classification head is initialized randomly if the classes differ in number or in their recorded names. For another model,
+set --config.model.name to the one of the weights. Hardware: any. The learning rates are a quarter of those for training from
+scratch, the length a tenth; they are not tuned to any data set.
 """
 
 from dat_jax.config import get_classification_config

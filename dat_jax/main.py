@@ -5,10 +5,11 @@ with more epochs, its evaluation, and a configuration with all its values:
 
   python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
   python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --config.epochs=10
-  python -m dat_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --mode=eval
+  python -m dat_jax.main --workdir=runs/quickstart --mode=eval
   python -m dat_jax.main --config=configs/dat_pp_s.py --config.data.directory=/data/imagenet --print_config
 
-DIR receives checkpoints, metrics, figures and a summary. Repeat the command to resume an interrupted run.
+DIR receives checkpoints, metrics, figures and a summary. Repeat the command to resume an interrupted run. Without --config, the
+evaluation has the configuration of the run in DIR, from its config.json; --config.KEY=VALUE overrides it.
 """
 
 import shlex
@@ -18,9 +19,9 @@ import yaml
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dat_jax.cli.flags import fail, run_tool
+from dat_jax.cli.flags import HELP_FLAGS, fail, run_tool
 from dat_jax.config import validate
-from dat_jax.config.files import define_config_flag
+from dat_jax.config.files import add_recorded_config, define_config_flag
 from dat_jax.errors import UserError
 
 _CONFIG = define_config_flag()
@@ -98,4 +99,9 @@ def _run(config: ConfigDict, workdir: str) -> None:
 
 if __name__ == "__main__":
     sys.argv[:] = ["--print_config" if argument in _PRINT_FORMS else argument for argument in sys.argv]
+    if not {*HELP_FLAGS, "--version"} & set(sys.argv):
+        try:
+            sys.argv[:] = add_recorded_config(sys.argv)
+        except UserError as error:
+            fail(str(error))
     run_tool(main, groups=_FLAGS, interrupted="Interrupted. Repeat the command to resume from the last checkpoint.")

@@ -249,4 +249,4 @@ def test_metadata_of_a_checkpoint(tmp_path_factory, data, anything):
         inputs.append(json.loads(data))
     for metadata in inputs:
         with contextlib.suppress(UserError):
-            compatibility.check(metadata, CONFIG, classes=2)
+            compatibility.check(metadata, CONFIG, class_names=("left", "right"))

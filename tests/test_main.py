@@ -32,14 +32,17 @@ def run(*arguments):
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--config.batch_size=60"], "60 is not a multiple of 8"),
         (["--config=configs/quickstart.py", "--workdir={tmp}/file/run"], "cannot be written: Not a directory"),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--mode=eval"], "There are no checkpoints in"),
+        (["--workdir={tmp}/none", "--mode=eval", "--config.seed=1"], "There is no {tmp}/none/config.json"),
+        (["--workdir={tmp}", "--mode=eval"], "config.json is damaged"),
     ],
 )
 def test_mistakes_end_with_one_sentence(arguments, message, tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "config.json").write_text("[]")
     (tmp_path / "broken.py").write_text("def get_config(:")
     result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert result.returncode == 1
-    assert message in result.stderr
+    assert message.format(tmp=tmp_path) in result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.stdout + result.stderr

@@ -9,6 +9,7 @@ Modules:
   adaptation: weights for another image size, other classes, or a network around the backbone.
   model_description: models as JSON.
   class_names: names of classes beside weights.
+  inference_options: options of inference beside weights.
   arrays, orbax_messages: reading and writing with Orbax.
   integrity: digests, and their comparison.
 """

@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,45 @@ def adapt_backbone(
     adapted, notes = _adapt(trained, expected, fixed_stages)
     notes = ["The backbone is that of a classifier; norms of its maps, and heads, are initialized.", *notes]
     return {**fresh_variables, "params": _unflatten({**fresh, **adapted})}, notes
+
+
+def reorder_classes(params: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """Reorder the classes of a classifier, segmentor or detector.
+
+    Args:
+      params: parameters of the model, nested dictionaries of arrays.
+      order: class i of the result is class ``order[i]`` of ``params``; a permutation of all classes.
+
+    Returns:
+      Parameters with the same structure and shapes. Layers that do not depend on the class are unchanged.
+    """
+    classes, order = len(order), np.asarray(order)
+    arrays = _flatten(params)
+    for name, array in arrays.items():
+        match = re.fullmatch(_CLASS_LAYERS, name)
+        layer, width = match and match[2], array.shape[-1:]
+        grouped = np.asarray(array)
+        if layer == "fc_cls":  # K classes and the background
+            arrays[name] = grouped[..., [*order, classes]]
+        elif layer == "fc_reg" and width == (4 * classes,):  # 4 numbers per class
+            grouped = grouped.reshape(*array.shape[:-1], classes, 4)
+            arrays[name] = grouped[..., order, :].reshape(array.shape)
+        elif layer == "retina_cls":  # K scores per anchor
+            arrays[name] = grouped.reshape(*array.shape[:-1], -1, classes)[..., order].reshape(array.shape)
+        elif layer and width == (classes,):
+            arrays[name] = grouped[..., order]
+    return _unflatten(arrays)
+
+
+def replace_class_layers(params: Mapping[str, Any], fresh_params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with the layers that depend on the classes, such as the head of a classifier, from ``fresh_params``.
+
+    Args:
+      params: parameters of a classifier, segmentor or detector, nested dictionaries of arrays.
+      fresh_params: initialized parameters of the same model.
+    """
+    fresh = {name: leaf for name, leaf in _flatten(fresh_params).items() if re.fullmatch(_CLASS_LAYERS, name)}
+    return _unflatten({**_flatten(params), **fresh})
 
 
 def count_classes(params: Mapping[str, Any]) -> int:

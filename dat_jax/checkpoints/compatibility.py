@@ -6,12 +6,13 @@ stored beside the state and compared when the state is restored.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from dat_jax.checkpoints.class_names import describe_difference
 from dat_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,33 +41,38 @@ _UNCHECKED = (
 _IMPLIED = {"model.deformable_form": "dat_pp"}
 
 
-def describe(config: ConfigDict, *, step: int, classes: int) -> dict[str, Any]:
+def describe(config: ConfigDict, *, step: int, class_names: Sequence[str]) -> dict[str, Any]:
     """Make the metadata that a checkpoint stores beside the state.
 
     Args:
       config: configuration of the run.
       step: number of finished steps.
-      classes: number of classes of the training data.
+      class_names: names of the classes of the training data, in the order of their labels.
 
     Returns:
       A mapping that JSON can store: "examples", the number of training examples used so far, which is the position in the
-      data; "config"; and "classes".
+      data; "config"; "classes", the number of classes; and "class_names".
     """
-    return {"examples": step * config.batch_size, "config": config.to_dict(), "classes": classes}
+    return {
+        "examples": step * config.batch_size,
+        "config": config.to_dict(),
+        "classes": len(class_names),
+        "class_names": list(class_names),
+    }
 
 
-def check(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int) -> None:
+def check(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Sequence[str]) -> None:
     """Check that a run can be resumed from a checkpoint. Other differences of the configuration are logged as a warning.
 
     Args:
       metadata: metadata of the checkpoint, see ``describe``.
       config: configuration of the run.
-      classes: number of classes of the training data.
+      class_names: names of the classes of the training data, in the order of their labels.
 
     Raises:
-      UserError: the model or the order of the training data differs. The keys are named, with both values.
+      UserError: the model, the classes or the order of the training data differs. The keys are named, with both values.
     """
-    check_model(metadata, config, classes=classes)
+    check_model(metadata, config, class_names=class_names)
     differences = _compare(metadata["config"], config)
     if data := {key: values for key, values in differences.items() if key in _DATA_ORDER}:
         raise UserError(
@@ -78,17 +84,17 @@ def check(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int) -> N
         logger.warning("The configuration differs from that of the checkpoint: %s.", _format(changed))
 
 
-def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int) -> None:
+def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Sequence[str]) -> None:
     """Check that a checkpoint has the weights of the configured model, including what shapes do not show.
 
     Args:
-      metadata: metadata of the checkpoint, see ``describe``.
+      metadata: metadata of the checkpoint, see ``describe``. Older checkpoints have no "class_names".
       config: configuration of the run.
-      classes: number of classes of the data.
+      class_names: names of the classes of the data, in the order of their labels.
 
     Raises:
-      UserError: the metadata is incomplete, or the task, the model, its head or the number of classes differs. The keys are
-        named, with both values.
+      UserError: the metadata is incomplete, or the task, the model, its head or the classes differ. The keys are named, with
+        both values, and the names of the classes.
     """
     if (
         not isinstance(metadata, Mapping)
@@ -99,8 +105,13 @@ def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, classes: int
     differences = {
         key: values for key, values in _compare(metadata["config"], config).items() if _determines_function(key)
     }
-    if metadata["classes"] != classes:
-        differences["number of classes"] = metadata["classes"], classes
+    recorded = metadata.get("class_names")
+    if not differences and isinstance(recorded, list) and (reason := describe_difference(recorded, class_names)):
+        raise UserError(
+            f"The checkpoint is of other classes: {reason}. Choose another --workdir, or restore the names."
+        )
+    if metadata["classes"] != len(class_names):
+        differences["number of classes"] = metadata["classes"], len(class_names)
     if differences:
         raise UserError(
             f"The checkpoint is of another model: {_format(differences)}. Choose another --workdir, or restore the values."

@@ -7,15 +7,24 @@ directory of a run.
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dat_jax.checkpoints.adaptation import adapt_backbone, adapt_dense, adapt_params, count_classes, kind_of
+from dat_jax.checkpoints.adaptation import (
+    adapt_backbone,
+    adapt_dense,
+    adapt_params,
+    count_classes,
+    kind_of,
+    reorder_classes,
+    replace_class_layers,
+)
 from dat_jax.checkpoints.arrays import read_arrays
+from dat_jax.checkpoints.class_names import describe_difference, read_class_names
 from dat_jax.checkpoints.directory import find_best_step, read_meta
 from dat_jax.checkpoints.exports import load_export
 from dat_jax.checkpoints.integrity import check_digests, compute_fingerprints, name_leaves
@@ -79,18 +88,23 @@ def load_for_finetuning(
     *,
     fresh_variables: Mapping[str, Any],
     deformable_form: str,
+    class_names: Sequence[str] | None = None,
     head_rows: np.ndarray | None = None,
+    same_classes: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Load trained weights as the start of another training.
 
     A classifier starts from a classifier. A segmentor or a detector starts from another one of the same kind, or from a
-    classifier, which becomes its backbone.
+    classifier, which becomes its backbone. If the weights record the names of their classes, the outputs are assigned to the
+    classes of the data by name; for other classes, the layers that depend on them are those of ``fresh_variables``.
 
     Args:
       path: a folder of weights or a work directory, as in ``load_pretrained``.
       fresh_variables: initialized variables of the model to train, on the host or on devices of this process.
       deformable_form: form of attention of the model to train, see ``DAT``.
-      head_rows: see ``adapt_params``; only for classifiers.
+      class_names: names of the classes of the data, in the order of their labels; None if they are unknown.
+      head_rows: see ``adapt_params``; only for classifiers. The names of the classes are not compared.
+      same_classes: raise a UserError if the weights were trained on other classes.
 
     Returns:
       Variables as numpy arrays with the structure, shapes and dtypes of ``fresh_variables``, and sentences that describe how
@@ -98,7 +112,8 @@ def load_for_finetuning(
 
     Raises:
       UserError: there is nothing to load at ``path``, it is damaged, or its weights are of another kind of model, of the
-        other form of attention, or of other shapes; each array is named.
+        other form of attention, or of other shapes; each array is named. With ``same_classes``, also weights of other
+        classes; the names are listed.
     """
     model, variables = load_trained(path)
     dat = get_backbone(model)
@@ -114,6 +129,14 @@ def load_for_finetuning(
         raise UserError(
             f"{path} has the weights of a {trained_kind}; a {kind} starts from those of a classifier{alternative}."
         )
+    difference, class_notes = "", []
+    if kind == trained_kind and class_names is not None and head_rows is None:
+        params, difference, class_notes = _match_classes(path, variables["params"], class_names)
+        variables = {**variables, "params": params}
+    if difference and same_classes:
+        raise UserError(
+            f"{path} has the weights of other classes: {difference}. Evaluate on data with the same classes."
+        )
     if kind == "classifier":
         params, notes = adapt_params(
             variables["params"],
@@ -128,7 +151,30 @@ def load_for_finetuning(
         )
     else:
         variables, notes = adapt_dense(variables, abstract_variables=fresh_variables, fixed_stages=fixed_stages)
-    return jax.tree.map(np.asarray, variables), notes
+    if difference and count_classes(fresh_variables["params"]) == model.num_classes:  # otherwise the shapes differ
+        variables = {**variables, "params": replace_class_layers(variables["params"], fresh_variables["params"])}
+        class_notes = [f"The layers for the classes are initialized, since the names differ: {difference}."]
+    return jax.tree.map(np.asarray, variables), class_notes + notes
+
+
+def _match_classes(
+    path: str | os.PathLike, params: Mapping[str, Any], class_names: Sequence[str]
+) -> tuple[Mapping[str, Any], str, list[str]]:
+    """Compare the classes of trained weights with those of the data, and reorder them by name if only the order differs.
+
+    Returns:
+      The parameters; how the classes differ, "" if they do not; and sentences that describe what was adapted.
+    """
+    count = count_classes(params)
+    recorded = read_class_names(path, count=count)
+    if recorded is None:
+        difference = "" if count == len(class_names) else f"expected {len(class_names)}, got {count}"
+        return params, difference, []
+    difference = describe_difference(recorded, class_names)
+    if difference and sorted(set(recorded)) == sorted(class_names):  # every name occurs once in both
+        order = [recorded.index(name) for name in class_names]
+        return reorder_classes(params, order), "", [f"The classes are reordered by name: {difference}."]
+    return params, difference, []
 
 
 def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None) -> tuple[Model, dict[str, Any]]:

@@ -6,7 +6,7 @@ With the state it stores metadata and a fingerprint of every array, and afterwar
 import contextlib
 import logging
 import pathlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -153,19 +153,23 @@ class Checkpoints:
         self.wait()
         return find_best_step(self.directory, self._metric)
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract_state: Any, *, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Restore the state of a step.
 
         Args:
           step: a step with a complete checkpoint.
           abstract_state: ShapeDtypeStructs with shardings, which determine the devices of the arrays.
+          check: function of the metadata, called before the arrays are compared and read. It raises a UserError if the
+            checkpoint does not belong to the run.
 
         Returns:
           The state, and the metadata that was saved with it.
 
         Raises:
           DamagedError: the checkpoint cannot be read, or differs from what was written; the files or arrays are named.
-          UserError: it has arrays of other names or shapes.
+          UserError: it has arrays of other names or shapes, or ``check`` raised it.
         """
         name = f"The checkpoint {self._path(step)}"
         try:
@@ -174,6 +178,8 @@ class Checkpoints:
             saved = {"meta": meta.pop("checksum"), "metrics": meta["metrics"]}
             actual = {"meta": hash_json(meta), "metrics": read_metrics(self._path(step))}
             check_digests(name, saved=saved, actual=actual)
+            if check is not None:
+                check(meta["metadata"])
             self._check_structure(step, abstract_state, meta["digests"].keys())
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             state = self._open_manager.restore(step, args=args)["state"]
@@ -185,12 +191,19 @@ class Checkpoints:
         check_digests(name, saved=meta["digests"], actual=fingerprints)
         return state, meta["metadata"]
 
-    def restore_newest(self, abstract_state: Any, *, first: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+    def restore_newest(
+        self,
+        abstract_state: Any,
+        *,
+        first: int | None = None,
+        check: Callable[[dict[str, Any]], None] | None = None,
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Restore the newest intact checkpoint. Damaged ones are set aside, and logged as warnings.
 
         Args:
           abstract_state: see ``restore``.
           first: step to try before the newest one.
+          check: see ``restore``.
 
         Returns:
           The state and the metadata, or None if no checkpoint is left.
@@ -202,7 +215,7 @@ class Checkpoints:
             step = first if first in steps else steps[-1]
             restored, error = None, None
             try:
-                restored = self.restore(step, abstract_state)
+                restored = self.restore(step, abstract_state, check=check)
             except DamagedError as caught:
                 error = caught
             if multihost.everywhere(restored is not None):

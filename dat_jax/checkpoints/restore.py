@@ -1,7 +1,7 @@
 """Weights and state that a run starts or continues from."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dat_jax.checkpoints import compatibility
+from dat_jax.checkpoints.class_names import add_class_names
 from dat_jax.checkpoints.loading import load_for_finetuning
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.errors import UserError
@@ -17,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def restore_or_initialize(
-    checkpoints: Checkpoints, config: ConfigDict, *, classes: int, abstract_state: Any, initialize: Callable[[], Any]
+    checkpoints: Checkpoints,
+    config: ConfigDict,
+    *,
+    class_names: Sequence[str],
+    abstract_state: Any,
+    initialize: Callable[[], Any],
 ) -> Any:
     """Return the state that training starts from.
 
@@ -30,27 +36,36 @@ def restore_or_initialize(
     Args:
       checkpoints: checkpoints of the work directory.
       config: configuration of the run.
-      classes: number of classes of the model.
+      class_names: names of the classes of the data, in the order of their labels.
       abstract_state: shapes, dtypes and shardings of the state.
       initialize: makes a new state.
 
     Raises:
       UserError: the checkpoint is of another model or of other data, or the weights are missing, damaged or do not fit.
     """
-    restored = checkpoints.restore_newest(abstract_state)
+    check = _make_check(compatibility.check, checkpoints, config, class_names)
+    restored = checkpoints.restore_newest(abstract_state, check=check)
     if restored is None:
-        return initialize_state(config, classes=classes, abstract_state=abstract_state, initialize=initialize)
-    state, metadata = restored
-    compatibility.check(metadata, config, classes=classes)
-    return state
+        return initialize_state(config, class_names=class_names, abstract_state=abstract_state, initialize=initialize)
+    return restored[0]
 
 
-def initialize_state(config: ConfigDict, *, classes: int, abstract_state: Any, initialize: Callable[[], Any]) -> Any:
+def initialize_state(
+    config: ConfigDict,
+    *,
+    class_names: Sequence[str],
+    abstract_state: Any,
+    initialize: Callable[[], Any],
+    same_classes: bool = False,
+) -> Any:
     """Return a new state, with the weights that ``config.init_from`` names if it is not "".
 
-    Args and errors are those of ``restore_or_initialize``.
+    Further args and errors are those of ``restore_or_initialize``.
+
+    Args:
+      same_classes: raise a UserError if the weights were trained on other classes, instead of initializing their head.
     """
-    head_rows = _read_head_rows(config, classes)
+    head_rows = _read_head_rows(config, len(class_names))
     state = initialize()
     if not config.init_from:
         return state
@@ -58,7 +73,9 @@ def initialize_state(config: ConfigDict, *, classes: int, abstract_state: Any, i
         config.init_from,
         fresh_variables={"params": state.params, **state.model_state},
         deformable_form=config.model.deformable_form,
+        class_names=class_names,
         head_rows=head_rows,
+        same_classes=same_classes,
     )
     for sentence in [f"Starting from the weights of {config.init_from}.", *adaptations]:
         logger.info(sentence)
@@ -70,20 +87,32 @@ def initialize_state(config: ConfigDict, *, classes: int, abstract_state: Any, i
 
 
 def restore_for_evaluation(
-    checkpoints: Checkpoints, config: ConfigDict, *, classes: int, abstract_state: Any
+    checkpoints: Checkpoints, config: ConfigDict, *, class_names: Sequence[str], abstract_state: Any
 ) -> tuple[Any, int]:
     """Return the state of the checkpoint that ``config.eval.checkpoint`` selects ("best" or "latest"), and its step.
 
     Raises:
-      UserError: there is no complete checkpoint, it is damaged, or it is of another model.
+      UserError: there is no complete checkpoint, it is damaged, or it is of another model or of other classes.
     """
     best = config.eval.checkpoint == "best"
     step = checkpoints.best_step() if best else checkpoints.latest_step()
     if step is None:
         raise UserError(f"There is no complete checkpoint in {checkpoints.directory}.")
-    state, metadata = checkpoints.restore(step, abstract_state)
-    compatibility.check_model(metadata, config, classes=classes)
+    check = _make_check(compatibility.check_model, checkpoints, config, class_names)
+    state, _ = checkpoints.restore(step, abstract_state, check=check)
     return state, step
+
+
+def _make_check(
+    check: Callable, checkpoints: Checkpoints, config: ConfigDict, class_names: Sequence[str]
+) -> Callable[[Mapping[str, Any]], None]:
+    """Make ``check`` of ``compatibility`` a function of the metadata of a checkpoint."""
+
+    def check_metadata(metadata):
+        metadata = add_class_names(metadata, checkpoints.directory.parent)
+        check(metadata, config, class_names=class_names)
+
+    return check_metadata
 
 
 def _read_head_rows(config: ConfigDict, classes: int) -> np.ndarray | None:

@@ -14,7 +14,8 @@ KEYS = merge_keys(
             str,
             "",
             "File with one number per class: the row of the classification head of `init_from` that initializes the class. "
-            "Empty: the head is reused if the number of classes is the same, else initialized randomly.",
+            "Empty: the head is reused if the number of classes and their recorded names are the same, else initialized "
+            "randomly.",
         ),
         "data": {
             "image_size": Key(int, 224, "Side of the square images, in pixels.", minimum=1),

@@ -2,19 +2,25 @@
 
 A configuration file is a Python file with a function ``get_config()``. A family of configurations has a dict ``CHOICES`` and a
 function ``get_config(choice)``; the choice follows the name and a colon, such as ``upernet:dat_pp_s``.
+
+Training writes the configuration of a run to config.json of its work directory, which is a configuration file, too.
 """
 
 import difflib
 import importlib.machinery
 import importlib.util
 import inspect
+import json
 import pathlib
 import types
 from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dat_jax.config.keys import Key, Keys, OpenGroup, make_config
+from dat_jax.config.validation import TASKS, get_keys
 from dat_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
@@ -36,15 +42,48 @@ def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.Fla
     return holder
 
 
+def add_recorded_config(argv: list[str]) -> list[str]:
+    """Add --config=WORKDIR/config.json to a command that evaluates a work directory without --config.
+
+    The flag must be there before flags are parsed, since it determines which flags --config.KEY exist.
+
+    Args:
+      argv: the program and its arguments.
+
+    Returns:
+      The arguments, changed only if the command evaluates and has no --config.
+
+    Raises:
+      UserError: the work directory has no config.json.
+    """
+    values = flags.FlagValues()
+    for name in ("config", "workdir", "mode"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    try:
+        values(argv, known_only=True)
+    except flags.Error:  # reported when all flags are parsed
+        return argv
+    if values.config is not None or values.mode != "eval" or not values.workdir:
+        return argv
+    file = pathlib.Path(values.workdir) / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"There is no {file}, which training writes: expected --config=CONFIG, or the --workdir of a run."
+        )
+    return [*argv[:1], f"--config={file}", *argv[1:]]
+
+
 def load_config(name: str) -> ConfigDict:
     """The configuration of a name or a path, locked.
 
     Args:
-      name: see ``find_config``; the choice of a family follows a colon.
+      name: see ``find_config``; the choice of a family follows a colon. Or the path of a config.json.
 
     Raises:
       UserError: no such file, an unknown or missing choice, or a file that is not a configuration.
     """
+    if name.endswith(".json"):
+        return _load_json(pathlib.Path(name)).lock()
     place, colon, choice = name.partition(":")
     path = find_config(place)
     get_config = getattr(_import_file(path), "get_config", None)
@@ -57,6 +96,43 @@ def load_config(name: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {path} must return a ConfigDict, got {type(config).__name__}.")
     return config.lock()
+
+
+def _load_json(path: pathlib.Path) -> ConfigDict:
+    """The configuration that a run recorded, with the defaults of keys that were added later.
+
+    Raises:
+      UserError: the file cannot be read, or is not a configuration.
+    """
+    try:
+        values = json.loads(path.read_text())
+        task, schedule = values.get("task", TASKS[0]), values.get("schedule", {}).get("kind")
+        return ConfigDict(_add_defaults(values, get_keys(task, schedule)))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged, or is not the configuration of a run.") from error
+
+
+def _add_defaults(values: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
+    """The values of a configuration with tuples instead of the lists of JSON, and the defaults of missing keys."""
+    added = {name: _to_tuple(value) for name, value in values.items()}
+    for name, key in keys.items():
+        if name not in values:
+            added[name] = key.default if isinstance(key, Key) else _make_group(key)
+        elif isinstance(key, Mapping):
+            added[name] = _add_defaults(values[name], key)
+    return added
+
+
+def _make_group(key: OpenGroup | Keys) -> ConfigDict:
+    return make_config(key.keys if isinstance(key, OpenGroup) else key)
+
+
+def _to_tuple(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _to_tuple(item) for name, item in value.items()}
+    return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
 
 
 def find_config(name: str) -> pathlib.Path:

@@ -4,9 +4,10 @@ A folder of weights (an "export" of ``dat_jax.checkpoints.exports``) has model.j
 """
 
 import functools
+import json
 import pathlib
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
+from dat_jax.checkpoints.adaptation import kind_of
+from dat_jax.checkpoints.class_names import read_class_names
 from dat_jax.checkpoints.exports import export_model, load_export
+from dat_jax.checkpoints.inference_options import read_options
 from dat_jax.checkpoints.integrity import hash_arrays
 from dat_jax.checkpoints.loading import load_trained
 from dat_jax.cli.console import make_console, print_table
@@ -23,7 +27,7 @@ from dat_jax.conversion.classifier_settings import read_yaml_config
 from dat_jax.conversion.files import SUFFIXES, read_checkpoint, read_weights, write_safetensors
 from dat_jax.conversion.official import official_shapes, params_from_official, to_official
 from dat_jax.conversion.python_config import read_python_config
-from dat_jax.errors import UserError
+from dat_jax.errors import UserError, name_some
 from dat_jax.models.dat import DAT, DEFORMABLE_FORMS
 from dat_jax.models.registry import Detector, create_model, list_models, name_detector
 from dat_jax.models.segmentation import Segmentor
@@ -31,7 +35,8 @@ from dat_jax.storage import check_absent
 
 Model = DAT | Segmentor | Detector
 
-_FORM = "deformable_form"  # key in the metadata of a .safetensors file
+# Keys in the metadata of a .safetensors file. The values of the last two are JSON.
+_FORM, _CLASS_NAMES, _OPTIONS = "deformable_form", "dat_jax.class_names", "dat_jax.options"
 _FORM_ROW = "deformable form"
 _LONGEST_ERROR = 600  # characters of a list of names in an error message
 
@@ -129,6 +134,9 @@ def convert_from_official(
 ) -> dict[str, str]:
     """Convert a file of published weights to a folder of weights, which is written atomically.
 
+    The class names and inference options that the metadata of a .safetensors file records are stored in the folder; those of
+    ``yaml_file`` take precedence.
+
     With neither ``model`` nor ``yaml_file`` the registry is searched for a model with the names and shapes of the weights.
 
     Args:
@@ -161,17 +169,23 @@ def convert_from_official(
     except ValueError as error:
         reason = textwrap.shorten(str(error), _LONGEST_ERROR, placeholder=" ...")
         raise UserError(f"{label} and {name}: {reason}") from error
-    export_model(out, model=network, variables=variables, options=options)
+    classes = _read_metadata(metadata, _CLASS_NAMES, list, weights=weights)
+    if classes and len(classes) != network.num_classes:
+        raise UserError(f"{weights} records {len(classes)} class names, expected {network.num_classes}.")
+    options = {**_read_metadata(metadata, _OPTIONS, dict, weights=weights), **options}
+    export_model(out, model=network, variables=variables, classes=classes, options=options)
     restored, description = load_export(out)
     expected = variables["params"] if isinstance(network, DAT) else variables
     rows = _verify(name, network, restored, description["checksum"], expected=expected, path=out)
     if rows.get(_FORM_ROW, "").startswith("cvpr2022") and form is None and _FORM not in metadata:
         rows[_FORM_ROW] += "; for weights trained with the code published with DAT++, use --form=dat_pp"
-    return {"taken from": source} | rows
+    return {"taken from": source} | rows | _describe_stored(classes, options)
 
 
 def convert_to_official(trained: str, out: str, *, form: str | None = None) -> dict[str, str]:
     """Convert a folder of weights or the work directory of a run to a .safetensors file with published names, float32.
+
+    The metadata of the file has the class names and inference options that are stored with the weights.
 
     Args:
       trained: the folder.
@@ -191,10 +205,25 @@ def convert_to_official(trained: str, out: str, *, form: str | None = None) -> d
     recorded = _get_backbone(model).deformable_form
     if form not in (None, recorded):
         raise UserError(f"{trained} records the form {recorded} of deformable attention, got --form={form}.")
-    return write_official_weights(out, model=model, variables=variables, name=trained)
+    return write_official_weights(
+        out,
+        model=model,
+        variables=variables,
+        name=trained,
+        classes=read_class_names(trained, count=model.num_classes),
+        options=read_options(trained, kind=kind_of(variables["params"])),
+    )
 
 
-def write_official_weights(out: str, *, model: Model, variables: Mapping[str, Any], name: str) -> dict[str, str]:
+def write_official_weights(
+    out: str,
+    *,
+    model: Model,
+    variables: Mapping[str, Any],
+    name: str,
+    classes: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """Write a trained model to a .safetensors file with published names, float32, atomically.
 
     Args:
@@ -202,6 +231,8 @@ def write_official_weights(out: str, *, model: Model, variables: Mapping[str, An
       model: the model.
       variables: its variables.
       name: what the rows and errors call the model.
+      classes: names of the classes, in the order of the outputs, for the metadata of the file.
+      options: options of inference by name, for the metadata of the file.
 
     Returns:
       Table rows that describe what was written.
@@ -215,12 +246,36 @@ def write_official_weights(out: str, *, model: Model, variables: Mapping[str, An
         raise UserError(f"{name} has weights without a published name: {error.args[0]}") from error
     dat = _get_backbone(model)
     metadata = {_FORM: dat.deformable_form} if _has_deformable_blocks(dat) else {}
+    metadata |= {_CLASS_NAMES: json.dumps(list(classes))} if classes else {}
+    metadata |= {_OPTIONS: json.dumps(dict(options))} if options else {}
     write_safetensors(out, {**state_dict, **_make_fixed_kernels(state_dict)}, metadata=metadata)
     # Verify with the reader of published files, as users of the file will read it.
     restored = _to_variables(model, read_weights(out))
     if isinstance(model, DAT):
         restored, variables = restored["params"], variables["params"]
-    return _verify(name, model, restored, _checksum(variables), expected=variables, path=out)
+    rows = _verify(name, model, restored, _checksum(variables), expected=variables, path=out)
+    return rows | _describe_stored(classes, options)
+
+
+def _read_metadata(metadata: Mapping[str, str], key: str, expected: type, *, weights: str) -> Any:
+    """Value of a key in the metadata of a .safetensors file, from JSON; empty if it is missing."""
+    try:
+        value = json.loads(metadata[key]) if key in metadata else expected()
+    except ValueError:
+        value = None
+    if not isinstance(value, expected):
+        kind = "list" if expected is list else "object"
+        raise UserError(
+            f"{weights} is damaged: expected a JSON {kind} as {key} of its metadata, got {metadata[key]!r}."
+        )
+    return value
+
+
+def _describe_stored(classes: Sequence[str] | None, options: Mapping[str, Any] | None) -> dict[str, str]:
+    """Table rows about the class names and the options of inference that are stored with weights."""
+    rows = {"class names": name_some(list(map(str, classes or ())))}
+    rows["inference options"] = ", ".join(f"{name} {value}" for name, value in (options or {}).items())
+    return {name: row for name, row in rows.items() if row}
 
 
 def _get_backbone(model: Model) -> DAT:

@@ -8,7 +8,7 @@ so that ``dat_jax.load`` reads it. That format alone, a folder with model.json a
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from dat_jax.exporting.files import check_files, write_exported
+    from dat_jax.exporting.files import check_files, load_program, write_exported
     from dat_jax.exporting.programs import make_program
 
-__all__ = ["check_files", "make_program", "write_exported"]
+__all__ = ["check_files", "load_program", "make_program", "write_exported"]

@@ -7,7 +7,7 @@ from typing import Any
 from dat_jax import inference
 from dat_jax.cli.console import format_size, make_console, print_table
 from dat_jax.errors import UserError
-from dat_jax.exporting.files import check_files, write_exported
+from dat_jax.exporting.files import check_files, load_program, write_exported
 from dat_jax.exporting.programs import SYMBOLIC
 from dat_jax.storage import check_absent
 
@@ -63,12 +63,15 @@ def export(
 
 
 def check(directory: str) -> None:
-    """Compare the files of an exported folder with its manifest and print the result.
+    """Compare the files of an exported folder with its manifest, read its program, and print the result.
 
     Raises:
-      UserError: see ``check_files``.
+      UserError: see ``check_files`` and ``load_program``.
     """
-    count = len(check_files(directory)["files"])
+    manifest = check_files(directory)
+    if manifest.get("program"):
+        load_program(directory)
+    count = len(manifest["files"])
     make_console().print(f"{directory}: all {count} files are as they were written.")
 
 
@@ -99,6 +102,7 @@ def describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
         sizes[name] = sizes.get(name, 0) + record["bytes"]
     rows = {"task": manifest["task"], "classes": str(len(manifest["classes"]))}
     if program:
+        rows["written by"] = f"jax {manifest['jax']}"
         rows["platforms"] = ", ".join(program["platforms"])
         for kind in ("inputs", "outputs"):
             rows[kind] = ", ".join(_format_array(array) for array in program[kind])

@@ -87,7 +87,12 @@ def write_exported(
         if "safetensors" in formats:
             variables = jax.tree.map(np.asarray, predictor.variables)
             write_official_weights(
-                str(unfinished / WEIGHTS), model=predictor.model, variables=variables, name=directory.name
+                str(unfinished / WEIGHTS),
+                model=predictor.model,
+                variables=variables,
+                name=directory.name,
+                classes=predictor.class_names,
+                options=predictor.options,
             )
         if "onnx" in formats:
             onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, predictor, **settings)}
@@ -118,15 +123,59 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
       UserError: the manifest is missing or damaged, or files are missing or differ; the files are named.
     """
     directory = pathlib.Path(directory)
+    manifest = _read_manifest(directory)
+    records = {
+        name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in manifest["files"].items()
+    }
+    check_digests(str(directory), saved=records, actual={name: _make_record(directory / name) for name in records})
+    return manifest
+
+
+def load_program(directory: str | os.PathLike) -> jax.export.Exported:
+    """Load model.stablehlo of a folder that ``write_exported`` wrote. Call it as ``jax.jit(program.call)(images)``.
+
+    Raises:
+      UserError: the manifest is missing or damaged, there is no program, or the installed jax cannot read it; the version that
+        wrote it is named.
+    """
+    directory = pathlib.Path(directory)
+    manifest = _read_manifest(directory)
+    if not manifest.get("program"):
+        raise UserError(f"{directory} has no program: export with --formats=stablehlo.")
+    path = directory / PROGRAM
+    try:
+        program = jax.export.deserialize(bytearray(path.read_bytes()))
+        oldest, newest = _get_calling_conventions()
+        if not oldest <= program.calling_convention_version <= newest:
+            raise ValueError(f"its calling convention is version {program.calling_convention_version}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # jax raises several types for a format that it does not know
+        raise UserError(
+            f"{path} was written by jax {manifest.get('jax', 'of an unknown version')} and cannot be read by the installed jax "
+            f"{jax.__version__}: install the version that wrote it or a slightly newer one, or export again with the installed "
+            "one."
+        ) from error
+    return program
+
+
+def _get_calling_conventions() -> tuple[int, int]:
+    """The oldest and the newest version of the calling convention of programs that the installed jax reads."""
+    return (
+        jax.export.minimum_supported_calling_convention_version,
+        jax.export.maximum_supported_calling_convention_version,
+    )
+
+
+def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+    """Content of manifest.json, whose "files" has the size and digest of every file."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        records = {
-            name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in manifest["files"].items()
-        }
+        for record in manifest["files"].values():
+            _ = record["bytes"], record["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
         raise UserError(f"{directory} is not a folder written by dat_jax.export, or is damaged: {reason}.") from error
-    check_digests(str(directory), saved=records, actual={name: _make_record(directory / name) for name in records})
     return manifest
 
 
@@ -156,6 +205,7 @@ def _describe_program(program: jax.export.Exported, predictor: Predictor) -> dic
         "file": PROGRAM,
         "platforms": list(program.platforms),
         "calling_convention_version": program.calling_convention_version,
+        "calling_convention_versions_read": list(_get_calling_conventions()),
         "products": "float32 on every platform",
         **describe_arrays(program, predictor),
     }

@@ -17,11 +17,11 @@ from dat_jax.inference.settings import check_at_least_1, choose_options, find_na
 from dat_jax.models.dat import DAT, MIN_IMAGE_SIDE
 from dat_jax.tasks.classification.objective import make_classification_objective
 
-OPTIONS = {  # see ``choose_options``; ``_choose_sizes`` replaces None
-    "image_size": ("data.image_size", None),
-    "resize": ("data.eval_resize", None),
-    "top": ("", 5),
-    "batch_size": ("", 8),
+OPTIONS = {  # default values; ``_choose_sizes`` replaces None
+    "image_size": None,
+    "resize": None,
+    "top": 5,
+    "batch_size": 8,
 }
 _RESIZE = 256 / 224  # resize / image_size as published; only DAT++ at 384 is evaluated without a crop
 

@@ -24,16 +24,16 @@ from dat_jax.tasks.detection.rcnn import RCNNSettings
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings
 from dat_jax.visualization import charts
 
-OPTIONS = {  # see ``choose_options``
-    "long_side": ("data.test_long_side", 1333),
-    "short_side": ("data.test_short_side", 800),
-    "multiple": ("eval.multiple", 32),
-    "min_score": ("", 0.3),
-    "score_threshold": ("eval.score_threshold", 0.05),
-    "iou_threshold": ("eval.iou_threshold", 0.5),
-    "max_detections": ("eval.max_detections", 100),
-    "candidates": ("sampling.test_candidates", 1000),
-    "proposals": ("sampling.test_proposals", 1000),
+OPTIONS = {  # default values
+    "long_side": 1333,
+    "short_side": 800,
+    "multiple": 32,
+    "min_score": 0.3,
+    "score_threshold": 0.05,
+    "iou_threshold": 0.5,
+    "max_detections": 100,
+    "candidates": 1000,
+    "proposals": 1000,
 }
 
 

@@ -20,13 +20,13 @@ from dat_jax.models.segmentation import Segmentor
 from dat_jax.storage import atomic_path
 from dat_jax.tasks.segmentation.objective import make_segmentation_objective
 
-OPTIONS = {  # see ``choose_options``
-    "long_side": ("data.long_side", 2048),
-    "short_side": ("data.short_side", 512),
-    "ratios": ("eval.ratios", (1.0,)),
-    "flip": ("eval.flip", False),
-    "window": ("eval.window", 0),
-    "stride": ("eval.stride", 0),
+OPTIONS = {  # default values
+    "long_side": 2048,
+    "short_side": 512,
+    "ratios": (1.0,),
+    "flip": False,
+    "window": 0,
+    "stride": 0,
 }
 _MAX_CLASSES = 255  # label maps are uint8, and 255 means no class
 

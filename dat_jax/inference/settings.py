@@ -1,25 +1,25 @@
 """Options and class names of a trained model: passed by the caller, stored with the model, or published."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dat_jax.checkpoints.class_names import read_class_names, read_names
+from dat_jax.checkpoints.inference_options import read_options
 from dat_jax.errors import UserError
 
 
 def choose_options(
-    path: pathlib.Path, options: Mapping[str, Any], *, known: Mapping[str, tuple[str, Any]], kind: str
+    path: pathlib.Path, options: Mapping[str, Any], *, known: Mapping[str, Any], kind: str
 ) -> dict[str, Any]:
     """Value of every known option.
 
     Args:
       path: export, whose stored "options" are used, or work directory, whose configuration is used.
       options: values passed by the caller, which take precedence.
-      known: option -> (its "group.key" in the configuration of a work directory, default value).
-      kind: kind of model, for error messages.
+      known: option -> default value.
+      kind: kind of model, see ``read_options``.
 
     Raises:
       UserError: ``options`` has an unknown name.
@@ -27,25 +27,9 @@ def choose_options(
     unknown = set(options) - set(known)
     if unknown:
         raise UserError(f"Unknown option {min(unknown)!r} of a {kind}; the options are {', '.join(known)}.")
-    exported = _read_json(path / "model.json")
-    config = _read_json(path / "config.json") if not exported else {}
-    stored = {name: _get(config, key, default) for name, (key, default) in known.items()}
-    stored |= {name: value for name, value in (exported.get("options") or {}).items() if name in known}
+    stored = {**known, **read_options(path, kind=kind)}
     values = {name: options.get(name, stored[name]) for name in known}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _read_json(path):
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _get(config, key, default):
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return default if config is None else config
 
 
 def find_names(

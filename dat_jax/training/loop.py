@@ -122,7 +122,7 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
       Evaluation metrics; those of further sets are named "set/metric".
 
     Raises:
-      UserError: there is no checkpoint, or it is of another model.
+      UserError: there is no checkpoint, or it is of another model or of other classes.
     """
     multihost.check_started()
     console = _configure_console(quiet)
@@ -130,11 +130,12 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
     enable_cache(trainer.config.compilation_cache)
     if (directory / "checkpoints").is_dir():
         with _open_checkpoints(trainer, directory, read_only=True) as checkpoints:
-            options = dict(classes=len(trainer.task.class_names), abstract_state=trainer.abstract_state)
+            options = dict(class_names=trainer.task.class_names, abstract_state=trainer.abstract_state)
             state, step = restore_for_evaluation(checkpoints, trainer.config, **options)
             weights = f"step {step} in {checkpoints.directory}"
     elif config.init_from:
-        state, weights = initialize_state(trainer.config, **_state_options(trainer)), config.init_from
+        state = initialize_state(trainer.config, **_state_options(trainer), same_classes=True)
+        weights = config.init_from
     else:
         raise UserError(
             f"There are no checkpoints in {directory}. Train first, name another --workdir, or name weights with "
@@ -156,7 +157,7 @@ def _run_steps(
     hooks, throughput = _make_hooks(trainer, directory, start_step=start)
     pending = []  # metrics of the steps since the last log line, still on the devices
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(_make_writer(trainer, directory))
+        writer = stack.enter_context(_make_writer(trainer, directory, resumed=start > 0))
         preemption = stack.enter_context(Preemption(trainer.mesh))
         train_batches = trainer.train_batches(start_step=start)
         batches = stack.enter_context(contextlib.closing(train_batches))  # pyright: ignore[reportArgumentType] (a generator)
@@ -237,7 +238,7 @@ def _save(trainer: Trainer, state: TrainState, checkpoints: Checkpoints, *, metr
     if skipped := int(state.skipped_in_a_row):
         logger.warning("Step %d is not saved: it is one of %d skipped steps in a row.", int(state.step), skipped)
         return
-    metadata = compatibility.describe(trainer.config, step=int(state.step), classes=len(trainer.task.class_names))
+    metadata = compatibility.describe(trainer.config, step=int(state.step), class_names=trainer.task.class_names)
     checkpoints.save(state, metadata=metadata, metrics=metrics)
 
 
@@ -314,7 +315,7 @@ def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> TrainState:
 
 def _state_options(trainer: Trainer) -> dict:
     return dict(
-        classes=len(trainer.task.class_names),
+        class_names=trainer.task.class_names,
         abstract_state=trainer.abstract_state,
         initialize=trainer.initialize,
     )
@@ -332,10 +333,12 @@ def _configure_console(quiet: bool):
     return make_console(quiet=quiet or not first)
 
 
-def _make_writer(trainer: Trainer, directory: pathlib.Path):
+def _make_writer(trainer: Trainer, directory: pathlib.Path, *, resumed: bool):
     """The first process writes the configuration, the class names and the metrics; the others write nothing."""
     if jax.process_index() > 0:
         return contextlib.nullcontext(NullWriter())
-    report.write_description(trainer, directory, class_names_file=CLASS_NAMES)
+    report.write_config(trainer, directory)
+    if not resumed or not (directory / CLASS_NAMES).exists():
+        report.write_class_names(trainer, directory / CLASS_NAMES)
     config = trainer.config
     return MetricWriter(directory, sinks=sinks.sink_factories(config.logs, directory, config=config.to_dict()))

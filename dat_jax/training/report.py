@@ -92,14 +92,18 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
-def write_description(trainer: Trainer, workdir: pathlib.Path, *, class_names_file: str) -> None:
-    """Write config.json and the names of the classes. A failure to write is logged as a warning."""
-    texts = {
-        "config.json": trainer.config.to_json_best_effort(indent=2) + "\n",
-        class_names_file: "".join(f"{name}\n" for name in trainer.task.class_names),
-    }
-    for name, text in texts.items():
-        try:
-            atomic_write_text(workdir / name, text)
-        except OSError as error:
-            logger.warning("%s could not be written: %s.", workdir / name, error.strerror)
+def write_config(trainer: Trainer, workdir: pathlib.Path) -> None:
+    """Write config.json. A failure to write is logged as a warning."""
+    _write_text(workdir / "config.json", trainer.config.to_json_best_effort(indent=2) + "\n")
+
+
+def write_class_names(trainer: Trainer, path: pathlib.Path) -> None:
+    """Write the names of the classes, one per line. A failure to write is logged as a warning."""
+    _write_text(path, "".join(f"{name}\n" for name in trainer.task.class_names))
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    try:
+        atomic_write_text(path, text)
+    except OSError as error:
+        logger.warning("%s could not be written: %s.", path, error.strerror)

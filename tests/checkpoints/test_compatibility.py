@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dat_jax.checkpoints import compatibility
+from dat_jax.checkpoints.class_names import add_class_names
 from dat_jax.errors import UserError
 from tests.helpers import tiny_config
 from tests.helpers.logs import collect_logs
@@ -16,13 +17,16 @@ def make_config(**values):
     return config.lock()
 
 
-METADATA = json.loads(json.dumps(compatibility.describe(make_config(), step=3, classes=2)))  # as a checkpoint stores it
+NAMES = ("left", "right")
+METADATA = json.loads(
+    json.dumps(compatibility.describe(make_config(), step=3, class_names=NAMES))
+)  # as a checkpoint stores it
 
 
-def check(metadata=METADATA, classes=2, **values) -> list[str]:
+def check(metadata=METADATA, class_names=NAMES, **values) -> list[str]:
     """What is logged."""
     with collect_logs() as messages:
-        compatibility.check(metadata, make_config(**values), classes=classes)
+        compatibility.check(metadata, make_config(**values), class_names=class_names)
     return messages
 
 
@@ -46,7 +50,7 @@ def test_other_differences_are_logged(key, saved, value):
         config = make_config().unlock()
         config.model.remat = value
         with collect_logs() as messages:
-            compatibility.check(METADATA, config, classes=2)
+            compatibility.check(METADATA, config, class_names=NAMES)
     else:
         messages = check(**{key: value})
     assert len(messages) == 1
@@ -59,18 +63,41 @@ def test_other_differences_are_logged(key, saved, value):
 def test_another_order_of_the_data_is_an_error(key, saved, value):
     with pytest.raises(UserError, match=f"started with {key} {saved}, now {value}"):
         check(**{key: value})
-    compatibility.check_model(METADATA, make_config(**{key: value}), classes=2)
+    compatibility.check_model(METADATA, make_config(**{key: value}), class_names=NAMES)
 
 
 def test_another_model_is_an_error_also_with_the_same_shapes():
     with pytest.raises(UserError, match="of another model: model.offset_range_factors"):
         check(**{"model.offset_range_factors": (2,)})
-    with pytest.raises(UserError, match="number of classes 2, now 3"):
-        check(classes=3)
-    compatibility.check_model(METADATA, make_config(**{"model.dtype": "bfloat16"}), classes=2)
+    compatibility.check_model(METADATA, make_config(**{"model.dtype": "bfloat16"}), class_names=NAMES)
 
 
 @pytest.mark.parametrize("metadata", [None, [], {}, {"config": 3, "classes": 2}, {"config": {}}])
 def test_incomplete_metadata_is_an_error(metadata):
     with pytest.raises(UserError, match="does not record which model"):
         check(metadata)
+
+
+@pytest.mark.parametrize(
+    ("class_names", "message"),
+    [
+        (("z_left", "right"), "do not have left, .* do not have z_left"),
+        (("left", "right", "middle"), "do not have middle"),
+        (("right",), "do not have left"),
+        (("right", "left"), "class 0 is 'left', now 'right'"),
+    ],
+)
+def test_other_class_names_are_an_error(class_names, message):
+    with pytest.raises(UserError, match=message):
+        check(class_names=class_names)
+
+
+def test_class_names_of_an_older_checkpoint_are_those_of_the_work_directory(tmp_path):
+    older = {key: value for key, value in METADATA.items() if key != "class_names"}
+    assert check(add_class_names(older, tmp_path), class_names=("any", "name")) == []
+    with pytest.raises(UserError, match="number of classes 2, now 3"):
+        check(older, class_names=("a", "b", "c"))
+    (tmp_path / "classes.txt").write_text("left\nright\n")
+    assert check(add_class_names(older, tmp_path)) == []
+    with pytest.raises(UserError, match="do not have z_left"):
+        check(add_class_names(older, tmp_path), class_names=("z_left", "right"))

@@ -126,6 +126,10 @@ def test_every_configuration_has_the_key():
 def test_a_checkpoint_without_a_recorded_form_has_the_form_dat_pp():
     metadata = {"config": tiny_config.get_config().to_dict(), "classes": 2}
     del metadata["config"]["model"]["deformable_form"]
-    compatibility.check_model(metadata, trainer_lib.Trainer(tiny_config.get_config()).config, classes=2)
+    compatibility.check_model(
+        metadata, trainer_lib.Trainer(tiny_config.get_config()).config, class_names=("left", "right")
+    )
     with pytest.raises(UserError, match="model.deformable_form dat_pp, now cvpr2022"):
-        compatibility.check_model(metadata, tiny_config.get_config(deformable_form="cvpr2022"), classes=2)
+        compatibility.check_model(
+            metadata, tiny_config.get_config(deformable_form="cvpr2022"), class_names=("left", "right")
+        )

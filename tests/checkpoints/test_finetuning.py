@@ -1,12 +1,14 @@
 """Runs that start from trained weights, and evaluation of weights and of further sets."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from dat_jax.checkpoints.class_names import read_class_names
 from dat_jax.checkpoints.exports import export_model
 from dat_jax.checkpoints.loading import load_pretrained
 from dat_jax.checkpoints.restore import initialize_state
@@ -40,6 +42,58 @@ def three_classes(monkeypatch):
         return dataclasses.replace(source, class_names=("left", "right", "neither"))
 
     monkeypatch.setitem(sources._SOURCES, "thirds", load)
+
+
+@pytest.fixture
+def rename(monkeypatch):
+    """A function that gives the data set "halves" other class names, and other labels if its classes are reordered."""
+
+    def rename(*names):
+        def load(split):
+            source = tiny_config._load_halves(split)
+            labels = 1 - source.labels if names == ("right", "left") else source.labels
+            return dataclasses.replace(source, labels=labels, class_names=names)
+
+        monkeypatch.setitem(sources._SOURCES, "halves", load)
+
+    return rename
+
+
+def test_renamed_classes_are_refused_by_resume_and_evaluation(finished, rename, tmp_path):
+    rename("z_left", "right")
+    for call in (loop.train, loop.evaluate):
+        with pytest.raises(UserError, match="do not have left, .* do not have z_left"):
+            call(with_values(ema_decay=0.5), str(finished[0]))
+    with pytest.raises(UserError, match="do not have left, .* do not have z_left"):
+        loop.evaluate(with_values(init_from=str(finished[0])), str(tmp_path / "nothing"))
+    rename("right", "left")
+    with pytest.raises(UserError, match="class 0 is 'left', now 'right'"):
+        loop.train(with_values(ema_decay=0.5), str(finished[0]))
+    assert (finished[0] / "classes.txt").read_text() == "left\nright\n"
+
+
+def test_predictions_have_the_names_of_the_checkpoint(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "classes.txt").write_text("other\nnames\n")
+    assert read_class_names(tmp_path / "run", count=2) == ("left", "right")
+
+
+def test_the_classes_of_initial_weights_are_reordered_by_name(finished, rename, tmp_path):
+    rename("right", "left")
+    with collect_logs() as messages:
+        result = loop.evaluate(with_values(init_from=str(finished[0])), str(tmp_path / "nothing"))
+    assert result["top1"] == pytest.approx(finished[1]["top1"])
+    assert any("reordered by name" in message for message in messages)
+
+
+def test_the_head_for_other_names_is_initialized(finished, rename):
+    rename("cat", "dog")
+    trainer = Trainer(with_values(init_from=str(finished[0])))
+    with collect_logs() as messages:
+        state = initialize_state(trainer.config, **loop._state_options(trainer))
+    assert "do not have cat, dog" in messages[1]
+    fresh = trainer.initialize().params["cls_head"]["kernel"]
+    np.testing.assert_array_equal(state.params["cls_head"]["kernel"], fresh)
 
 
 @pytest.mark.slow
@@ -126,3 +180,22 @@ def test_further_sets_are_evaluated_over_their_own_classes(finished, tmp_path):
     assert {name: value for name, value in result.items() if "/" not in name} == finished[1]
     assert result["r/top1"] == 100.0
     assert result["r/examples"] == 7
+
+
+@pytest.mark.slow
+def test_a_renamed_class_folder_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("a_one", "b_seven"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(8):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    values = {"data.name": "folders", "data.directory": str(tmp_path / "data"), "epochs": 1}
+    loop.train(with_values(**values), str(tmp_path / "run"))
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a_one").rename(tmp_path / "data" / split / "z_one")
+    for call in (loop.train, loop.evaluate):
+        with pytest.raises(UserError, match="do not have a_one, .* do not have z_one"):
+            call(with_values(**values), str(tmp_path / "run"))
+    assert (tmp_path / "run" / "classes.txt").read_text() == "a_one\nb_seven\n"

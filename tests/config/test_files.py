@@ -1,13 +1,14 @@
 """Configurations are found by name from any folder, and by path."""
 
 import contextlib
+import json
 import shutil
 
 import pytest
 from absl import flags
 
-from dat_jax.config import files, list_configs, load_config
-from dat_jax.config.files import choose, define_config_flag, find_config
+from dat_jax.config import files, get_classification_config, list_configs, load_config, validate
+from dat_jax.config.files import add_recorded_config, choose, define_config_flag, find_config
 from dat_jax.errors import UserError
 from tests.helpers.documents import ROOT
 
@@ -94,3 +95,56 @@ def test_the_flag_takes_names_and_overrides(monkeypatch):
     assert values.config.eval.ratios == (0.5, 1.0)
     assert values["config"].config_filename == "upernet:dat_pp_b"
     assert values.config.is_locked
+
+
+@pytest.mark.parametrize("name", ["dat_pp_s", "upernet:dat_pp_s", "mask_rcnn:dat_pp_t_1x"])
+def test_the_configuration_that_a_run_recorded_is_read(name, tmp_path):
+    config, path = load_config(name), tmp_path / "config.json"
+    path.write_text(config.to_json_best_effort())
+    assert load_config(str(path)).to_dict() == config.to_dict()
+    validate(load_config(str(path)))
+
+
+def test_keys_that_an_older_run_did_not_record_have_their_defaults(tmp_path):
+    values = load_config("dat_pp_s").to_dict()
+    del values["max_skipped_steps"], values["mesh"], values["data"]["workers"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_config(str(tmp_path / "config.json"))
+    assert config.data.workers == get_classification_config().data.workers
+    validate(config)
+
+
+def test_a_flag_overrides_the_configuration_that_a_run_recorded(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text(load_config("upernet:dat_pp_s").to_json_best_effort())
+    argv = ["main", f"--config={path}", "--config.eval.ratios=(0.5, 1.0)", "--config.seed=3"]
+    monkeypatch.setattr("sys.argv", argv)
+    values = flags.FlagValues()
+    holder = define_config_flag(values)
+    values(argv)
+    assert (holder.value.eval.ratios, holder.value.seed) == ((0.5, 1.0), 3)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"task": 3}', '{"schedule": []}', '{"data": 1}'])
+def test_a_damaged_configuration_of_a_run_is_refused(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is damaged"):
+        load_config(str(tmp_path / "config.json"))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added"),
+    [
+        (["--workdir={tmp}", "--mode=eval", "--config.seed=1"], True),
+        (["--mode", "eval", "--workdir", "{tmp}"], True),
+        (["--workdir={tmp}"], False),
+        (["--workdir={tmp}", "--mode=eval", "--config=quickstart"], False),
+    ],
+)
+def test_an_evaluation_without_a_configuration_takes_that_of_the_run(arguments, added, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    argv = ["main", *(argument.format(tmp=tmp_path) for argument in arguments)]
+    expected = ["main", f"--config={tmp_path / 'config.json'}", *argv[1:]] if added else argv
+    assert add_recorded_config(argv) == expected

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import dat_jax
 from dat_jax import inference
-from dat_jax.checkpoints.exports import export_model
+from dat_jax.checkpoints.exports import export_model, load_export
 from dat_jax.conversion import detectors, read_weights, to_official, write_safetensors
 from dat_jax.conversion.command import convert_from_official, convert_to_official
 from dat_jax.errors import UserError
@@ -95,6 +95,33 @@ def test_command_recognizes_the_model_and_prints_what_it_wrote(nano_file, tmp_pa
     back, expected = load_file(tmp_path / "back.safetensors"), load_file(nano_file)
     assert back.keys() == expected.keys()
     assert all(np.array_equal(back[name], array) for name, array in expected.items())
+
+
+def test_class_names_and_inference_options_return(tmp_path):
+    model, params = nano()
+    names, options = ("cat", "äé", "line, with comma"), {"image_size": 48, "resize": 60}
+    export_model(tmp_path / "export", model=model, variables={"params": params}, classes=names, options=options)
+    file = tmp_path / "w.safetensors"
+    convert_to_official(str(tmp_path / "export"), str(file))
+    rows = convert_from_official(str(file), str(tmp_path / "again"), model="dat_pp_nano")
+    assert "äé" in rows["class names"]
+    _, description = load_export(tmp_path / "again")
+    assert (tuple(description["classes"]), description["options"]) == (names, options)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("dat_jax.class_names", '["cat"]', "records 1 class names, expected 3"),
+        ("dat_jax.class_names", "cat", "JSON list as dat_jax.class_names"),
+        ("dat_jax.options", "[1]", "JSON object as dat_jax.options"),
+    ],
+)
+def test_unusable_metadata_is_refused(key, text, message, tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", to_official(*nano()), metadata={key: text})
+    with pytest.raises(UserError, match=message):
+        convert_from_official(str(tmp_path / "w.safetensors"), str(tmp_path / "out"), model="dat_pp_nano")
+    assert not (tmp_path / "out").exists()
 
 
 def test_fixed_kernels_of_slide_attention_are_written(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dat_jax import export, inference
 from dat_jax.checkpoints.exports import export_model
 from dat_jax.conversion import to_official
 from dat_jax.errors import UserError
-from dat_jax.exporting import check_files, make_program
+from dat_jax.exporting import check_files, load_program, make_program
 from dat_jax.exporting.command import format_loading_code
 from dat_jax.tasks.preprocessing import normalize
 from tests.helpers.photographs import photographs
@@ -158,6 +159,26 @@ def test_images_normalized_outside_the_program(trained, tmp_path, images, logits
     assert not manifest["preprocessing"]["normalized_in_the_program"]
     mean, std = manifest["preprocessing"]["mean"], manifest["preprocessing"]["std"]
     np.testing.assert_allclose((images / 255 - mean) / std, normalize(images), atol=1e-5)
+
+
+def test_a_program_of_another_jax_version_is_refused_in_one_sentence(exported, tmp_path, monkeypatch, capsys):
+    shutil.copytree(exported, tmp_path / "copy")
+    path = tmp_path / "copy" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    oldest, newest = manifest["program"]["calling_convention_versions_read"]
+    assert oldest <= manifest["program"]["calling_convention_version"] <= newest
+    assert manifest["jax"] == jax.__version__
+    path.write_text(json.dumps({**manifest, "jax": "9.8.7"}))
+    assert load_program(tmp_path / "copy").platforms == ("cpu", "tpu", "cuda")
+    monkeypatch.setattr(jax.export, "minimum_supported_calling_convention_version", newest + 1)
+    capsys.readouterr()
+    assert run(f"--check={tmp_path / 'copy'}") == 1
+    message = capsys.readouterr().err
+    assert "written by jax 9.8.7" in message
+    assert f"installed jax {jax.__version__}" in message
+    (tmp_path / "copy" / "model.stablehlo").write_bytes(b"of a later format")
+    with pytest.raises(UserError, match=r"written by jax 9\.8\.7"):
+        load_program(tmp_path / "copy")
 
 
 def test_exported_folder_loads_and_exports_again(exported, trained, tmp_path, capsys):

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):
     directory = copy(finished, tmp_path)
     other = tiny_config.get_config(dims=(24,))
     for call in (loop.train, loop.evaluate):
-        with pytest.raises(UserError, match="is of another model or optimizer: .*expected"):
+        with pytest.raises(UserError, match="is of another model: model.dims"):
             call(other, str(directory))
     assert loop.evaluate(tiny_config.get_config(), str(directory)) == finished[1]
 
