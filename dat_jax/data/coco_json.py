@@ -3,11 +3,12 @@
 Entries are decoded one at a time into flat arrays, so that a file of 450 MB never becomes millions of Python objects at once.
 """
 
+import collections
 import json
 import pathlib
 import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,25 +71,46 @@ def read_table(path: str) -> AnnotationTable:
         written as text, a boolean, NaN or infinity; "iscrowd" or "ignore" is not 0, 1, true, false or null; two images or two
         categories have the same id; a polygon or run-length encoding is invalid.
     """
+    return _read_lists(path, _LISTS, required=_LISTS).table()
+
+
+def read_ids(path: str) -> tuple[dict[str, int], dict[int, str]]:
+    """Read the ids of images and categories of a COCO file, which need not have annotations.
+
+    Returns:
+      {file name of an image: image id}, and {category id: name}, empty if the file has no list "categories".
+
+    Raises:
+      UserError: as ``read_table``, or a file name is listed with two ids.
+    """
+    table = _read_lists(path, ("images", "categories"), required=("images",)).table()
+    numbers = dict(zip(table.files, table.image_ids.tolist(), strict=True))
+    if len(numbers) < len(table.files):
+        repeated = [name for name, count in collections.Counter(table.files).items() if count > 1]
+        raise UserError(f"{path} has several image ids for the file {repeated[0]}.")
+    return numbers, table.categories
+
+
+def _read_lists(path: str, lists: Sequence[str], *, required: Sequence[str]) -> "_Collector":
+    """Read and check the entries of some lists of a file; raises the errors of ``read_table``."""
     try:
-        text = (
-            pathlib.Path(path).read_bytes().decode("latin-1")
-        )  # one character per byte, so that indices are byte offsets
+        # One character per byte, so that indices are byte offsets.
+        text = pathlib.Path(path).read_bytes().decode("latin-1")
     except OSError as error:
         raise UserError(f"The annotations {path} cannot be read: {error.strerror}.") from error
     collector = _Collector(path)
     try:
-        present = _scan(text, {name: getattr(collector, f"add_{name}") for name in _LISTS})
+        present = _scan(text, {name: getattr(collector, f"add_{name}") for name in lists})
     except UserError:
         raise
     except IndexError as error:
         raise UserError(f"The annotations {path} are not valid JSON: the file ends too early.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"The annotations {path} are not valid JSON: {error_text(error)}.") from error
-    missing = [name for name in _LISTS if name not in present]
+    missing = [name for name in required if name not in present]
     if missing:
         raise UserError(f"The annotations {path} have no list {missing[0]!r}: expected a file of COCO instances.")
-    return collector.table()
+    return collector
 
 
 class AnnotationLinks(NamedTuple):

@@ -93,10 +93,14 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
 
 
 def write_description(trainer: Trainer, workdir: pathlib.Path, *, class_names_file: str) -> None:
-    """Write config.json and the names of the classes. A failure to write is logged as a warning."""
+    """Write config.json, the names of the classes and the files of ``Task.description_files``.
+
+    A failure to write is logged as a warning.
+    """
     texts = {
         "config.json": trainer.config.to_json_best_effort(indent=2) + "\n",
         class_names_file: "".join(f"{name}\n" for name in trainer.task.class_names),
+        **trainer.task.description_files(),
     }
     for name, text in texts.items():
         try:

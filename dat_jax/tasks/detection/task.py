@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from dat_jax.data.coco import (
     load_detection_source,
     to_coco_ground_truth,
 )
+from dat_jax.data.coco_ids import CATEGORIES, format_categories
 from dat_jax.data.detection_transforms import (
     BUCKETS,
     make_detection_eval_transform,
@@ -77,6 +78,11 @@ class DetectionTask(Task):
                 "%d of %d classes have no object to train on in %s: %s.",
                 *(len(missing), len(counts), source.annotations, name_some(missing)),
             )
+
+    def description_files(self) -> Mapping[str, str]:
+        """See ``Task``: the category ids, see ``data.coco_ids``."""
+        source = self.train_source
+        return {CATEGORIES: format_categories(source.category_ids, source.class_names)}
 
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
