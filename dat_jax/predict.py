@@ -18,7 +18,9 @@ names from stdin, one per line. Results are printed, one line per image:
   detector    the classes of the objects with their scores; DIR/<stem>.png is the image with these objects drawn
 
 --json and --csv write all results. For a detector they include detections below --min_score, and the JSON file has COCO's
-format of results. Preprocessing flags default to the values stored with the model.
+format of results, with the category ids of the training data. Image ids are those of a COCO file (--annotations=FILE), or the
+numbers in the file names if all names are numbers, or 1, 2, 3, ... Preprocessing flags default to the values stored with the
+model.
 """
 
 import sys
@@ -32,6 +34,7 @@ from dat_jax.errors import UserError
 _FLAGS = {
     "Output": ("output=DIR", "json=FILE", "csv=FILE", "overwrite", "quiet"),
     **IMAGE_FLAGS,
+    "Detectors": (*IMAGE_FLAGS["Detectors"], "annotations=FILE"),
     "Classifiers": (*IMAGE_FLAGS["Classifiers"], "batch_size=N"),
 }
 
@@ -41,6 +44,10 @@ def define_flags(values: flags.FlagValues) -> None:
     define_image_flags(values)
     flags.DEFINE_string("json", None, "JSON file for the results of all images.", flag_values=values)
     flags.DEFINE_string("csv", None, "CSV file for the results of all images.", flag_values=values)
+    help_text = (
+        "COCO file with the image ids for --json, by file name; also with the category ids if it has all classes."
+    )
+    flags.DEFINE_string("annotations", None, help_text, flag_values=values)
     flags.DEFINE_integer("batch_size", None, "Number of images per batch (8 by default).", flag_values=values)
     flags.DEFINE_bool("quiet", False, "Print errors only.", short_name="q", flag_values=values)
 
@@ -59,6 +66,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
             output=values.output,
             json_file=values.json or None,
             csv_file=values.csv or None,
+            annotations=values.annotations or None,
             overwrite=values.overwrite,
             recursive=values.recursive,
             quiet=values.quiet,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from dat_jax.data.coco_json import decode_counts, link_annotations, read_table
+from dat_jax.data.coco_json import CLIPPED, decode_counts, link_annotations, read_table
 from dat_jax.data.image_files import LeftOut, Member, error_text, is_image, read_member
 from dat_jax.data.images import decode_image
 from dat_jax.data.sources import SPLITS, read_record
@@ -119,6 +119,10 @@ class CocoSource:
     def has_masks(self) -> bool:
         """Whether the objects have masks."""
         return self.spans is not None
+
+    def count_objects(self) -> np.ndarray:
+        """Return the number of objects of each class that can be trained on, int64 (K,): those used, without crowds."""
+        return np.bincount(self.labels[self.used & ~self.crowd], minlength=len(self.class_names))
 
     def objects(self, index: int) -> Objects:
         """Return all objects of an image; their masks are read from the JSON file."""
@@ -333,8 +337,9 @@ def load_coco(
     - boxes less than a pixel wide or high, or with an area of 0 or less;
     - boxes outside the image.
 
-    Boxes that are partly outside are clipped to the image, which is also counted. For training, images without an annotation of
-    a listed category and images with a side below ``min_side`` are left out. Anything else that is invalid raises an error.
+    Boxes that are partly outside are clipped to the image, which is also counted. For training, crowd objects, images without an
+    annotation of a listed category and images with a side below ``min_side`` are left out and counted. Anything else that is
+    invalid raises an error.
 
     Args:
       annotations: path of the JSON file.
@@ -356,11 +361,13 @@ def load_coco(
     if split == "train":
         annotated = np.bincount(links.image_indices[listed], minlength=count) > 0
         keep = annotated & (table.sizes.min(axis=1) >= min_side)
-        _check_any_left(keep, annotations, min_side)
+        crowd = links.used & table.crowd & keep[links.image_indices]
         skipped = skipped | {
+            "crowd objects": int(np.count_nonzero(crowd)),
             "images without an annotation": int(np.count_nonzero(~annotated)),
             f"images with a side below {min_side}": int(np.count_nonzero(annotated & ~keep)),
         }
+        _check_any_left(keep, annotations, min_side, skipped)
     indices = np.flatnonzero(listed)
     indices = indices[keep[links.image_indices[indices]]]
     indices = indices[np.argsort(links.image_indices[indices], kind="stable")]
@@ -386,12 +393,18 @@ def load_coco(
     )
 
 
-def _check_any_left(keep: np.ndarray, annotations: str, min_side: int) -> None:
+def _check_any_left(keep: np.ndarray, annotations: str, min_side: int, skipped: dict[str, int]) -> None:
     if not keep.any():
         raise UserError(
             f"The annotations {annotations} have no image to train on: expected at least one with an annotation and sides of "
-            f"{min_side} pixels or more."
+            f"{min_side} pixels or more.{format_skipped(skipped)}"
         )
+
+
+def format_skipped(skipped: dict[str, int]) -> str:
+    """Return a sentence with the number of annotations and images that were left out, by reason; "" if there are none."""
+    parts = [f"{count:,} {reason}" for reason, count in skipped.items() if count and reason != CLIPPED]
+    return f" Left out: {', '.join(parts)}." if parts else ""
 
 
 def _check_files(files: tuple[str, ...], folder: str, annotations: str) -> None:

@@ -3,11 +3,12 @@
 Entries are decoded one at a time into flat arrays, so that a file of 450 MB never becomes millions of Python objects at once.
 """
 
+import collections
 import json
 import pathlib
 import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,11 @@ from dat_jax.data.image_files import error_text
 from dat_jax.errors import UserError
 
 MAX_COORDINATE = 1e5  # pixels; larger polygons are mistakes and would take gigabytes to fill
+_MAX_NUMBER = 1e9  # of boxes and areas, in pixels
+_MAX_SHOWN = 50  # characters of a value in messages
 _LISTS = ("images", "annotations", "categories")
+CLIPPED = "boxes clipped to the image"  # the only reason in ``skipped`` whose annotations are used
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf".decode("latin-1")  # written by some editors on Windows
 _BLANK = re.compile(r"[ \t\r\n]*")
 _MAX_COUNT_CHARACTERS = 7  # with five bits each, enough for 2^32 pixels
 
@@ -62,28 +67,50 @@ def read_table(path: str) -> AnnotationTable:
     Memory use peaks at about twice the size of the file while it is decoded, and is about its size afterwards.
 
     Raises:
-      UserError: the file is not JSON, is truncated or contains NaN or infinity; a list or key is missing; a value has the wrong
-        type; two images or two categories have the same id; a polygon or run-length encoding is invalid.
+      UserError: the file is not JSON or is truncated; a list or key is missing; a value has the wrong type, such as a number
+        written as text, a boolean, NaN or infinity; "iscrowd" or "ignore" is not 0, 1, true, false or null; two images or two
+        categories have the same id; a polygon or run-length encoding is invalid.
     """
+    return _read_lists(path, _LISTS, required=_LISTS).table()
+
+
+def read_ids(path: str) -> tuple[dict[str, int], dict[int, str]]:
+    """Read the ids of images and categories of a COCO file, which need not have annotations.
+
+    Returns:
+      {file name of an image: image id}, and {category id: name}, empty if the file has no list "categories".
+
+    Raises:
+      UserError: as ``read_table``, or a file name is listed with two ids.
+    """
+    table = _read_lists(path, ("images", "categories"), required=("images",)).table()
+    numbers = dict(zip(table.files, table.image_ids.tolist(), strict=True))
+    if len(numbers) < len(table.files):
+        repeated = [name for name, count in collections.Counter(table.files).items() if count > 1]
+        raise UserError(f"{path} has several image ids for the file {repeated[0]}.")
+    return numbers, table.categories
+
+
+def _read_lists(path: str, lists: Sequence[str], *, required: Sequence[str]) -> "_Collector":
+    """Read and check the entries of some lists of a file; raises the errors of ``read_table``."""
     try:
-        text = (
-            pathlib.Path(path).read_bytes().decode("latin-1")
-        )  # one character per byte, so that indices are byte offsets
+        # One character per byte, so that indices are byte offsets.
+        text = pathlib.Path(path).read_bytes().decode("latin-1")
     except OSError as error:
         raise UserError(f"The annotations {path} cannot be read: {error.strerror}.") from error
     collector = _Collector(path)
     try:
-        present = _scan(text, {name: getattr(collector, f"add_{name}") for name in _LISTS})
+        present = _scan(text, {name: getattr(collector, f"add_{name}") for name in lists})
     except UserError:
         raise
     except IndexError as error:
         raise UserError(f"The annotations {path} are not valid JSON: the file ends too early.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"The annotations {path} are not valid JSON: {error_text(error)}.") from error
-    missing = [name for name in _LISTS if name not in present]
+    missing = [name for name in required if name not in present]
     if missing:
         raise UserError(f"The annotations {path} have no list {missing[0]!r}: expected a file of COCO instances.")
-    return collector.table()
+    return collector
 
 
 class AnnotationLinks(NamedTuple):
@@ -133,7 +160,7 @@ def link_annotations(table: AnnotationTable, path: str) -> AnnotationLinks:
     ):
         skipped[reason] = int(np.count_nonzero(used & mask))
         used &= ~mask
-    skipped["boxes clipped to the image"] = int(np.count_nonzero(used & ((starts < 0) | (ends > bounds)).any(axis=1)))
+    skipped[CLIPPED] = int(np.count_nonzero(used & ((starts < 0) | (ends > bounds)).any(axis=1)))
     _check_masks(table, image_indices, used, path)
     return AnnotationLinks(tuple(category_ids.tolist()), image_indices, labels, used, skipped)
 
@@ -173,18 +200,18 @@ class _Collector:
         self._flags = {name: bytearray() for name in ("crowd", "ignored", "has_mask")}
 
     def add_categories(self, entry: Any, start: int, end: int) -> None:
-        number, name = self._get_values(entry, f"Category {len(self._categories)}", id=int, name=str)
+        title = self._make_title("Category", entry, len(self._categories))
+        number, name = _get_values(entry, title, id=int, name=str)
         if number in self._categories:
             raise UserError(f"{self._path} has the category {number} more than once.")
         self._categories[number] = name
 
     def add_images(self, entry: Any, start: int, end: int) -> None:
-        types = dict(id=int, file_name=str, height=int, width=int)
-        number, name, height, width = self._get_values(entry, f"Image {len(self._files)}", **types)
+        title = self._make_title("Image", entry, len(self._files))
+        number, name, height, width = _get_values(entry, title, id=int, file_name=str, height=int, width=int)
         if not (0 < height < MAX_COORDINATE and 0 < width < MAX_COORDINATE):
             raise UserError(
-                f"Image {number} of {self._path} has {height} x {width} pixels: expected sides from 1 to "
-                f"{MAX_COORDINATE - 1:.0f}."
+                f"{title} has {height} x {width} pixels: expected sides from 1 to {MAX_COORDINATE - 1:.0f}."
             )
         if number in self._images:
             raise UserError(f"{self._path} has the image {number} more than once.")
@@ -192,39 +219,30 @@ class _Collector:
         self._files.append(name)
 
     def add_annotations(self, entry: Any, start: int, end: int) -> None:
-        number = entry.get("id") if isinstance(entry, dict) else None
-        number = number if isinstance(number, int) and abs(number) < 2**63 else len(self._flags["crowd"])
-        title = f"Annotation {number}"
-        types = dict(image_id=int, category_id=int, bbox=list, area=(int, float))
-        owner_id, category_id, box, area = self._get_values(entry, title, **types)
+        index = len(self._flags["crowd"])
+        title = self._make_title("Annotation", entry, index)
+        types = dict(image_id=int, category_id=int, bbox=list, area=float)
+        owner_id, category_id, box, area = _get_values(entry, title, **types)
+        number = _get_values(entry, title, id=int)[0] if entry.get("id") is not None else index
         try:
-            if len(box) != 4 or not all(abs(x) < 1e9 for x in (*box, area)):
-                raise ValueError(f"the box {box} and the area {area}: expected x, y, width and height, all finite")
+            _check_numbers("bbox", box, count=4, names="x, y, width and height")
             mask_size = _check_mask(entry.get("segmentation"))
-            self._floats["boxes"].extend(box)
-            self._floats["areas"].append(area)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{title} of {self._path} has {error_text(error)}.") from error
+            flags = (_read_flag(entry, "iscrowd"), _read_flag(entry, "ignore"), mask_size is not None)
+        except ValueError as error:
+            raise UserError(f"{title} has {error_text(error)}.") from error
+        self._floats["boxes"].extend(box)
+        self._floats["areas"].append(area)
         for key, value in (("ids", number), ("owner_ids", owner_id), ("category_ids", category_id)):
             self._integers[key].append(value)
         self._integers["spans"].extend((start, end))
         self._integers["mask_sizes"].extend(mask_size or (0, 0))
-        flags = (bool(entry.get("iscrowd")), bool(entry.get("ignore")), mask_size is not None)
         for key, flag in zip(("crowd", "ignored", "has_mask"), flags, strict=True):
             self._flags[key].append(flag)
 
-    def _get_values(self, entry: Any, title: str, /, **types) -> list:
-        """Return the values of some keys of an entry, after checking their types."""
-        if not isinstance(entry, dict):
-            raise UserError(f"{title} of {self._path} is not a JSON object.")
-        for key, kind in types.items():
-            if key not in entry:
-                raise UserError(f"{title} of {self._path} has no {key!r}.")
-            value = entry[key]
-            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and abs(value) >= 2**63):
-                expected = {int: "an integer", str: "a string", list: "a list"}.get(kind, "a number")
-                raise UserError(f"{title} of {self._path} has {key!r} {str(value)[:50]!r}: expected {expected}.")
-        return [entry[key] for key in types]
+    def _make_title(self, kind: str, entry: Any, index: int) -> str:
+        """Return the name of an entry for messages: by its id if it has one, otherwise by its index in the list."""
+        number = entry.get("id") if isinstance(entry, dict) else None
+        return f"{kind} {f'at index {index}' if number is None else _format(number)} of {self._path}"
 
     def table(self) -> AnnotationTable:
         """Return the entries so far as a table."""
@@ -242,6 +260,77 @@ class _Collector:
         )
 
 
+_INTEGER_TYPES, _NUMBER_TYPES = frozenset((int,)), frozenset((int, float))  # bool is neither
+_TYPES = {int: ("an integer", _INTEGER_TYPES), float: ("a finite number", _NUMBER_TYPES)}
+
+
+def _get_values(entry: Any, title: str, /, **types: type) -> list:
+    """Return the values of some keys of an entry, after checking that they are of type int, float (or int), str or list.
+
+    Raises:
+      UserError: a key is missing, or its value has another type or is too large.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{title} is not a JSON object.")
+    for key, kind in types.items():
+        if key not in entry:
+            raise UserError(f"{title} has no {key!r}.")
+        value = entry[key]
+        if kind in _TYPES:
+            expected, allowed = _TYPES[kind]
+            limit = 2**63 if kind is int else _MAX_NUMBER
+            is_valid = type(value) in allowed and abs(value) < limit
+        else:
+            expected, is_valid = {str: "text", list: "a list"}[kind], isinstance(value, kind)
+        if not is_valid:
+            raise UserError(f"{title} has an invalid {key!r}: expected {expected}, got {_format(value)}.")
+    return [entry[key] for key in types]
+
+
+def _check_numbers(key: str, values: list, *, count: int, names: str) -> None:
+    """Check that a list has some finite numbers.
+
+    Raises:
+      ValueError: it does not. The message completes "Annotation ... has".
+    """
+    if len(values) != count:
+        raise ValueError(f"{key} {_format(values)}: expected {count} numbers ({names}), got {len(values)}")
+    _check_number_types(key, values)
+    for value in values:
+        if not abs(value) < _MAX_NUMBER:
+            raise ValueError(f"{key} {_format(values)}: expected finite numbers, got {_format(value)}")
+
+
+def _check_number_types(key: str, values: list) -> None:
+    if not _NUMBER_TYPES.issuperset(map(type, values)):
+        wrong = next(value for value in values if type(value) not in _NUMBER_TYPES)
+        raise ValueError(f"{key} {_format(values)}: expected a number, got {_format(wrong)}")
+
+
+def _read_flag(entry: dict, key: str) -> bool:
+    """Return a flag: 0 or 1 as a number or boolean; 0 if it is missing or null."""
+    value = entry.get(key)
+    if value not in (None, 0, 1):
+        raise ValueError(f"an invalid {key!r}: expected 0 or 1, got {_format(value)}")
+    return bool(value)
+
+
+def _format(value: Any) -> str:
+    """Format a value for messages: text in quotes, other values as in JSON, long ones abbreviated."""
+    text = repr(value) if not (value is None or isinstance(value, bool)) else json.dumps(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+class _Constant:
+    """NaN, Infinity or -Infinity, which are not JSON: no number, so that checks of the keys that are read refuse it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
 def _scan(text: str, handlers: dict[str, Callable[[Any, int, int], None]]) -> set[str]:
     """Call a handler with (entry, start, end) for every entry of some lists of a JSON object.
 
@@ -255,8 +344,8 @@ def _scan(text: str, handlers: dict[str, Callable[[Any, int, int], None]]) -> se
     Raises:
       ValueError, IndexError: the text is not JSON or is truncated.
     """
-    decode, is_ascii, present = json.JSONDecoder(parse_constant=_reject_constant).raw_decode, text.isascii(), set()
-    position = _skip_token(text, 0, "{")
+    decode, is_ascii, present = json.JSONDecoder(parse_constant=_Constant).raw_decode, text.isascii(), set()
+    position = _skip_token(text, len(_BYTE_ORDER_MARK) if text.startswith(_BYTE_ORDER_MARK) else 0, "{")
     while text[position] != "}":
         key, position = decode(text, position)
         position = _skip_token(text, position, ":")
@@ -268,7 +357,7 @@ def _scan(text: str, handlers: dict[str, Callable[[Any, int, int], None]]) -> se
         while text[position] != "]":
             entry, end = decode(text, position)
             if not is_ascii and not text[position:end].isascii():
-                entry = json.loads(text[position:end].encode("latin-1"), parse_constant=_reject_constant)
+                entry = json.loads(text[position:end].encode("latin-1"), parse_constant=_Constant)
             handlers[key](entry, position, end)
             position = _skip_comma(text, end, "]")
         position = _skip_comma(text, position + 1, "}")
@@ -295,10 +384,6 @@ def _skip_comma(text: str, position: int, closing: str) -> int:
     return position if text[position] == closing else _skip_token(text, position, ",")
 
 
-def _reject_constant(constant: str) -> None:
-    raise ValueError(f"it has the value {constant}")
-
-
 def _check_mask(mask: Any) -> tuple[int, int] | None:
     """Check a segmentation.
 
@@ -314,6 +399,7 @@ def _check_mask(mask: Any) -> tuple[int, int] | None:
         for polygon in mask:
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
                 raise ValueError("a polygon that is not a list of at least three pairs of x and y")
+            _check_number_types("a polygon", polygon)
             if not (min(polygon) > -MAX_COORDINATE and max(polygon) < MAX_COORDINATE):
                 raise ValueError("a polygon that lies far outside any image")
         return 0, 0
@@ -321,8 +407,11 @@ def _check_mask(mask: Any) -> tuple[int, int] | None:
         raise ValueError("a segmentation that is neither polygons nor a size with counts")
     size, counts = mask["size"], mask["counts"]
     is_size = isinstance(size, list) and len(size) == 2
-    if not is_size or not all(isinstance(side, int) and 0 < side < MAX_COORDINATE for side in size):
-        raise ValueError(f"a mask with the size {str(size)[:50]}: expected a height and a width")
+    if not is_size or not all(type(side) is int and 0 < side < MAX_COORDINATE for side in size):
+        raise ValueError(f"a mask with the size {_format(size)}: expected a height and a width in pixels")
+    if isinstance(counts, list) and not _INTEGER_TYPES.issuperset(map(type, counts)):
+        wrong = next(count for count in counts if type(count) is not int)
+        raise ValueError(f"a mask with invalid counts: expected integers, got {_format(wrong)}")
     runs = decode_counts(counts) if isinstance(counts, str) else np.array(counts)
     if runs.ndim != 1 or runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise ValueError(f"a mask with invalid counts: expected {size[0] * size[1]} pixels in total")

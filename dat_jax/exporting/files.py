@@ -19,7 +19,7 @@ from dat_jax.errors import UserError
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
-from dat_jax.inference import Classifier, Predictor, Segmenter
+from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector
 from dat_jax.models.segmentation import Segmentor
@@ -102,6 +102,7 @@ def write_exported(
             "task": _name_task(predictor),
             "model": _describe_model(predictor.model),
             "classes": list(predictor.class_names),
+            **({"category_ids": list(predictor.category_ids)} if isinstance(predictor, ObjectDetector) else {}),
             "preprocessing": describe_preprocessing(
                 predictor, image_shape=image_shape, inside=preprocessing == "inside"
             ),

@@ -1,6 +1,7 @@
 """The command ``python -m dat_jax.predict``: predictions for image files, printed and written as PNG, JSON and CSV."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,9 +14,10 @@ from rich.console import Console
 from dat_jax import inference
 from dat_jax.cli.console import make_console, print_table
 from dat_jax.cli.files import check_outputs, name_outputs, process_files
-from dat_jax.errors import UserError
-from dat_jax.inference import Classifier, Predictor
-from dat_jax.inference.image_files import find_images, number_images, read_image
+from dat_jax.data.coco_ids import find_image_ids, match_categories
+from dat_jax.errors import UserError, name_some
+from dat_jax.inference import Classifier, ObjectDetector, Predictor
+from dat_jax.inference.image_files import find_images, number_images, numbers_are_names, read_image
 from dat_jax.storage import atomic_path
 
 
@@ -26,6 +28,7 @@ def predict_files(
     output: str | None = None,
     json_file: str | None = None,
     csv_file: str | None = None,
+    annotations: str | None = None,
     overwrite: bool = False,
     recursive: bool = False,
     quiet: bool = False,
@@ -39,6 +42,8 @@ def predict_files(
       output: folder for one PNG per image, or None. Not supported for classifiers.
       json_file: see ``report_predictions``.
       csv_file: see ``report_predictions``.
+      annotations: COCO file with the image ids of a detector's results, see ``find_image_ids``. Its category ids are used if
+        it has all classes of the detector. None: see ``number_images``.
       overwrite: whether existing files are replaced.
       recursive: see ``find_images``.
       quiet: print errors only.
@@ -59,16 +64,46 @@ def predict_files(
         raise UserError(
             f"{trained} is a classifier, which draws nothing; omit --output, and use --json or --csv to write files."
         )
+    if annotations and not (isinstance(predictor, ObjectDetector) and json_file):
+        raise UserError(
+            "--annotations sets the image ids of a detector's --json; omit it for other models and outputs."
+        )
+    predictor, numbers, note = _choose_ids(predictor, images, annotations)
     console = make_console(quiet=quiet)
-    return report_predictions(
-        predictor, images, outputs=outputs, json_file=json_file, csv_file=csv_file, console=console
-    )
+    files = dict(outputs=outputs, json_file=json_file, csv_file=csv_file)
+    succeeded = report_predictions(predictor, images, numbers=numbers, **files, console=console)
+    if json_file and isinstance(predictor, ObjectDetector):
+        console.print(f"{json_file}: {note}")
+    return succeeded
+
+
+def _choose_ids(
+    predictor: Predictor, images: Sequence[pathlib.Path], annotations: str | None
+) -> tuple[Predictor, list[int], str]:
+    """Return the predictor with the category ids of its results, the image ids, and a sentence about both."""
+    numbers = number_images(images)
+    if annotations is None or not isinstance(predictor, ObjectDetector):
+        kind = (
+            "the numbers in the file names"
+            if numbers_are_names(images)
+            else f"1 to {len(images)}, in the order of the images"
+        )
+        return predictor, numbers, f"image ids are {kind}; --annotations=FILE takes those of a COCO file."
+    numbers, categories = find_image_ids(annotations, images)
+    category_ids = match_categories(categories, predictor.class_names)
+    if category_ids is None:
+        unlisted = [name for name in predictor.class_names if name not in categories.values()]
+        reason = f"it has no {name_some(unlisted)}" if unlisted else "its names are not unique"
+        return predictor, numbers, f"image ids are those of {annotations}, category ids those of the model ({reason})."
+    predictor = dataclasses.replace(predictor, category_ids=category_ids)
+    return predictor, numbers, f"image and category ids are those of {annotations}."
 
 
 def report_predictions(
     predictor: Predictor,
     images: Sequence[pathlib.Path],
     *,
+    numbers: Sequence[int] | None = None,
     outputs: Sequence[pathlib.Path] | None = None,
     json_file: str | os.PathLike | None = None,
     csv_file: str | os.PathLike | None = None,
@@ -79,11 +114,12 @@ def report_predictions(
     Args:
       predictor: model from ``inference.load``.
       images: files to read.
+      numbers: image ids of a detector's results; None for ``number_images``.
       outputs: PNG file to write for each image, or None.
       json_file: file for a list of entries, or None. Images that failed have no entry.
         Classifier: one entry per image, {"image", "classes": {name: probability}}.
         Segmentor: one entry per image, {"image", "classes": {name: share of the pixels}, "labels": PNG file or None}.
-        Detector: one entry per detection, {"image", "image_id" (see ``number_images``), "category", "category_id", "bbox": x,
+        Detector: one entry per detection, {"image", "image_id" (of ``numbers``), "category", "category_id", "bbox": x,
           y, width and height in pixels, "score"}, with masks also "segmentation", a compressed RLE.
       csv_file: file for a table with the header ``columns`` and the rows ``to_rows`` of the predictor, or None.
       console: on a terminal, each image is printed as a table, elsewhere as one line.
@@ -91,7 +127,8 @@ def report_predictions(
     Returns:
       True if every image succeeded.
     """
-    entries, rows, numbers = [], [], number_images(images)
+    entries, rows = [], []
+    numbers = number_images(images) if numbers is None else numbers
     predictions = iterate_predictions(predictor, images)
 
     def process(index):

@@ -12,6 +12,7 @@ import numpy as np
 
 from dat_jax.data import coco_names
 from dat_jax.data.ade20k import make_palette
+from dat_jax.data.coco_ids import CATEGORIES, read_category_ids
 from dat_jax.data.detection_transforms import DetectionEvalTransform, make_detection_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.detection import detect_record, make_detections
@@ -34,6 +35,7 @@ OPTIONS = {  # default values
     "max_detections": 100,
     "candidates": 1000,
     "proposals": 1000,
+    "category_ids": None,
 }
 
 
@@ -155,7 +157,8 @@ def from_trained(
 ) -> ObjectDetector:
     """Make a detector from a loaded model; ``inference.load`` documents the rest.
 
-    Category ids are those of COCO if the model has the classes of COCO, and otherwise label + 1.
+    Category ids are those stored in the export or the work directory; otherwise those of COCO if the model has the classes of
+    COCO; otherwise label + 1.
 
     Args:
       path: export or work directory that the model was loaded from.
@@ -168,19 +171,20 @@ def from_trained(
           score_threshold, it replaces that too.
         score_threshold, iou_threshold, max_detections: see ``RetinaNetSettings``; published are 0.05, 0.5 and 100.
         candidates, proposals: numbers of boxes before and after NMS, see ``RCNNSettings``; published are 1000 and 1000.
+        category_ids: category id of every class in COCO's format of results.
 
     Raises:
-      UserError: an option is unknown or impossible, or the class names cannot be read.
+      UserError: an option is unknown or impossible, or the class names or category ids cannot be read.
     """
     path, count = pathlib.Path(path), model.num_classes
     options = choose_options(path, options, known=OPTIONS, kind="detector")
     _check(options)
     find = functools.partial(find_names, path, count=count, published=coco_names.CLASS_NAMES)
-    has_coco_classes = find(None) == coco_names.CLASS_NAMES
+    options["category_ids"] = _find_category_ids(path, options["category_ids"], find(None))
     scale, settings = (options["long_side"], options["short_side"]), _make_settings(model, options)
     return ObjectDetector(
         class_names=find(classes),
-        category_ids=coco_names.CATEGORY_IDS if has_coco_classes else tuple(range(1, count + 1)),
+        category_ids=options["category_ids"],
         palette=make_palette(count + 1)[1:],  # without black, the first color
         transform=make_detection_eval_transform(scale=scale, multiple=options["multiple"]),
         predict=jax.jit(make_detection_objective(model, settings=settings).predict),
@@ -192,6 +196,18 @@ def from_trained(
         has_masks=isinstance(model, RCNN),
         min_score=options["min_score"],
     )
+
+
+def _find_category_ids(path, category_ids, class_names):
+    """Category ids of classes, whose names are those stored with the model: passed or stored, COCO's, or label + 1."""
+    if category_ids is None:
+        category_ids = read_category_ids(path / CATEGORIES, class_names)
+    if category_ids is None:
+        is_coco = class_names == coco_names.CLASS_NAMES
+        return coco_names.CATEGORY_IDS if is_coco else tuple(range(1, len(class_names) + 1))
+    if len(set(category_ids)) != len(class_names) or len(category_ids) != len(class_names):
+        raise UserError(f"category_ids must be {len(class_names)} different integers, got {category_ids}.")
+    return tuple(category_ids)
 
 
 def _check(options):

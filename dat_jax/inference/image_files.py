@@ -70,8 +70,14 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     return decode_image(data, name=str(path))
 
 
+def numbers_are_names(images: Sequence[pathlib.Path]) -> bool:
+    """Whether every file name is a different number, as in COCO."""
+    numbers = {int(path.stem) for path in images if path.stem.isdecimal()}
+    return len(numbers) == len(images)
+
+
 def number_images(images: Sequence[pathlib.Path]) -> list[int]:
     """Image ids: the numbers in the file names, as in COCO, if every name is a different number; otherwise 1, 2, 3, ..."""
-    stems = [path.stem for path in images]
-    numbers = [int(stem) for stem in stems if stem.isdecimal()]
-    return numbers if len(set(numbers)) == len(stems) else list(range(1, len(stems) + 1))
+    if numbers_are_names(images):
+        return [int(path.stem) for path in images]
+    return list(range(1, len(images) + 1))

@@ -106,6 +106,10 @@ class Task(abc.ABC):
           UserError: there is nothing to learn from.
         """
 
+    def description_files(self) -> Mapping[str, str]:
+        """Files that describe the data for the work directory, beside the configuration and the class names: name -> text."""
+        return {}
+
     # Model
 
     @abc.abstractmethod

@@ -41,8 +41,8 @@ _LOWER_RATE = "Lower config.schedule.base_lr, or lengthen the warm-up."
 def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--config=FILE") -> dict[str, float]:
     """Train as configured, or resume the run of the work directory.
 
-    Writes to the work directory: checkpoints/, config.json, classes.txt, metrics.jsonl, the sinks of ``config.logs``,
-    figures, summary.md and, if ``config.profile`` is set, profile/.
+    Writes to the work directory: checkpoints/, config.json, classes.txt, for detectors categories.json, metrics.jsonl, the
+    sinks of ``config.logs``, figures, summary.md and, if ``config.profile`` is set, profile/.
 
     Args:
       config: a configuration (ConfigDict), see dat_jax.config.

@@ -93,8 +93,10 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
 
 
 def write_config(trainer: Trainer, workdir: pathlib.Path) -> None:
-    """Write config.json. A failure to write is logged as a warning."""
+    """Write config.json and the files of ``Task.description_files``. A failure to write is logged as a warning."""
     _write_text(workdir / "config.json", trainer.config.to_json_best_effort(indent=2) + "\n")
+    for name, text in trainer.task.description_files().items():
+        _write_text(workdir / name, text)
 
 
 def write_class_names(trainer: Trainer, path: pathlib.Path) -> None:

@@ -207,7 +207,9 @@ def test_detector_writes_drawn_images_and_coco_results_of_a_folder(detector, fol
     printed, entries = capsys.readouterr(), json.loads((tmp_path / "all.json").read_text())
     assert printed.err == ""
     assert len(entries) == 15
-    for number, (name, line) in enumerate(zip(names, printed.out.splitlines(), strict=True), start=1):
+    *lines, note = printed.out.splitlines()
+    assert note.startswith(f"{tmp_path / 'all.json'}: image ids are 1 to 3")
+    for number, (name, line) in enumerate(zip(names, lines, strict=True), start=1):
         image = read_image(folder / name)
         prediction = predictor(image)
         entries_of_image = [entry for entry in entries if entry["image"] == str(folder / name)]

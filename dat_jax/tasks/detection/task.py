@@ -1,8 +1,9 @@
 """Object detection and instance segmentation as a task."""
 
 import dataclasses
+import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,14 @@ import numpy as np
 
 from dat_jax.data import batching
 from dat_jax.data.ade20k import make_palette
-from dat_jax.data.coco import decode_mask, load_detection_source, to_coco_ground_truth
+from dat_jax.data.coco import (
+    CocoSource,
+    decode_mask,
+    format_skipped,
+    load_detection_source,
+    to_coco_ground_truth,
+)
+from dat_jax.data.coco_ids import CATEGORIES, format_categories
 from dat_jax.data.detection_transforms import (
     BUCKETS,
     make_detection_eval_transform,
@@ -27,6 +35,7 @@ from dat_jax.tasks.detection.objective import default_settings, make_detection_o
 from dat_jax.tasks.objective import Objective
 from dat_jax.tasks.task import Evaluator, Source, Task
 
+logger = logging.getLogger(__name__)
 _FIGURE_EXAMPLES = 8
 
 
@@ -55,6 +64,28 @@ class DetectionTask(Task):
                 f"{_format_categories(train_categories)} and {_format_categories(validation_categories)}."
             )
         return train, validation
+
+    def check_data(self) -> None:
+        """See ``Task``. Training data that are not in COCO files are not checked."""
+        source = self.train_source
+        if not isinstance(source, CocoSource):
+            return
+        counts = source.count_objects()
+        if not counts.any():
+            raise UserError(
+                f"The annotations {source.annotations} have no object to train on.{format_skipped(source.skipped)}"
+            )
+        missing = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
+        if missing:
+            logger.warning(
+                "%d of %d classes have no object to train on in %s: %s.",
+                *(len(missing), len(counts), source.annotations, name_some(missing)),
+            )
+
+    def description_files(self) -> Mapping[str, str]:
+        """See ``Task``: the category ids, see ``data.coco_ids``."""
+        source = self.train_source
+        return {CATEGORIES: format_categories(source.category_ids, source.class_names)}
 
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
