@@ -70,7 +70,7 @@ def predict_files(
         )
     predictor, numbers, note = _choose_ids(predictor, images, annotations)
     console = make_console(quiet=quiet)
-    files = dict(outputs=outputs, json_file=json_file, csv_file=csv_file)
+    files: dict[str, Any] = dict(outputs=outputs, json_file=json_file, csv_file=csv_file)
     succeeded = report_predictions(predictor, images, numbers=numbers, **files, console=console)
     if json_file and isinstance(predictor, ObjectDetector):
         console.print(f"{json_file}: {note}")
