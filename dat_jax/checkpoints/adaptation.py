@@ -109,21 +109,21 @@ def reorder_classes(params: Mapping[str, Any], order: Sequence[int]) -> dict[str
     Returns:
       Parameters with the same structure and shapes. Layers that do not depend on the class are unchanged.
     """
-    classes, order = len(order), np.asarray(order)
+    classes, indices = len(order), list(order)
     arrays = _flatten(params)
     for name, array in arrays.items():
         match = re.fullmatch(_CLASS_LAYERS, name)
         layer, width = match and match[2], array.shape[-1:]
         grouped = np.asarray(array)
         if layer == "fc_cls":  # K classes and the background
-            arrays[name] = grouped[..., [*order, classes]]
+            arrays[name] = grouped[..., [*indices, classes]]
         elif layer == "fc_reg" and width == (4 * classes,):  # 4 numbers per class
             grouped = grouped.reshape(*array.shape[:-1], classes, 4)
-            arrays[name] = grouped[..., order, :].reshape(array.shape)
+            arrays[name] = grouped[..., indices, :].reshape(array.shape)
         elif layer == "retina_cls":  # K scores per anchor
-            arrays[name] = grouped.reshape(*array.shape[:-1], -1, classes)[..., order].reshape(array.shape)
+            arrays[name] = grouped.reshape(*array.shape[:-1], -1, classes)[..., indices].reshape(array.shape)
         elif layer and width == (classes,):
-            arrays[name] = grouped[..., order]
+            arrays[name] = grouped[..., indices]
     return _unflatten(arrays)
 
 
