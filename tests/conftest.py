@@ -33,14 +33,14 @@ def x64():
 def pytest_collection_modifyitems(items):
     """Put the files that take longest first, so that workers end at about the same time.
 
-    These are the slow tests, first of them those of whole programs in this folder, and then trainings.
+    These are files with slow tests; among them those of whole programs in this folder, then trainings.
     """
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     here = pathlib.Path(__file__).parent
     items.sort(
         key=lambda item: (
             item.path not in slow_files,
-            item.path not in slow_files or item.path.parent != here,
+            item.path.parent != here,
             item.path.parent.name != "training",
         )
     )
