@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 
 from tests.helpers.xla_flags import fast_compilation_flags
 
@@ -30,9 +31,19 @@ def x64():
 
 
 def pytest_collection_modifyitems(items):
-    """Put the files that take longest first, so that workers end at about the same time: slow tests, then trainings."""
+    """Put the files that take longest first, so that workers end at about the same time.
+
+    These are files with slow tests; among them those of whole programs in this folder, then trainings.
+    """
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow_files, item.path.parent.name != "training"))
+    here = pathlib.Path(__file__).parent
+    items.sort(
+        key=lambda item: (
+            item.path not in slow_files,
+            item.path.parent != here,
+            item.path.parent.name != "training",
+        )
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

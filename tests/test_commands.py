@@ -41,7 +41,10 @@ RULES = (
         "copy",
     ),
     (r"python -m pytest tests/ops/layers/test_pooling\.py|python -c .*NM|python -m .*configs/regression", "page"),
-    (r"python -m dat_jax\.(main|conversion|data\.prepare|data\.split|compile_report)( --steps=\w+)?$", "help"),
+    (
+        r"python -m dat_jax\.(main|conversion|data\.(prepare|split)|compile_report|predict|visualize|export)( --steps=\w+)?$",
+        "help",
+    ),
     (r"python -m dat_jax\.compile_report (?!.*--topology)", "help"),
     (r"python -m (dat_jax( |$)|dat_jax\.predict --help)", "program"),
     (r"python -m dat_jax\.", "small"),
