@@ -43,7 +43,7 @@ def adapt_params(
       from ``abstract_params``. And sentences that describe what was adapted.
 
     Raises:
-      UserError: parameters differ in any other way, and each is named; or ``head_rows`` does not fit the heads.
+      UserError: parameters differ in any other way, and the first ones are named; or ``head_rows`` does not fit the heads.
 
     Source: the published code for fine-tuning.
     """
@@ -166,10 +166,10 @@ def _adapt(
     trained: Mapping[str, Any], expected: Mapping[str, Any], fixed_stages: Collection[int]
 ) -> tuple[dict[str, Any], list[str]]:
     """Adapt arrays by name. Layers for another number of classes are taken from ``expected``."""
-    adapted, problems, resized = {}, [], collections.Counter()
+    adapted, missing, other_shapes, resized = {}, [], [], collections.Counter()
     for name, leaf in expected.items():
         if name not in trained:
-            problems.append(f"{name} is missing, expected {tuple(leaf.shape)}")
+            missing.append(f"{name} is missing, expected {tuple(leaf.shape)}")
             continue
         array = np.asarray(trained[name])
         old_table, new_table = (_get_table_shape(name, shape, fixed_stages) for shape in (array.shape, leaf.shape))
@@ -181,11 +181,16 @@ def _adapt(
             adapted[name] = _resize_table(array, old_table, new_table).astype(leaf.dtype)
             resized["{1} x {2} to {4} x {5}".format(*old_table, *new_table)] += 1
         else:
-            problems.append(f"{name}: expected {tuple(leaf.shape)}, got {array.shape}")
-    problems += [f"{name} is unknown" for name in trained if name not in expected]
-    if problems:
+            other_shapes.append(f"{name}: expected {tuple(leaf.shape)}, got {array.shape}")
+    unknown = [f"{name} is unknown" for name in trained if name not in expected]
+    if problems := [_list_some(lines) for lines in (other_shapes, missing, unknown) if lines]:
         raise UserError(f"These weights are of another model: {'; '.join(problems)}.")
     return adapted, [f"Position tables resized from {change}: {count}." for change, count in resized.items()]
+
+
+def _list_some(problems: list[str]) -> str:
+    """The first three of problems of one kind, and how many more there are."""
+    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
 def resize_bicubic(tables: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

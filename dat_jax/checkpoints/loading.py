@@ -7,7 +7,7 @@ directory of a run.
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ from dat_jax.checkpoints.model_description import (
     create_described,
     describe_model,
     get_backbone,
+    name_model,
 )
 from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error
 from dat_jax.errors import UserError
@@ -88,6 +89,7 @@ def load_for_finetuning(
     *,
     fresh_variables: Mapping[str, Any],
     deformable_form: str,
+    model_name: str | None = None,
     class_names: Sequence[str] | None = None,
     head_rows: np.ndarray | None = None,
     same_classes: bool = False,
@@ -102,6 +104,7 @@ def load_for_finetuning(
       path: a folder of weights or a work directory, as in ``load_pretrained``.
       fresh_variables: initialized variables of the model to train, on the host or on devices of this process.
       deformable_form: form of attention of the model to train, see ``DAT``.
+      model_name: name of the model to train, for errors.
       class_names: names of the classes of the data, in the order of their labels; None if they are unknown.
       head_rows: see ``adapt_params``; only for classifiers. The names of the classes are not compared.
       same_classes: raise a UserError if the weights were trained on other classes.
@@ -112,17 +115,12 @@ def load_for_finetuning(
 
     Raises:
       UserError: there is nothing to load at ``path``, it is damaged, or its weights are of another kind of model, of the
-        other form of attention, or of other shapes; each array is named. With ``same_classes``, also weights of other
-        classes; the names are listed.
+        other form of attention, or of other shapes; the model of the weights is named if it is another one than
+        ``model_name``, and otherwise the first arrays. With ``same_classes``, also weights of other classes; the names are
+        listed.
     """
     model, variables = load_trained(path)
     dat = get_backbone(model)
-    if "D" in "".join(dat.stages) and dat.deformable_form != deformable_form:
-        raise UserError(
-            f"{path} has the weights of a model with deformable_form {dat.deformable_form!r}, got a model with "
-            f"{deformable_form!r}: set --config.model.deformable_form={dat.deformable_form}."
-        )
-    fixed_stages = _find_fixed_stages(dat)
     trained_kind, kind = kind_of(variables["params"]), kind_of(fresh_variables["params"])
     if trained_kind not in ("classifier", kind):
         alternative = "" if kind == "classifier" else f", or of another {kind}"
@@ -137,24 +135,45 @@ def load_for_finetuning(
         raise UserError(
             f"{path} has the weights of other classes: {difference}. Evaluate on data with the same classes."
         )
-    if kind == "classifier":
-        params, notes = adapt_params(
-            variables["params"],
-            abstract_params=fresh_variables["params"],
-            head_rows=head_rows,
-            fixed_stages=fixed_stages,
-        )
-        variables = {"params": params}
-    elif trained_kind == "classifier":
-        variables, notes = adapt_backbone(
-            variables["params"], fresh_variables=fresh_variables, fixed_stages=fixed_stages
-        )
-    else:
-        variables, notes = adapt_dense(variables, abstract_variables=fresh_variables, fixed_stages=fixed_stages)
+    try:
+        _check_form(path, dat, deformable_form)
+        variables, notes = _adapt(variables, fresh_variables, head_rows=head_rows, fixed_stages=_find_fixed_stages(dat))
+    except UserError as error:
+        trained_name = name_model(dat)
+        if None in (trained_name, model_name) or trained_name == model_name:
+            raise
+        raise UserError(f"{path} holds {trained_name}: set --config.model.name={trained_name}.") from error
     if difference and count_classes(fresh_variables["params"]) == model.num_classes:  # otherwise the shapes differ
         variables = {**variables, "params": replace_class_layers(variables["params"], fresh_variables["params"])}
         class_notes = [f"The layers for the classes are initialized, since the names differ: {difference}."]
     return jax.tree.map(np.asarray, variables), class_notes + notes
+
+
+def _check_form(path: str | os.PathLike, dat: DAT, deformable_form: str) -> None:
+    """Raise a UserError if trained weights are for another form of deformable attention."""
+    if "D" in "".join(dat.stages) and dat.deformable_form != deformable_form:
+        raise UserError(
+            f"{path} has the weights of a model with deformable_form {dat.deformable_form!r}, got a model with "
+            f"{deformable_form!r}: set --config.model.deformable_form={dat.deformable_form}."
+        )
+
+
+def _adapt(
+    variables: dict[str, Any],
+    fresh_variables: Mapping[str, Any],
+    *,
+    head_rows: np.ndarray | None,
+    fixed_stages: Collection[int],
+) -> tuple[dict[str, Any], list[str]]:
+    """Adapt trained variables to a model of the same kind, or those of a classifier to a model with it as the backbone."""
+    params, options = variables["params"], {"fixed_stages": fixed_stages}
+    if kind_of(fresh_variables["params"]) == "classifier":
+        fresh_params = fresh_variables["params"]
+        adapted, notes = adapt_params(params, abstract_params=fresh_params, head_rows=head_rows, **options)
+        return {"params": adapted}, notes
+    if kind_of(params) == "classifier":
+        return adapt_backbone(params, fresh_variables=fresh_variables, **options)
+    return adapt_dense(variables, abstract_variables=fresh_variables, **options)
 
 
 def _match_classes(
@@ -177,6 +196,27 @@ def _match_classes(
     return params, difference, []
 
 
+def check_exists(path: str | os.PathLike) -> None:
+    """Check that there are trained weights at a path, without reading them.
+
+    Raises:
+      UserError: the path is neither a folder of weights nor the work directory of a run.
+    """
+    path = pathlib.Path(path)
+    if os.path.isfile(path / "model.json") or os.path.isdir(path / "checkpoints"):
+        return
+    if str(path) in VARIANTS:
+        raise UserError(
+            f"{path} is the name of a model, and weights are not downloaded: convert published weights with python -m "
+            "dat_jax.conversion WEIGHTS.pth OUT_DIR and load OUT_DIR, or create a model without weights with "
+            f"dat_jax.create_model({str(path)!r})."
+        )
+    raise UserError(
+        "Expected a folder of weights (with model.json) or the work directory of a run (with checkpoints), got "
+        f"{path}; python -m dat_jax.conversion makes a folder of weights from published ones."
+    )
+
+
 def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None) -> tuple[Model, dict[str, Any]]:
     """Load a trained model as it was trained, with its variables as numpy arrays.
 
@@ -187,13 +227,14 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
     Raises:
       UserError: there is nothing to load at ``path``, or it is damaged or incomplete.
     """
+    check_exists(path)
     path = pathlib.Path(path)
     if os.path.isfile(path / "model.json"):
         variables, description = load_export(path)
         kind = next((kind for kind in ("segmentor", "detector") if kind in description), "classifier")
         settings, head = description.get("model"), description.get(kind)
         variables = {"params": variables} if kind == "classifier" else variables
-    elif os.path.isdir(path / "checkpoints"):
+    else:
         config = _read_config(path / "config.json")
         variables, _ = read_best_variables(path / "checkpoints")
         kind = kind_of(variables["params"])
@@ -203,17 +244,6 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
             raise UserError(f"{path / 'config.json'} does not describe the head of the checkpoints beside it.")
         described = settings if kind == "classifier" or head is None else head
         described["num_classes"] = count_classes(variables["params"])
-    elif str(path) in VARIANTS:
-        raise UserError(
-            f"{path} is the name of a model, and weights are not downloaded: convert published weights with python -m "
-            "dat_jax.conversion WEIGHTS.pth OUT_DIR and load OUT_DIR, or create a model without weights with "
-            f"dat_jax.create_model({str(path)!r})."
-        )
-    else:
-        raise UserError(
-            "Expected a folder of weights (with model.json) or the work directory of a run (with checkpoints), got "
-            f"{path}; python -m dat_jax.conversion makes a folder of weights from published ones."
-        )
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not record which model its weights belong to.")
     settings = add_deformable_form(settings, deformable_form, source=path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT, LATER_STAGE_TYPES
-from dat_jax.models.registry import Detector, create_detector, create_model, create_segmentor, name_detector
+from dat_jax.models.registry import VARIANTS, Detector, create_detector, create_model, create_segmentor, name_detector
 from dat_jax.models.segmentation import Segmentor
 
 Model = DAT | Segmentor | Detector
@@ -34,6 +34,19 @@ def describe_model(model: Model) -> dict[str, Any]:
 def get_backbone(model: Model) -> DAT:
     """The DAT of a segmentor or detector; a classifier itself."""
     return model if isinstance(model, DAT) else model.dat
+
+
+def name_model(dat: DAT) -> str | None:
+    """Registered name of the model with the layers of a DAT, whatever its number of classes; None if there is none."""
+    layers = _describe_layers(dat)
+    names = [name for name in VARIANTS if _describe_layers(create_model(name)) == layers]
+    same_size = [name for name in names if create_model(name).image_size == dat.image_size]
+    return next(iter([*same_size, *names]), None)
+
+
+def _describe_layers(dat: DAT) -> tuple[Any, ...]:
+    names = ("dim_stem", "dims", "stages", "num_heads", "num_groups", "lpu", "conv_mlp", "conv_patches")
+    return tuple(getattr(dat, name) for name in names)
 
 
 def create_described(

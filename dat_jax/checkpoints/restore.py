@@ -73,6 +73,7 @@ def initialize_state(
         config.init_from,
         fresh_variables={"params": state.params, **state.model_state},
         deformable_form=config.model.deformable_form,
+        model_name=config.model.name,
         class_names=class_names,
         head_rows=head_rows,
         same_classes=same_classes,

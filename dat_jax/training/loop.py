@@ -13,6 +13,8 @@ import numpy as np
 
 from dat_jax.checkpoints import compatibility
 from dat_jax.checkpoints.class_names import CLASS_NAMES
+from dat_jax.checkpoints.directory import find_complete_steps
+from dat_jax.checkpoints.loading import check_exists
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.checkpoints.restore import initialize_state, restore_for_evaluation, restore_or_initialize
 from dat_jax.cli.console import configure_logging, make_console, print_table
@@ -60,11 +62,11 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     start_time = time.monotonic()
     multihost.check_started()
     sinks.check_sinks(config.get("logs", ()))
-    console = _configure_console(quiet)
+    console, directory = _configure_console(quiet), pathlib.Path(workdir)
+    _check_initial_weights(config, directory)
     trainer = Trainer(config)
     trainer.check_train_batch()
     trainer.task.check_data()
-    directory = pathlib.Path(workdir)
     check_writable(directory)
     cache = enable_cache(trainer.config.compilation_cache)
     description = {
@@ -125,8 +127,9 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
       UserError: there is no checkpoint, or it is of another model or of other classes.
     """
     multihost.check_started()
-    console = _configure_console(quiet)
-    trainer, directory = Trainer(config), pathlib.Path(workdir)
+    console, directory = _configure_console(quiet), pathlib.Path(workdir)
+    _check_initial_weights(config, directory)
+    trainer = Trainer(config)
     enable_cache(trainer.config.compilation_cache)
     if (directory / "checkpoints").is_dir():
         with _open_checkpoints(trainer, directory, read_only=True) as checkpoints:
@@ -147,6 +150,12 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
         metrics |= {f"{name}/{metric}": value for metric, value in extra.items()}
     report.print_result(console, metrics, weights=weights)
     return metrics
+
+
+def _check_initial_weights(config, directory: pathlib.Path) -> None:
+    """Check, before the model is built, that the weights of ``config.init_from`` exist, if the run starts from them."""
+    if config.get("init_from") and not find_complete_steps(directory / "checkpoints"):
+        check_exists(config.init_from)
 
 
 def _run_steps(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dat_jax
 from dat_jax.checkpoints.class_names import read_class_names
 from dat_jax.checkpoints.exports import export_model
-from dat_jax.checkpoints.loading import load_pretrained
+from dat_jax.checkpoints.loading import load_for_finetuning, load_pretrained
 from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.data import sources
 from dat_jax.errors import UserError
@@ -160,11 +161,34 @@ def test_rows_that_do_not_fit_are_refused(rows, message, finished, tmp_path):
         loop.train(with_values(**values), str(tmp_path / "run"))
 
 
+def test_missing_weights_are_reported_before_the_model_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Trainer", None)
+    for call in (loop.train, loop.evaluate):
+        with pytest.raises(UserError, match="Expected a folder of weights .* got .*nowhere"):
+            call(with_values(init_from=str(tmp_path / "nowhere")), str(tmp_path))
+
+
+def test_the_model_of_the_weights_is_named(tmp_path):
+    model = dat_jax.create_model("dat_pp_nano", num_classes=2)
+    params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, np.float32),
+        jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 48, 48, 3))),
+    )
+    export_model(tmp_path / "nano", model=model, variables=params)
+    fresh = {"params": {"cls_head": {"kernel": np.zeros((7, 2), np.float32)}}}
+    options = dict(fresh_variables=fresh, deformable_form="dat_pp")
+    with pytest.raises(UserError, match=r"holds dat_pp_nano: set --config\.model\.name=dat_pp_nano"):
+        load_for_finetuning(tmp_path / "nano", **options, model_name="dat_pp_tiny")
+    with pytest.raises(UserError, match="and [0-9]+ more") as info:
+        load_for_finetuning(tmp_path / "nano", **options, model_name="dat_pp_nano")
+    assert len(str(info.value)) < 1000
+
+
 @pytest.mark.slow
 def test_weights_of_another_model_are_refused(finished, tmp_path):
     config = tiny_config.get_config(dim_stem=32, dims=(32,)).unlock()
     config.init_from = str(finished[0])
-    with pytest.raises(UserError, match="These weights are of another model: .*stages_0"):
+    with pytest.raises(UserError, match="These weights are of another model: .*: expected"):
         loop.train(config, str(tmp_path))
     with pytest.raises(UserError, match="Expected a folder of weights .* got .*nowhere"):
         loop.train(with_values(init_from=str(tmp_path / "nowhere")), str(tmp_path))
