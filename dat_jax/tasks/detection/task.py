@@ -72,6 +72,7 @@ class DetectionTask(Task):
         source = self.train_source
         if isinstance(source, CocoSource):
             _check_objects(source)
+        self._check_masks()
         if hasattr(source, "sample_boxes"):
             boxes, sizes = source.sample_boxes(_CHECKED_OBJECTS)
             check_anchors(boxes, sizes, self._anchor_settings(), resize=self._train_transform().usual_sizes)
@@ -84,11 +85,7 @@ class DetectionTask(Task):
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
         config = self.config
-        if self._has_masks and not self.train_source.has_masks:
-            raise UserError(
-                f"config.head.name {config.head.name} learns masks, but the annotations have none: expected a segmentation "
-                "of every object. Boxes alone train config.head.name=retinanet."
-            )
+        self._check_masks()
         return batching.make_detection_train_batches(
             self.train_source,
             self._train_transform(),
@@ -168,6 +165,13 @@ class DetectionTask(Task):
             masks=self._has_masks,
             directory=directory,
         )
+
+    def _check_masks(self) -> None:
+        if self._has_masks and not self.train_source.has_masks:
+            raise UserError(
+                f"config.head.name {self.config.head.name} learns masks, but the annotations have none: expected a segmentation "
+                "of every object. Boxes alone train config.head.name=retinanet."
+            )
 
     def _make_model(self, **backbone):
         config = self.config

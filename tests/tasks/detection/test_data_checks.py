@@ -1,5 +1,6 @@
 """Checks of detection data before training."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from dat_jax.ops.detection.anchors import inside_image, make_anchors
 from dat_jax.ops.detection.boxes import pairwise_iou
 from dat_jax.tasks.detection.anchor_check import AnchorSettings, compute_best_ious
 from dat_jax.tasks.detection.task import DetectionTask
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_detection
 from tests.helpers.coco_files import annotation, write
 from tests.helpers.logs import collect_logs
@@ -39,6 +41,28 @@ def test_a_training_set_without_objects_is_refused_with_the_counts_by_reason(tmp
         make_task(tmp_path, [(5, 5, 20, 20)], ignore=1).check_data()
     with pytest.raises(UserError, match=r"no object to train on.* 1 empty boxes\.$"):
         make_task(tmp_path, [(5, 5, 20, 20)], bbox=[5, 5, 0, 20]).check_data()
+
+
+def test_data_without_masks_train_a_retinanet_after_the_advice(tmp_path):
+    with pytest.raises(UserError, match=r"mask_rcnn learns masks.*config\.head\.name=retinanet"):
+        make_task(tmp_path, [(5, 5, 20, 20)], head="mask_rcnn", segmentation=None).check_data()
+    config = tiny_detection.get_config("mask_rcnn").unlock()
+    config.data.directory, config.head.name = str(tmp_path), "retinanet"
+    config.mesh.data = config.mesh.fsdp = config.batch_size = 1
+    with collect_logs() as logs:
+        trainer = Trainer(config, devices=jax.devices()[:1])
+    assert any("config.head.name retinanet has no width (16)" in message for message in logs)
+    assert "width" not in trainer.config.head
+    assert config.head.width == 16
+    trainer.task.check_data()
+    assert trainer.describe()["data"].startswith(f"{tmp_path}: 1 to train")
+
+
+def test_attributes_that_no_detector_has_are_refused(tmp_path):
+    config = tiny_detection.get_config("retinanet").unlock()
+    config.head.widht = 3
+    with pytest.raises(UserError, match="RetinaNet has no attribute 'widht'"):
+        Trainer(config)
 
 
 def test_classes_without_objects_are_named(tmp_path):
