@@ -131,6 +131,17 @@ class CocoSource:
         boxes, labels, areas = self.boxes[part], self.labels[part], self.areas[part]
         return Objects(boxes, labels, areas, self.crowd[part], self.used[part], masks)
 
+    def sample_boxes(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes of up to ``count`` objects that can be trained on, evenly spread, clipped to their images.
+
+        Returns:
+          Boxes, float64 (n, 4), x, y, width, height in pixels, and the heights and widths of their images, int32 (n, 2).
+        """
+        indices = np.flatnonzero(self.used & ~self.crowd)
+        indices = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
+        sizes = self.sizes[np.searchsorted(self.starts, indices, side="right") - 1]
+        return _clip(self.boxes[indices], sizes), sizes
+
     def _read_masks(self, spans: list[list[int]], size: tuple[int, int]) -> list[dict]:
         masks = []
         try:
@@ -159,6 +170,13 @@ class CocoSource:
                 f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.{advice if turned else ''}"
             )
         return _make_record(image, self.objects(index))
+
+
+def _clip(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Clip boxes, x, y, width, height, to images of some heights and widths (n, 2)."""
+    bounds = sizes[:, ::-1]
+    starts = np.clip(boxes[:, :2], 0, bounds)
+    return np.concatenate([starts, np.clip(boxes[:, :2] + boxes[:, 2:], 0, bounds) - starts], axis=1)
 
 
 def _make_record(image: np.ndarray, objects: Objects) -> dict:
@@ -239,6 +257,12 @@ class DigitsSource:
     def has_masks(self) -> bool:
         """Whether the objects have masks, which is always True."""
         return True
+
+    def sample_boxes(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes of digits as ``CocoSource`` does, those of ``count`` / 2 images with one or more digits each."""
+        indices = np.linspace(0, len(self) - 1, min(count // 2, len(self))).astype(int).tolist()
+        boxes = np.concatenate([self.objects(index).boxes for index in indices])[:count]
+        return boxes, np.full((len(boxes), 2), SIDE, np.int32)
 
     def objects(self, index: int) -> Objects:
         """Return all digits of an image."""

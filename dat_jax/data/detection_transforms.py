@@ -64,6 +64,15 @@ class DetectionTrainTransform:
     max_boxes: int
     masks: bool
 
+    def usual_sizes(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the heights and widths of images without a crop and with the median of ``short_sides``.
+
+        Args:
+          sizes: int (n, 2), heights and widths of the images in pixels.
+        """
+        short = np.full(len(sizes), sorted(self.short_sides)[len(self.short_sides) // 2])
+        return _fit(np.asarray(sizes, np.int64), short=short, long=self.long_side)
+
     def draw(self, sizes: np.ndarray, rng: np.random.Generator) -> Views:
         """Draw the parameters of n images independently.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dat_jax.models.dat import DAT
@@ -139,6 +139,20 @@ def create_detector(name: str, *, backbone: str | Mapping[str, Any] | DAT, **ove
     _check_attributes(kind, overrides)
     dat = _make_backbone(backbone)
     return kind(dat, **{"dtype": dat.dtype, **settings, **overrides})
+
+
+def find_other_attributes(name: str, attributes: Iterable[str]) -> list[str]:
+    """Return the attributes that the detector of a name does not have but another detector has.
+
+    Args:
+      name: as for ``create_detector``; names that are not detectors give an empty list.
+      attributes: names of attributes.
+    """
+    if name not in _DETECTORS:
+        return []
+    known = {kind: {field.name for field in dataclasses.fields(kind)} for kind, _ in _DETECTORS.values()}
+    others = set().union(*known.values()) - known[_DETECTORS[name][0]]
+    return [attribute for attribute in attributes if attribute in others]
 
 
 def name_detector(model: Detector) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dat_jax.config import validate
 from dat_jax.errors import UserError
-from dat_jax.models.registry import create_model
+from dat_jax.models.registry import create_model, find_other_attributes
 from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
@@ -24,6 +25,7 @@ from dat_jax.training.schedule import make_schedule
 from dat_jax.training.state import TrainState, init_state
 from dat_jax.training.step import make_train_step
 
+logger = logging.getLogger(__name__)
 _INIT_STREAM = 0  # random keys: fold_in(seed, stream)
 
 
@@ -31,7 +33,7 @@ class Trainer:
     """Builds what a configuration determines, once, in this order: mesh, task and data, schedule, optimizer, model, state.
 
     Attributes:
-      config: the configuration, checked, with ``model.deformable_form`` resolved.
+      config: the configuration, checked, with ``model.deformable_form`` resolved and without attributes of another head.
       mesh: devices of the run.
       task: data, model, evaluation and figures, see ``tasks.task.Task``.
       steps_per_epoch, total_steps: number of steps per epoch and of the whole run.
@@ -62,7 +64,7 @@ class Trainer:
           UserError: names what does not fit.
         """
         validate(config)
-        self.config = config = _resolve_deformable_form(config)
+        self.config = config = _drop_other_head(_resolve_deformable_form(config))
         self.mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         self.task = make_task(config, sources=sources)
         _check_eval_batch(config, self.mesh)
@@ -197,10 +199,14 @@ class Trainer:
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
         skipped = getattr(task.train_source, "skipped", {})
         changes = ", ".join(f"{count:,} {name}" for name, count in skipped.items() if count)
-        train, validation = len(task.train_source), len(task.eval_source)
+        data, train, validation = (
+            config.data.directory or config.data.name,
+            len(task.train_source),
+            len(task.eval_source),
+        )
         return {
             "model": f"{config.model.name}, {parameters:,} parameters, {compute_dtype(config.model.dtype)}",
-            "data": f"{config.data.name}: {train:,} to train, {validation:,} to validate, {task.describe_images()}",
+            "data": f"{data}: {train:,} to train, {validation:,} to validate, {task.describe_images()}",
             **({"skipped or repaired": changes} if changes else {}),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "mesh": " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
@@ -232,6 +238,23 @@ def _resolve_deformable_form(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model.deformable_form = form
+    return config
+
+
+def _drop_other_head(config: ConfigDict) -> ConfigDict:
+    """Drop attributes of another detector from the group "head", which remain if only ``head.name`` is changed."""
+    head = config.get("head", {})
+    dropped = find_other_attributes(head.get("name"), head)
+    if not dropped:
+        return config
+    logger.warning(
+        "config.head.name %s has no %s: dropped what the configuration sets for another detector.",
+        *(head.name, ", ".join(f"{key} ({head[key]})" for key in dropped)),
+    )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for key in dropped:
+            del config.head[key]
     return config
 
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from dat_jax.ops.detection.anchors import anchor_validity, inside_image, make_anchors
 from dat_jax.ops.detection.assignment import assign_max_iou
 from dat_jax.ops.detection.boxes import areas
-
-_PADDED_TO = 32  # images are padded to a multiple of this; anchors whose position lies beyond are not used
+from dat_jax.tasks.detection.anchor_check import PADDED_TO
 
 
 def level_shapes(outputs: Mapping[str, Sequence[jax.Array]]) -> list[tuple[int, ...]]:
@@ -57,7 +56,7 @@ def assign_anchors(
     all_anchors = jnp.concatenate(list(anchors))
 
     def assign(image_shape, ground_truth, is_valid):
-        padded = -(-image_shape // _PADDED_TO) * _PADDED_TO
+        padded = -(-image_shape // PADDED_TO) * PADDED_TO
         valid = jnp.concatenate(anchor_validity(shapes, strides=strides, per_position=per_position, pad_shape=padded))
         if inside_only:
             valid &= inside_image(all_anchors, image_shape=image_shape)

@@ -12,6 +12,7 @@ from dat_jax.models.retinanet import STRIDES, RetinaNet
 from dat_jax.ops.detection.assignment import BACKGROUND
 from dat_jax.ops.detection.boxes import decode_boxes, encode_boxes, replace_invalid
 from dat_jax.ops.detection.nms import nms
+from dat_jax.tasks.detection.anchor_check import AnchorSettings
 from dat_jax.tasks.detection.anchors import (
     assign_anchors,
     gather_ground_truth,
@@ -20,6 +21,18 @@ from dat_jax.tasks.detection.anchors import (
     make_level_anchors,
 )
 from dat_jax.tasks.detection.losses import masked_sum, sigmoid_focal_loss, smooth_l1
+
+_THRESHOLDS = dict(positive=0.5, negative=0.4, min_positive=0.0)  # see ``assign_max_iou``
+
+
+def retinanet_anchor_settings(*, scales: Sequence[float], ratios: Sequence[float]) -> AnchorSettings:
+    """Return the anchors of a RetinaNet.
+
+    An object below the positive threshold has one positive anchor or a few, too weak to be learned beside the background.
+    """
+    positive = _THRESHOLDS["positive"]
+    options = dict(strides=STRIDES, scales=tuple(scales), ratios=tuple(ratios))
+    return AnchorSettings(**options, inside_only=False, required=positive, positive=positive)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +74,7 @@ def retinanet_loss(
         batch,
         strides=STRIDES,
         inside_only=False,
-        positive=0.5,
-        negative=0.4,
-        min_positive=0.0,
+        **_THRESHOLDS,
     )
     count = jnp.maximum((codes >= 0).sum(axis=1), 1).sum()
     classes = jnp.arange(model.num_classes).reshape(1, 1, -1)

@@ -14,6 +14,7 @@ from dat_jax.ops.detection.assignment import sample_assigned
 from dat_jax.ops.detection.boxes import decode_boxes, encode_boxes, replace_invalid
 from dat_jax.ops.detection.nms import nms
 from dat_jax.tasks.detection import losses
+from dat_jax.tasks.detection.anchor_check import AnchorSettings
 from dat_jax.tasks.detection.anchors import (
     assign_anchors,
     gather_ground_truth,
@@ -21,6 +22,20 @@ from dat_jax.tasks.detection.anchors import (
     make_anchor_coder,
     make_level_anchors,
 )
+
+_THRESHOLDS = dict(positive=0.7, negative=0.3, min_positive=0.3)  # see ``assign_max_iou``
+
+
+def rpn_anchor_settings(*, scales: Sequence[float], ratios: Sequence[float], inside_only: bool) -> AnchorSettings:
+    """Return the anchors of an RPN. Objects below the positive threshold are learned with their best anchors."""
+    return AnchorSettings(
+        strides=STRIDES,
+        scales=tuple(scales),
+        ratios=tuple(ratios),
+        inside_only=inside_only,
+        required=_THRESHOLDS["min_positive"],
+        positive=_THRESHOLDS["positive"],
+    )
 
 
 class Proposals(NamedTuple):
@@ -72,9 +87,7 @@ def rpn_loss(
         batch,
         strides=STRIDES,
         inside_only=inside_only,
-        positive=0.7,
-        negative=0.3,
-        min_positive=0.3,
+        **_THRESHOLDS,
     )
     options = dict(count=samples, positive_fraction=positive_fraction)
     sample = map_keys(functools.partial(sample_assigned, **options), keys, codes)

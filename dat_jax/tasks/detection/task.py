@@ -31,12 +31,17 @@ from dat_jax.evaluation import detection as evaluation
 from dat_jax.models.registry import create_detector
 from dat_jax.models.retinanet import RetinaNet
 from dat_jax.ops.dispatch import compute_dtype
+from dat_jax.tasks.detection.anchor_check import AnchorSettings, check_anchors
 from dat_jax.tasks.detection.objective import default_settings, make_detection_objective
+from dat_jax.tasks.detection.rcnn import RCNNSettings
+from dat_jax.tasks.detection.retinanet import retinanet_anchor_settings
+from dat_jax.tasks.detection.rpn import rpn_anchor_settings
 from dat_jax.tasks.objective import Objective
 from dat_jax.tasks.task import Evaluator, Source, Task
 
 logger = logging.getLogger(__name__)
 _FIGURE_EXAMPLES = 8
+_CHECKED_OBJECTS = 2000
 
 
 class DetectionTask(Task):
@@ -66,21 +71,14 @@ class DetectionTask(Task):
         return train, validation
 
     def check_data(self) -> None:
-        """See ``Task``. Training data that are not in COCO files are not checked."""
+        """See ``Task``: objects to train on, and anchors that match them. Objects are counted in COCO files only."""
         source = self.train_source
-        if not isinstance(source, CocoSource):
-            return
-        counts = source.count_objects()
-        if not counts.any():
-            raise UserError(
-                f"The annotations {source.annotations} have no object to train on.{format_skipped(source.skipped)}"
-            )
-        missing = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
-        if missing:
-            logger.warning(
-                "%d of %d classes have no object to train on in %s: %s.",
-                *(len(missing), len(counts), source.annotations, name_some(missing)),
-            )
+        if isinstance(source, CocoSource):
+            _check_objects(source)
+        self._check_masks()
+        if hasattr(source, "sample_boxes"):
+            boxes, sizes = source.sample_boxes(_CHECKED_OBJECTS)
+            check_anchors(boxes, sizes, self._anchor_settings(), resize=self._train_transform().usual_sizes)
 
     def description_files(self) -> Mapping[str, str]:
         """See ``Task``: the category ids, see ``data.coco_ids``."""
@@ -90,11 +88,7 @@ class DetectionTask(Task):
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
         config = self.config
-        if self._has_masks and not self.train_source.has_masks:
-            raise UserError(
-                f"config.head.name {config.head.name} learns masks, but the annotations have none: expected a segmentation "
-                "of every object. Boxes alone train config.head.name=retinanet."
-            )
+        self._check_masks()
         return batching.make_detection_train_batches(
             self.train_source,
             self._train_transform(),
@@ -138,12 +132,7 @@ class DetectionTask(Task):
 
     def make_objective(self, **backbone: Any) -> Objective:
         """See ``Task``."""
-        config = self.config
-        model = create_detector(
-            **config.head.to_dict(),
-            backbone={**config.model.to_dict(), "dtype": compute_dtype(config.model.dtype), **backbone},
-            num_classes=len(self.class_names),
-        )
+        config, model = self.config, self._make_model(**backbone)
         sampling = config.sampling.to_dict()
         settings = {name: config.eval[name] for name in ("score_threshold", "iou_threshold", "max_detections")}
         if isinstance(model, RetinaNet):
@@ -179,6 +168,29 @@ class DetectionTask(Task):
             directory=directory,
         )
 
+    def _check_masks(self) -> None:
+        if self._has_masks and not self.train_source.has_masks:
+            raise UserError(
+                f"config.head.name {self.config.head.name} learns masks, but the annotations have none: expected a segmentation "
+                "of every object. Boxes alone train config.head.name=retinanet."
+            )
+
+    def _make_model(self, **backbone):
+        config = self.config
+        return create_detector(
+            **config.head.to_dict(),
+            backbone={**config.model.to_dict(), "dtype": compute_dtype(config.model.dtype), **backbone},
+            num_classes=len(self.class_names),
+        )
+
+    def _anchor_settings(self) -> AnchorSettings:
+        model = self._make_model()
+        options = dict(scales=tuple(model.anchor_scales), ratios=tuple(model.anchor_ratios))
+        settings = default_settings(model)
+        if isinstance(settings, RCNNSettings):
+            return rpn_anchor_settings(inside_only=settings.rpn_inside_only, **options)
+        return retinanet_anchor_settings(**options)
+
     @property
     def _has_masks(self) -> bool:
         return self.config.head.name != "retinanet"
@@ -203,6 +215,21 @@ class DetectionTask(Task):
     def _eval_transform(self):
         scale = (self.config.data.test_long_side, self.config.data.test_short_side)
         return make_detection_eval_transform(scale=scale, multiple=self.config.eval.multiple)
+
+
+def _check_objects(source: CocoSource) -> None:
+    """Raise a UserError if there is no object to train on, and log classes without an object as a warning."""
+    counts = source.count_objects()
+    if not counts.any():
+        raise UserError(
+            f"The annotations {source.annotations} have no object to train on.{format_skipped(source.skipped)}"
+        )
+    missing = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
+    if missing:
+        logger.warning(
+            "%d of %d classes have no object to train on in %s: %s.",
+            *(len(missing), len(counts), source.annotations, name_some(missing)),
+        )
 
 
 def _format_categories(categories) -> str:
