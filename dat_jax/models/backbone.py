@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from dat_jax.models.dat import DAT
 from dat_jax.models.layers import LayerNorm
+from dat_jax.models.mesh_axes import MeshModule
 
 
-class Backbone(nn.Module):
+class Backbone(MeshModule):
     """Images (B, H, W, 3), normalized -> the four maps of ``DAT.features``, with a LayerNorm on some of them.
 
     The next stage gets the map without this norm.

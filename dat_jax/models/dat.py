@@ -10,6 +10,7 @@ import numpy as np
 
 from dat_jax.models import attention
 from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
+from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.ops.attention.deformable import FORMS
 from dat_jax.ops.layers.activation import gelu
 
@@ -230,7 +231,7 @@ def _period(kinds: str) -> int:
     return next(p for p in range(1, len(kinds) + 1) if kinds[:p] * (len(kinds) // p) == kinds)
 
 
-class DAT(nn.Module):
+class DAT(MeshModule):
     """Vision transformer with deformable attention.
 
     ``model.apply(variables, images, train=False)`` takes images (B, H, W, 3) of any size from 32 x 32, normalized by the ImageNet
