@@ -4,7 +4,6 @@ With Explicit axes jax wants the sharding of the result of every reshape and of 
 a model keep the batch where it is, so Auto axes give the same program without those.
 """
 
-import contextlib
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +27,7 @@ class MeshModule(nn.Module):
         mesh = _explicit_mesh((variables, args, kwargs))
         if mesh is None:
             return super().apply(variables, *args, mutable=mutable, **kwargs)
-        with _auto_axes(mesh):
+        with jax.sharding.use_abstract_mesh(_auto_mesh(mesh)):
             arguments = _reshard_to_auto((variables, args, kwargs), mesh)
             out = super().apply(arguments[0], *arguments[1], mutable=mutable, **arguments[2])
         batch = _batch_axis(args)
@@ -42,7 +41,7 @@ class MeshModule(nn.Module):
         mesh = _explicit_mesh((rngs, args, kwargs))
         if mesh is None:
             return super().init_with_output(rngs, *args, **kwargs)
-        with _auto_axes(mesh):
+        with jax.sharding.use_abstract_mesh(_auto_mesh(mesh)):
             arguments = _reshard_to_auto((rngs, args, kwargs), mesh)
             out, variables = super().init_with_output(arguments[0], *arguments[1], **arguments[2])
         batch = _batch_axis(args)
@@ -57,12 +56,6 @@ def _explicit_mesh(tree) -> AbstractMesh | None:
 
 def _arrays(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-
-
-@contextlib.contextmanager
-def _auto_axes(mesh):
-    with jax.sharding.use_abstract_mesh(_auto_mesh(mesh)):
-        yield
 
 
 def _auto_mesh(mesh):
