@@ -5,8 +5,8 @@ python -m dat_jax.main --config=configs/finetune.py --workdir=runs/mine --config
 
 --config.init_from takes published weights converted by `python -m dat_jax.conversion`, or the work directory of a run. The
 classification head is initialized randomly if the classes differ in number or in their recorded names. For another model,
-set --config.model.name to the one of the weights. Hardware: any. The learning rates are a quarter of those for training from
-scratch, the length a tenth; they are not tuned to any data set.
+set --config.model.name to the one of the weights. Hardware: any. The batch size, the length, the warm-up and the learning rate
+follow from the number of training images, the image size from the weights (-1); they are not tuned to any data set.
 """
 
 from dat_jax.config import get_classification_config
@@ -16,9 +16,9 @@ def get_config():
     config = get_classification_config()
     config.model.update(name="dat_pp_tiny", drop_path_rate=0.2, remat="blocks", scan_blocks=True, implementation="auto")
     config.init_from = "weights/dat_pp_t"
-    config.data.update(name="folders", directory="data/mine", workers=2)
-    config.epochs = 30
-    config.batch_size = 128
-    config.schedule.update(base_lr=1.25e-4, min_lr=1.25e-6, warmup_lr=1.25e-6, warmup_epochs=2.0)
+    config.data.update(name="folders", directory="data/mine", workers=2, image_size=-1, eval_resize=-1)
+    config.epochs = -1
+    config.batch_size = -1
+    config.schedule.update(base_lr=-1.0, warmup_epochs=-1.0)
     config.eval.batch_size = 256
     return config.lock()

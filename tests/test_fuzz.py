@@ -197,7 +197,8 @@ def check_validated(config):
         assert message.startswith(("config.", "Unknown key config.", "Missing key config.")), message
         assert "\n" not in message
     else:
-        assert min(config.batch_size, config.epochs, config.eval.batch_size) >= 1
+        assert all(size >= 1 or size == -1 for size in (config.batch_size, config.epochs))
+        assert config.eval.batch_size >= 1
         assert 0 <= config.data.max_damaged <= 1
         assert config.model.dtype in ("auto", "float32", "bfloat16")
 

@@ -18,9 +18,20 @@ KEYS = merge_keys(
             "randomly.",
         ),
         "data": {
-            "image_size": Key(int, 224, "Side of the square images, in pixels.", minimum=1),
+            "image_size": Key(
+                int,
+                224,
+                "Side of the square images, in pixels. -1: that of the weights `init_from`, else of the model.",
+                minimum=1,
+                or_value=-1,
+            ),
             "eval_resize": Key(
-                int, 256, "Evaluation resizes images to this side and takes the central `image_size` crop.", minimum=1
+                int,
+                256,
+                "Evaluation resizes images to this side and takes the central `image_size` crop. -1: that of the weights "
+                "`init_from`, else 8/7 of `image_size`.",
+                minimum=1,
+                or_value=-1,
             ),
         },
         "augmentation": {
@@ -73,7 +84,7 @@ def get_classification_config() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that do not fit each other."""
-    if config.data.eval_resize < config.data.image_size:
+    if config.data.eval_resize != -1 and config.data.eval_resize < config.data.image_size:
         raise UserError(
             f"config.data.eval_resize must be at least config.data.image_size {config.data.image_size}, got "
             f"{config.data.eval_resize}."

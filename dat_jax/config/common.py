@@ -9,9 +9,22 @@ from dat_jax.config.keys import Key, OpenGroup
 
 KEYS: dict[str, Any] = {
     "seed": Key(int, 0, "Seed of initial weights, data order, augmentation and dropout.", minimum=0),
-    "epochs": Key(int, 300, "Length of the run in epochs. Ignored if `steps` is not 0.", minimum=1),
+    "epochs": Key(
+        int,
+        300,
+        "Length of the run in epochs. Ignored if `steps` is not 0. -1: 30, or more for 1000 steps.",
+        minimum=1,
+        or_value=-1,
+    ),
     "steps": Key(int, 0, "Total number of optimizer steps; 0 derives it from `epochs`.", minimum=0),
-    "batch_size": Key(int, 1024, "Examples per optimizer step, over all devices and accumulated parts.", minimum=1),
+    "batch_size": Key(
+        int,
+        1024,
+        "Examples per optimizer step, over all devices and accumulated parts. -1: 8 to 128, about a sixteenth of the "
+        "training set.",
+        minimum=1,
+        or_value=-1,
+    ),
     "accumulate_steps": Key(
         int, 1, "Number of equal parts that a batch is split into; their gradients are accumulated.", minimum=1
     ),
@@ -162,11 +175,16 @@ SCHEDULES: dict[str, dict[str, Key]] = {
     # Linear warm-up, then cosine decay, as for the published classifiers.
     "cosine": {
         "base_lr": Key(
-            float, 5e-4, "Peak learning rate for a batch of `reference_batch_size`; scaled linearly with it.", minimum=0
+            float,
+            5e-4,
+            "Peak learning rate for a batch of `reference_batch_size`; scaled linearly with it. -1: all rates follow from "
+            "the number of steps, 5e-4 for 1000 and down to 1e-4 for long runs.",
+            minimum=0,
+            or_value=-1,
         ),
         "warmup_lr": Key(float, 5e-7, "Learning rate at the first step, scaled as `base_lr`.", minimum=0),
         "min_lr": Key(float, 5e-6, "Learning rate at the last step, scaled as `base_lr`.", minimum=0),
-        "warmup_epochs": Key(float, 20.0, "Epochs of linear warm-up.", minimum=0),
+        "warmup_epochs": Key(float, 20.0, "Epochs of linear warm-up. -1: a tenth of the run.", minimum=0, or_value=-1),
         "reference_batch_size": Key(int, 512, "Batch size that the learning rates are meant for.", minimum=1),
     },
     # Linear warm-up, and base_lr * (1 - step / steps) ** power, as for the published segmentors.

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from dat_jax.models.dat import DAT
 from dat_jax.models.layers import LayerNorm
+from dat_jax.models.mesh_axes import MeshModule
+from dat_jax.ops import dispatch
 
 
-class Backbone(nn.Module):
+class Backbone(MeshModule):
     """Images (B, H, W, 3), normalized -> the four maps of ``DAT.features``, with a LayerNorm on some of them.
 
     The next stage gets the map without this norm.
@@ -30,7 +32,8 @@ class Backbone(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
         maps = self.dat.features(images, train=train)
-        return tuple(
-            LayerNorm(name=f"norms_{index}", dtype=self.dtype)(x) if index in self.out_indices else x
-            for index, x in enumerate(maps)
-        )
+        with dispatch.gradients_for(self.dat.implementation):
+            return tuple(
+                LayerNorm(name=f"norms_{index}", dtype=self.dtype)(x) if index in self.out_indices else x
+                for index, x in enumerate(maps)
+            )

@@ -10,6 +10,8 @@ import numpy as np
 
 from dat_jax.models import attention
 from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
+from dat_jax.models.mesh_axes import MeshModule
+from dat_jax.ops import dispatch
 from dat_jax.ops.attention.deformable import FORMS
 from dat_jax.ops.layers.activation import gelu
 
@@ -230,7 +232,7 @@ def _period(kinds: str) -> int:
     return next(p for p in range(1, len(kinds) + 1) if kinds[:p] * (len(kinds) // p) == kinds)
 
 
-class DAT(nn.Module):
+class DAT(MeshModule):
     """Vision transformer with deformable attention.
 
     ``model.apply(variables, images, train=False)`` takes images (B, H, W, 3) of any size from 32 x 32, normalized by the ImageNet
@@ -273,7 +275,7 @@ class DAT(nn.Module):
       scan_blocks: whether the repeated blocks of a stage are one loop over stacked parameters, which compiles faster.
         Parameters keep their names; results differ by rounding, and drop path draws other random numbers.
       dtype: of the computation. Parameters are float32; positions, softmax and statistics are float32 or better.
-      implementation: "auto", "plain" or "pallas", for every op, see ``ops.dispatch``.
+      implementation: "auto", "plain" or "pallas", for every op, see ``ops.dispatch``. Only "plain" supports ``jax.jvp``.
 
     Raises:
       ValueError: the settings are inconsistent, or images have a wrong shape.
@@ -334,11 +336,12 @@ class DAT(nn.Module):
     def features(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
         """Images (B, H, W, 3) -> the map after each stage, (B, H_i, W_i, dims[i]), strides 4, 8, 16 and 32, without a norm."""
         self._check_images(images)
-        x = self.patch_proj(images.astype(self.dtype))
-        maps = []
-        for index, stage in enumerate(self.stage_modules):
-            x = stage(self.down_projs[index - 1](x) if index else x, train=train)
-            maps.append(x)
+        with dispatch.gradients_for(self.implementation):
+            x = self.patch_proj(images.astype(self.dtype))
+            maps = []
+            for index, stage in enumerate(self.stage_modules):
+                x = stage(self.down_projs[index - 1](x) if index else x, train=train)
+                maps.append(x)
         return tuple(maps)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -347,8 +350,9 @@ class DAT(nn.Module):
 
     def classify(self, last_map: jax.Array) -> jax.Array:
         """The last of ``features``, (B, H, W, dims[-1]) -> logits (B, num_classes)."""
-        x = self.cls_norm(last_map)
-        return self.cls_head(x.mean(axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
+        with dispatch.gradients_for(self.implementation):
+            x = self.cls_norm(last_map)
+            return self.cls_head(x.mean(axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
 
     def _block_maker(self, i: int, kind: str):
         """Returns a function of a name and a parent that creates a block of stage ``i``."""

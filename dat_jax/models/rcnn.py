@@ -10,6 +10,7 @@ from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
 from dat_jax.models.fpn import FPN
 from dat_jax.models.layers import ConvUnit
+from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.models.rpn import ANCHOR_RATIOS, ANCHOR_SCALES, RPNHead
 
 BOX_SIDE, MASK_SIDE = 7, 14  # published sides of the RoI features for the heads
@@ -85,7 +86,7 @@ class MaskHead(nn.Module):
         return nn.Conv(self.num_classes, (1, 1), kernel_init=init, dtype=wide, name="conv_logits")(x)
 
 
-class RCNN(nn.Module):
+class RCNN(MeshModule):
     """Backbone, pyramid of five levels (strides 4 to 64), RPN, and the heads for boxes and masks.
 
     The variables are "params" and, in a cascade, "batch_stats". Methods are functions of arrays; ``tasks.detection.objective``

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
 from dat_jax.models.fpn import FPN
+from dat_jax.models.mesh_axes import MeshModule
 
 STRIDES = (8, 16, 32, 64, 128)
 ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # multiples of the stride
@@ -65,7 +66,7 @@ class RetinaHead(nn.Module):
         return self.retina_cls(scores), self.retina_reg(deltas)
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(MeshModule):
     """Images (B, H, W, 3), normalized -> {"scores", "deltas"}, each for five levels with strides 8 to 128, see ``RetinaHead``.
 
     Attributes:

@@ -11,6 +11,7 @@ from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
 from dat_jax.models.fpn import FPN
 from dat_jax.models.layers import ConvUnit
+from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.ops.layers.resize import adaptive_average_pool, resize_bilinear
 
 
@@ -122,7 +123,7 @@ class FCNHead(nn.Module):
         return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(x, train=train)
 
 
-class Segmentor(nn.Module):
+class Segmentor(MeshModule):
     """Backbone and heads: images (B, H, W, 3), normalized, of any size from 32 x 32 -> logits of every class.
 
     ``model.apply(variables, images, train=False)`` returns a dictionary of arrays in float32 or better:

@@ -9,6 +9,10 @@ An op with several algorithms takes ``implementation=``:
 * the name of an algorithm of the op, see ``IMPLEMENTATIONS``.
 
 Ops without that argument use the algorithms of ``ops.cpu`` on CPUs, see ``uses_cpu_algorithms``.
+
+Differentiation: "plain" supports forward mode (``jax.jvp``, ``jax.jacfwd``, ``jax.linearize``) and reverse mode to any order, so
+also Hessian-vector products. The other choices have backward passes of their own (``jax.custom_vjp``), which support only
+``jax.grad`` and ``jax.vjp``; for forward mode jax raises its own TypeError. Memory is larger with "plain".
 """
 
 import contextlib
@@ -54,7 +58,7 @@ def target_platform() -> str:
 
 def uses_cpu_algorithms() -> bool:
     """Whether ops without ``implementation=`` (linear layers, sums of gradients) use the algorithms of ``ops.cpu``."""
-    return target_platform() == "cpu"
+    return target_platform() == "cpu" and uses_custom_gradients()
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -79,6 +83,24 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _PLATFORM.reset(token)
+
+
+_CUSTOM_GRADIENTS: contextvars.ContextVar[bool] = contextvars.ContextVar("custom_gradients", default=True)
+
+
+def uses_custom_gradients() -> bool:
+    """Whether ops without ``implementation=`` have backward passes of their own, which save memory and exclude ``jax.jvp``."""
+    return _CUSTOM_GRADIENTS.get()
+
+
+@contextlib.contextmanager
+def gradients_for(implementation: str) -> Iterator[None]:
+    """With "plain", ops that are traced within this context are differentiated by jax. Other names change nothing."""
+    token = _CUSTOM_GRADIENTS.set(_CUSTOM_GRADIENTS.get() and implementation != "plain")
+    try:
+        yield
+    finally:
+        _CUSTOM_GRADIENTS.reset(token)
 
 
 _INTERPRET = contextvars.ContextVar("interpret", default=False)

@@ -67,6 +67,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     trainer = Trainer(config)
     trainer.check_train_batch()
     trainer.task.check_data()
+    trainer.log_length_warnings()
     check_writable(directory)
     cache = enable_cache(trainer.config.compilation_cache)
     description = {

@@ -18,6 +18,7 @@ from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.registry import make_task
+from dat_jax.training import derived
 from dat_jax.training.compilation import known_options
 from dat_jax.training.monitoring.input import without_damaged
 from dat_jax.training.optimizer import make_optimizer
@@ -33,7 +34,8 @@ class Trainer:
     """Builds what a configuration determines, once, in this order: mesh, task and data, schedule, optimizer, model, state.
 
     Attributes:
-      config: the configuration, checked, with ``model.deformable_form`` resolved and without attributes of another head.
+      config: the configuration, checked, with ``model.deformable_form`` and derived values (-1) resolved and without attributes
+        of another head.
       mesh: devices of the run.
       task: data, model, evaluation and figures, see ``tasks.task.Task``.
       steps_per_epoch, total_steps: number of steps per epoch and of the whole run.
@@ -64,9 +66,10 @@ class Trainer:
           UserError: names what does not fit.
         """
         validate(config)
-        self.config = config = _drop_other_head(_resolve_deformable_form(config))
+        config = derived.resolve_image_size(_drop_other_head(_resolve_deformable_form(config)))
         self.mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         self.task = make_task(config, sources=sources)
+        self.config = config = self._resolve_length(config)
         _check_eval_batch(config, self.mesh)
         self.steps_per_epoch = _count_steps_per_epoch(config, self.task)
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
@@ -95,6 +98,14 @@ class Trainer:
             objective, predict=sharding.with_split_kernels(predict, self.mesh), loss=loss
         )
         self.extra_eval_sets = self.task.load_extra_eval_sets()
+
+    def _resolve_length(self, config: ConfigDict) -> ConfigDict:
+        """Replace derived values once the data are read. The task is made again with them."""
+        parts = self.mesh.size * config.accumulate_steps
+        resolved = derived.resolve_length(config, examples=len(self.task.train_source), parts=parts)
+        if resolved is not config:
+            self.task = make_task(resolved, sources=(self.task.train_source, self.task.eval_source))
+        return resolved
 
     def initialize(self) -> TrainState:
         """Make the state before the first step, on the mesh."""
@@ -180,6 +191,12 @@ class Trainer:
                 f"config.batch_size {config.batch_size} is not a multiple of {parts}: {self.mesh.size} devices times "
                 f"{config.accumulate_steps} accumulated steps."
             )
+
+    def log_length_warnings(self) -> None:
+        """Log a warning for each length with which the run cannot work."""
+        lengths = dict(steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+        for sentence in derived.list_length_warnings(self.config, **lengths):
+            logger.warning(sentence)
 
     def count_model_flops(self) -> float:
         """Count the FLOPs of a training step per image as model FLOPs utilization (MFU) does.

@@ -19,6 +19,8 @@ _ACCURACIES = {
     "top-1 accuracy, %": ("train/top1", "eval/top1"),
     "pixel accuracy and mIoU, %": ("train/accuracy", "eval/aAcc", "eval/mIoU"),
 }
+_TITLE_LENGTH = 15  # characters above an image of ``save_predictions``
+_LEGEND_LENGTH = 24  # characters of a class in a legend, which otherwise takes the space of the images
 _DRAWN_INCHES = 6.4  # longer side of an image with detections, which fixes the sizes of text and lines
 
 
@@ -60,6 +62,8 @@ def save_predictions(
 ) -> None:
     """Save a grid of images with their predicted classes. Wrong predictions are red and followed by the label.
 
+    Names that are wider than an image are shortened.
+
     Args:
       path: PNG file to write.
       images: uint8 (N, H, W, 3).
@@ -76,9 +80,20 @@ def save_predictions(
     for axes, image, label, prediction in zip(grid, images, labels, predictions, strict=False):
         correct = label == prediction
         title = class_names[prediction] if correct else f"{class_names[prediction]}, is {class_names[label]}"
+        if len(title) > _TITLE_LENGTH:
+            title = shorten(class_names[prediction], _TITLE_LENGTH)
+            title += "" if correct else f"\nis {shorten(class_names[label], _TITLE_LENGTH - 3)}"
         axes.imshow(image)
-        axes.set_title(title, color="black" if correct else "red", fontsize=9)
+        axes.set_title(title, color="black" if correct else "red", fontsize=9, parse_math=False)
     figure.savefig(path, dpi=110)
+
+
+def shorten(name: str, length: int) -> str:
+    """The name with an ellipsis in its middle if it has more than ``length`` characters."""
+    if len(name) <= length:
+        return name
+    end = (length - 1) // 2
+    return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
 
 
 def save_sampled_points(
@@ -176,10 +191,12 @@ def save_segmentations(
         for _, labels in row.values():
             if labels is not None:
                 counts += np.bincount(labels[labels != 255].ravel(), minlength=len(counts))
-    in_legend = [index for index in np.argsort(-counts, kind="stable")[:max_classes] if counts[index]]
+    in_legend = [int(index) for index in np.argsort(-counts, kind="stable")[:max_classes] if counts[index]]
     columns = max(map(len, rows))
     height = sum(
-        (panel_width - 0.1) * max(image.shape[0] / image.shape[1] for image, _ in row.values()) for row in rows
+        (panel_width - 0.1) * max(image.shape[0] / image.shape[1] for image, _ in row.values())
+        + 0.13 * max(title.count("\n") for title in row)
+        for row in rows
     )
     figure = Figure(
         figsize=(panel_width * columns + 1.8, max(height + 0.4, 0.19 * len(in_legend) + 0.6)), layout="constrained"
@@ -191,7 +208,10 @@ def save_segmentations(
         for (title, (image, labels)), axes in zip(row.items(), line, strict=False):
             axes.imshow(image if labels is None else blend(image, labels, palette))
             axes.set_title(title, fontsize=8)
-    handles = [Patch(color=tuple((palette[index] / 255).tolist()), label=class_names[index]) for index in in_legend]
+    handles = [
+        Patch(color=tuple((palette[index] / 255).tolist()), label=shorten(class_names[index], _LEGEND_LENGTH))
+        for index in in_legend
+    ]
     if handles:
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)

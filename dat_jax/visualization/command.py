@@ -45,7 +45,7 @@ def visualize_files(
     attention: AttentionOptions,
     options: Mapping[str, Any],
 ) -> bool:
-    """Load a trained model and write one figure for each image file.
+    """Load a trained model, write one figure for each image file, and print the names of the files.
 
     Args:
       trained: work directory of a run, or export.
@@ -94,6 +94,8 @@ def visualize_files(
             save_segmentation(outputs[index], image, segmenter=predictor, annotation=annotation)
         else:
             save_detection(outputs[index], image, detector=predictor)
+        written = [outputs[index], *pages[index : index + 1]]
+        print(f"{images[index]}: {', '.join(map(str, written))}", flush=True)
 
     return process_files(images, process)
 

@@ -76,8 +76,8 @@ def test_values_that_a_key_accepts(key, phrase, accepted, refused):
             0.1,
             "Unknown key config.optimizer.weight_deacy; did you mean config.optimizer.weight_decay",
         ),
-        ("batch_size", 2.5, "config.batch_size must be an integer of at least 1, got 2.5"),
-        ("batch_size", 0, "config.batch_size must be an integer of at least 1, got 0"),
+        ("batch_size", 2.5, "config.batch_size must be an integer of at least 1, or -1, got 2.5"),
+        ("batch_size", 0, "config.batch_size must be an integer of at least 1, or -1, got 0"),
         (
             "loss.label_smoothing",
             1.0,
@@ -96,7 +96,7 @@ def test_values_that_a_key_accepts(key, phrase, accepted, refused):
             "config.augmentation.flip_probability must be a number from 0 to 1, got 1.5",
         ),
         ("data.eval_resize", 200, "config.data.eval_resize must be at least config.data.image_size 224, got 200"),
-        ("schedule.base_lr", float("nan"), "config.schedule.base_lr must be a number of at least 0, got nan"),
+        ("schedule.base_lr", float("nan"), "config.schedule.base_lr must be a number of at least 0, or -1, got nan"),
         (
             "mesh",
             {"data": -1, "fsdp": -1},

@@ -82,7 +82,9 @@ def test_figures_of_a_segmentor_have_a_further_panel_for_labels(export, folder, 
     plain, labelled = tmp_path / "plain", tmp_path / "labelled"
     assert run(export, folder, f"--output={plain}", *SMALL) == 0
     assert run(export, folder, f"--output={labelled}", f"--labels={tmp_path / 'labels'}", *SMALL) == 0
-    assert capsys.readouterr() == ("", "")
+    lines = [f"{folder / name}.jpg: {directory / name}.png" for directory in (plain, labelled) for name in "ab"]
+    printed = capsys.readouterr()
+    assert (printed.out.splitlines(), printed.err) == (lines, "")
     for directory in (plain, labelled):
         assert sorted(path.name for path in directory.iterdir()) == ["a.png", "b.png"]
     first, second = read(plain / "a.png"), read(labelled / "a.png")
@@ -93,10 +95,26 @@ def test_figures_of_a_segmentor_have_a_further_panel_for_labels(export, folder, 
     assert first.std() > 20
 
 
+def test_long_class_names_are_shortened_in_the_middle():
+    assert charts.shorten("short", 5) == "short"
+    assert charts.shorten("n02085936_Maltese_dog", 11) == "n0208…e_dog"
+    assert len(charts.shorten("n02085936_Maltese_dog", 8)) == 8
+
+
+def test_titles_of_predictions_do_not_overlap(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(charts.Axes, "set_title", lambda self, title, **_: titles.append(title))
+    names = ["a_very_long_name_of_a_class", "another_very_long_name_of_a_class", "c"]
+    options = dict(labels=[0, 1, 2], predictions=[0, 0, 2], class_names=names)
+    charts.save_predictions(tmp_path / "predictions.png", np.zeros((3, 8, 8, 3), np.uint8), **options)
+    assert len(titles) == 3
+    assert max(len(line) for title in titles for line in title.split("\n")) <= 15
+
+
 @pytest.mark.slow
 def test_figures_of_a_detector_show_detections_and_sampled_points(detector, folder, tmp_path, capsys):
     assert run(detector, folder, f"--output={tmp_path / 'out'}", "--max_detections=5", *SMALL) == 0
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr().err == ""
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
     figure = read(tmp_path / "out" / "a.png")
     assert figure.shape == (559, 2080, 3)  # four panels of 4 inches; the last one is empty
@@ -250,5 +268,6 @@ def test_command_line(export, folder, tmp_path):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         timeout=180,
     )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{folder / 'a.jpg'}: {tmp_path / 'out' / 'a.png'}\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]

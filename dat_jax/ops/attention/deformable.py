@@ -154,7 +154,8 @@ def deformable_attention(
                 table, points, map_shape=map_shape, query_grid=query_grid, tile=tile, implementation=implementation
             )
         flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
-        out = multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
+        with dispatch.gradients_for(implementation):
+            out = multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)
         return out.reshape(queries.shape)
 
     if tile_shape is None:

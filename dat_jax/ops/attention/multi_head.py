@@ -1,13 +1,12 @@
 """Multi-head attention on packed channels, the core of the other attention ops."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dat_jax.ops import memory
+from dat_jax.ops import dispatch, memory
 from dat_jax.ops.layers.reduction import sum_over_axes
 
 _RESULTS = "attention_results"
@@ -93,9 +92,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) 
     Source of the backward pass: FlashAttention (2205.14135), algorithm 4.
     """
     scale = 1 / math.sqrt(query.shape[-1])
+    attend_scaled = _attend if dispatch.uses_custom_gradients() else _compute_attention
     if query.dtype == jnp.promote_types(query.dtype, bias.dtype):
-        return _attend(query * scale, key, value, bias, 1.0)
-    return _attend(query, key, value, bias, scale)  # scales the logits: a scaled bfloat16 query would be rounded again
+        return attend_scaled(query * scale, key, value, bias, 1.0)
+    return attend_scaled(
+        query, key, value, bias, scale
+    )  # scales the logits: a scaled bfloat16 query would be rounded again
 
 
 def attend_backward(
@@ -109,14 +111,16 @@ def attend_backward(
     return _attend_backward(scale, (query, key, value, bias, out), gradient)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query, key, value, bias, scale):
+def _compute_attention(query, key, value, bias, scale):
     exponentials, total = _exponentials(query, key, bias, scale)
     # Divides after the product: D numbers per query instead of Nk. On CPU all is then one loop that writes no weights.
     product = jnp.einsum(
         "...qk,...kd->...qd", exponentials.astype(value.dtype), value, preferred_element_type=total.dtype
     )
     return (product / total).astype(value.dtype)
+
+
+_attend = jax.custom_vjp(_compute_attention, nondiff_argnums=(4,))
 
 
 def _exponentials(query, key, bias, scale):
@@ -132,7 +136,7 @@ def _times(x, scale):
 
 
 def _attend_forward(query, key, value, bias, scale):
-    out = checkpoint_name(_attend(query, key, value, bias, scale), _RESULTS)
+    out = checkpoint_name(_compute_attention(query, key, value, bias, scale), _RESULTS)
     return out, (query, key, value, bias, out)
 
 

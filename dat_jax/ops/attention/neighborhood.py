@@ -59,9 +59,11 @@ def neighborhood_attention(
     if table.shape != (num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1):
         side = 2 * kernel_size - 1
         raise ValueError(f"neighborhood_attention expected a table {(num_heads, side, side)}, got {table.shape}.")
+    requested = implementation
     implementation = dispatch.choose("neighborhood_attention", implementation, map_shape=(height, width))
     if implementation == "gather":
-        return _attend_gathered(query, key, value, table, kernel_size, num_heads)
+        with dispatch.gradients_for(requested):
+            return _attend_gathered(query, key, value, table, kernel_size, num_heads)
     if implementation == "pallas":
         return _attend_with_pallas(query, key, value, table, kernel_size, num_heads)
     if implementation == "rows":

@@ -5,12 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dat_jax.ops import memory
+from dat_jax.ops import dispatch, memory
 from dat_jax.ops.layers.linear import linear
 from dat_jax.ops.layers.reduction import sum_outer_products, sum_over_positions
 
 
-@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x * Phi(x), of any shape.
 
@@ -24,8 +23,15 @@ def gelu(x: jax.Array) -> jax.Array:
 
     Source: Gaussian Error Linear Units (1606.08415).
     """
+    return _gelu(x) if dispatch.uses_custom_gradients() else _compute_gelu(x)
+
+
+def _compute_gelu(x):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+_gelu = jax.custom_vjp(_compute_gelu)
 
 
 def _normal_cdf(x):
@@ -33,7 +39,7 @@ def _normal_cdf(x):
 
 
 def _gelu_forward(x):
-    return gelu(x), x
+    return _compute_gelu(x), x
 
 
 def _gelu_backward(x, gradient):
@@ -46,10 +52,9 @@ def _gelu_derivative(x, gradient):
     return (gradient.astype(wide.dtype) * (_normal_cdf(wide) + wide * density)).astype(x.dtype)
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
-@jax.custom_vjp
 def gelu_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """gelu(x) @ kernel + bias; ``x`` is stored for the backward pass, gelu(x) is not.
 
@@ -61,11 +66,18 @@ def gelu_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     Returns:
       (..., features).
     """
+    return _gelu_linear(x, kernel, bias) if dispatch.uses_custom_gradients() else _compute_gelu_linear(x, kernel, bias)
+
+
+def _compute_gelu_linear(x, kernel, bias):
     return linear(gelu(x), kernel, bias)
 
 
+_gelu_linear = jax.custom_vjp(_compute_gelu_linear)
+
+
 def _gelu_linear_forward(x, kernel, bias):
-    return gelu_linear(x, kernel, bias), (x, kernel)
+    return _compute_gelu_linear(x, kernel, bias), (x, kernel)
 
 
 def _gelu_linear_backward(residuals, gradient):
@@ -75,4 +87,4 @@ def _gelu_linear_backward(residuals, gradient):
     return to_x, to_kernel, sum_over_positions(gradient).astype(gradient.dtype)
 
 
-gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)
+_gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)

@@ -61,4 +61,5 @@ def conv_mlp(
     )
     x = x @ kernel1 + bias1.reshape(1, 1, 1, -1)
     convolved = depthwise_conv(x, taps, padding=1, implementation="plain" if implementation == "plain" else "auto")
-    return gelu_linear(x + (convolved + taps_bias.reshape(1, 1, 1, -1)), kernel2, bias2)
+    with dispatch.gradients_for(implementation):
+        return gelu_linear(x + (convolved + taps_bias.reshape(1, 1, 1, -1)), kernel2, bias2)

@@ -31,8 +31,14 @@ def retinanet_anchor_settings(*, scales: Sequence[float], ratios: Sequence[float
     An object below the positive threshold has one positive anchor or a few, too weak to be learned beside the background.
     """
     positive = _THRESHOLDS["positive"]
-    options = dict(strides=STRIDES, scales=tuple(scales), ratios=tuple(ratios))
-    return AnchorSettings(**options, inside_only=False, required=positive, positive=positive)
+    return AnchorSettings(
+        strides=STRIDES,
+        scales=tuple(scales),
+        ratios=tuple(ratios),
+        inside_only=False,
+        required=positive,
+        positive=positive,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""Settings that follow from the size of the training set, and warnings about lengths."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from dat_jax.config import list_configs, load_config, validate
+from dat_jax.training.derived import list_length_warnings, resolve_image_size, resolve_length
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "epochs", "peak"),
+    [(60, 8, 143, 5e-4), (368, 16, 44, 5e-4), (5_000, 128, 30, 4.6e-4), (1_000_000, 128, 30, 1e-4)],
+)
+def test_finetuning_follows_the_number_of_images(examples, batch_size, epochs, peak):
+    config = load_config("finetune")
+    validate(config)
+    config = resolve_length(config, examples=examples, parts=1)
+    validate(config)
+    steps_per_epoch = examples // batch_size
+    assert (config.batch_size, config.epochs) == (batch_size, epochs)
+    assert config.schedule.base_lr == pytest.approx(peak, rel=0.01)
+    assert config.schedule.reference_batch_size == batch_size
+    assert config.schedule.warmup_epochs == pytest.approx(epochs / 10)
+    assert not list_length_warnings(config, steps_per_epoch=steps_per_epoch, total_steps=epochs * steps_per_epoch)
+
+
+def test_set_values_are_not_derived():
+    config = load_config("finetune")
+    with config.unlocked():
+        config.batch_size, config.epochs, config.schedule.base_lr = 32, 5, 2e-3
+    config = resolve_length(config, examples=368, parts=8)
+    assert (config.batch_size, config.epochs, config.schedule.base_lr) == (32, 5, 2e-3)
+    assert config.schedule.reference_batch_size == 512
+
+
+def test_derived_batch_is_split_over_devices():
+    assert resolve_length(load_config("finetune"), examples=60, parts=12).batch_size == 12
+
+
+def test_image_size_is_that_of_the_weights_else_of_the_model(tmp_path):
+    config = load_config("finetune")
+    with config.unlocked():
+        config.model.name, config.init_from = "dat_pp_nano", str(tmp_path)
+    data = resolve_image_size(config).data
+    assert (data.image_size, data.eval_resize) == (48, 55)
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"image_size": 64, "eval_resize": 70}}))
+    data = resolve_image_size(config).data
+    assert (data.image_size, data.eval_resize) == (64, 70)
+    (tmp_path / "model.json").write_text(json.dumps({"options": {"image_size": 96, "resize": 100}}))
+    data = resolve_image_size(config).data
+    assert (data.image_size, data.eval_resize) == (96, 100)
+
+
+def finetuning(**settings):
+    schedule = ConfigDict({"warmup_epochs": 1.0})
+    return ConfigDict(
+        {"init_from": "w", "steps": 0, "batch_size": 128, "ema_decay": 0.0, "schedule": schedule, **settings}
+    )
+
+
+def test_warnings_name_the_number_and_what_to_set():
+    config = finetuning(ema_decay=0.99, schedule={"warmup_epochs": 15.0})
+    steps, ema, warmup = list_length_warnings(config, steps_per_epoch=2, total_steps=60)
+    expected = {
+        steps: ("60 steps", "--config.epochs=250"),
+        ema: ("100 steps", "--config.ema_decay=0.833"),
+        warmup: ("30 steps", "--config.schedule.warmup_epochs=3"),
+    }
+    assert all(part in sentence for sentence, parts in expected.items() for part in parts)
+
+
+def test_runs_from_scratch_may_be_shorter_than_finetuning():
+    assert not list_length_warnings(finetuning(init_from=""), steps_per_epoch=62, total_steps=372)
+    assert list_length_warnings(finetuning(), steps_per_epoch=62, total_steps=372)
+
+
+EXAMPLES = {
+    "quickstart": 5_000,
+    "quickstart_recipe": 5_000,
+    "quickstart_segmentation": 800,
+    "quickstart_detection": 800,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in list_configs() if name != "tiny"])
+def test_packaged_configurations_have_no_warning(name):
+    config = load_config(name)
+    task_examples = {"segmentation": 20_210, "detection": 117_266}.get(config.task, 1_281_167)
+    examples = EXAMPLES.get(name.partition(":")[0], task_examples)
+    config = resolve_length(config, examples=examples, parts=1)
+    steps_per_epoch = examples // config.batch_size
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    assert not list_length_warnings(config, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
