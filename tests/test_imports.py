@@ -24,7 +24,9 @@ ALLOWED = {
         *("dat_jax.data", "dat_jax.cli", "dat_jax.errors", "dat_jax.storage"),
         *("PIL", "absl", "array_record", "cv2", "grain", "pycocotools", "rich", "tensorflow_datasets"),
     },
-    "dat_jax.evaluation": {"dat_jax.evaluation", "dat_jax.ops", "dat_jax.visualization", "jax", "pycocotools"},
+    "dat_jax.evaluation": {
+        *("dat_jax.evaluation", "dat_jax.ops", "dat_jax.storage", "dat_jax.visualization", "jax", "pycocotools"),
+    },
     "dat_jax.checkpoints": {
         *("dat_jax.checkpoints", "dat_jax.errors", "dat_jax.models", "dat_jax.parallel", "dat_jax.storage"),
         *("flax", "jax", "ml_collections", "orbax"),
@@ -37,7 +39,7 @@ ALLOWED = {
     "dat_jax.training": {
         *("dat_jax.training", "dat_jax.checkpoints", "dat_jax.cli.console", "dat_jax.config", "dat_jax.errors"),
         *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.profiling", "dat_jax.storage"),
-        *("dat_jax.tasks", "dat_jax.visualization"),
+        *("dat_jax.evaluation.results", "dat_jax.tasks", "dat_jax.visualization"),
         *("flax", "jax", "ml_collections", "optax", "rich", "tensorboardX", "wandb"),
     },
     "dat_jax.inference": {

@@ -1,30 +1,33 @@
-"""Top-1 and top-5 accuracy over a whole data set, and figures of predictions."""
+"""Accuracy over a whole data set and of each class, the confusion matrix, and figures of predictions."""
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dat_jax.evaluation.results import Evaluation
 from dat_jax.visualization import charts
 
 METRIC = "top1"  # the best checkpoint has the highest value of this metric
 
 
-def make_evaluator(predict: Callable) -> Callable[..., dict[str, float]]:
-    """Make ``evaluate(variables, batches, *, classes=None) -> metrics``, compiled once per shape of batches.
+def make_evaluator(predict: Callable) -> Callable[..., Evaluation]:
+    """Make ``evaluate(variables, batches, *, classes=None) -> Evaluation``, compiled once per shape of batches.
 
     Args:
       predict: function of (variables, batch) that returns {"logits": (B, K)}.
 
     Returns:
       A function of variables and batches. Batches contain "label", int (B,), and "mask", (B,), 1 for examples that count.
-      ``classes`` are the indices of the classes that may be predicted, for data sets without the others. It returns {"top1",
-      "top5": percent, "loss": mean cross-entropy, "examples": number of counted examples}.
+      ``classes`` are the indices of the classes that may be predicted, for data sets without the others. The metrics are
+      {"top1", "top5": percent, "loss": mean cross-entropy, "examples": number of counted examples}, those of the classes are
+      "top1" and "examples", and there is a confusion matrix.
 
       If batches contain "acceptable", bool (B, K), a prediction is correct if it is any acceptable class, and examples without
-      one are not counted. The result is then {"top1", "examples"}.
+      one are not counted. The only result is then {"top1", "examples"}.
     """
 
     @jax.jit
@@ -40,25 +43,35 @@ def make_evaluator(predict: Callable) -> Callable[..., dict[str, float]]:
         label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
         rank = ((~(logits < label_logits)) & allowed).sum(axis=-1) - 1
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+        counted_label = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
+        prediction = jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1])
         return {
             "top1": ((rank < 1) * mask).sum(),
             "top5": ((rank < 5) * mask).sum(),
             "loss": (loss * mask).sum(),
             "examples": mask.sum(),
+            "class_top1": (rank < 1) @ counted_label,
+            "confusion": counted_label.T @ prediction,  # products of 0 and 1, exact in any precision
         }
 
     def evaluate(variables, batches, *, classes=None):
-        totals = {}
+        totals: dict[str, Any] = {}
         for batch in batches:
             if not totals:
                 count = jax.eval_shape(predict, variables, batch)["logits"].shape[-1]
                 allowed = np.isin(np.arange(count), np.arange(count) if classes is None else classes)[None]
             for name, value in compute_sums(variables, batch, allowed).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        examples = totals.pop("examples")
+                totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
+        examples = totals["examples"]
         scales = {"top1": 100, "top5": 100, "loss": 1}
-        means = {name: scales[name] * totals[name] / max(examples, 1.0) for name in scales if name in totals}
-        return {**means, "examples": int(examples)}
+        means = {name: scales[name] * float(totals[name] / max(examples, 1)) for name in scales if name in totals}
+        metrics = {**means, "examples": int(examples)}
+        if "confusion" not in totals:
+            return Evaluation(metrics)
+        class_examples = totals["confusion"].sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            per_class = {"top1": 100 * totals["class_top1"] / class_examples, "examples": class_examples}
+        return Evaluation(metrics, per_class, confusion=totals["confusion"].astype(np.int64))
 
     return evaluate
 

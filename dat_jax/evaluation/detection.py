@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,6 +15,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dat_jax.evaluation.results import Evaluation
 from dat_jax.ops.detection.masks import paste_masks
 from dat_jax.visualization import charts
 
@@ -29,8 +30,8 @@ _MIN_SHOWN_SCORE = 0.3  # of detections in figures
 
 def make_evaluator(
     predict: Callable, *, load_ground_truth: Callable[[], dict], category_ids: Sequence[int], masks: bool
-) -> Callable[..., dict[str, float]]:
-    """Make ``evaluate(variables, batches) -> metrics``, compiled once per shape of images.
+) -> Callable[..., Evaluation]:
+    """Make ``evaluate(variables, batches) -> Evaluation``, compiled once per shape of images.
 
     Args:
       predict: see ``tasks.detection.objective``.
@@ -40,9 +41,10 @@ def make_evaluator(
       masks: whether masks are evaluated in addition to boxes.
 
     Returns:
-      A function of variables and batches, see ``data.batching.make_detection_eval_batches``. It returns the metrics of
-      ``evaluate_coco``, over the images whose "mask" is 1, and "images", their number. Every process converts the detections of
-      the images on its own devices; these are then gathered on all processes.
+      A function of variables and batches, see ``data.batching.make_detection_eval_batches``. Its metrics are those of
+      ``evaluate_coco``, over the images whose "mask" is 1, and "images", their number; those of the classes are "bbox/AP" and
+      "segm/AP". Every process converts the detections of the images on its own devices; these are then gathered on all
+      processes.
     """
     network = jax.jit(predict)
 
@@ -73,7 +75,12 @@ def make_evaluator(
             detections, evaluated = _gather(detections, evaluated)
         kinds = ("bbox", "segm") if masks else ("bbox",)
         ground_truth = _restrict(ground_truth, set(evaluated))
-        return {**evaluate_coco(ground_truth, detections, kinds=kinds), "images": len(evaluated)}
+        curves = {kind: compute_curves(ground_truth, detections, kind=kind) for kind in kinds}
+        order = np.argsort(np.argsort(category_ids))  # position of each label's category among the sorted ids
+        return Evaluation(
+            {**_summarize(curves), "images": len(evaluated)},
+            per_class={f"{kind}/AP": _class_precision(values["precision"])[order] for kind, values in curves.items()},
+        )
 
     return evaluate
 
@@ -198,12 +205,23 @@ def evaluate_coco(
     Raises:
       ValueError: a detection is of another image.
     """
+    return _summarize({kind: compute_curves(ground_truth, detections, kind=kind) for kind in kinds})
+
+
+def _summarize(curves: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Return the twelve metrics of each kind from the results of ``compute_curves``."""
     metrics = {}
-    for kind in kinds:
-        stats = compute_curves(ground_truth, detections, kind=kind)["stats"]
-        for name, value in zip(NAMES, stats.tolist(), strict=True):
+    for kind, values in curves.items():
+        for name, value in zip(NAMES, values["stats"].tolist(), strict=True):
             metrics[f"{kind}/{name}"] = value if value < 0 else 100 * value
     return metrics
+
+
+def _class_precision(precision: np.ndarray) -> np.ndarray:
+    """Return the AP of each category in percent, by id, (K,); NaN for categories without objects."""
+    of_all_sizes = precision[:, :, :, 0, -1]  # with at most 100 detections per image
+    values = 100 * of_all_sizes.mean(axis=(0, 1))
+    return np.where(of_all_sizes.max(axis=(0, 1)) < 0, np.nan, values)
 
 
 def compute_curves(

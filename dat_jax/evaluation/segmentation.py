@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dat_jax.evaluation.results import Evaluation
 from dat_jax.ops.layers.resize import bilinear_weights, traced_bilinear_weights
 from dat_jax.visualization import charts
 
@@ -89,8 +90,8 @@ def make_segmenter(predict: Callable, *, flip: bool = False, window: int = 0, st
 
 def make_evaluator(
     predict: Callable, *, flip: bool = False, window: int = 0, stride: int = 0
-) -> Callable[..., dict[str, float]]:
-    """Make ``evaluate(variables, batches) -> metrics``, compiled once per shape of images.
+) -> Callable[..., Evaluation]:
+    """Make ``evaluate(variables, batches) -> Evaluation``, compiled once per shape of images.
 
     Args:
       predict: see ``make_segmenter``.
@@ -105,8 +106,8 @@ def make_evaluator(
       - "size": int (B, 2), heights and widths of the images;
       - "mask": (B,), 1 for images that count.
 
-      It returns {"mIoU", "mAcc", "aAcc": percent, see ``compute_metrics``, "loss": mean cross-entropy per pixel, "images":
-      number of images}.
+      Its metrics are {"mIoU", "mAcc", "aAcc": percent, see ``compute_metrics``, "loss": mean cross-entropy per pixel, "images":
+      number of images}; those of the classes are "IoU" and "accuracy" in percent and "pixels", the number of labeled pixels.
     """
     forward = _make_forward(predict, flip=flip, window=window, stride=stride)
 
@@ -142,7 +143,10 @@ def make_evaluator(
                 totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
         images, loss = totals.pop("images"), totals.pop("loss")
         pixels = max(totals["labeled"].sum(), 1.0)
-        return {**compute_metrics(**totals), "loss": float(loss / pixels), "images": int(images)}
+        return Evaluation(
+            {**compute_metrics(**totals), "loss": float(loss / pixels), "images": int(images)},
+            per_class=_class_metrics(**totals) | {"pixels": totals["labeled"]},
+        )
 
     return evaluate
 
@@ -159,14 +163,22 @@ def compute_metrics(*, intersection: np.ndarray, predicted: np.ndarray, labeled:
       "mIoU": mean over classes of intersection over union; "mAcc": mean over classes of the fraction of correct pixels, both
       over the classes for which they are defined; "aAcc": fraction of all pixels that are correct.
     """
-    union = predicted + labeled - intersection
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou, accuracy = intersection / union, intersection / labeled
+    of_classes = _class_metrics(intersection=intersection, predicted=predicted, labeled=labeled)
+    means = {name: values[np.isfinite(values)] for name, values in of_classes.items()}
     return {
-        "mIoU": 100 * float(np.nanmean(iou)) if union.any() else 0.0,
-        "mAcc": 100 * float(np.nanmean(accuracy)) if labeled.any() else 0.0,
+        "mIoU": float(means["IoU"].mean()) if len(means["IoU"]) else 0.0,
+        "mAcc": float(means["accuracy"].mean()) if len(means["accuracy"]) else 0.0,
         "aAcc": 100 * float(intersection.sum() / max(labeled.sum(), 1)),
     }
+
+
+def _class_metrics(*, intersection: np.ndarray, predicted: np.ndarray, labeled: np.ndarray) -> dict[str, np.ndarray]:
+    """Return "IoU" and "accuracy" of each class in percent, (K,), NaN where undefined; see ``compute_metrics``."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "IoU": 100 * intersection / (predicted + labeled - intersection),
+            "accuracy": 100 * intersection / labeled,
+        }
 
 
 def segment_record(segment: Callable, variables, record: dict) -> tuple[np.ndarray, np.ndarray]:

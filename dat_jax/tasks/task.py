@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 
 from dat_jax.data import batching
 from dat_jax.data.sources import describe_damage
+from dat_jax.evaluation.results import Evaluation
 from dat_jax.tasks.objective import Objective
 
 # Random-access data set: len(source), source[index] -> record (a dict of numpy arrays), source.class_names.
 Source = Any
-Evaluator = Callable[..., dict[str, float]]  # evaluate(variables, batches, *, classes=None) -> metrics
+Evaluator = Callable[..., Evaluation]  # evaluate(variables, batches, *, classes=None)
 
 
 class Task(abc.ABC):
@@ -127,7 +128,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def make_evaluator(self, predict: Callable) -> Evaluator:
-        """Make ``evaluate(variables, batches, *, classes=None) -> metrics`` from an ``Objective.predict``."""
+        """Make ``evaluate(variables, batches, *, classes=None) -> Evaluation`` from an ``Objective.predict``."""
 
     @abc.abstractmethod
     def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:

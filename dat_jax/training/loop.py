@@ -44,7 +44,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     """Train as configured, or resume the run of the work directory.
 
     Writes to the work directory: checkpoints/, config.json, classes.txt, for detectors categories.json, metrics.jsonl, the
-    sinks of ``config.logs``, figures, summary.md and, if ``config.profile`` is set, profile/.
+    sinks of ``config.logs``, results of each class, figures, summary.md and, if ``config.profile`` is set, profile/.
 
     Args:
       config: a configuration (ConfigDict), see dat_jax.config.
@@ -103,17 +103,23 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
         if checkpoints.latest_step() is not None:  # otherwise no checkpoint could be saved, which was logged
             del state  # free its memory for the best one
             state = _restore_best(trainer, checkpoints)
-    metrics = trainer.evaluate(state.eval_variables)
+    evaluation = trainer.evaluate(state.eval_variables)
+    report.save_class_results(trainer, evaluation, directory)
     report.save_figures(trainer, state, directory)
     if not finished or not (directory / SUMMARY).exists():  # an existing summary has the duration of the training
         seconds = time.monotonic() - start_time
         save_summary(step=trainer.total_steps, ended_by=None, seconds=seconds)
-    report.print_result(console, metrics, weights=f"step {int(state.step)} in {checkpoints.directory}")
-    return metrics
+    report.print_result(
+        console,
+        evaluation,
+        class_names=trainer.task.class_names,
+        weights=f"step {int(state.step)} in {checkpoints.directory}",
+    )
+    return evaluation.metrics
 
 
 def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
-    """Evaluate a checkpoint of a work directory, which is only read.
+    """Evaluate a checkpoint of a work directory, and write the results of each class there.
 
     ``config.eval.checkpoint`` selects the best or the latest one. Without checkpoints, the weights that
     ``config.init_from`` names are evaluated. Besides the validation data, every set of ``config.eval.sets`` is evaluated.
@@ -145,11 +151,15 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
             f"There are no checkpoints in {directory}. Train first, name another --workdir, or name weights with "
             "--config.init_from."
         )
-    metrics = trainer.evaluate(state.eval_variables)
+    evaluation = trainer.evaluate(state.eval_variables)
+    report.save_class_results(trainer, evaluation, directory)
+    metrics = dict(evaluation.metrics)
     for name, (source, classes) in trainer.extra_eval_sets.items():
         extra = trainer.evaluate(state.eval_variables, source=source, classes=classes)
-        metrics |= {f"{name}/{metric}": value for metric, value in extra.items()}
-    report.print_result(console, metrics, weights=weights)
+        report.save_class_results(trainer, extra, directory, name=name)
+        metrics |= {f"{name}/{metric}": value for metric, value in extra.metrics.items()}
+    evaluation = dataclasses.replace(evaluation, metrics=metrics)
+    report.print_result(console, evaluation, class_names=trainer.task.class_names, weights=weights)
     return metrics
 
 
@@ -201,7 +211,7 @@ def _run_steps(
                 return state, preemption.signal_name
             if evaluation_due:
                 try:
-                    metrics = trainer.evaluate(state.eval_variables)
+                    metrics = trainer.evaluate(state.eval_variables).metrics
                 except (
                     Exception
                 ):  # such as validation images that cannot be read: the steps since the last checkpoint are kept

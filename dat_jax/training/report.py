@@ -2,12 +2,14 @@
 
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from rich.console import Console
 
 from dat_jax.cli.console import make_console, print_table
+from dat_jax.evaluation import results
+from dat_jax.evaluation.results import Evaluation
 from dat_jax.storage import atomic_write_text
 from dat_jax.training.monitoring import summary as summary_lib
 from dat_jax.training.monitoring.metrics import read_metrics
@@ -71,20 +73,40 @@ def save_summary(
         logger.warning("The summary could not be written in %s: %s.", workdir, error.strerror)
 
 
-def print_result(console: Console, metrics: Mapping[str, float], *, weights: str) -> None:
+def save_class_results(trainer: Trainer, evaluation: Evaluation, workdir: pathlib.Path, *, name: str = "") -> None:
+    """Save the results of each class, by the first process. A failure to write is logged as a warning.
+
+    Args:
+      trainer: the run.
+      evaluation: the result of ``Trainer.evaluate``.
+      workdir: the work directory.
+      name: name of the data set; "" for the validation data.
+    """
+    if jax.process_index() > 0:
+        return
+    try:
+        results.save_class_results(evaluation, class_names=trainer.task.class_names, directory=workdir, name=name)
+    except OSError as error:
+        logger.warning("The results of each class could not be saved in %s: %s.", workdir, error.strerror)
+
+
+def print_result(console: Console, evaluation: Evaluation, *, class_names: Sequence[str], weights: str) -> None:
     """Print the metrics of an evaluation, in one line if the console is quiet, by the first process.
 
     Args:
       console: the console of the run.
-      metrics: name -> value.
+      evaluation: the result of ``Trainer.evaluate``.
+      class_names: names of the classes, of which the worst three are printed.
       weights: which weights were evaluated.
     """
+    metrics = evaluation.metrics
     rows = {name: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for name, value in metrics.items()}
     if console.quiet:
         line = "  ".join([*(" ".join(row) for row in rows.items()), weights])
         make_console(quiet=jax.process_index() > 0).print(line)
     else:
-        print_table(console, "Result", {**rows, "weights": weights})
+        worst = results.describe_worst_classes(evaluation, class_names=class_names)
+        print_table(console, "Result", {**rows, **({"lowest classes": worst} if worst else {}), "weights": weights})
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:

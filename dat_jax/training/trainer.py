@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dat_jax.config import validate
 from dat_jax.errors import UserError
+from dat_jax.evaluation.results import Evaluation
 from dat_jax.models.registry import create_model, find_other_attributes
 from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
@@ -155,7 +156,7 @@ class Trainer:
         """Place this process's batch (numpy) on the mesh."""
         return sharding.put_batch(batch, self.mesh)
 
-    def evaluate(self, variables: Any, *, source: Any = None, classes: Any = None) -> dict[str, float]:
+    def evaluate(self, variables: Any, *, source: Any = None, classes: Any = None) -> Evaluation:
         """Evaluate on a whole data set.
 
         Args:
@@ -164,7 +165,7 @@ class Trainer:
           classes: indices of the classes that can be predicted; by default all.
 
         Returns:
-          Metrics; those of ``task.metric`` decide which checkpoint is best.
+          The result. Its metric ``task.metric`` decides which checkpoint is best.
         """
         rows = sharding.local_rows(self.config.eval.batch_size, self.mesh)
         source = self.task.eval_source if source is None else source

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dat_jax.inference.attention import BlockAttention, ImageAttention
-from dat_jax.visualization.charts import make_group_colors
+from dat_jax.visualization.charts import make_group_colors, save_figure
 
 _COLUMNS = 5
 _DPI = 110
@@ -77,7 +77,7 @@ def _save(path, sections, *, shape):
             axes.set_title(heading, fontsize=9, parse_math=False)
             # Points outside the image are clipped.
             axes.set(xlim=(0, shape[1]), ylim=(shape[0], 0))
-    figure.savefig(path, dpi=_DPI)
+    save_figure(figure, path, dpi=_DPI)
 
 
 def _draw_image(axes, image, *, opacity=1.0):

@@ -6,6 +6,7 @@ All figures are written as PNG files.
 import itertools
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,13 @@ _ACCURACIES = {
 _TITLE_LENGTH = 15  # characters above an image of ``save_predictions``
 _LEGEND_LENGTH = 24  # characters of a class in a legend, which otherwise takes the space of the images
 _DRAWN_INCHES = 6.4  # longer side of an image with detections, which fixes the sizes of text and lines
+
+
+def save_figure(figure: Figure, path: pathlib.Path, *, dpi: int) -> None:
+    """Save a figure as PNG. Characters that matplotlib's font lacks are drawn as boxes, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(path, dpi=dpi)
 
 
 def save_curves(path: pathlib.Path, series: Mapping[str, Mapping[int, float]]) -> None:
@@ -49,7 +57,7 @@ def save_curves(path: pathlib.Path, series: Mapping[str, Mapping[int, float]]) -
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def save_predictions(
@@ -85,7 +93,38 @@ def save_predictions(
             title += "" if correct else f"\nis {shorten(class_names[label], _TITLE_LENGTH - 3)}"
         axes.imshow(image)
         axes.set_title(title, color="black" if correct else "red", fontsize=9, parse_math=False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
+
+
+def save_confusion(path: pathlib.Path, confusion: np.ndarray, *, class_names: Sequence[str]) -> None:
+    """Save a confusion matrix whose colors are the fraction of the examples of each class.
+
+    Names are drawn for at most 40 classes, numbers of examples for at most 15.
+
+    Args:
+      path: PNG file to write.
+      confusion: number of examples of each class (rows) that were predicted as each class (columns), int (K, K).
+      class_names: names of the K classes.
+    """
+    count = len(confusion)
+    with_names, with_numbers = count <= 40, count <= 15
+    side = 3.5 + 0.28 * count if with_names else 9
+    fractions = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="fraction of the examples of the class")
+    axes.set(xlabel="prediction", ylabel="label")
+    if with_names:
+        names = [shorten(name, _LEGEND_LENGTH) for name in class_names]
+        axes.set_xticks(range(count), names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(count), names, fontsize=8, parse_math=False)
+    if with_numbers:
+        for (row, column), number in np.ndenumerate(confusion):
+            if number:
+                color = "white" if fractions[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{number}", ha="center", va="center", fontsize=8, color=color)
+    save_figure(figure, path, dpi=110)
 
 
 def shorten(name: str, length: int) -> str:
@@ -119,7 +158,7 @@ def save_sampled_points(
             _draw_points(grid[index][column], image, positions[name][index], map_shapes[name])
     for axes in grid.ravel():
         axes.axis("off")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _sort_blocks(names):
@@ -214,7 +253,7 @@ def save_segmentations(
     ]
     if handles:
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def draw_detections(
@@ -293,7 +332,7 @@ def save_detections(
         for (title, (image, detections)), axes in zip(row, line, strict=False):
             draw_detections(axes, image, detections, class_names=class_names, palette=palette)
             axes.set_title(title, fontsize=8)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def save_drawn_image(
@@ -325,7 +364,7 @@ def save_drawn_image(
     axes.axis("off")
     draw_detections(axes, image, detections, class_names=class_names, palette=palette)
     axes.set_aspect("auto")
-    figure.savefig(path, dpi=dpi)
+    save_figure(figure, path, dpi=dpi)
 
 
 def save_detections_and_points(
@@ -367,4 +406,4 @@ def save_detections_and_points(
     for axes, title in itertools.zip_longest(grid, ["image", "detections", *blocks]):
         axes.set_title(title or "", fontsize=8)
         axes.axis("off")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)

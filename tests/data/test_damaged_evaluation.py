@@ -120,9 +120,11 @@ def test_detection_is_evaluated_without_the_objects_of_damaged_images():
         counted = without_damaged(
             batches, count=7, max_damaged=0.5, describe=lambda index: f"Image {index} is damaged."
         )
-        metrics = evaluate({}, counted)
+        evaluation = evaluate({}, counted)
+    metrics = evaluation.metrics
     assert metrics["images"] == 5
     assert metrics["bbox/AP"] == pytest.approx(100)
+    np.testing.assert_allclose(evaluation.per_class["bbox/AP"], [100])
     assert messages[:2] == [f"Image {index} is damaged. It is left out of the evaluation." for index in DAMAGED]
     assert messages[2] == "The metrics are those of 5 of 7 images; 2 are damaged."
 

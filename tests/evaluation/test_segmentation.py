@@ -73,11 +73,15 @@ def test_a_case_computed_by_hand():
     labels = np.array([[[0, 0, 1], [1, 2, 255]]], np.uint8)
     predictions = np.array([[[0, 1, 1], [1, 0, 2]]])
     # IoU of class 0: 1 / 3 (two labeled, two predicted); 1: 2 / 3; 2: 0 / 1, without the ignored pixel; 3: undefined.
-    metrics = evaluate_maps(labels, predictions, 4)
+    evaluation = evaluate_maps(labels, predictions, 4)
+    metrics = evaluation.metrics
     assert metrics["mIoU"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 0) / 3)
     assert metrics["mAcc"] == pytest.approx(100 * (1 / 2 + 1 + 0) / 3)
     assert metrics["aAcc"] == pytest.approx(100 * 3 / 5)
     assert metrics["images"] == 1
+    np.testing.assert_allclose(evaluation.per_class["IoU"], [100 / 3, 200 / 3, 0, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(evaluation.per_class["accuracy"], [50, 100, 0, np.nan], rtol=1e-6)
+    np.testing.assert_array_equal(evaluation.per_class["pixels"], [2, 2, 1, 0])
 
 
 def test_a_thousand_random_maps():
@@ -89,14 +93,14 @@ def test_a_thousand_random_maps():
     predictions = rng.integers(0, classes - 1, (1000, 12, 9))  # the last class is never predicted
     predictions = np.where(rng.uniform(size=labels.shape) < 0.6, np.where(labels < classes, labels, 0), predictions)
     expected = reference_metrics(confusion(labels, predictions, classes))
-    metrics = evaluate_maps(labels, predictions, classes)
+    metrics = evaluate_maps(labels, predictions, classes).metrics
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-9), name
 
 
 def test_metrics_without_labeled_pixels_are_zero():
     labels = np.full((1, 4, 4), 255, np.uint8)
-    metrics = evaluate_maps(labels, np.zeros((1, 4, 4), int), 3)
+    metrics = evaluate_maps(labels, np.zeros((1, 4, 4), int), 3).metrics
     assert [metrics[name] for name in ("mIoU", "mAcc", "aAcc", "loss")] == [0, 0, 0, 0]
 
 
@@ -143,7 +147,7 @@ def test_batches_of_many_sizes_equal_single_images(ratios, flip, batch_size):
     scale = (200, 70)
     transform = make_segmentation_eval_transform(scale=scale, ratios=ratios)
     evaluate = segmentation.make_evaluator(predict, flip=flip)
-    metrics = evaluate({}, make_sized_eval_batches(source, transform, batch_size=batch_size))
+    metrics = evaluate({}, make_sized_eval_batches(source, transform, batch_size=batch_size)).metrics
     assert metrics["images"] == len(source)
     for name, value in evaluate_one_by_one(source, scale=scale, ratios=ratios, flip=flip).items():
         assert metrics[name] == pytest.approx(value, rel=2e-3), (
@@ -155,10 +159,10 @@ def test_several_devices_count_each_image_once():
     source = make_source(SIZES)
     transform = make_segmentation_eval_transform(scale=(200, 70))
     evaluate = segmentation.make_evaluator(predict)
-    single = evaluate({}, make_sized_eval_batches(source, transform, batch_size=1))
+    single = evaluate({}, make_sized_eval_batches(source, transform, batch_size=1)).metrics
     mesh = sharding.make_mesh(data=4, fsdp=2)
     batches = make_sized_eval_batches(source, transform, batch_size=8)
-    sharded = evaluate({}, (sharding.put_batch(batch, mesh) for batch in batches))
+    sharded = evaluate({}, (sharding.put_batch(batch, mesh) for batch in batches)).metrics
     assert sharded == pytest.approx(single, rel=1e-6)
 
 

@@ -13,7 +13,9 @@ import jax
 from dat_jax.storage import atomic_write_text
 
 SUMMARY = "summary.md"
-_FIGURES = ("curves.png", "predictions.png", "segmentations.png", "detections.png", "sampled_points.png")
+_FIGURES = (
+    *("curves.png", "confusion.png", "predictions.png", "segmentations.png", "detections.png", "sampled_points.png"),
+)
 _MEMORY = {"train/device_memory_gib": "per device", "train/host_memory_gib": "per process"}
 
 Series = Mapping[str, Mapping[int, float]]
