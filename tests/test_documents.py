@@ -197,6 +197,7 @@ def test_the_citation_is_whole():
         assert [author["family-names"] for author in reference["authors"]] == ["Xia", "Pan", "Song", "Li", "Huang"]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     if importlib.util.find_spec("mkdocs") is None:
         pytest.skip("mkdocs is not installed; it is in requirements-dev.txt")

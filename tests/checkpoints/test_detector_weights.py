@@ -66,6 +66,7 @@ def exports(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK_DETECTORS)
 def test_the_model_of_an_export_is_restored(name, exports):
     directory, wanted, variables = exports[name]
@@ -124,6 +125,7 @@ def test_an_export_of_an_unknown_detector_is_an_error(exports, tmp_path):
             load_trained(tmp_path / "export")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_layers_for_other_classes_are_initialized(name, exports):
     directory, _, given = exports[name]
@@ -156,6 +158,7 @@ def test_a_detector_starts_from_a_classifier(name, tmp_path):
     assert_same(variables, flax.traverse_util.unflatten_dict(flat(fresh) | given, sep="/"))
 
 
+@pytest.mark.slow
 def test_weights_of_another_kind_are_an_error(exports, tmp_path):
     segmentor = dat_jax.create_segmentor("sem_fpn", backbone=make("retinanet")[0].dat, channels=8, neck_channels=8)
     pixels = random_variables(segmentor, IMAGES)

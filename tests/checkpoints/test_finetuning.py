@@ -131,11 +131,13 @@ def test_a_run_starts_from_the_weights_with_a_new_head(finished, three_classes, 
     assert "Starting from the weights of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_work_directory_with_checkpoints_goes_before_the_weights(finished, tmp_path, capsys):
     loop.train(with_values(init_from=str(tmp_path / "nowhere"), ema_decay=0.5), str(finished[0]))
     assert "Resumed at step 20 of 20" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_of_the_head_are_taken(finished, tmp_path):
     (tmp_path / "rows.txt").write_text("1\n0\n")
     values = {"init_from": str(finished[0]), "init_head_rows": str(tmp_path / "rows.txt")}
@@ -194,6 +196,7 @@ def test_weights_of_another_model_are_refused(finished, tmp_path):
         loop.train(with_values(init_from=str(tmp_path / "nowhere")), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_further_sets_are_evaluated_over_their_own_classes(finished, tmp_path):
     """A set with images of one class only: all of them are right, since nothing else can be predicted."""
     source = tiny_config._load_halves("validation")

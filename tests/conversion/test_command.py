@@ -200,7 +200,14 @@ def test_error_names_the_weights_without_the_common_prefix(tmp_path):
         convert_from_official(str(tmp_path / "w.ckpt"), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("retinanet", marks=pytest.mark.slow),
+        "mask_rcnn",
+        pytest.param("cascade_mask_rcnn", marks=pytest.mark.slow),
+    ],
+)
 def test_detector_round_trip(name, tmp_path):
     """Kind, number of classes and widths come from the weights. Counters of BatchNorm are ignored."""
     width = {} if name == "retinanet" else {"width": 16}

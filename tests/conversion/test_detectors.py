@@ -24,6 +24,7 @@ def make(kind, size):
     return create_detector(name, backbone=f"dat_pp_{size}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size"),
     [pytest.param(kind, size, marks=() if size == "tiny" else pytest.mark.slow) for kind, size in PUBLISHED],
@@ -54,6 +55,7 @@ def test_full_size_state_dict_round_trip(kind):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_weight_decay_of_published_names():
     """The published code decays neither the names that are excluded for segmentors nor any norm, here the BatchNorms "bn"."""
     from dat_jax.training.optimizer import decay_all_but_norms_and_bn

@@ -55,6 +55,7 @@ def test_weights_with_the_shapes_of_v1_have_the_released_form(released, tmp_path
     assert relative_error(logits_of(tmp_path / "export", golden.images), golden.arrays["logits"]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shapes", *(pytest.param(how, marks=pytest.mark.slow) for how in ("model", "yaml"))])
 def test_flag_sets_the_other_form(released, tmp_path, how):
     golden, file = released
@@ -113,6 +114,7 @@ def test_later_block_types_imply_the_later_form(released, kind):
     assert conversion.model_from_official({**config, "use_conv_patches": True}).conv_patches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["cvpr2022", "dat_pp"])
 def test_form_round_trip_through_safetensors(released, tmp_path, form):
     golden, file = released

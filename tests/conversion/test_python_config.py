@@ -50,6 +50,7 @@ def test_published_files_equal_the_mappings_and_the_registered_models(name):
         assert detectors.detector_from_official(config) == create_detector(HEADS[kind], backbone=dat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cascade_tiny", "maskrcnn_tiny", "retinanet_tiny", "semfpn_tiny", "upernet_tiny"])
 def test_model_of_a_published_file_has_the_recorded_names_and_shapes(name):
     """Other sizes need no test: their models are the registered ones, whose names and shapes other tests compare."""

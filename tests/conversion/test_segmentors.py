@@ -11,6 +11,7 @@ from tests.helpers.golden_files import read_keys
 KEYS = [(head, size) for head in ("sem_fpn", "upernet") for size in ("tiny", "small", "base")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "size"), KEYS)
 def test_names_and_counts_equal_the_published_ones(head, size):
     total, recorded = read_keys(f"{head.replace('_', '')}_{size}")

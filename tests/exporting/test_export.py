@@ -147,6 +147,7 @@ def test_program_has_the_algorithms_of_each_platform_and_the_weights_once(traine
     assert texts[("cpu", "tpu", "cuda")].count(np.asarray(largest).tobytes().hex().upper()) == 1
 
 
+@pytest.mark.slow
 def test_images_normalized_outside_the_program(trained, tmp_path, images, logits):
     out = tmp_path / "outside"
     assert run(trained, out, "--formats=stablehlo", "--platforms=cpu", "--preprocessing=outside", "--batch=3") == 0
@@ -203,6 +204,7 @@ def test_exported_folder_loads_and_exports_again(exported, trained, tmp_path, ca
     assert json.loads((tmp_path / "again/model.json").read_text()) == json.loads((exported / "model.json").read_text())
 
 
+@pytest.mark.slow
 def test_numbers_of_the_manifest_reproduce_the_preprocessing(exported):
     manifest = json.loads((exported / "manifest.json").read_text())
     assert (manifest["task"], manifest["classes"]) == ("classification", list(NAMES))

@@ -68,6 +68,7 @@ def test_classifier_returns_the_probabilities_of_the_model(export, folder):
     assert logits.shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_several_images_are_padded_to_a_batch(export):
     classifier, shapes = inference.load(export), []
     network = classifier.predict
@@ -99,6 +100,7 @@ def test_classes_are_ranked_and_duplicate_names_have_their_labels(export):
     assert len(inference.load(export, top=9).rank(prediction)) == 5
 
 
+@pytest.mark.slow
 def test_sizes_are_passed_or_stored_or_published(tmp_path, export):
     def sizes(path, *, published=(), **options):
         model, variables = dat_jax.load_pretrained(export, **dict(published))
@@ -135,6 +137,7 @@ def test_invalid_options_are_reported(options, message, export):
         inference.load(export, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_folder_is_classified_despite_a_damaged_image(batch_size, export, folder, tmp_path, capsys):
     files = [f"--json={tmp_path / 'all.json'}", f"--csv={tmp_path / 'all.csv'}"]
@@ -161,6 +164,7 @@ def test_folder_is_classified_despite_a_damaged_image(batch_size, export, folder
         assert lines[index].startswith(f"{folder / name}: {NAMES[best[0]]}")
 
 
+@pytest.mark.slow
 def test_terminal_output_is_a_table(export, folder):
     classifier, console = (
         inference.load(export),

@@ -125,6 +125,7 @@ def test_a_lower_minimum_score_also_lowers_the_score_threshold(export):
     np.testing.assert_allclose(more[: len(fewer)], fewer)
 
 
+@pytest.mark.slow
 def test_sampled_points_are_those_of_the_backbone(export):
     image = photographs(width=96, height=64)[1]
     sampled = inference.load(export, **SMALL).sample(image)

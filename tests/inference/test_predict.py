@@ -169,6 +169,7 @@ def test_without_output_flags_results_are_only_printed(export, folder, tmp_path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_terminal_output_is_a_table(export, folder):
     segmenter = inference.load(export, long_side=64, short_side=64)
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
@@ -274,6 +275,7 @@ def test_image_ids_are_the_numbers_in_file_names():
     assert number("7.jpg", "eight.jpg") == [1, 2]
 
 
+@pytest.mark.slow
 def test_damaged_images_are_left_out_of_the_results(detector_workdir, folder, tmp_path, capsys):
     (folder / "empty.png").write_bytes(b"")
     Image.fromarray(np.zeros((2, 64, 3), np.uint8)).save(folder / "flat.png")  # padding makes it large enough
@@ -288,6 +290,7 @@ def test_damaged_images_are_left_out_of_the_results(detector_workdir, folder, tm
     assert numbers["grey.webp"] == 5
 
 
+@pytest.mark.slow
 def test_damaged_images_are_reported_and_the_others_processed(export, folder, tmp_path, capsys):
     data = (folder / "b.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(data[: len(data) // 2])

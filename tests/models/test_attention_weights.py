@@ -51,6 +51,7 @@ def results(request):
     return model, variables, jax.device_get(state["intermediates"]), jax.device_get(attention)
 
 
+@pytest.mark.slow
 def test_weights_times_values_equal_the_output_of_the_model(results):
     _, variables, states, attention = results
     assert list(attention) == [

@@ -64,6 +64,7 @@ def test_every_block_type_takes_any_map_and_differentiates(kind):
         assert all(jnp.abs(leaf).max() > 0 for path, leaf in jax.tree_util.tree_leaves_with_path(attention))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_offsets", [True, False])
 @pytest.mark.parametrize("kind", POSITION_BIAS_KINDS)
 def test_every_position_bias_takes_any_map(kind, use_offsets):

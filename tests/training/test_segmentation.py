@@ -113,6 +113,7 @@ def test_weights_go_to_published_names_and_back(workdir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_reads_head_and_widths_from_the_weights(tmp_path):
     model = dat_jax.create_segmentor("sem_fpn", backbone="dat_pp_nano", num_classes=3, channels=8, neck_channels=8)
     shapes = conversion.segmentors.segmentor_shapes(model)
@@ -126,6 +127,7 @@ def test_the_command_reads_head_and_widths_from_the_weights(tmp_path):
     np.testing.assert_array_equal(bias, state_dict["decode_head.conv_seg.bias"])
 
 
+@pytest.mark.slow
 def test_an_export_comes_back(workdir, tmp_path):
     model, variables = load_trained(workdir[0])
     export_model(tmp_path / "export", model=model, variables=variables)

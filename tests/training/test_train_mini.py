@@ -62,6 +62,7 @@ def check_training(dtype: str, *, loss_tolerance: float, norm_tolerance: float, 
             np.testing.assert_allclose(np.linalg.norm(ours[name]), wanted, rtol=final_tolerance, err_msg=name)
 
 
+@pytest.mark.slow
 def test_float32():
     check_training("float32", loss_tolerance=1e-3, norm_tolerance=1e-2, final_tolerance=1e-3)
 

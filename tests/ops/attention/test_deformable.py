@@ -166,6 +166,7 @@ def test_maps_of_one_pixel_equal_the_reference(x64, map_shape, implementation):
     np.testing.assert_allclose(compare.run(attend(2, implementation), *arguments), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("map_shape", "table_map", "heads", "groups", "tile_shape"),
     [

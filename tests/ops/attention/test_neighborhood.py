@@ -96,6 +96,7 @@ def test_tiles_of_any_side_equal_the_rule(x64, kernel_size, extra, tile):
         compare.assert_same(functions, expected, *arguments)
 
 
+@pytest.mark.slow
 @compare.few_examples(12)
 @given(
     kernel_size=st.integers(1, 6), extra=st.tuples(st.integers(0, 9), st.integers(0, 9)), name=st.sampled_from(NAMES)

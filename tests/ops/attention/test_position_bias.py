@@ -120,6 +120,7 @@ def test_gradient_on_pixel_lines_is_the_one_to_the_right_in_the_table(implementa
     np.testing.assert_allclose(slopes[0, 0, :, 1], [-5, -3, 9])
 
 
+@pytest.mark.slow
 @compare.few_examples(10)
 @given(
     map_shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),

@@ -110,6 +110,7 @@ def test_clipping_accepts_traced_shapes():
     np.testing.assert_array_equal(actual, [[[0, 0, 30, 20]], [[1, 2, 3, 4]]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 0.0, -1e38])
 def test_invalid_boxes_have_no_gradient_and_change_none(recorded, garbage):
     boxes, truths = recorded["boxes"], recorded["gts"]

@@ -156,6 +156,7 @@ def crowded_boxes(count=60):
     return boxes[0].astype(np.float32), np.random.default_rng(5).uniform(0.1, 1, (count, 2)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 7, 10, 60, 100])
 def test_result_is_exact_if_complete_whatever_the_limit_of_candidates(limit):
     boxes, scores = crowded_boxes()
@@ -194,6 +195,7 @@ def test_ties_are_ordered_by_class_and_row_and_missing_detections_are_zero():
     assert not actual.boxes[3].any()
 
 
+@pytest.mark.slow
 def test_vmap_over_images():
     boxes, scores = crowded_boxes()
     batch = np.stack([boxes, boxes + 1]), np.stack([scores, scores[::-1]])

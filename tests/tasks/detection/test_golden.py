@@ -220,6 +220,7 @@ def test_losses_and_gradients_in_float64(kind, x64):
             assert relative_error(norm, x) < NORMS_CLOSE[kind], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
 def test_anchors_and_their_assignment(kind):
     arrays, _, _, _ = load(kind)
@@ -239,6 +240,7 @@ def test_anchors_and_their_assignment(kind):
         np.testing.assert_array_equal(codes[image] != -3, arrays[f"anchor_considered{image}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RCNN)
 def test_sampled_rois(kind):
     """Positive RoIs with their ground truth, and background, sampled from the recorded proposals of every stage."""
