@@ -17,8 +17,11 @@ def get_config():
     config.model.update(name="dat_pp_tiny", drop_path_rate=0.2, remat="blocks", scan_blocks=True, implementation="auto")
     config.init_from = "weights/dat_pp_t"
     config.data.update(name="folders", directory="data/mine", workers=2, image_size=-1, eval_resize=-1)
+    # Crops and mirror images only: the other augmentations of training from scratch need more steps than fine-tuning has.
+    config.augmentation.update(min_crop_area=0.25, rand_augment_count=0, erasing_probability=0.0)
+    config.augmentation.update(mixup_alpha=0.0, cutmix_alpha=0.0)
     config.epochs = -1
     config.batch_size = -1
     config.schedule.update(base_lr=-1.0, warmup_epochs=-1.0)
-    config.eval.batch_size = 256
+    config.eval.update(batch_size=256, every=-1)
     return config.lock()

@@ -163,7 +163,13 @@ KEYS: dict[str, Any] = {
     },
     "eval": {
         "batch_size": Key(int, 1024, "Images per evaluation step.", minimum=1),
-        "every": Key(int, 1, "Epochs between evaluations, each of which saves a checkpoint.", minimum=1),
+        "every": Key(
+            int,
+            1,
+            "Epochs between evaluations, each of which saves a checkpoint. -1: a twentieth of the run, at least one epoch.",
+            minimum=1,
+            or_value=-1,
+        ),
         "every_steps": Key(int, 0, "Steps between evaluations, instead of `every` if not 0.", minimum=0),
         "checkpoint": Key(str, "best", "Checkpoint that --mode=eval evaluates.", choices=("best", "latest")),
     },

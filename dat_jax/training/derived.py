@@ -15,6 +15,7 @@ DERIVED = -1  # value of a key that is derived
 
 _MIN_STEPS = 1000  # of a derived length: fine-tuning on some hundred images needs about this number
 _MIN_EPOCHS = 30
+_EVALUATIONS = 20
 _BATCHES_PER_EPOCH = 16  # at least, unless the batch would be smaller than _MIN_BATCH
 _MIN_BATCH, _MAX_BATCH = 8, 128
 _PEAK_RATE, _LOWEST_PEAK_RATE = 5e-4, 1e-4  # for _MIN_STEPS steps, and for long runs
@@ -49,11 +50,12 @@ def resolve_image_size(config: ConfigDict) -> ConfigDict:
 
 
 def resolve_length(config: ConfigDict, *, examples: int, parts: int) -> ConfigDict:
-    """Replace each -1 of ``batch_size``, ``epochs``, ``schedule.base_lr`` and ``schedule.warmup_epochs``.
+    """Replace each -1 of ``batch_size``, ``epochs``, ``eval.every``, ``schedule.base_lr`` and ``schedule.warmup_epochs``.
 
     * The batch size is a power of two from 8 to 128 with at least 16 batches per epoch, if there are 128 examples.
     * The length is 30 epochs, or more for 1000 steps.
     * The warm-up is a tenth of the run.
+    * Evaluations are a twentieth of the run apart, and at least one epoch: with few images, each takes longer than an epoch.
     * The peak learning rate is 5e-4 for 1000 steps, and falls with the square root of the number of steps to 1e-4. The first and
       the last rate are a hundredth of it.
 
@@ -63,7 +65,10 @@ def resolve_length(config: ConfigDict, *, examples: int, parts: int) -> ConfigDi
       parts: number of parts of a batch, of which the derived batch size is a multiple.
     """
     schedule = config.schedule
-    keys = (config.batch_size, config.epochs, schedule.get("base_lr"), schedule.get("warmup_epochs"))
+    keys = (
+        *(config.batch_size, config.epochs, config.eval.every),
+        *(schedule.get("base_lr"), schedule.get("warmup_epochs")),
+    )
     if DERIVED not in keys:
         return config
     config = config.copy_and_resolve_references()
@@ -78,6 +83,8 @@ def resolve_length(config: ConfigDict, *, examples: int, parts: int) -> ConfigDi
             config.epochs = math.ceil((config.steps or _MIN_STEPS) / steps_per_epoch)
             config.epochs = config.epochs if config.steps else max(config.epochs, _MIN_EPOCHS)
         total_steps = config.steps or config.epochs * steps_per_epoch
+        if config.eval.every == DERIVED:
+            config.eval.every = max(int(total_steps / steps_per_epoch / _EVALUATIONS), 1)
         if schedule.get("warmup_epochs") == DERIVED:
             schedule.warmup_epochs = 0.1 * total_steps / steps_per_epoch
         if schedule.get("base_lr") == DERIVED:

@@ -166,7 +166,12 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
 def _check_initial_weights(config, directory: pathlib.Path) -> None:
     """Check, before the model is built, that the weights of ``config.init_from`` exist, if the run starts from them."""
     if config.get("init_from") and not find_complete_steps(directory / "checkpoints"):
-        check_exists(config.init_from)
+        try:
+            check_exists(config.init_from)
+        except UserError as error:
+            raise UserError(
+                f"config.init_from: {error} To train from scratch, set --config.init_from= to nothing."
+            ) from None
 
 
 def _run_steps(

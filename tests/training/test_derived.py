@@ -10,16 +10,16 @@ from dat_jax.training.derived import list_length_warnings, resolve_image_size, r
 
 
 @pytest.mark.parametrize(
-    ("examples", "batch_size", "epochs", "peak"),
-    [(60, 8, 143, 5e-4), (368, 16, 44, 5e-4), (5_000, 128, 30, 4.6e-4), (1_000_000, 128, 30, 1e-4)],
+    ("examples", "batch_size", "epochs", "peak", "every"),
+    [(60, 8, 143, 5e-4, 7), (368, 16, 44, 5e-4, 2), (5_000, 128, 30, 4.6e-4, 1), (1_000_000, 128, 30, 1e-4, 1)],
 )
-def test_finetuning_follows_the_number_of_images(examples, batch_size, epochs, peak):
+def test_finetuning_follows_the_number_of_images(examples, batch_size, epochs, peak, every):
     config = load_config("finetune")
     validate(config)
     config = resolve_length(config, examples=examples, parts=1)
     validate(config)
     steps_per_epoch = examples // batch_size
-    assert (config.batch_size, config.epochs) == (batch_size, epochs)
+    assert (config.batch_size, config.epochs, config.eval.every) == (batch_size, epochs, every)
     assert config.schedule.base_lr == pytest.approx(peak, rel=0.01)
     assert config.schedule.reference_batch_size == batch_size
     assert config.schedule.warmup_epochs == pytest.approx(epochs / 10)
