@@ -26,7 +26,7 @@ from pycocotools import mask as rle
 
 from dat_jax.data.coco_json import CLIPPED, decode_counts, link_annotations, read_table
 from dat_jax.data.image_files import LeftOut, Member, error_text, is_image, read_member
-from dat_jax.data.images import decode_image
+from dat_jax.data.images import decode_image, explain_turned
 from dat_jax.data.sources import SPLITS, read_record
 from dat_jax.data.synthetic import CLASS_NAMES, COUNTS, SIDE, compose
 from dat_jax.errors import UserError, name_some
@@ -163,11 +163,9 @@ class CocoSource:
         image = decode_image(data, name=path, apply_orientation=self.apply_orientation)
         if image.shape[:2] != size:
             actual, expected = (f"{height} x {width}" for height, width in (image.shape[:2], size))
-            turned = image.shape[1::-1] == size
-            advice = f" Its orientation tag was {'' if self.apply_orientation else 'not '}applied: set "
-            advice += f"config.data.apply_orientation={not self.apply_orientation} if the annotations belong to the other one."
+            advice = explain_turned(path, size, apply_orientation=self.apply_orientation)
             raise UserError(
-                f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.{advice if turned else ''}"
+                f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.{advice}"
             )
         return _make_record(image, self.objects(index))
 

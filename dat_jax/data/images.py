@@ -53,7 +53,7 @@ def decode_image(data: bytes, *, name: str, apply_orientation: bool = True) -> n
             pixels = _decode_jpeg(data) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
             if pixels is None:
                 pixels = np.asarray(_to_rgb(image))
-            return _turn_upright(pixels, _read_orientation(image)) if apply_orientation else pixels
+            return turn_upright(pixels, read_orientation(image)) if apply_orientation else pixels
     except UserError:
         raise
     except DAMAGE as error:
@@ -71,11 +71,41 @@ def read_size(path: str, *, apply_orientation: bool = True) -> tuple[int, int]:
             if image.format == "TIFF":
                 image.load()  # turns the image, and in some versions of Pillow changes its size
                 return image.height, image.width
-            turned = apply_orientation and _read_orientation(image) >= 5
+            turned = apply_orientation and read_orientation(image) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
     except DAMAGE as error:
         reason = getattr(error, "strerror", None) or _describe(error)
         raise DamagedFile(f"The size of the image {path} cannot be read: {reason}.") from error
+
+
+def is_turned(path: str) -> bool:
+    """Return whether an image file has an orientation tag other than upright; False if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return read_orientation(image) != 1
+    except DAMAGE:
+        return False
+
+
+def explain_turned(path: str, size: tuple[int, int], *, apply_orientation: bool) -> str:
+    """Explain why an image does not have the size of its annotations.
+
+    Args:
+      path: the image file, which can be read.
+      size: height and width that the annotations have.
+      apply_orientation: value of the setting.
+
+    Returns:
+      A sentence to append to a message, with a space in front; "" if the sizes differ by more than an exchange of the sides.
+    """
+    if read_size(path, apply_orientation=not apply_orientation) == size:
+        return (
+            f" Its orientation tag was {'' if apply_orientation else 'not '}applied: set "
+            f"config.data.apply_orientation={not apply_orientation} if the annotations belong to the other one."
+        )
+    if read_size(path, apply_orientation=apply_orientation) == size[::-1]:
+        return " The height and the width are exchanged."
+    return ""
 
 
 def check_image(data: bytes) -> str | None:
@@ -117,7 +147,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read_orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1, which is upright, if there is none or it cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -126,8 +156,8 @@ def _read_orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn (H, W, 3) as ``PIL.ImageOps.exif_transpose`` does."""
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn (H, W) or (H, W, 3) by an EXIF orientation, 1 to 8, as ``PIL.ImageOps.exif_transpose`` does."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     rows_reversed, columns_reversed = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)

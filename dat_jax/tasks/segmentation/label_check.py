@@ -27,7 +27,7 @@ def check_labels(source: Any, *, split: str) -> None:
       split: "training" or "validation", for the messages.
 
     Raises:
-      UserError: no pixel has a class, or all training maps were read and only one of several classes occurs.
+      UserError: no map can be read, no pixel has a class, or all training maps were read and only one of several classes occurs.
     """
     if not hasattr(source, "read_label"):
         return
@@ -38,8 +38,17 @@ def check_labels(source: Any, *, split: str) -> None:
     )
     names, labeled = source.class_names, counts[: len(source.class_names)]
     total = int(counts.sum())
+    if not total:
+        source.read_label(indices[0])  # raises the reason
     if not labeled.any():
         raise UserError(f"No pixel of {maps} has a class. {_ADVICE}")
+    turned = sum(map(source.is_turned, indices))
+    if turned:
+        logger.warning(
+            "%d of %d %s images are turned by their orientation tag: their label maps must be those of the upright images. Set "
+            "config.data.apply_orientation=False if they are those of the stored pixels.",
+            *(turned, len(indices), split),
+        )
     fraction = labeled.sum() / total
     if fraction < _FEW_LABELED:
         logger.warning("Only %.2g %% of the pixels in %s have a class. %s", 100 * fraction, maps, _ADVICE)
