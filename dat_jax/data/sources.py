@@ -18,6 +18,7 @@ from dat_jax.data.image_files import (
     DamagedFile,
     LeftOut,
     Member,
+    check_class_names,
     error_text,
     index_classes,
     list_suffixes,
@@ -237,9 +238,13 @@ _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 def _load_folders(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
     class_names = scan_folder(directory / "train").folders
-    root = next((path for path in map(directory.joinpath, _FOLDERS[split]) if path.is_dir()), None)
-    if root is None:
+    check_class_names(class_names, source=directory / "train")
+    roots = [path for path in map(directory.joinpath, _FOLDERS[split]) if path.is_dir()]
+    if not roots:
         raise UserError(f"{directory} has no folder of {split} images: expected {' or '.join(_FOLDERS[split])}.")
+    if len(roots) > 1:
+        raise UserError(f"{directory} has the folders {' and '.join(_FOLDERS[split])}: expected only one of them.")
+    (root,) = roots
     outer, left_out = scan_folder(root), LeftOut()
     left_out.add("images outside class folders", outer.images)
     left_out.add_listing(outer, subfolders=True)
