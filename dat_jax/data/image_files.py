@@ -114,6 +114,7 @@ def list_images(path: str) -> list[Member]:
             f"{path} contains no images: expected class folders, one tar per class, or a flat folder or tar of images. Images "
             f"are files named {list_suffixes()}."
         )
+    check_class_names(sorted({member.class_name for member in members} - {""}), source=path)
     without_class = [member.name for member in members if not member.class_name]
     if 0 < len(without_class) < len(members):
         raise UserError(f"{path} contains classes, but also images without a class: {name_some(without_class)}.")
