@@ -69,7 +69,7 @@ def run_interruptible(function: Callable[[], None], interrupted: str = "Interrup
 
     - Ctrl-C: the message ``interrupted``, status 130.
     - A reader of the output that ends, such as ``head``: no message, status 141.
-    - A full or read-only disk, or JAX without a device: an error message, status 1.
+    - A full or read-only disk, a deleted working directory, or JAX without a device: an error message, status 1.
 
     Characters that the encoding of the output does not have are printed as escapes.
     """
@@ -88,17 +88,29 @@ def run_interruptible(function: Callable[[], None], interrupted: str = "Interrup
         _discard_output()
         sys.exit(_CLOSED)
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        message = _explain_os_error(error)
+        if message is None:
             raise
         _discard_output()
-        fail(f"{error.filename or 'The output'} cannot be written: {error.strerror}.")
+        fail(message)
     except (RuntimeError, AssertionError) as error:
         if not _is_raised_by(error, "xla_bridge.py"):
             raise
-        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()) or "no such device"
+        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()).rstrip(".") or "no such device"
         platforms = os.environ.get("JAX_PLATFORMS")
         setting = "JAX_PLATFORMS is not set" if platforms is None else f"JAX_PLATFORMS={platforms}"
         fail(f"JAX cannot start ({setting}): {reason}. JAX_PLATFORMS=cpu runs on the CPU.")
+
+
+def _explain_os_error(error: OSError) -> str | None:
+    """Return a sentence about a problem of the machine; None for other errors."""
+    if error.errno in _NO_SPACE:
+        return f"{error.filename or 'The output'} cannot be written: {error.strerror}."
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "The working directory has been deleted; change to another one."
+    return None
 
 
 def _discard_output() -> None:
