@@ -27,7 +27,7 @@ from pycocotools import mask as rle
 
 from dat_jax.data.coco_json import CLIPPED, decode_counts, link_annotations, read_table
 from dat_jax.data.image_files import LeftOut, Member, error_text, is_image, read_member, suggest_name
-from dat_jax.data.images import decode_image, explain_turned
+from dat_jax.data.images import decode_image, explain_turned, is_turned
 from dat_jax.data.sources import SPLITS, read_record
 from dat_jax.data.synthetic import CLASS_NAMES, COUNTS, SIDE, compose
 from dat_jax.errors import UserError, name_some
@@ -121,6 +121,10 @@ class CocoSource:
     def has_masks(self) -> bool:
         """Whether the objects have masks."""
         return self.spans is not None
+
+    def is_turned(self, index: int) -> bool:
+        """Return whether the orientation tag of an image is applied and changes it."""
+        return self.apply_orientation and is_turned(os.path.join(self.folder, self.files[index]))
 
     def count_objects(self) -> np.ndarray:
         """Return the number of objects of each class that can be trained on, int64 (K,): those used, without crowds."""

@@ -125,7 +125,7 @@ def check_image(data: bytes) -> str | None:
 
 
 def _why_unsupported(image: Image.Image) -> str | None:
-    is_deep_png = image.format == "PNG" and any(tile[3] == "LA;16B" for tile in image.tile)  # its mode is LA
+    is_deep_png = image.format == "PNG" and any(tile[3] == "LA;16B" for tile in getattr(image, "tile", ()))
     if image.mode.startswith(("I", "F")) or is_deep_png:
         return (
             "has more than 8 bits per channel: convert it to 8 bits first, with a range of values that fits your images"

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,6 +128,24 @@ def read_spread_examples(source: Any, count: int) -> list[dict]:
     """Read up to ``count`` records spread evenly over a source, with the next readable one in place of a damaged one."""
     indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
     return [read_record(source.__getitem__, index, count=len(source), skip_damaged=True) for index in indices]
+
+
+def warn_if_turned(source: Any, indices: Sequence[int], *, split: str, annotations: str) -> None:
+    """Log a warning if images are turned by their orientation tag: annotations of the stored pixels may have the same size.
+
+    Args:
+      source: a source with ``is_turned(index)``.
+      indices: images to look at.
+      split: "training" or "validation", for the message.
+      annotations: what belongs to the images, such as "label maps".
+    """
+    turned = sum(map(source.is_turned, indices))
+    if turned:
+        logger.warning(
+            "%d of %d %s images are turned by their orientation tag: their %s must be those of the upright images. Set "
+            "config.data.apply_orientation=False if they are those of the stored pixels.",
+            *(turned, len(indices), split, annotations),
+        )
 
 
 def describe_damage(source: Any, index: int) -> str | None:

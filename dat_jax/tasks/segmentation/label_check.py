@@ -8,6 +8,7 @@ import numpy as np
 
 from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.segmentation_transforms import IGNORED
+from dat_jax.data.sources import warn_if_turned
 from dat_jax.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def check_labels(source: Any, *, split: str) -> None:
         return
     indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MAX_MAPS)).astype(int)).tolist()
     counts = count_pixels(source, indices)
+    warn_if_turned(source, indices, split=split, annotations="label maps")
     maps = f"the {len(indices):,} {split} label maps" + (
         f" read of {len(source):,}" if len(indices) < len(source) else ""
     )
@@ -42,13 +44,6 @@ def check_labels(source: Any, *, split: str) -> None:
         source.read_label(indices[0])  # raises the reason
     if not labeled.any():
         raise UserError(f"No pixel of {maps} has a class. {_ADVICE}")
-    turned = sum(map(source.is_turned, indices))
-    if turned:
-        logger.warning(
-            "%d of %d %s images are turned by their orientation tag: their label maps must be those of the upright images. Set "
-            "config.data.apply_orientation=False if they are those of the stored pixels.",
-            *(turned, len(indices), split),
-        )
     fraction = labeled.sum() / total
     if fraction < _FEW_LABELED:
         logger.warning("Only %.2g %% of the pixels in %s have a class. %s", 100 * fraction, maps, _ADVICE)
