@@ -125,6 +125,7 @@ def check_image(data: bytes) -> str | None:
 
 
 def _why_unsupported(image: Image.Image) -> str | None:
+    # Pillow reads gray with alpha and 16 bits as LA, of which it keeps the high bytes.
     is_deep_png = image.format == "PNG" and any(tile[3] == "LA;16B" for tile in getattr(image, "tile", ()))
     if image.mode.startswith(("I", "F")) or is_deep_png:
         return (
