@@ -14,9 +14,12 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin, features
 
 from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.images import check_image, decode_image, read_size
+from dat_jax.data.segmentation_sources import SegmentationArraySource
 from dat_jax.data.sources import load_source
 from dat_jax.errors import UserError
 from dat_jax.inference.image_files import find_images, read_image
+from dat_jax.tasks.segmentation.task import SegmentationTask
+from tests.helpers import tiny_segmentation
 from tests.helpers.photographs import photographs
 
 HEIGHT, WIDTH = 30, 40
@@ -307,3 +310,14 @@ def test_a_folder_named_as_an_image_is_no_image(folders):
     (folders / "photos/9.jpg").mkdir()
     with pytest.raises(UserError, match=r"no image in .*photos: .* Its folders are not read: 9\.jpg"):
         find_images([str(folders / "photos")])
+
+
+def test_an_image_that_is_too_thin_for_a_segmentor_is_refused_before_training():
+    images = [np.zeros((64, 64, 3), np.uint8), np.zeros((4, 900, 3), np.uint8)]
+    source = SegmentationArraySource(images, [image[..., 0] for image in images], ("a", "b"))
+    config = tiny_segmentation.get_config()
+    task = SegmentationTask(config, sources=(source, source))
+    rows = list(range(config.eval.batch_size))
+    for check in (task.check_data, lambda: task.make_eval_batches(source, rows=rows)):
+        with pytest.raises(UserError, match=r"image 1 of 4 x 900 pixels is resized to 1 x 64 pixels: .* at least 32\."):
+            check()
