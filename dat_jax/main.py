@@ -19,7 +19,7 @@ import yaml
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dat_jax.cli.flags import HELP_FLAGS, fail, run_tool
+from dat_jax.cli.flags import HELP_FLAGS, expand_home, fail, run_tool
 from dat_jax.config import validate
 from dat_jax.config.files import add_recorded_config, define_config_flag
 from dat_jax.errors import UserError
@@ -101,7 +101,7 @@ if __name__ == "__main__":
     sys.argv[:] = ["--print_config" if argument in _PRINT_FORMS else argument for argument in sys.argv]
     if not {*HELP_FLAGS, "--version"} & set(sys.argv):
         try:
-            sys.argv[:] = add_recorded_config(sys.argv)
+            sys.argv[:] = add_recorded_config(expand_home(sys.argv))
         except UserError as error:
             fail(str(error))
     run_tool(main, groups=_FLAGS, interrupted="Interrupted. Repeat the command to resume from the last checkpoint.")

@@ -89,7 +89,7 @@ def read_names(file: str | os.PathLike, *, count: int) -> tuple[str, ...]:
       UserError: the file cannot be read, or has another number of lines.
     """
     try:
-        names = tuple(pathlib.Path(file).read_text(encoding="utf-8").splitlines())
+        names = tuple(pathlib.Path(file).read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
     if len(names) != count:

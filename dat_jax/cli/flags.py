@@ -1,7 +1,10 @@
 """Command-line machinery: reading flags, printing help, and ending with a one-line error message."""
 
+import contextlib
 import difflib
+import errno
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -16,7 +19,8 @@ from dat_jax import __version__
 from dat_jax.errors import UserError
 
 HELP_FLAGS = ("--help", "-help", "--helpshort", "-helpshort", "-h", "-?")
-_INTERRUPTED = 130  # exit status after SIGINT, by the convention of shells
+_INTERRUPTED, _CLOSED = 130, 141  # exit status after SIGINT and SIGPIPE, by the convention of shells
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MAX_HELP_WIDTH = 120
 
 
@@ -39,24 +43,88 @@ def run_tool(
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.set_verbosity(logging.ERROR)
     define_flags(flags.FLAGS)
+    sys.argv[1:] = expand_home(sys.argv[1:])
     arguments = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
     if any(argument in HELP_FLAGS for argument in arguments):
         text = sys.modules[main.__module__].__doc__ or ""
         columns = shutil.get_terminal_size((_MAX_HELP_WIDTH, 24)).columns
-        print(format_help(text, flags.FLAGS, groups=groups, width=min(columns, _MAX_HELP_WIDTH)))
+        help_text = format_help(text, flags.FLAGS, groups=groups, width=min(columns, _MAX_HELP_WIDTH))
+        run_interruptible(lambda: print(help_text))
     elif "--version" in arguments:
         print(f"dat_jax {__version__}")
     else:
         run_interruptible(lambda: app.run(main, flags_parser=parse_flags), interrupted)
 
 
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Replace ~ in --FLAG=~/PATH by the home directory. Shells expand it only at the start of an argument."""
+    return [
+        re.sub(r"^(--?[\w.]+=)(~)(?=/|$)", lambda match: match[1] + os.path.expanduser(match[2]), argument)
+        for argument in arguments
+    ]
+
+
 def run_interruptible(function: Callable[[], None], interrupted: str = "Interrupted.") -> None:
-    """Call a function. Ctrl-C ends the program with a message and status 130 instead of a traceback."""
+    """Call a function. What ends it from outside is one line instead of a traceback.
+
+    - Ctrl-C: the message ``interrupted``, status 130.
+    - A reader of the output that ends, such as ``head``: no message, status 141.
+    - A full or read-only disk, a deleted working directory, or JAX without a device: an error message, status 1.
+
+    Characters that the encoding of the output does not have are printed as escapes.
+    """
+    with contextlib.suppress(AttributeError, ValueError):  # not a text file, or closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        function()
+        try:
+            function()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # errors would otherwise occur after the end of the program
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr, flush=True)
         sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(_CLOSED)
+    except OSError as error:
+        message = _explain_os_error(error)
+        if message is None:
+            raise
+        _discard_output()
+        fail(message)
+    except (RuntimeError, AssertionError) as error:
+        if not _is_raised_by(error, "xla_bridge.py"):
+            raise
+        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()).rstrip(".") or "no such device"
+        platforms = os.environ.get("JAX_PLATFORMS")
+        setting = "JAX_PLATFORMS is not set" if platforms is None else f"JAX_PLATFORMS={platforms}"
+        fail(f"JAX cannot start ({setting}): {reason}. JAX_PLATFORMS=cpu runs on the CPU.")
+
+
+def _explain_os_error(error: OSError) -> str | None:
+    """Return a sentence about a problem of the machine; None for other errors."""
+    if error.errno in _NO_SPACE:
+        return f"{error.filename or 'The output'} cannot be written: {error.strerror}."
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "The working directory has been deleted; change to another one."
+    return None
+
+
+def _discard_output() -> None:
+    """Discard what is still buffered for stdout, so that Python does not fail to write it at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_raised_by(error: BaseException, file_name: str) -> bool:
+    """Return whether an error was raised in a file of this name."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and os.path.basename(traceback.tb_frame.f_code.co_filename) == file_name
 
 
 def format_help(text: str, values: flags.FlagValues, *, groups: Mapping[str, Sequence[str]], width: int) -> str:

@@ -127,6 +127,7 @@ def make_sized_eval_batches(
     batch_size: int,
     rows: Sequence[int] | None = None,
     workers: int = 0,
+    min_side: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Return an iterator over all examples, once, in batches whose views have equal shapes, so that no image is padded.
 
@@ -139,6 +140,7 @@ def make_sized_eval_batches(
       batch_size: number of examples per batch, over all processes.
       rows: rows of every batch that belong to this process; only these are loaded. Default: all.
       workers: number of worker processes; 0 loads in threads of this process.
+      min_side: see ``check_view_sizes``.
 
     Yields:
       {"view_0": uint8 (R, h, w, 3), ..., "label": uint8 (R, Hp, Wp), "size": int32 (R, 2), "mask": float32 (R,),
@@ -147,10 +149,10 @@ def make_sized_eval_batches(
       processes, rounded up to a multiple of 64.
 
     Raises:
-      UserError: a worker died, or an example cannot be read.
+      UserError: a worker died, an example cannot be read, or a view is too small.
     """
     rows = range(batch_size) if rows is None else rows
-    sizes = _read_sizes(source)
+    sizes = check_view_sizes(source, transform, min_side=min_side)
     plan = _plan_sized_batches(sizes, transform, batch_size)
 
     def load(position: int) -> dict:
@@ -177,6 +179,33 @@ def _make_marks(index: int, *, counts: bool, damaged: bool) -> dict:
     """Return "mask" and "damaged_index" of a row, which holds an example if ``counts`` is True, and filling otherwise."""
     damaged_index = index if counts and damaged else -1
     return {"mask": np.float32(counts and not damaged), "damaged_index": np.int32(damaged_index)}
+
+
+def check_view_sizes(source, transform, *, min_side: int) -> list[tuple[int, int]]:
+    """Check that the views of all examples are large enough for a model.
+
+    Args:
+      source: see ``data.segmentation_sources``; only sizes are read.
+      transform: see ``segmentation_transforms.make_segmentation_eval_transform``.
+      min_side: smallest side of a view in pixels.
+
+    Returns:
+      The heights and widths of all examples.
+
+    Raises:
+      UserError: a view has a smaller side, as of an image that is very long and thin.
+    """
+    sizes = _read_sizes(source)
+    for height, width in set(sizes):
+        smallest = min(transform.view_shapes(height, width), key=min)
+        if min(smallest) < min_side:
+            index = sizes.index((height, width))
+            name = source.files[index][0] if hasattr(source, "files") else f"image {index}"
+            raise UserError(
+                f"The validation image {name} of {height} x {width} pixels is resized to {smallest[0]} x {smallest[1]} pixels: "
+                f"expected sides of at least {min_side}. Leave it out, or increase config.data.long_side and short_side."
+            )
+    return sizes
 
 
 def _read_sizes(source) -> list[tuple[int, int]]:

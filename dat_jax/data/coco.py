@@ -17,6 +17,7 @@ record. Sources are pickled for data workers and read by several threads at once
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -25,12 +26,13 @@ import numpy as np
 from pycocotools import mask as rle
 
 from dat_jax.data.coco_json import CLIPPED, decode_counts, link_annotations, read_table
-from dat_jax.data.image_files import LeftOut, Member, error_text, is_image, read_member
-from dat_jax.data.images import decode_image
+from dat_jax.data.image_files import LeftOut, Member, error_text, is_image, read_member, suggest_name
+from dat_jax.data.images import decode_image, explain_turned, is_turned
 from dat_jax.data.sources import SPLITS, read_record
 from dat_jax.data.synthetic import CLASS_NAMES, COUNTS, SIDE, compose
 from dat_jax.errors import UserError, name_some
 
+logger = logging.getLogger(__name__)
 FILES = {
     "train": ("instances_train2017.json", "instances_train.json", "train.json"),
     "validation": ("instances_val2017.json", "instances_val.json", "val.json"),
@@ -120,6 +122,10 @@ class CocoSource:
         """Whether the objects have masks."""
         return self.spans is not None
 
+    def is_turned(self, index: int) -> bool:
+        """Return whether the orientation tag of an image is applied and changes it."""
+        return self.apply_orientation and is_turned(os.path.join(self.folder, self.files[index]))
+
     def count_objects(self) -> np.ndarray:
         """Return the number of objects of each class that can be trained on, int64 (K,): those used, without crowds."""
         return np.bincount(self.labels[self.used & ~self.crowd], minlength=len(self.class_names))
@@ -163,11 +169,9 @@ class CocoSource:
         image = decode_image(data, name=path, apply_orientation=self.apply_orientation)
         if image.shape[:2] != size:
             actual, expected = (f"{height} x {width}" for height, width in (image.shape[:2], size))
-            turned = image.shape[1::-1] == size
-            advice = f" Its orientation tag was {'' if self.apply_orientation else 'not '}applied: set "
-            advice += f"config.data.apply_orientation={not self.apply_orientation} if the annotations belong to the other one."
+            advice = explain_turned(path, size, apply_orientation=self.apply_orientation)
             raise UserError(
-                f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.{advice if turned else ''}"
+                f"The image {path} has {actual} pixels: expected {expected} as in {self.annotations}.{advice}"
             )
         return _make_record(image, self.objects(index))
 
@@ -392,6 +396,7 @@ def load_coco(
             f"images with a side below {min_side}": int(np.count_nonzero(annotated & ~keep)),
         }
         _check_any_left(keep, annotations, min_side, skipped)
+    _log_skipped(skipped, annotations, is_defect=any(links.skipped.values()))
     indices = np.flatnonzero(listed)
     indices = indices[keep[links.image_indices[indices]]]
     indices = indices[np.argsort(links.image_indices[indices], kind="stable")]
@@ -431,6 +436,20 @@ def format_skipped(skipped: dict[str, int]) -> str:
     return f" Left out: {', '.join(parts)}." if parts else ""
 
 
+def _log_skipped(skipped: dict[str, int], annotations: str, *, is_defect: bool) -> None:
+    """Log the numbers of ``CocoSource.skipped``, as a warning if some show a defect of the file."""
+    left_out, clipped = format_skipped(skipped), skipped.get(CLIPPED, 0)
+    if left_out or clipped:
+        text = f"{left_out}{f' {clipped:,} {CLIPPED}.' if clipped else ''}"
+        logger.log(logging.WARNING if is_defect else logging.INFO, "Annotations %s.%s", annotations, text)
+
+
+def _suggest_file(name: str, folder: str) -> str:
+    path = name.replace("\\", "/")
+    names = [path] if os.path.isfile(os.path.join(folder, path)) else sorted(os.listdir(folder))
+    return suggest_name(name, names, place='"file_name" is the path below the folder, which has')
+
+
 def _check_files(files: tuple[str, ...], folder: str, annotations: str) -> None:
     """Check that every image file exists. Each folder is listed once."""
     existing = {}
@@ -439,7 +458,9 @@ def _check_files(files: tuple[str, ...], folder: str, annotations: str) -> None:
         existing[parent] = set(os.listdir(path)) if os.path.isdir(path) else set()
     missing = [name for name in files if os.path.basename(name) not in existing[os.path.dirname(name)]]
     if missing:
-        raise UserError(f"These images of {annotations} are not in {folder}: {name_some(missing)}.")
+        raise UserError(
+            f"These images of {annotations} are not in {folder}: {name_some(missing)}.{_suggest_file(missing[0], folder)}"
+        )
     left_out, listed = LeftOut(), set(files)
     for parent, names in existing.items():
         unlisted = [name for name in sorted(names) if is_image(name) and os.path.join(parent, name) not in listed]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dat_jax.data.image_files import error_text
+from dat_jax.data.image_files import check_class_names, error_text
 from dat_jax.errors import UserError
 
 MAX_COORDINATE = 1e5  # pixels; larger polygons are mistakes and would take gigabytes to fill
@@ -21,6 +21,7 @@ _MAX_NUMBER = 1e9  # of boxes and areas, in pixels
 _MAX_SHOWN = 50  # characters of a value in messages
 _LISTS = ("images", "annotations", "categories")
 CLIPPED = "boxes clipped to the image"  # the only reason in ``skipped`` whose annotations are used
+_MIN_BOXES = 5  # to recognize boxes in another format
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf".decode("latin-1")  # written by some editors on Windows
 _BLANK = re.compile(r"[ \t\r\n]*")
 _MAX_COUNT_CHARACTERS = 7  # with five bits each, enough for 2^32 pixels
@@ -69,7 +70,7 @@ def read_table(path: str) -> AnnotationTable:
     Raises:
       UserError: the file is not JSON or is truncated; a list or key is missing; a value has the wrong type, such as a number
         written as text, a boolean, NaN or infinity; "iscrowd" or "ignore" is not 0, 1, true, false or null; two images or two
-        categories have the same id; a polygon or run-length encoding is invalid.
+        categories have the same id; a polygon or run-length encoding is invalid; something follows the JSON object.
     """
     return _read_lists(path, _LISTS, required=_LISTS).table()
 
@@ -139,11 +140,12 @@ def link_annotations(table: AnnotationTable, path: str) -> AnnotationLinks:
       path: path of the file for error messages.
 
     Raises:
-      UserError: there are no categories or no images, only some objects have masks, or a mask does not have the size of its
-        image.
+      UserError: there are no categories or no images, a category has an impossible name, boxes are in another format, only some
+        objects have masks, or a mask does not have the size of its image.
     """
     if not table.categories or not table.files:
         raise UserError(f"The annotations {path} list no {'images' if table.categories else 'categories'}.")
+    check_class_names(list(table.categories.values()), source=path)
     category_ids = np.array(sorted(table.categories), np.int64)
     labels = _index_of(table.category_ids, category_ids)
     image_indices = _index_of(table.owner_ids, table.image_ids)
@@ -161,6 +163,7 @@ def link_annotations(table: AnnotationTable, path: str) -> AnnotationLinks:
         skipped[reason] = int(np.count_nonzero(used & mask))
         used &= ~mask
     skipped[CLIPPED] = int(np.count_nonzero(used & ((starts < 0) | (ends > bounds)).any(axis=1)))
+    _check_box_format(table, image_indices, path)
     _check_masks(table, image_indices, used, path)
     return AnnotationLinks(tuple(category_ids.tolist()), image_indices, labels, used, skipped)
 
@@ -170,6 +173,28 @@ def _index_of(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
     order = np.argsort(keys)
     indices = order[np.minimum(np.searchsorted(keys, values, sorter=order), len(keys) - 1)]
     return np.where(keys[indices] == values, indices, -1)
+
+
+def _check_box_format(table: AnnotationTable, image_indices: np.ndarray, path: str) -> None:
+    """Check that boxes are x, y, width and height in pixels, as far as their values show it."""
+    listed = image_indices >= 0
+    boxes, bounds = table.boxes[listed], table.sizes[image_indices[listed], ::-1]
+    starts, ends = boxes[:, :2], boxes[:, 2:]
+    if not len(boxes) or not (ends > 0).any():
+        return
+    if boxes.min() >= 0 and boxes.max() <= 1:
+        raise UserError(
+            f"All {len(boxes):,} boxes of {path} have values from 0 to 1: expected x, y, width and height in pixels, not "
+            "fractions of the image."
+        )
+    # In the expected format, small boxes in the right or lower part of an image have x above the width or y above the height.
+    outside = int(np.count_nonzero((starts + ends > bounds + 1).any(axis=1)))
+    fits_corners = bool((ends > starts).all() and (ends <= bounds + 1).all())
+    if len(boxes) >= _MIN_BOXES and fits_corners and 3 * outside > len(boxes):
+        raise UserError(
+            f"{outside:,} of {len(boxes):,} boxes of {path} reach beyond their image, and all fit as x1, y1, x2, y2: expected "
+            "x, y, width and height in pixels."
+        )
 
 
 def _check_masks(table: AnnotationTable, image_indices: np.ndarray, used: np.ndarray, path: str) -> None:
@@ -213,6 +238,8 @@ class _Collector:
             raise UserError(
                 f"{title} has {height} x {width} pixels: expected sides from 1 to {MAX_COORDINATE - 1:.0f}."
             )
+        if not name.strip():
+            raise UserError(f"{title} has an invalid 'file_name': expected a path, got {_format(name)}.")
         if number in self._images:
             raise UserError(f"{self._path} has the image {number} more than once.")
         self._images[number] = (height, width)
@@ -227,6 +254,7 @@ class _Collector:
         try:
             _check_numbers("bbox", box, count=4, names="x, y, width and height")
             mask_size = _check_mask(entry.get("segmentation"))
+            _check_polygon_units(entry.get("segmentation"), box)
             flags = (_read_flag(entry, "iscrowd"), _read_flag(entry, "ignore"), mask_size is not None)
         except ValueError as error:
             raise UserError(f"{title} has {error_text(error)}.") from error
@@ -361,6 +389,9 @@ def _scan(text: str, handlers: dict[str, Callable[[Any, int, int], None]]) -> se
             handlers[key](entry, position, end)
             position = _skip_comma(text, end, "]")
         position = _skip_comma(text, position + 1, "}")
+    end = _skip_blank(text, position + 1)
+    if end < len(text):
+        raise ValueError(f"expected the end of the file at byte {end}, got {text[end : end + 10]!r}")
     return present
 
 
@@ -374,7 +405,7 @@ def _skip_token(text: str, position: int, token: str) -> int:
     """Return the position after a token and the whitespace around it."""
     position = _skip_blank(text, position)
     if text[position] != token:
-        raise ValueError(f"expected {token!r} at byte {position}")
+        raise ValueError(f"expected {token!r} at byte {position}, got {text[position : position + 10]!r}")
     return _skip_blank(text, position + 1)
 
 
@@ -416,6 +447,12 @@ def _check_mask(mask: Any) -> tuple[int, int] | None:
     if runs.ndim != 1 or runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise ValueError(f"a mask with invalid counts: expected {size[0] * size[1]} pixels in total")
     return size[0], size[1]
+
+
+def _check_polygon_units(mask: Any, box: Sequence[float]) -> None:
+    """Raise a ValueError if the polygons of a box in pixels are fractions of the image. The mask and the box are valid."""
+    if isinstance(mask, list) and min(box[2:]) > 2 and all(0 <= x <= 1 for polygon in mask for x in polygon) and mask:
+        raise ValueError("polygons with coordinates from 0 to 1: expected pixels")
 
 
 def decode_counts(text: str) -> np.ndarray:

@@ -7,7 +7,10 @@ import collections
 import logging
 import os
 import posixpath
+import re
 import tarfile
+import unicodedata
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -111,6 +114,7 @@ def list_images(path: str) -> list[Member]:
             f"{path} contains no images: expected class folders, one tar per class, or a flat folder or tar of images. Images "
             f"are files named {list_suffixes()}."
         )
+    check_class_names(sorted({member.class_name for member in members} - {""}), source=path)
     without_class = [member.name for member in members if not member.class_name]
     if 0 < len(without_class) < len(members):
         raise UserError(f"{path} contains classes, but also images without a class: {name_some(without_class)}.")
@@ -171,8 +175,62 @@ def index_classes(names: Iterable[str], class_names: Sequence[str], *, source: s
     labels = {name: label for label, name in enumerate(class_names)}
     unknown = sorted({name for name in names if name not in labels})
     if unknown:
-        raise UserError(f"{source} has classes that are missing in the training images: {name_some(unknown)}.")
+        raise UserError(
+            f"{source} has classes that are missing in the training images: {name_some(unknown)}."
+            f"{suggest_name(unknown[0], class_names, place='The training images have')}"
+        )
     return [labels[name] for name in names]
+
+
+def check_class_names(names: Sequence[str], *, source: object) -> None:
+    """Check that class names can be written as lines of a text file in UTF-8, and look different from each other.
+
+    Args:
+      names: the names; a name may occur twice.
+      source: path that ``names`` come from, for error messages.
+
+    Raises:
+      UserError: a name is blank, has a line break or is not valid Unicode, or two names differ only in their Unicode form.
+    """
+    forms: dict[str, str] = {}
+    for name in names:
+        if not name.strip() or len(name.splitlines()) != 1 or not _is_unicode(name):
+            raise UserError(f"{source} has a class named {name!r}: expected text in UTF-8 without line breaks.")
+        first = forms.setdefault(unicodedata.normalize("NFC", name), name)
+        if first != name:
+            raise UserError(
+                f"{source} has two classes that both look like {name}, {first!a} and {name!a}: expected one of them."
+            )
+
+
+def _is_unicode(name: str) -> bool:
+    """Return whether a name can be encoded; file names in other encodings have surrogates in Python."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def suggest_name(name: str, names: Iterable[str], *, place: str) -> str:
+    """Return a sentence about the name that is likely meant, with a space in front; "" if there is none.
+
+    Args:
+      name: a name that is missing.
+      names: the existing names, of which one may differ in its folder, letter case, percent-encoding, Unicode form or suffix.
+      place: start of the sentence, such as "The folder has".
+    """
+    names = list(names)
+    for simplify in (_simplify, lambda text: posixpath.splitext(_simplify(text))[0]):
+        similar = next((other for other in names if simplify(other) == simplify(name)), None)
+        if similar is not None:
+            return f" {place} {similar!a}, which is similar to {name!a}."
+    return ""
+
+
+def _simplify(name: str) -> str:
+    last = re.split(r"[/\\]", urllib.parse.unquote(name))[-1]
+    return unicodedata.normalize("NFC", last).casefold().strip()
 
 
 def is_image(name: str) -> bool:

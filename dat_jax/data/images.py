@@ -14,10 +14,13 @@ from dat_jax.data.image_files import DamagedFile
 from dat_jax.errors import UserError
 
 cv2.setNumThreads(0)  # the pipeline is already parallel over images
+# Pillow prints warnings about damaged metadata, without the name of the file; the pixels are valid all the same.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 # Pillow warns above Image.MAX_IMAGE_PIXELS and raises above twice that; here both raise.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# Exceptions that Pillow raises for damaged files.
-DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# Exceptions that Pillow raises for damaged files; RuntimeError for AVIF.
+DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, *_TOO_LARGE)
 # Modes of Pillow with at most 8 bits per channel that it converts to RGB.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
@@ -27,8 +30,9 @@ def decode_image(data: bytes, *, name: str, apply_orientation: bool = True) -> n
 
     - The format is detected from the bytes, not from the name.
     - Gray, palette and CMYK images are converted to RGB. Alpha is dropped without blending. Animations give their first frame.
-    - PNGs with 16 bits per channel and color give the high byte of each value. Other images with more than 8 bits per channel
-      are refused, since the range of their values is not known.
+    - Color images with 16 bits per channel (PNG, TIFF, PPM) give the high byte of each value. Gray images with more than 8 bits
+      per channel are refused, since the range of their values is not known.
+    - Color profiles and gamma are ignored.
     - RGB and gray JPEGs are decoded by OpenCV: its pixels were equal to Pillow's on every photograph tried, in 3/4 of the time.
 
     Args:
@@ -37,9 +41,11 @@ def decode_image(data: bytes, *, name: str, apply_orientation: bool = True) -> n
       apply_orientation: whether the image is turned upright, as its EXIF orientation tag says. TIFF files always are.
 
     Raises:
-      DamagedFile: the bytes are not a readable image, or are truncated.
-      UserError: the image has more than 8 bits per channel, or colors that cannot be converted.
+      DamagedFile: the bytes are not a readable image, are truncated, or have more than ``Image.MAX_IMAGE_PIXELS`` pixels.
+      UserError: the image is gray with more than 8 bits per channel, or has colors that cannot be converted.
     """
+    if not data:
+        raise DamagedFile(f"The image {name} cannot be decoded: the file is empty.")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if reason := _why_unsupported(image):
@@ -47,7 +53,7 @@ def decode_image(data: bytes, *, name: str, apply_orientation: bool = True) -> n
             pixels = _decode_jpeg(data) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
             if pixels is None:
                 pixels = np.asarray(_to_rgb(image))
-            return _turn_upright(pixels, _read_orientation(image)) if apply_orientation else pixels
+            return turn_upright(pixels, read_orientation(image)) if apply_orientation else pixels
     except UserError:
         raise
     except DAMAGE as error:
@@ -65,11 +71,41 @@ def read_size(path: str, *, apply_orientation: bool = True) -> tuple[int, int]:
             if image.format == "TIFF":
                 image.load()  # turns the image, and in some versions of Pillow changes its size
                 return image.height, image.width
-            turned = apply_orientation and _read_orientation(image) >= 5
+            turned = apply_orientation and read_orientation(image) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
     except DAMAGE as error:
         reason = getattr(error, "strerror", None) or _describe(error)
         raise DamagedFile(f"The size of the image {path} cannot be read: {reason}.") from error
+
+
+def is_turned(path: str) -> bool:
+    """Return whether an image file has an orientation tag other than upright; False if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return read_orientation(image) != 1
+    except DAMAGE:
+        return False
+
+
+def explain_turned(path: str, size: tuple[int, int], *, apply_orientation: bool) -> str:
+    """Explain why an image does not have the size of its annotations.
+
+    Args:
+      path: the image file, which can be read.
+      size: height and width that the annotations have.
+      apply_orientation: value of the setting.
+
+    Returns:
+      A sentence to append to a message, with a space in front; "" if the sizes differ by more than an exchange of the sides.
+    """
+    if read_size(path, apply_orientation=not apply_orientation) == size:
+        return (
+            f" Its orientation tag was {'' if apply_orientation else 'not '}applied: set "
+            f"config.data.apply_orientation={not apply_orientation} if the annotations belong to the other one."
+        )
+    if read_size(path, apply_orientation=apply_orientation) == size[::-1]:
+        return " The height and the width are exchanged."
+    return ""
 
 
 def check_image(data: bytes) -> str | None:
@@ -89,7 +125,9 @@ def check_image(data: bytes) -> str | None:
 
 
 def _why_unsupported(image: Image.Image) -> str | None:
-    if image.mode.startswith(("I", "F")):
+    # Pillow reads gray with alpha and 16 bits as LA, of which it keeps the high bytes.
+    is_deep_png = image.format == "PNG" and any(tile[3] == "LA;16B" for tile in getattr(image, "tile", ()))
+    if image.mode.startswith(("I", "F")) or is_deep_png:
         return (
             "has more than 8 bits per channel: convert it to 8 bits first, with a range of values that fits your images"
         )
@@ -110,7 +148,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read_orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1, which is upright, if there is none or it cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -119,8 +157,8 @@ def _read_orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn (H, W, 3) as ``PIL.ImageOps.exif_transpose`` does."""
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn (H, W) or (H, W, 3) by an EXIF orientation, 1 to 8, as ``PIL.ImageOps.exif_transpose`` does."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     rows_reversed, columns_reversed = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
@@ -130,7 +168,9 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _describe(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "the image format is not recognized"
-    return " ".join(str(error).split())
+    if isinstance(error, _TOO_LARGE):
+        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; resize it first"
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def resize_bicubic(image: np.ndarray, *, width: int, height: int) -> np.ndarray:

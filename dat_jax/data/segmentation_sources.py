@@ -16,7 +16,15 @@ from PIL import Image
 
 from dat_jax.data import ade20k
 from dat_jax.data.image_files import DamagedFile, LeftOut, Member, error_text, list_suffixes, read_member, scan_folder
-from dat_jax.data.images import DAMAGE, decode_image, read_size
+from dat_jax.data.images import (
+    DAMAGE,
+    decode_image,
+    explain_turned,
+    is_turned,
+    read_orientation,
+    read_size,
+    turn_upright,
+)
 from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.data.sources import SPLITS, read_record
 from dat_jax.data.synthetic import ComposedSource
@@ -90,6 +98,10 @@ class SegmentationFileSource:
         """Return the height and width of an image in pixels, from the header of its file."""
         return read_size(self._paths(index)[0], apply_orientation=self.apply_orientation)
 
+    def is_turned(self, index: int) -> bool:
+        """Return whether the orientation tag of an image is applied and changes it."""
+        return self.apply_orientation and is_turned(self._paths(index)[0])
+
     def _paths(self, index: int) -> tuple[str, str]:
         image, label = self.files[index]
         return os.path.join(self.image_folder, image), os.path.join(self.label_folder, label)
@@ -101,15 +113,16 @@ class SegmentationFileSource:
         label = self.read_label(index)
         if image.shape[:2] != label.shape:
             label_size, image_size = (f"{height} x {width}" for height, width in (label.shape, image.shape[:2]))
+            advice = explain_turned(image_path, label.shape, apply_orientation=self.apply_orientation)
             raise UserError(
-                f"The label file {label_path} has {label_size} pixels: expected {image_size}, the size of {image_path}."
+                f"The label file {label_path} has {label_size} pixels: expected {image_size}, the size of {image_path}.{advice}"
             )
         return {"image": image, "label": label}
 
     def read_label(self, index: int) -> np.ndarray:
         """Return the label map of an index, uint8 (H, W), or raise a DamagedFile error if its file cannot be read."""
         path = self._paths(index)[1]
-        values = decode_label(_read_file(path), path=path)
+        values = decode_label(_read_file(path), path=path, apply_orientation=self.apply_orientation)
         first = int(self.zero_is_ignored)
         class_values = self.label_values or tuple(range(first, first + len(self.class_names)))
         ignored = {0, IGNORED} if self.zero_is_ignored else {IGNORED}
@@ -120,7 +133,7 @@ def _read_file(path: str) -> bytes:
     return read_member(Member(path, 0, -1, os.path.basename(path), ""))
 
 
-def decode_label(data: bytes, *, path: str) -> np.ndarray:
+def decode_label(data: bytes, *, path: str, apply_orientation: bool = True) -> np.ndarray:
     """Decode a label file, a PNG, to its values, uint8 (H, W).
 
     Accepted are a single channel of exactly 8 bits and palette images, whose indices are the values and whose colors are
@@ -130,6 +143,7 @@ def decode_label(data: bytes, *, path: str) -> np.ndarray:
     Args:
       data: content of the file.
       path: path of the file for error messages.
+      apply_orientation: whether the label map is turned by its own orientation tag, which label files rarely have.
 
     Raises:
       UserError: the file is not a PNG, is damaged, or is a PNG of another kind.
@@ -140,6 +154,7 @@ def decode_label(data: bytes, *, path: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             values = np.array(image)
+            orientation = read_orientation(image) if apply_orientation else 1
     except DAMAGE as error:
         raise DamagedFile(f"The label file {path} cannot be decoded: {error_text(error)}.") from error
     bits, color_type = header  # checked after decoding, because a damaged header is damage
@@ -148,7 +163,7 @@ def decode_label(data: bytes, *, path: str) -> np.ndarray:
         raise UserError(
             f"The label file {path} is {kind} per channel: expected a single channel with 8 bits that holds class indices."
         )
-    return values
+    return turn_upright(values, orientation)
 
 
 def _png_header(data: bytes) -> tuple[int, int] | None:

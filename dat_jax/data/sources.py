@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from dat_jax.data.image_files import (
     DamagedFile,
     LeftOut,
     Member,
+    check_class_names,
     error_text,
     index_classes,
     list_suffixes,
@@ -129,6 +130,24 @@ def read_spread_examples(source: Any, count: int) -> list[dict]:
     return [read_record(source.__getitem__, index, count=len(source), skip_damaged=True) for index in indices]
 
 
+def warn_if_turned(source: Any, indices: Sequence[int], *, split: str, annotations: str) -> None:
+    """Log a warning if images are turned by their orientation tag: annotations of the stored pixels may have the same size.
+
+    Args:
+      source: a source with ``is_turned(index)``.
+      indices: images to look at.
+      split: "training" or "validation", for the message.
+      annotations: what belongs to the images, such as "label maps".
+    """
+    turned = sum(map(source.is_turned, indices))
+    if turned:
+        logger.warning(
+            "%d of %d %s images are turned by their orientation tag: their %s must be those of the upright images. Set "
+            "config.data.apply_orientation=False if they are those of the stored pixels.",
+            *(turned, len(indices), split, annotations),
+        )
+
+
 def describe_damage(source: Any, index: int) -> str | None:
     """Return why a record of a source cannot be read, or None if it can.
 
@@ -237,9 +256,13 @@ _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 def _load_folders(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
     class_names = scan_folder(directory / "train").folders
-    root = next((path for path in map(directory.joinpath, _FOLDERS[split]) if path.is_dir()), None)
-    if root is None:
+    check_class_names(class_names, source=directory / "train")
+    roots = [path for path in map(directory.joinpath, _FOLDERS[split]) if path.is_dir()]
+    if not roots:
         raise UserError(f"{directory} has no folder of {split} images: expected {' or '.join(_FOLDERS[split])}.")
+    if len(roots) > 1:
+        raise UserError(f"{directory} has the folders {' and '.join(_FOLDERS[split])}: expected only one of them.")
+    (root,) = roots
     outer, left_out = scan_folder(root), LeftOut()
     left_out.add("images outside class folders", outer.images)
     left_out.add_listing(outer, subfolders=True)

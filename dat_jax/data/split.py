@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from dat_jax.cli.flags import fail, run_tool
-from dat_jax.data.image_files import LeftOut, list_suffixes, scan_folder
+from dat_jax.data.image_files import LeftOut, check_class_names, list_suffixes, scan_folder
 from dat_jax.errors import UserError, name_some
 from dat_jax.storage import atomic_path
 
@@ -36,11 +36,15 @@ def split_folder(folder: str, output: str, *, validation: float = 0.2, seed: int
       Number of images, {"train": ..., "val": ...}.
 
     Raises:
-      UserError: the fraction is not between 0 and 1, there are no class folders, a class has fewer than two images, or
-        ``output`` exists or cannot be written.
+      UserError: the fraction is not between 0 and 1, the seed is negative, there are no class folders, a class has an
+        impossible name or fewer than two images, or ``output`` exists, lies in ``folder`` or cannot be written.
     """
     if not 0 < validation < 1:
         raise UserError(f"--validation must be between 0 and 1, got {validation}.")
+    if seed < 0:
+        raise UserError(f"--seed must be at least 0, got {seed}.")
+    if pathlib.Path(folder).resolve() in (pathlib.Path(output).resolve(), *pathlib.Path(output).resolve().parents):
+        raise UserError(f"--output is {output}: expected a folder outside {folder}, which is only read.")
     root, left_out, files = scan_folder(folder), LeftOut(), {}
     left_out.add("images outside class folders", root.images)
     left_out.add_listing(root, subfolders=True)
@@ -48,6 +52,7 @@ def split_folder(folder: str, output: str, *, validation: float = 0.2, seed: int
         listing = scan_folder(os.path.join(folder, name))
         left_out.add_listing(listing, folder=name)
         files[name] = listing.images
+    check_class_names(list(files), source=folder)
     left_out.log(folder, f"{sum(map(len, files.values())):,} images in {len(files):,} class folders")
     if not files:
         raise UserError(f"{folder} has no class folders: expected one folder of images per class.")

@@ -148,7 +148,7 @@ def report_predictions(
     if csv_file is not None:
         with (
             atomic_path(pathlib.Path(csv_file), overwrite=True) as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as file,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         ):
             csv.writer(file, lineterminator="\n").writerows([predictor.columns, *rows])
     if json_file is not None:

@@ -1,5 +1,6 @@
 """Image files on disk: finding, reading and numbering them."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -27,12 +28,14 @@ def find_images(names: Sequence[str], *, recursive: bool = False) -> list[pathli
         if name == "-":
             lines = sys.stdin.read().splitlines()
             files = find_images([line for line in lines if line not in ("", "-")], recursive=recursive)
-        elif path.is_dir():
+        elif not name:
+            raise UserError("The name of an image or folder is empty.")
+        elif os.path.isdir(path):  # unlike pathlib's method, False for a name that the system refuses to look up
             files = _find_in_folder(path, recursive=recursive)
-        elif path.is_file():
+        elif os.path.isfile(path):
             files = [path]
         else:
-            raise UserError(f"There is no image or folder {path}.")
+            raise UserError(f"There is no image or folder {name}.")
         if not files:
             raise UserError("There is no image in stdin.")
         images += files

@@ -68,7 +68,11 @@ def enable_cache(setting: str) -> pathlib.Path | None:
         return None
     if setting == "auto" and options.jax_compilation_cache_dir:
         return pathlib.Path(options.jax_compilation_cache_dir)
-    directory = _default_directory() if setting == "auto" else pathlib.Path(setting).expanduser()
+    try:
+        directory = _default_directory() if setting == "auto" else pathlib.Path(setting).expanduser()
+    except RuntimeError:  # a container's user without HOME and without an entry in /etc/passwd
+        logger.warning("Compiled programs are not kept: there is no home directory. Set config.compilation_cache.")
+        return None
     if jax.default_backend() == "cpu":
         directory /= f"cpu-{_machine_digest()}"
     try:

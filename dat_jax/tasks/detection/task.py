@@ -25,7 +25,7 @@ from dat_jax.data.detection_transforms import (
     make_detection_train_transform,
     parse_buckets,
 )
-from dat_jax.data.sources import SPLITS, read_spread_examples
+from dat_jax.data.sources import SPLITS, read_spread_examples, warn_if_turned
 from dat_jax.errors import UserError, name_some
 from dat_jax.evaluation import detection as evaluation
 from dat_jax.models.registry import create_detector
@@ -41,7 +41,7 @@ from dat_jax.tasks.task import Evaluator, Source, Task
 
 logger = logging.getLogger(__name__)
 _FIGURE_EXAMPLES = 8
-_CHECKED_OBJECTS = 2000
+_CHECKED_OBJECTS, _CHECKED_IMAGES = 2000, 500
 
 
 class DetectionTask(Task):
@@ -75,6 +75,8 @@ class DetectionTask(Task):
         source = self.train_source
         if isinstance(source, CocoSource):
             _check_objects(source)
+            indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), _CHECKED_IMAGES)).astype(int)).tolist()
+            warn_if_turned(source, indices, split="training", annotations="boxes and masks")
         self._check_masks()
         if hasattr(source, "sample_boxes"):
             boxes, sizes = source.sample_boxes(_CHECKED_OBJECTS)

@@ -8,6 +8,7 @@ import numpy as np
 
 from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.segmentation_transforms import IGNORED
+from dat_jax.data.sources import warn_if_turned
 from dat_jax.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
@@ -27,17 +28,20 @@ def check_labels(source: Any, *, split: str) -> None:
       split: "training" or "validation", for the messages.
 
     Raises:
-      UserError: no pixel has a class, or all training maps were read and only one of several classes occurs.
+      UserError: no map can be read, no pixel has a class, or all training maps were read and only one of several classes occurs.
     """
     if not hasattr(source, "read_label"):
         return
     indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MAX_MAPS)).astype(int)).tolist()
     counts = count_pixels(source, indices)
+    warn_if_turned(source, indices, split=split, annotations="label maps")
     maps = f"the {len(indices):,} {split} label maps" + (
         f" read of {len(source):,}" if len(indices) < len(source) else ""
     )
     names, labeled = source.class_names, counts[: len(source.class_names)]
     total = int(counts.sum())
+    if not total:
+        source.read_label(indices[0])  # raises the reason
     if not labeled.any():
         raise UserError(f"No pixel of {maps} has a class. {_ADVICE}")
     fraction = labeled.sum() / total

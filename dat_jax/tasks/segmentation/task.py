@@ -12,6 +12,7 @@ from dat_jax.data.segmentation_sources import load_segmentation_source
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
 from dat_jax.data.sources import SPLITS, read_spread_examples
 from dat_jax.evaluation import segmentation as evaluation
+from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.models.registry import create_segmentor
 from dat_jax.ops.dispatch import compute_dtype
 from dat_jax.tasks.objective import Objective
@@ -37,9 +38,10 @@ class SegmentationTask(Task):
         return train, validation
 
     def check_data(self) -> None:
-        """See ``Task`` and ``check_labels``."""
+        """See ``Task``, ``check_labels`` and ``batching.check_view_sizes``."""
         check_labels(self.train_source, split="training")
         check_labels(self.eval_source, split="validation")
+        batching.check_view_sizes(self.eval_source, self._eval_transform(), min_side=MIN_IMAGE_SIDE)
 
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
@@ -67,7 +69,12 @@ class SegmentationTask(Task):
         """See ``Task``. The images of a batch have the same size."""
         config = self.config
         return batching.make_sized_eval_batches(
-            source, self._eval_transform(), batch_size=config.eval.batch_size, rows=rows, workers=config.data.workers
+            source,
+            self._eval_transform(),
+            batch_size=config.eval.batch_size,
+            rows=rows,
+            workers=config.data.workers,
+            min_side=MIN_IMAGE_SIDE,
         )
 
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

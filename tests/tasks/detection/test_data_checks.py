@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from dat_jax.errors import UserError
 from dat_jax.ops.detection.anchors import inside_image, make_anchors
@@ -41,6 +42,17 @@ def test_a_training_set_without_objects_is_refused_with_the_counts_by_reason(tmp
         make_task(tmp_path, [(5, 5, 20, 20)], ignore=1).check_data()
     with pytest.raises(UserError, match=r"no object to train on.* 1 empty boxes\.$"):
         make_task(tmp_path, [(5, 5, 20, 20)], bbox=[5, 5, 0, 20]).check_data()
+
+
+def test_photographs_that_are_turned_are_reported(tmp_path):
+    task = make_task(tmp_path, [(5, 5, 20, 20)])
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 3
+    (path,) = (tmp_path / "train").iterdir()
+    Image.open(path).copy().save(path, exif=tags)
+    with collect_logs() as logs:
+        task.check_data()
+    assert any("1 of 1 training images are turned by their orientation tag: their boxes" in message for message in logs)
 
 
 def test_data_without_masks_train_a_retinanet_after_the_advice(tmp_path):

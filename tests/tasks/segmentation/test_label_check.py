@@ -22,6 +22,9 @@ class Labels:
     def read_label(self, index):
         return self.maps[index]
 
+    def is_turned(self, index):
+        return False
+
 
 def make_map(*values):
     return np.array([values], np.uint8)
