@@ -11,17 +11,25 @@ from dat_jax.errors import UserError
 def name_outputs(inputs: Sequence[pathlib.Path], directory: str | os.PathLike) -> list[pathlib.Path]:
     """Output file of each input: DIRECTORY/<stem>.png.
 
+    If files in different folders have the same stem, outputs are in folders as the inputs are, below their common folder.
+
     Raises:
-      UserError: two inputs have the same stem.
+      UserError: two inputs in one folder have the same stem.
     """
-    by_stem: dict[str, pathlib.Path] = {}
-    for path in inputs:
-        if path.stem in by_stem:
+    places = [pathlib.Path(path.name) for path in inputs]
+    if len({path.stem for path in inputs}) < len(inputs):
+        paths = [pathlib.Path(os.path.abspath(path)) for path in inputs]
+        common = os.path.commonpath([path.parent for path in paths])
+        places = [path.relative_to(common) for path in paths]
+    by_output: dict[pathlib.Path, pathlib.Path] = {}
+    for path, place in zip(inputs, places, strict=True):
+        output = place.with_name(f"{place.stem}.png")
+        if output in by_output:
             raise UserError(
-                f"{by_stem[path.stem]} and {path} would both be written to {path.stem}.png; process them separately."
+                f"{by_output[output]} and {path} would both be written to {output}; process them separately."
             )
-        by_stem[path.stem] = path
-    return [pathlib.Path(directory) / f"{stem}.png" for stem in by_stem]
+        by_output[output] = path
+    return [pathlib.Path(directory) / output for output in by_output]
 
 
 def check_outputs(outputs: Sequence[pathlib.Path], *, inputs: Sequence[pathlib.Path], overwrite: bool) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import pathlib
+import re
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -54,7 +55,7 @@ def add_recorded_config(argv: list[str]) -> list[str]:
       The arguments, changed only if the command evaluates and has no --config.
 
     Raises:
-      UserError: the work directory has no config.json.
+      UserError: the work directory has no config.json, or a key is set without a configuration.
     """
     values = flags.FlagValues()
     for name in ("config", "workdir", "mode"):
@@ -63,7 +64,14 @@ def add_recorded_config(argv: list[str]) -> list[str]:
         values(argv, known_only=True)
     except flags.Error:  # reported when all flags are parsed
         return argv
-    if values.config is not None or values.mode != "eval" or not values.workdir:
+    if values.config is not None:
+        return argv
+    if values.mode != "eval" or not values.workdir:
+        override = next((word for word in argv[1:] if re.match(r"--?config\.", word)), None)
+        if override is not None:
+            raise UserError(
+                f"{override.partition('=')[0]} sets a key of a configuration: expected --config=CONFIG, too."
+            )
         return argv
     file = pathlib.Path(values.workdir) / "config.json"
     if not file.is_file():

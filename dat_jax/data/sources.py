@@ -217,7 +217,8 @@ def _load_directory(directory: pathlib.Path, split: str, apply_orientation: bool
     content = sorted(path.name for path in directory.iterdir())
     raise UserError(
         f"{directory} contains no data set: expected {' and '.join(METADATA_FILES)} of TFDS up to two levels below it, or "
-        f"folders of images, train/<class> and val/<class> or validation/<class>; got {name_some(content) or 'nothing'}."
+        f"folders of images, train/<class> and val/<class> or validation/<class>; got {name_some(content) or 'nothing'}. "
+        "python -m dat_jax.data.split makes them from one folder per class."
     )
 
 

@@ -62,7 +62,7 @@ def save_class_results(
 
 
 def describe_worst_classes(evaluation: Evaluation, *, class_names: Sequence[str], count: int = 3) -> str:
-    """Describe the classes with the lowest values of the first metric, as "dog 61.2, cat 70.4"; "" if there are none.
+    """Describe the classes with the lowest values of the first metric, as "dog 61.2, cat 70.4"; "" if none is lower than others.
 
     Args:
       evaluation: the result.
@@ -70,8 +70,10 @@ def describe_worst_classes(evaluation: Evaluation, *, class_names: Sequence[str]
       count: number of classes.
     """
     values = next(iter(evaluation.per_class.values()), np.zeros(0))
-    worst = [index for index in np.argsort(values, kind="stable") if np.isfinite(values[index])][:count]
-    return ", ".join(f"{class_names[index]} {values[index]:.4g}" for index in worst)
+    worst = [index for index in np.argsort(values, kind="stable") if np.isfinite(values[index])]
+    if not worst or values[worst[0]] == values[worst[-1]]:
+        return ""
+    return ", ".join(f"{class_names[index]} {values[index]:.4g}" for index in worst[:count])
 
 
 def _format(value: float) -> str:

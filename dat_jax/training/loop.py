@@ -188,6 +188,7 @@ def _run_steps(
         batches = stack.enter_context(contextlib.closing(train_batches))  # pyright: ignore[reportArgumentType] (a generator)
         for hook in hooks:
             stack.callback(hook.close)
+        logger.info("Compiling the training step; the first numbers follow.")
         for step in range(start + 1, trainer.total_steps + 1):
             for hook in hooks:
                 hook.before_batch(step)

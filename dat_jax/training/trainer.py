@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -177,7 +178,11 @@ class Trainer:
             describe=functools.partial(self.task.describe_damage, source),
         )
         options = {} if classes is None else {"classes": classes}
-        return self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
+        evaluation = self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
+        # JAX releases the arrays of the host that it has used at a garbage collection. Those of data workers are in shared
+        # memory, and Python warns of a leak if they are still there at its end.
+        gc.collect()
+        return evaluation
 
     @functools.cached_property
     def _evaluator(self):
@@ -216,6 +221,7 @@ class Trainer:
         config, task, devices = self.config, self.task, jax.devices()
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
         skipped = getattr(task.train_source, "skipped", {})
+        parts = f" in {config.accumulate_steps} accumulated parts" if config.accumulate_steps > 1 else ""
         changes = ", ".join(f"{count:,} {name}" for name, count in skipped.items() if count)
         data, train, validation = (
             config.data.directory or config.data.name,
@@ -228,7 +234,7 @@ class Trainer:
             **({"skipped or repaired": changes} if changes else {}),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "mesh": " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
-            "batch": f"{config.batch_size} in {config.accumulate_steps} part(s), {self.steps_per_epoch} steps per epoch",
+            "batch": f"{config.batch_size} images{parts}, {self.steps_per_epoch} steps per epoch",
             "length": f"{self.total_steps / self.steps_per_epoch:.4g} epochs, {self.total_steps} steps",
         }
 

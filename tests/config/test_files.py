@@ -148,3 +148,8 @@ def test_an_evaluation_without_a_configuration_takes_that_of_the_run(arguments, 
     argv = ["main", *(argument.format(tmp=tmp_path) for argument in arguments)]
     expected = ["main", f"--config={tmp_path / 'config.json'}", *argv[1:]] if added else argv
     assert add_recorded_config(argv) == expected
+
+
+def test_keys_without_a_configuration_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--config\.epochs sets a key .* expected --config=CONFIG"):
+        add_recorded_config(["main", f"--workdir={tmp_path}", "--config.epochs=3"])

@@ -84,7 +84,7 @@ EMPTY = r"These class folders of .*train contain no images: {}\. Images are file
 UNKNOWN = r"val has classes that are missing in the training images: {}\.{}$"
 SIMILAR = r" The training images have {}, which is similar to {}\."
 NAME = r"train has a class named {}: expected text in UTF-8 without line breaks\.$"
-NO_DATA = r"data contains no data set: .* folders of images, train/<class> and val/<class> .*; got {}\.$"
+NO_DATA = r"data contains no data set: .* folders of images, train/<class> and val/<class> .*; got {}\. "
 
 # Changes of the folder, and the message expected.
 REFUSED = {
@@ -298,3 +298,11 @@ def test_labels_follow_the_sorted_names_of_the_training_folders(root):
     assert source.class_names == ("10", "9", "a", "b")
     assert [int(source[index]["label"]) for index in range(4)] == [0, 1, 2, 3]
     np.testing.assert_array_equal(source[0]["image"][0, 0], (10, 20, 30))
+
+
+def test_outputs_of_images_with_the_same_name_are_in_their_folders(tmp_path):
+    paths = [tmp_path / name for name in ("a/x.jpg", "b/x.png", "b/y.png")]
+    assert name_outputs(paths, tmp_path / "out") == [
+        tmp_path / "out" / name for name in ("a/x.png", "b/x.png", "b/y.png")
+    ]
+    assert name_outputs(paths[1:], "out") == [pathlib.Path("out/x.png"), pathlib.Path("out/y.png")]

@@ -307,7 +307,7 @@ def test_damaged_images_are_reported_and_the_others_processed(export, folder, tm
         (
             "cannot be decoded",
             "more than 8 bits",
-            "format is not recognized",
+            "the file is empty",
             "image of 4 x 64 pixels is resized to 4 x 64",
         ),
         strict=True,

@@ -84,7 +84,7 @@ class ClassificationTask(Task):
 
     def describe_images(self) -> str:
         """See ``Task``."""
-        return f"{self.config.data.image_size} x {self.config.data.image_size}"
+        return f"crops of {self.config.data.image_size} x {self.config.data.image_size} pixels"
 
     def make_objective(self, **backbone: Any) -> Objective:
         """See ``Task``."""
