@@ -22,6 +22,6 @@ def get_config():
     config.augmentation.update(mixup_alpha=0.0, cutmix_alpha=0.0)
     config.epochs = -1
     config.batch_size = -1
-    config.schedule.update(base_lr=-1.0, warmup_epochs=-1.0)
+    config.schedule.update(base_lr=-1.0, warmup_lr=-1.0, min_lr=-1.0, warmup_epochs=-1.0, reference_batch_size=-1)
     config.eval.update(batch_size=256, every=-1)
     return config.lock()

@@ -183,15 +183,29 @@ SCHEDULES: dict[str, dict[str, Key]] = {
         "base_lr": Key(
             float,
             5e-4,
-            "Peak learning rate for a batch of `reference_batch_size`; scaled linearly with it. -1: all rates follow from "
-            "the number of steps, 5e-4 for 1000 and down to 1e-4 for long runs.",
+            "Peak learning rate for a batch of `reference_batch_size`; scaled linearly with it. -1: follows from the number "
+            "of steps, 5e-4 for 1000 and down to 1e-4 for long runs.",
             minimum=0,
             or_value=-1,
         ),
-        "warmup_lr": Key(float, 5e-7, "Learning rate at the first step, scaled as `base_lr`.", minimum=0),
-        "min_lr": Key(float, 5e-6, "Learning rate at the last step, scaled as `base_lr`.", minimum=0),
+        "warmup_lr": Key(
+            float,
+            5e-7,
+            "Learning rate at the first step, scaled as `base_lr`. -1: a hundredth of it.",
+            minimum=0,
+            or_value=-1,
+        ),
+        "min_lr": Key(
+            float,
+            5e-6,
+            "Learning rate at the last step, scaled as `base_lr`. -1: a hundredth of it.",
+            minimum=0,
+            or_value=-1,
+        ),
         "warmup_epochs": Key(float, 20.0, "Epochs of linear warm-up. -1: a tenth of the run.", minimum=0, or_value=-1),
-        "reference_batch_size": Key(int, 512, "Batch size that the learning rates are meant for.", minimum=1),
+        "reference_batch_size": Key(
+            int, 512, "Batch size that the learning rates are meant for. -1: that of the run.", minimum=1, or_value=-1
+        ),
     },
     # Linear warm-up, and base_lr * (1 - step / steps) ** power, as for the published segmentors.
     "poly": {

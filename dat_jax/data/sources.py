@@ -82,6 +82,11 @@ class EncodedSource:
     skip_damaged: bool
     apply_orientation: bool = True
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels, int32 (N,), if they are known without reading the records."""
+        return getattr(self.records, "labels", None)
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -184,7 +189,10 @@ def load_source(
     if split not in SPLITS:
         raise UserError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
     if directory:
-        return _load_directory(pathlib.Path(directory), split, apply_orientation)
+        try:
+            return _load_directory(pathlib.Path(directory), split, apply_orientation)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be read: {error.strerror}.") from error
     if name not in _SOURCES:
         raise UserError(
             f"Unknown data set {name!r}; choose one of {', '.join(_SOURCES)}, or set config.data.directory to the directory "

@@ -11,6 +11,7 @@ import numpy as np
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.visualization import charts
 
+_MAX_CONFUSION = 2000  # classes of a confusion matrix; it takes 16 MB on the device
 METRIC = "top1"  # the best checkpoint has the highest value of this metric
 
 
@@ -24,7 +25,7 @@ def make_evaluator(predict: Callable) -> Callable[..., Evaluation]:
       A function of variables and batches. Batches contain "label", int (B,), and "mask", (B,), 1 for examples that count.
       ``classes`` are the indices of the classes that may be predicted, for data sets without the others. The metrics are
       {"top1", "top5": percent, "loss": mean cross-entropy, "examples": number of counted examples}, those of the classes are
-      "top1" and "examples", and there is a confusion matrix.
+      "top1" and "examples", and for up to 2,000 classes there is a confusion matrix.
 
       If batches contain "acceptable", bool (B, K), a prediction is correct if it is any acceptable class, and examples without
       one are not counted. The only result is then {"top1", "examples"}.
@@ -43,15 +44,16 @@ def make_evaluator(predict: Callable) -> Callable[..., Evaluation]:
         label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
         rank = ((~(logits < label_logits)) & allowed).sum(axis=-1) - 1
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
-        counted_label = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
-        prediction = jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1])
-        return {
+        count = logits.shape[-1]
+        counted_label = jax.nn.one_hot(labels, count) * mask[:, None]
+        sums = {"class_top1": (rank < 1) @ counted_label, "class_examples": counted_label.sum(axis=0)}
+        if count <= _MAX_CONFUSION:  # a product of 0 and 1, exact in any precision
+            sums["confusion"] = counted_label.T @ jax.nn.one_hot(logits.argmax(axis=-1), count)
+        return sums | {
             "top1": ((rank < 1) * mask).sum(),
             "top5": ((rank < 5) * mask).sum(),
             "loss": (loss * mask).sum(),
             "examples": mask.sum(),
-            "class_top1": (rank < 1) @ counted_label,
-            "confusion": counted_label.T @ prediction,  # products of 0 and 1, exact in any precision
         }
 
     def evaluate(variables, batches, *, classes=None):
@@ -66,12 +68,13 @@ def make_evaluator(predict: Callable) -> Callable[..., Evaluation]:
         scales = {"top1": 100, "top5": 100, "loss": 1}
         means = {name: scales[name] * float(totals[name] / max(examples, 1)) for name in scales if name in totals}
         metrics = {**means, "examples": int(examples)}
-        if "confusion" not in totals:
+        if "class_examples" not in totals:
             return Evaluation(metrics)
-        class_examples = totals["confusion"].sum(axis=1)
+        class_examples = totals["class_examples"]
         with np.errstate(invalid="ignore"):
             per_class = {"top1": 100 * totals["class_top1"] / class_examples, "examples": class_examples}
-        return Evaluation(metrics, per_class, confusion=totals["confusion"].astype(np.int64))
+        confusion = totals["confusion"].astype(np.int64) if "confusion" in totals else None
+        return Evaluation(metrics, per_class, confusion=confusion)
 
     return evaluate
 

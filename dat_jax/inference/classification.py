@@ -13,6 +13,7 @@ import numpy as np
 from dat_jax.data import imagenet_names
 from dat_jax.data.transforms import make_eval_transform
 from dat_jax.errors import UserError
+from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
 from dat_jax.models.dat import DAT, MIN_IMAGE_SIDE
 from dat_jax.tasks.classification.objective import make_classification_objective
@@ -63,7 +64,9 @@ class Classifier:
         Returns:
           Probabilities, float32 (N, K).
         """
-        batch = [self.transform({"image": image})["image"] for image in images]
+        if not len(images):
+            raise UserError("Expected at least one image, got none.")
+        batch = [self.transform({"image": check_image(image)})["image"] for image in images]
         batch += [np.zeros_like(batch[0])] * (pad_to - len(batch))
         logits = self.predict(self.variables, {"image": np.stack(batch)})["logits"]
         return np.asarray(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))[: len(images)]

@@ -16,6 +16,7 @@ from dat_jax.data.coco_ids import CATEGORIES, read_category_ids
 from dat_jax.data.detection_transforms import DetectionEvalTransform, make_detection_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.detection import detect_record, make_detections
+from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
@@ -82,7 +83,9 @@ class ObjectDetector:
         Returns:
           {"boxes", "scores", "labels", "masks"}, see ``evaluation.detection.to_original``.
         """
-        return detect_record(self.predict, self.variables, self.transform({"image": image}), masks=self.has_masks)
+        return detect_record(
+            self.predict, self.variables, self.transform({"image": check_image(image)}), masks=self.has_masks
+        )
 
     def describe(self, prediction: Mapping[str, np.ndarray]) -> dict[str, str]:
         """{class name: scores} of the detections that are drawn, ordered by the best score of each class."""
@@ -140,7 +143,7 @@ class ObjectDetector:
             "positions": block name -> (G, Hk, Wk, 2), see ``models.key_positions.name_positions``.
             "map_shapes": block name -> (height, width) of its feature map.
         """
-        record = self.transform({"image": image})
+        record = self.transform({"image": check_image(image)})
         batch = {name: record[name][None] for name in ("image", "valid")}
         sampled = jax.device_get(self.find_positions(self.variables, batch))
         positions = {name: values[0] for name, values in sampled["positions"].items()}

@@ -4,12 +4,25 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from dat_jax.data.image_files import is_image, list_suffixes
 from dat_jax.data.images import decode_image
 from dat_jax.errors import UserError, name_some
+
+
+def check_image(image: Any) -> np.ndarray:
+    """Return an image as an array.
+
+    Raises:
+      UserError: it is not an array, uint8 (H, W, 3), with at least one pixel.
+    """
+    array = image if isinstance(image, np.ndarray) else np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise UserError(f"Expected an image as an array, uint8 (H, W, 3), got {array.dtype} {array.shape}.")
+    return array
 
 
 def find_images(names: Sequence[str], *, recursive: bool = False) -> list[pathlib.Path]:

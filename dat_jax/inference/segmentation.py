@@ -14,6 +14,7 @@ from dat_jax.data import ade20k
 from dat_jax.data.segmentation_transforms import SegmentationEvalTransform, make_segmentation_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter, segment_record
+from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.models.segmentation import Segmentor
@@ -65,8 +66,9 @@ class Segmenter:
           The most likely classes, uint8 (H, W), and their probabilities, float32 (H, W).
 
         Raises:
-          UserError: an augmented view of the image has a side below 32 pixels.
+          UserError: it is not such an array, or an augmented view of the image has a side below 32 pixels.
         """
+        image = check_image(image)
         height, width = image.shape[:2]
         smallest = min(self.transform.view_shapes(height, width), key=min)
         if min(smallest) < MIN_IMAGE_SIDE:

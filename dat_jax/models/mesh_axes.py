@@ -22,6 +22,7 @@ class MeshModule(nn.Module):
     nothing changes.
     """
 
+    @nn.nowrap  # as in nn.Module
     def apply(self, variables, *args, mutable: Any = False, **kwargs):
         """See ``nn.Module.apply``."""
         mesh = _explicit_mesh((variables, args, kwargs))
@@ -36,6 +37,7 @@ class MeshModule(nn.Module):
         out, state = out
         return _reshard(out, mesh, batch), _reshard_variables(state, mesh, batch)
 
+    @nn.nowrap  # as in nn.Module
     def init_with_output(self, rngs, *args, **kwargs):
         """See ``nn.Module.init_with_output``."""
         mesh = _explicit_mesh((rngs, args, kwargs))

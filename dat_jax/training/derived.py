@@ -50,14 +50,15 @@ def resolve_image_size(config: ConfigDict) -> ConfigDict:
 
 
 def resolve_length(config: ConfigDict, *, examples: int, parts: int) -> ConfigDict:
-    """Replace each -1 of ``batch_size``, ``epochs``, ``eval.every``, ``schedule.base_lr`` and ``schedule.warmup_epochs``.
+    """Replace each -1 of ``batch_size``, ``epochs``, ``eval.every`` and the group ``schedule``.
 
-    * The batch size is a power of two from 8 to 128 with at least 16 batches per epoch, if there are 128 examples.
+    * The batch size is a power of two from 8 to 128 with at least 16 batches per epoch, if there are 128 examples. With fewer
+      than 8 examples it is smaller.
     * The length is 30 epochs, or more for 1000 steps.
     * The warm-up is a tenth of the run.
     * Evaluations are a twentieth of the run apart, and at least one epoch: with few images, each takes longer than an epoch.
-    * The peak learning rate is 5e-4 for 1000 steps, and falls with the square root of the number of steps to 1e-4. The first and
-      the last rate are a hundredth of it.
+    * The learning rates are meant for the batch size of the run. The peak is 5e-4 for 1000 steps, and falls with the square root
+      of the number of steps to 1e-4. The first and the last rate are a hundredth of the peak.
 
     Args:
       config: the configuration.
@@ -65,11 +66,7 @@ def resolve_length(config: ConfigDict, *, examples: int, parts: int) -> ConfigDi
       parts: number of parts of a batch, of which the derived batch size is a multiple.
     """
     schedule = config.schedule
-    keys = (
-        *(config.batch_size, config.epochs, config.eval.every),
-        *(schedule.get("base_lr"), schedule.get("warmup_epochs")),
-    )
-    if DERIVED not in keys:
+    if DERIVED not in (config.batch_size, config.epochs, config.eval.every, *schedule.values()):
         return config
     config = config.copy_and_resolve_references()
     schedule = config.schedule
@@ -77,6 +74,7 @@ def resolve_length(config: ConfigDict, *, examples: int, parts: int) -> ConfigDi
         if config.batch_size == DERIVED:
             batches = max(examples // _BATCHES_PER_EPOCH, 1)
             batch_size = min(max(2 ** int(math.log2(batches)), _MIN_BATCH), _MAX_BATCH)
+            batch_size = min(batch_size, 2 ** int(math.log2(max(examples, 1))))
             config.batch_size = math.ceil(batch_size / parts) * parts
         steps_per_epoch = max(examples // config.batch_size, 1)
         if config.epochs == DERIVED:
@@ -87,10 +85,14 @@ def resolve_length(config: ConfigDict, *, examples: int, parts: int) -> ConfigDi
             config.eval.every = max(int(total_steps / steps_per_epoch / _EVALUATIONS), 1)
         if schedule.get("warmup_epochs") == DERIVED:
             schedule.warmup_epochs = 0.1 * total_steps / steps_per_epoch
+        if schedule.get("reference_batch_size") == DERIVED:
+            schedule.reference_batch_size = config.batch_size
         if schedule.get("base_lr") == DERIVED:
             peak = max(_PEAK_RATE * min(math.sqrt(_MIN_STEPS / total_steps), 1), _LOWEST_PEAK_RATE)
-            schedule.update(base_lr=peak, warmup_lr=peak / 100, min_lr=peak / 100)
-            schedule.reference_batch_size = config.batch_size
+            schedule.base_lr = peak * schedule.reference_batch_size / config.batch_size
+        for name in ("warmup_lr", "min_lr"):
+            if schedule.get(name) == DERIVED:
+                schedule[name] = schedule.base_lr / 100
     return config
 
 

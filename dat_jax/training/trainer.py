@@ -69,6 +69,7 @@ class Trainer:
         """
         validate(config)
         config = derived.resolve_image_size(_drop_other_head(_resolve_deformable_form(config)))
+        validate(config)
         self.mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         self.task = make_task(config, sources=sources)
         self.config = config = self._resolve_length(config)
@@ -84,8 +85,10 @@ class Trainer:
             # Kernels need at least one example per device; without them the same parameters need one example.
             objective = dataclasses.replace(objective, init=self.task.make_objective(implementation="auto").init)
             abstract = jax.eval_shape(self._make_init(objective), jax.random.key(0))
-        except (ValueError, TypeError) as error:  # settings that do not fit together, or images the model cannot take
-            raise UserError(f"config.model cannot be built: {str(error).splitlines()[0]}") from error
+        except (ValueError, TypeError, ArithmeticError, LookupError, StopIteration) as error:
+            # Settings that do not fit together, or images that the model cannot take.
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"config.model cannot be built: {reason}") from error
         self.state_sharding = sharding.state_sharding(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -166,10 +169,12 @@ class Trainer:
           classes: indices of the classes that can be predicted; by default all.
 
         Returns:
-          The result. Its metric ``task.metric`` decides which checkpoint is best.
+          The result, see ``evaluation.results``. Its metric ``task.metric`` decides which checkpoint is best.
         """
         rows = sharding.local_rows(self.config.eval.batch_size, self.mesh)
         source = self.task.eval_source if source is None else source
+        if not len(source):
+            raise UserError("The data set to evaluate on is empty: expected at least one example.")
         batches = self.task.make_eval_batches(source, rows=rows)
         batches = without_damaged(
             batches,

@@ -153,3 +153,16 @@ def test_an_evaluation_without_a_configuration_takes_that_of_the_run(arguments, 
 def test_keys_without_a_configuration_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--config\.epochs sets a key .* expected --config=CONFIG"):
         add_recorded_config(["main", f"--workdir={tmp_path}", "--config.epochs=3"])
+
+
+def test_a_path_is_not_a_packaged_name(tmp_path, monkeypatch):
+    """./NAME is a file of the working directory, and folders may have a colon in their names."""
+    folder = tmp_path / "2026-11-29T10:00"
+    folder.mkdir()
+    (folder / "dat_pp_s.py").write_text("from configs.quickstart import get_config\n")
+    monkeypatch.chdir(folder)
+    assert load_config("./dat_pp_s").model.name == "dat_pp_nano"
+    assert load_config("dat_pp_s").model.name == "dat_pp_small"
+    assert load_config(str(folder / "dat_pp_s.py")).model.name == "dat_pp_nano"
+    with pytest.raises(UserError, match=r"There is no configuration \./tiny"):
+        load_config("./tiny")

@@ -65,3 +65,12 @@ def test_any_acceptable_class_is_correct_and_examples_without_one_are_not_counte
     evaluation = evaluate({}, [{**batch, "acceptable": acceptable}])
     assert evaluation.metrics == {"top1": 50.0, "examples": 2}
     assert (evaluation.per_class, evaluation.confusion) == ({}, None)
+
+
+def test_many_classes_have_no_confusion_matrix():
+    logits = np.zeros((2, 2001), np.float32)
+    logits[[0, 1], [7, 8]] = 1
+    evaluate = make_evaluator(lambda variables, batch: {"logits": batch["logits"]})
+    evaluation = evaluate({}, make_batches(logits, np.array([7, 7]), 2))
+    assert evaluation.confusion is None
+    assert (evaluation.per_class["top1"][7], evaluation.per_class["examples"].sum()) == (50, 2)

@@ -84,6 +84,25 @@ def test_several_images_are_padded_to_a_batch(export):
     np.testing.assert_allclose(probabilities, np.stack([classifier(image) for image in images]), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((64, 64), np.uint8),
+        np.zeros((64, 64, 4), np.uint8),
+        np.zeros((64, 64, 3), np.float32),
+        np.zeros((0, 64, 3), np.uint8),
+        "photo.jpg",
+    ],
+    ids=["gray", "alpha", "float", "empty", "path"],
+)
+def test_other_inputs_than_images_are_refused(export, image):
+    classifier = inference.load(export)
+    with pytest.raises(UserError, match=r"Expected an image as an array, uint8 \(H, W, 3\), got "):
+        classifier(image)
+    with pytest.raises(UserError, match="Expected at least one image"):
+        classifier.classify([])
+
+
 def test_classes_are_ranked_and_duplicate_names_have_their_labels(export):
     classifier = inference.load(export, top=3)
     prediction = np.array([0.05, 0.1, 0.3, 0.05, 0.5], np.float32)

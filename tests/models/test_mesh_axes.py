@@ -134,3 +134,8 @@ def test_program_without_a_mesh_is_the_same():
         return jax.jit(program).lower(variables, IMAGES).as_text()
 
     assert lower(type(model).apply) == lower(nn.Module.apply)
+
+
+def test_the_summary_of_flax_works():
+    model = make_classifier("LS")
+    assert "cls_head" in model.tabulate(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), console_kwargs={"width": 200})

@@ -6,7 +6,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from dat_jax.config import list_configs, load_config, validate
+from dat_jax.errors import UserError
 from dat_jax.training.derived import list_length_warnings, resolve_image_size, resolve_length
+from dat_jax.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,23 @@ def test_set_values_are_not_derived():
         config.batch_size, config.epochs, config.schedule.base_lr = 32, 5, 2e-3
     config = resolve_length(config, examples=368, parts=8)
     assert (config.batch_size, config.epochs, config.schedule.base_lr) == (32, 5, 2e-3)
-    assert config.schedule.reference_batch_size == 512
+    assert config.schedule.reference_batch_size == 32
+    assert config.schedule.min_lr == config.schedule.warmup_lr == pytest.approx(2e-5)
+
+
+def test_each_rate_can_be_set_alone():
+    config = load_config("finetune")
+    with config.unlocked():
+        config.schedule.update(min_lr=1e-4, reference_batch_size=512)
+    schedule = resolve_length(config, examples=60, parts=1).schedule
+    assert (schedule.min_lr, schedule.reference_batch_size) == (1e-4, 512)
+    assert schedule.base_lr * 8 / 512 == pytest.approx(5e-4, rel=0.01)  # at a batch of 8
+    assert schedule.warmup_lr == pytest.approx(schedule.base_lr / 100)
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(1, 1), (4, 4), (7, 4), (8, 8)])
+def test_few_images_have_a_small_batch(examples, batch_size):
+    assert resolve_length(load_config("finetune"), examples=examples, parts=1).batch_size == batch_size
 
 
 def test_derived_batch_is_split_over_devices():
@@ -93,3 +111,11 @@ def test_packaged_configurations_have_no_warning(name):
     steps_per_epoch = examples // config.batch_size
     total_steps = config.steps or config.epochs * steps_per_epoch
     assert not list_length_warnings(config, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+
+
+def test_a_resize_below_the_derived_image_size_is_refused(tmp_path):
+    config = load_config("finetune")
+    with config.unlocked():
+        config.model.name, config.init_from, config.data.eval_resize = "dat_pp_nano", "", 20
+    with pytest.raises(UserError, match=r"eval_resize must be at least config\.data\.image_size 48, got 20"):
+        Trainer(config)

@@ -1,5 +1,6 @@
 """Image classification as a task."""
 
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from dat_jax.data import batching
 from dat_jax.data.eval_sets import load_eval_sets
 from dat_jax.data.sources import SPLITS, load_source, read_spread_examples
 from dat_jax.data.transforms import make_eval_transform, make_train_transform
+from dat_jax.errors import name_some
 from dat_jax.evaluation import classification as evaluation
 from dat_jax.models.registry import create_model
 from dat_jax.ops.dispatch import compute_dtype
@@ -18,6 +20,7 @@ from dat_jax.tasks.classification.objective import make_classification_objective
 from dat_jax.tasks.objective import Objective
 from dat_jax.tasks.task import Evaluator, Source, Task
 
+logger = logging.getLogger(__name__)
 _FIGURE_EXAMPLES = 32
 
 
@@ -34,6 +37,20 @@ class ClassificationTask(Task):
         options = dict(directory=data.directory, apply_orientation=data.apply_orientation)
         train, validation = (load_source(data.name, split=split, **options) for split in SPLITS)
         return train, validation
+
+    def check_data(self) -> None:
+        """See ``Task``. Classes without examples are named, and a single class too."""
+        names = self.train_source.class_names
+        if len(names) == 1:
+            logger.warning("There is only one class, %s: expected at least two, since any model is right.", names[0])
+        for split, source in (("training", self.train_source), ("validation", self.eval_source)):
+            if isinstance(labels := getattr(source, "labels", None), np.ndarray):
+                counts = np.bincount(labels, minlength=len(names))
+                missing = [name for name, count in zip(names, counts, strict=False) if not count]
+                if missing:
+                    logger.warning(
+                        "%d of %d classes have no %s images: %s.", len(missing), len(names), split, name_some(missing)
+                    )
 
     def load_extra_eval_sets(self) -> Mapping[str, tuple[Source, Any]]:
         """See ``Task``."""
