@@ -61,8 +61,12 @@ def format_command_flags(config_name: str, overrides: dict) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def main(_):
+def main(arguments):
     """Parses flags and makes one call; a UserError is printed as one sentence."""
+    if len(arguments) > 1:
+        fail(
+            f"Unexpected argument {arguments[1]}: expected flags only, --NAME=VALUE. A value with spaces must be quoted."
+        )
     workdir = _WORKDIR.value
     if _CONFIG.value is None or not (workdir or _PRINT_CONFIG.value):
         fail("Expected --config=CONFIG --workdir=DIR, such as --config=quickstart --workdir=runs/quickstart.")

@@ -27,6 +27,7 @@ def run(*arguments):
         ),
         (["--config=configs/quickstart.py", "--config.batch_size=many"], "invalid literal for int"),
         (["--config={tmp}/broken.py", "--workdir={tmp}"], "invalid syntax"),
+        (["--config=configs/quickstart.py", "--workdir={tmp}", "runs/x"], "Unexpected argument runs/x"),
         (["--config=configs/nothing.py", "--workdir={tmp}"], "no configuration configs/nothing.py. Similar names: "),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--mode=predict"], "should be one of"),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--config.batch_size=60"], "60 is not a multiple of 8"),

@@ -8,6 +8,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import pathlib
 import types
 from collections.abc import Mapping
@@ -45,7 +46,8 @@ def load_config(name: str) -> ConfigDict:
     Raises:
       UserError: no such file, an unknown or missing choice, or a file that is not a configuration.
     """
-    place, colon, choice = name.partition(":")
+    is_place = any(map(os.path.isfile, (name, f"{name}.py")))  # whose folders may have a colon in their names, too
+    place, colon, choice = (name, "", "") if is_place or ":" not in name else name.rpartition(":")
     path = find_config(place)
     get_config = getattr(_import_file(path), "get_config", None)
     if not callable(get_config):
@@ -69,13 +71,13 @@ def find_config(name: str) -> pathlib.Path:
     Raises:
       UserError: there is none; names the most similar packaged configurations.
     """
-    path = pathlib.Path(name)
-    if path.is_file():
-        return path
-    folder, stem = str(path.parent), path.name.removesuffix(".py")
-    if folder != "." and path.with_name(f"{stem}.py").is_file():
-        return path.with_name(f"{stem}.py")
-    if folder in (".", "configs") and stem in _list_files():
+    folder, base = os.path.split(name)
+    stem = base.removesuffix(".py")
+    if os.path.isfile(name):
+        return pathlib.Path(name)
+    if folder and os.path.isfile(f"{name}.py"):
+        return pathlib.Path(f"{name}.py")
+    if folder in ("", "configs") and stem in _list_files():
         return _list_files()[stem]
     nearest = difflib.get_close_matches(stem, list_configs(), n=3, cutoff=0)
     raise UserError(f"There is no configuration {name}. Similar names: {', '.join(nearest)}.")

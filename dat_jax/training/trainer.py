@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -150,7 +151,11 @@ class Trainer:
         rows = sharding.local_rows(self.config.eval.batch_size, self.mesh)
         batches = self.task.make_eval_batches(self.task.eval_source if source is None else source, rows=rows)
         options = {} if classes is None else {"classes": classes}
-        return self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
+        metrics = self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
+        # JAX releases the arrays of the host that it has used at a garbage collection. Those of data workers are in shared
+        # memory, and Python warns of a leak if they are still there at its end.
+        gc.collect()
+        return metrics
 
     @functools.cached_property
     def _evaluator(self):

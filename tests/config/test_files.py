@@ -94,3 +94,16 @@ def test_the_flag_takes_names_and_overrides(monkeypatch):
     assert values.config.eval.ratios == (0.5, 1.0)
     assert values["config"].config_filename == "upernet:dat_pp_b"
     assert values.config.is_locked
+
+
+def test_a_path_is_not_a_packaged_name(tmp_path, monkeypatch):
+    """./NAME is a file of the working directory, and folders may have a colon in their names."""
+    folder = tmp_path / "2026-11-29T10:00"
+    folder.mkdir()
+    (folder / "dat_pp_s.py").write_text("from configs.quickstart import get_config\n")
+    monkeypatch.chdir(folder)
+    assert load_config("./dat_pp_s").model.name == "dat_pp_nano"
+    assert load_config("dat_pp_s").model.name == "dat_pp_small"
+    assert load_config(str(folder / "dat_pp_s.py")).model.name == "dat_pp_nano"
+    with pytest.raises(UserError, match=r"There is no configuration \./tiny"):
+        load_config("./tiny")

@@ -31,7 +31,7 @@ def list_commands(workdir: str, *, command_flags: str) -> dict[str, str]:
     return {
         "Resume or extend the run": run,
         "Evaluate the best checkpoint": f"{run} --mode=eval",
-        "Predict": f"python -m dat_jax.predict {directory} IMAGE... --output=predictions",
+        "Predict": f"python -m dat_jax.predict {directory} IMAGE...",
         "Visualize sampled points and attention": f"python -m dat_jax.visualize {directory} IMAGE... --output=figures",
         "Write the weights with their published names": f"python -m dat_jax.conversion {directory} OUT.safetensors",
     }

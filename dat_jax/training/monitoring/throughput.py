@@ -61,13 +61,16 @@ class Progress:
     def __init__(self, *, start_step: int, total_steps: int, batch_size: int):
         self._step, self._total, self._batch_size = start_step, total_steps, batch_size
         self._time = time.monotonic()
+        self._start = self._step, self._time
 
     def update(self, step: int) -> tuple[float, float]:
-        """Images per second since the last call, and seconds left at that rate."""
+        """Images per second since the last call, and seconds left at the pace since the start, evaluations included."""
         now = time.monotonic()
         seconds_per_step = (now - self._time) / max(step - self._step, 1)
         self._step, self._time = step, now
-        return self._batch_size / max(seconds_per_step, 1e-9), (self._total - step) * seconds_per_step
+        start_step, start = self._start
+        pace = (now - start) / max(step - start_step, 1)
+        return self._batch_size / max(seconds_per_step, 1e-9), (self._total - step) * pace
 
     def skip(self) -> None:
         """Exclude the time since the last call, such as an evaluation, from the rate."""

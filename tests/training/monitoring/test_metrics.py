@@ -37,7 +37,7 @@ def test_rate_and_time_left(monkeypatch):
     progress = Progress(start_step=10, total_steps=40, batch_size=8)
     assert progress.update(20) == (40.0, 4.0)  # 10 steps in 2 s; 20 left
     progress.skip()  # 8 s of evaluation
-    assert progress.update(25) == (40.0, 3.0)
+    assert progress.update(25) == (40.0, 11.0)  # 15 steps in 11 s, evaluation included; 15 left
 
 
 def make_device(kind, stats, **attributes):

@@ -61,7 +61,7 @@ def test_an_unfinished_run_without_metrics():
 def test_commands_quote_the_work_directory():
     commands = summary.list_commands("a b", command_flags="--config=c.py").values()
     assert "python -m dat_jax.main --config=c.py --workdir='a b' --mode=eval" in commands
-    assert "python -m dat_jax.predict 'a b' IMAGE... --output=predictions" in commands
+    assert "python -m dat_jax.predict 'a b' IMAGE..." in commands
 
 
 def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
