@@ -93,9 +93,10 @@ def load_config(name: str) -> ConfigDict:
     """
     if name.endswith(".json"):
         return _load_json(pathlib.Path(name)).lock()
-    is_place = any(map(os.path.isfile, (name, f"{name}.py")))  # whose folders may have a colon in their names, too
-    place, colon, choice = (name, "", "") if is_place or ":" not in name else name.rpartition(":")
-    path = find_config(place)
+    # The colon before a choice is the last one, since names of folders may have colons. The path of a file has no choice.
+    is_file = os.path.isfile(name) or os.path.isfile(f"{name}.py")
+    file, colon, choice = (name, "", "") if is_file or ":" not in name else name.rpartition(":")
+    path = find_config(file)
     get_config = getattr(_import_file(path), "get_config", None)
     if not callable(get_config):
         raise UserError(f"{path} is not a configuration: expected a function get_config().")
