@@ -188,6 +188,7 @@ def test_a_missing_key_is_named():
     config = get_classification_config()
     del config.schedule.min_lr
     with pytest.raises(
-        UserError, match="Missing key config.schedule.min_lr: expected a number of at least 0, or -1; its default is 5e-06"
+        UserError,
+        match="Missing key config.schedule.min_lr: expected a number of at least 0, or -1; its default is 5e-06",
     ):
         validate(config)
