@@ -28,7 +28,7 @@ from PIL import Image
 import dat_jax
 from dat_jax.checkpoints.exports import export_model
 from dat_jax.config import validate
-from dat_jax.config.files import define_config_flag
+from dat_jax.config.files import add_recorded_config, define_config_flag
 from dat_jax.conversion import detector_to_official, segmentor_to_official, to_official
 from dat_jax.data import segmentation_sources
 from dat_jax.models.registry import VARIANTS, create_segmentor
@@ -228,7 +228,7 @@ class StandIns:
             for split in ("train", "val"):
                 self._write_classes(where / split)
         else:  # ILSVRC archives, flowers and other validation sets: folders of classes do as well
-            self._write_classes(where, count=12 if path.endswith("/all") else 8)  # "all" is split into two parts
+            self._write_classes(where, count=12 if path.endswith(("/all", "_by_class")) else 8)  # these are split into two parts
 
     def _write_classes(self, directory, count=8):
         rng = np.random.default_rng(0)
@@ -286,6 +286,9 @@ class StandIns:
 
     def train(self, arguments: list[str]) -> dict[str, float]:
         """Run ``python -m dat_jax.main`` with a small configuration of the same kind, on data of the same layout."""
+        if not any(argument.startswith("--config=") for argument in arguments):
+            self.need(next(flag.partition("=")[2] for flag in arguments if flag.startswith("--workdir=")))
+        _, *arguments = add_recorded_config(["main", *arguments])
         values, config = parse_config("main", arguments)
         if values.print_config:
             return {}
