@@ -63,6 +63,7 @@ _NANO_YAML = dict(
 _RUNS = {  # a work directory -> the configuration that it comes from
     "runs/quickstart": "configs/quickstart.py",
     "runs/dat_pp_s": "configs/dat_pp_s.py",
+    "runs/s": "configs/dat_pp_s.py",
     "runs/dat_pp_b": "configs/dat_pp_b.py",
     "runs/dat_pp_t": "configs/dat_pp_t.py",
     "runs/mine": "configs/finetune.py",
