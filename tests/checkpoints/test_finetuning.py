@@ -106,7 +106,8 @@ def test_weights_without_a_work_directory_are_evaluated(finished, tmp_path):
     for weights in (directory, tmp_path / "export"):
         got = loop.evaluate(with_values(init_from=str(weights)), str(tmp_path / "nothing"))
         assert got == result
-    assert not (tmp_path / "nothing").exists()
+    written = {path.name for path in (tmp_path / "nothing").iterdir()}
+    assert written == {"per_class.csv", "confusion.csv", "confusion.png"}
 
 
 @pytest.mark.slow

@@ -168,6 +168,7 @@ def stand_in(config):
 def test_the_step_of_every_configuration_has_consistent_shapes(name):
     config = load_config(name)
     trainer = Trainer(config, sources=stand_in(config))
+    config = trainer.config  # with derived values
     trainer.check_train_batch()
     batch = trainer.task.example_batch(config.batch_size)
     state, metrics = jax.eval_shape(trainer.train_step, trainer.abstract_state, batch)
