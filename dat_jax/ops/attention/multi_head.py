@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dat_jax.ops import dispatch, memory
@@ -127,7 +128,9 @@ def _exponentials(query, key, bias, scale):
     """exp(logits - their maximum per query), (..., Nq, Nk), and the sums, (..., Nq, 1)."""
     dtype = jnp.promote_types(query.dtype, bias.dtype)
     logits = _times(jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=dtype), scale) + bias
-    exponentials = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    # The result does not depend on the maximum. Its derivative would compare logits that the compiler may round differently.
+    maximum = lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    exponentials = jnp.exp(logits - maximum)
     return exponentials, exponentials.sum(axis=-1, keepdims=True)
 
 
