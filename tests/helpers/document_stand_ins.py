@@ -229,7 +229,9 @@ class StandIns:
             for split in ("train", "val"):
                 self._write_classes(where / split)
         else:  # ILSVRC archives, flowers and other validation sets: folders of classes do as well
-            self._write_classes(where, count=12 if path.endswith(("/all", "_by_class")) else 8)  # these are split into two parts
+            self._write_classes(
+                where, count=12 if path.endswith(("/all", "_by_class")) else 8
+            )  # these are split into two parts
 
     def _write_classes(self, directory, count=8):
         rng = np.random.default_rng(0)

@@ -55,7 +55,13 @@ def test_report_is_printed_and_written(cpu_report, tmp_path):
     command.print_report(console, cpu_report)
     console.file.close()
     text = console.export_text()
-    for words in ("dat_pp_nano, crops of 32 x 32 pixels, float32, for 8 x cpu", "optimizer state", "all-reduce", "train, by module"):
+    said = (
+        "dat_pp_nano, crops of 32 x 32 pixels, float32, for 8 x cpu",
+        "optimizer state",
+        "all-reduce",
+        "train, by module",
+    )
+    for words in said:
         assert words in text
     command.write_json(tmp_path / "report.json", cpu_report)
     assert json.loads((tmp_path / "report.json").read_text()) == cpu_report
