@@ -60,6 +60,7 @@ def rename(monkeypatch):
     return rename
 
 
+@pytest.mark.slow
 def test_renamed_classes_are_refused_by_resume_and_evaluation(finished, rename, tmp_path):
     rename("z_left", "right")
     for call in (loop.train, loop.evaluate):
@@ -73,12 +74,14 @@ def test_renamed_classes_are_refused_by_resume_and_evaluation(finished, rename, 
     assert (finished[0] / "classes.txt").read_text() == "left\nright\n"
 
 
+@pytest.mark.slow
 def test_predictions_have_the_names_of_the_checkpoint(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "classes.txt").write_text("other\nnames\n")
     assert read_class_names(tmp_path / "run", count=2) == ("left", "right")
 
 
+@pytest.mark.slow
 def test_the_classes_of_initial_weights_are_reordered_by_name(finished, rename, tmp_path):
     rename("right", "left")
     with collect_logs() as messages:
@@ -87,6 +90,7 @@ def test_the_classes_of_initial_weights_are_reordered_by_name(finished, rename, 
     assert any("reordered by name" in message for message in messages)
 
 
+@pytest.mark.slow
 def test_the_head_for_other_names_is_initialized(finished, rename):
     rename("cat", "dog")
     trainer = Trainer(with_values(init_from=str(finished[0])))
