@@ -66,7 +66,9 @@ def make_evaluator(predict: Callable) -> Callable[..., Evaluation]:
                 totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
         examples = totals["examples"]
         scales = {"top1": 100, "top5": 100, "loss": 1}
-        means = {name: scales[name] * float(totals[name]) / max(float(examples), 1.0) for name in scales if name in totals}
+        means = {
+            name: scales[name] * float(totals[name]) / max(float(examples), 1.0) for name in scales if name in totals
+        }
         metrics = {**means, "examples": int(examples)}
         if "class_examples" not in totals:
             return Evaluation(metrics)
