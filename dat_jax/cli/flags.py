@@ -69,7 +69,8 @@ def run_interruptible(function: Callable[[], None], interrupted: str = "Interrup
 
     - Ctrl-C: the message ``interrupted``, status 130.
     - A reader of the output that ends, such as ``head``: no message, status 141.
-    - A full or read-only disk, a deleted working directory, or JAX without a device: an error message, status 1.
+    - A full or read-only disk, a deleted working directory, JAX without a device, or matplotlib with an unknown backend: an error
+      message, status 1.
 
     Characters that the encoding of the output does not have are printed as escapes.
     """
@@ -100,6 +101,12 @@ def run_interruptible(function: Callable[[], None], interrupted: str = "Interrup
         platforms = os.environ.get("JAX_PLATFORMS")
         setting = "JAX_PLATFORMS is not set" if platforms is None else f"JAX_PLATFORMS={platforms}"
         fail(f"JAX cannot start ({setting}): {reason}. JAX_PLATFORMS=cpu runs on the CPU.")
+    except ValueError as error:
+        if not (_is_raised_by(error, "rcsetup.py") or str(error).startswith("Key backend:")):
+            raise
+        fail(
+            f"matplotlib cannot start (MPLBACKEND={os.environ.get('MPLBACKEND')}): {error}. Figures need no backend; unset it."
+        )
 
 
 def _explain_os_error(error: OSError) -> str | None:

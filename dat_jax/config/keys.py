@@ -6,6 +6,7 @@ The keys of a task are nested dicts of ``Key``; see ``common.py``, ``classificat
 
 import builtins
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -92,7 +93,8 @@ class Key:
             return False
         if self.or_value is not None and value == self.or_value:
             return True
-        # Written so that NaN is refused.
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         return (
             (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)

@@ -97,6 +97,7 @@ def test_values_that_a_key_accepts(key, phrase, accepted, refused):
         ),
         ("data.eval_resize", 200, "config.data.eval_resize must be at least config.data.image_size 224, got 200"),
         ("schedule.base_lr", float("nan"), "config.schedule.base_lr must be a number of at least 0, or -1, got nan"),
+        ("schedule.base_lr", float("inf"), "config.schedule.base_lr must be a number of at least 0, or -1, got inf"),
         (
             "mesh",
             {"data": -1, "fsdp": -1},
@@ -143,7 +144,7 @@ def test_errors_of_a_classifier(key, value, message):
         ("schedule.factor", 1.5, "config.schedule.factor must be a number from 0 to 1, got 1.5"),
         ("schedule.drops", (8, 8), r"drops must be positive numbers in ascending order, got \(8, 8\)"),
         ("schedule.drops", (0,), r"drops must be positive numbers in ascending order, got \(0,\)"),
-        ("schedule.drops", (float("nan"),), "drops must be positive numbers"),
+        ("schedule.drops", (float("nan"),), "drops must be a tuple of numbers"),
         ("schedule.power", 1.0, "Unknown key config.schedule.power"),
         ("optimizer.decay_rule", "norms", "must be one of matrices, all_but_norms, all_but_norms_and_bn, got 'norms'"),
         ("head", "mask_rcnn", "config.head must be a group with at least name"),

@@ -137,6 +137,18 @@ def test_a_platform_that_jax_does_not_have_is_one_sentence(platforms):
     assert ".." not in message
 
 
+def test_a_backend_that_matplotlib_does_not_have_is_one_sentence():
+    code = (
+        "import importlib; from dat_jax.cli.flags import run_interruptible; "
+        "run_interruptible(lambda: importlib.import_module('dat_jax.visualization.charts'))"
+    )
+    status, text, errors = run([sys.executable, "-c", code], MPLBACKEND="nonsense")
+    assert (status, text) == (1, "")
+    assert errors.startswith("error: matplotlib cannot start (MPLBACKEND=nonsense): ")
+    assert errors.endswith("unset it.\n")
+    assert "Traceback" not in errors
+
+
 def test_the_home_directory_is_expanded_in_flags(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     arguments = [
