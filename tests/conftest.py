@@ -1,4 +1,8 @@
-"""Strict by default: 8 virtual CPU devices, no implicit rank promotion, warnings are errors."""
+"""Strict by default: 8 virtual CPU devices, no implicit rank promotion, warnings are errors.
+
+Tests compile far more than they compute, and many compile the same programs. Each worker keeps those that take longest, below
+pytest's cache directory, for its other tests and for the next run. Programs that tests start do not.
+"""
 
 import gc
 import os
@@ -19,6 +23,10 @@ jax.devices()  # XLA reads the flags now
 # libtpu, which some tests load, reads them too, and ends the process at this one.
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / os.environ.get("PYTEST_XDIST_WORKER", "main")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 gc.set_threshold(50_000, 50, 100)  # a quarter of the time of tracing is otherwise spent on looking for garbage
 
 

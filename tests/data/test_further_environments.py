@@ -184,12 +184,13 @@ def test_a_user_without_a_home_directory_trains_without_a_cache(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", find_nobody)
-    jax.config.update("jax_enable_compilation_cache", True)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
     try:
         with collect_logs() as messages:
             assert enable_cache("auto") is None
     finally:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_compilation_cache_dir", before)
     assert messages == ["Compiled programs are not kept: there is no home directory. Set config.compilation_cache."]
 
 

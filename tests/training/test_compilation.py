@@ -17,11 +17,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def enabled():
-    """The tests run without a cache; nothing is compiled in these."""
+    """Without the directory of the tests; nothing is compiled in these."""
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
     yield
-    jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_compilation_cache_dir", before)
 
 
@@ -51,7 +50,14 @@ def test_a_directory_that_cannot_be_written_is_a_warning(enabled, tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_where_the_user_turned_it_off_it_stays_off(tmp_path):
+@pytest.fixture
+def turned_off():
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def test_where_the_user_turned_it_off_it_stays_off(turned_off, tmp_path):
     assert enable_cache(str(tmp_path / "given")) is None
     assert not (tmp_path / "given").exists()
 
