@@ -26,7 +26,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
 jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / os.environ.get("PYTEST_XDIST_WORKER", "main")))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 gc.set_threshold(50_000, 50, 100)  # a quarter of the time of tracing is otherwise spent on looking for garbage
 
 

@@ -30,7 +30,11 @@ def run(*arguments):
         (["--config=configs/quickstart.py", "--workdir={tmp}", "runs/x"], "Unexpected argument runs/x"),
         (["--config=configs/nothing.py", "--workdir={tmp}"], "no configuration configs/nothing.py. Similar names: "),
         (["--config=configs/quickstart.py", "--workdir={tmp}", "--mode=predict"], "should be one of"),
-        (["--config=configs/quickstart.py", "--workdir={tmp}/file/run"], "cannot be written: Not a directory"),
+        pytest.param(
+            ["--config=configs/quickstart.py", "--workdir={tmp}/file/run"],
+            "cannot be written: Not a directory",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["--config=configs/quickstart.py", "--workdir={tmp}", "--config.batch_size=60"],
             "60 is not a multiple of 8",

@@ -76,6 +76,7 @@ def test_published_weights_round_trip(name, suffix, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "export", "m.yaml", weights.name]
 
 
+@pytest.mark.slow
 def test_command_recognizes_the_model_and_prints_what_it_wrote(nano_file, tmp_path):
     result = run(nano_file, tmp_path / "export")
     assert (result.returncode, result.stderr) == (0, "")

@@ -61,6 +61,7 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize("kind", ENVIRONMENTS)
+@pytest.mark.slow
 def test_commands_work_in_unusual_environments(kind, classes, tmp_path):
     output = tmp_path / "猫"
     status, text, errors = run([*SPLIT, str(classes), f"--output={output}"], **ENVIRONMENTS[kind])

@@ -404,6 +404,7 @@ def test_failed_overwrite_keeps_the_existing_file(export, folder, tmp_path, caps
     assert read_indices(out / "a.png")[0].shape == (64, 64)
 
 
+@pytest.mark.slow
 def test_command_line(export, folder, tmp_path):
     arguments = [export, "-", f"--output={tmp_path / 'out'}", f"--json={tmp_path / 'all.json'}", "--flip", *SMALL]
     result = subprocess.run(

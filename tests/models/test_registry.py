@@ -94,6 +94,7 @@ def test_list_models_prints_a_table(capsys):
     assert capsys.readouterr().err.startswith("error: There is no model 'pp_small'; did you mean dat_pp_small? Models:")
 
 
+@pytest.mark.slow
 def test_features_of_images():
     model = dat_jax.create_model("dat_pp_nano", **tiny_segmentation.BACKBONE)
     images = jnp.zeros((2, 64, 64, 3))

@@ -258,6 +258,7 @@ def test_errors_are_one_line_and_nothing_is_written(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_command_line(export, folder, tmp_path):
     arguments = [export, folder / "a.jpg", f"--output={tmp_path / 'out'}", *SMALL]
     result = subprocess.run(
