@@ -102,7 +102,7 @@ def run_interruptible(function: Callable[[], None], interrupted: str = "Interrup
         setting = "JAX_PLATFORMS is not set" if platforms is None else f"JAX_PLATFORMS={platforms}"
         fail(f"JAX cannot start ({setting}): {reason}. JAX_PLATFORMS=cpu runs on the CPU.")
     except ValueError as error:
-        if not (_is_raised_by(error, "rcsetup.py") or str(error).startswith("Key backend:")):
+        if not str(error).startswith("Key backend:"):
             raise
         fail(
             f"matplotlib cannot start (MPLBACKEND={os.environ.get('MPLBACKEND')}): {error}. Figures need no backend; unset it."

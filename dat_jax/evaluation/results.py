@@ -14,7 +14,7 @@ from dat_jax.visualization import charts
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation measured.
+    """The result of an evaluation: metrics over the data set, metrics of each class, and a confusion matrix.
 
     Attributes:
       metrics: name -> value, over the whole data set.
