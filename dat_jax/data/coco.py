@@ -28,7 +28,7 @@ from pycocotools import mask as rle
 from dat_jax.data.coco_json import CLIPPED, decode_counts, link_annotations, read_table
 from dat_jax.data.image_files import LeftOut, Member, error_text, is_image, read_member, suggest_name
 from dat_jax.data.images import decode_image, explain_turned, is_turned
-from dat_jax.data.sources import SPLITS, read_record
+from dat_jax.data.sources import SPLITS, read_record, spread_indices
 from dat_jax.data.synthetic import CLASS_NAMES, COUNTS, SIDE, compose
 from dat_jax.errors import UserError, name_some
 
@@ -144,7 +144,7 @@ class CocoSource:
           Boxes, float64 (n, 4), x, y, width, height in pixels, and the heights and widths of their images, int32 (n, 2).
         """
         indices = np.flatnonzero(self.used & ~self.crowd)
-        indices = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
+        indices = indices[spread_indices(len(indices), count)]
         sizes = self.sizes[np.searchsorted(self.starts, indices, side="right") - 1]
         return _clip(self.boxes[indices], sizes), sizes
 
@@ -264,7 +264,7 @@ class DigitsSource:
 
     def sample_boxes(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the boxes of digits as ``CocoSource`` does, those of ``count`` / 2 images with one or more digits each."""
-        indices = np.linspace(0, len(self) - 1, min(count // 2, len(self))).astype(int).tolist()
+        indices = spread_indices(len(self), count // 2)
         boxes = np.concatenate([self.objects(index).boxes for index in indices])[:count]
         return boxes, np.full((len(boxes), 2), SIDE, np.int32)
 

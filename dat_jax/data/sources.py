@@ -129,9 +129,14 @@ def read_record(read: Callable[[int], dict], index: int, *, count: int, skip_dam
     raise error
 
 
+def spread_indices(length: int, count: int) -> list[int]:
+    """Up to ``count`` different indices spread evenly over ``length`` examples, in ascending order."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
+
+
 def read_spread_examples(source: Any, count: int) -> list[dict]:
     """Read up to ``count`` records spread evenly over a source, with the next readable one in place of a damaged one."""
-    indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
+    indices = spread_indices(len(source), count)
     return [read_record(source.__getitem__, index, count=len(source), skip_damaged=True) for index in indices]
 
 

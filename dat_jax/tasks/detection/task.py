@@ -25,7 +25,7 @@ from dat_jax.data.detection_transforms import (
     make_detection_train_transform,
     parse_buckets,
 )
-from dat_jax.data.sources import SPLITS, read_spread_examples, warn_if_turned
+from dat_jax.data.sources import SPLITS, read_spread_examples, spread_indices, warn_if_turned
 from dat_jax.errors import UserError, name_some
 from dat_jax.evaluation import detection as evaluation
 from dat_jax.models.registry import create_detector
@@ -75,7 +75,7 @@ class DetectionTask(Task):
         source = self.train_source
         if isinstance(source, CocoSource):
             _check_objects(source)
-            indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), _CHECKED_IMAGES)).astype(int)).tolist()
+            indices = spread_indices(len(source), _CHECKED_IMAGES)
             warn_if_turned(source, indices, split="training", annotations="boxes and masks")
         self._check_masks()
         if hasattr(source, "sample_boxes"):

@@ -8,7 +8,7 @@ import numpy as np
 
 from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.segmentation_transforms import IGNORED
-from dat_jax.data.sources import warn_if_turned
+from dat_jax.data.sources import spread_indices, warn_if_turned
 from dat_jax.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_labels(source: Any, *, split: str) -> None:
     """
     if not hasattr(source, "read_label"):
         return
-    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MAX_MAPS)).astype(int)).tolist()
+    indices = spread_indices(len(source), _MAX_MAPS)
     counts = count_pixels(source, indices)
     warn_if_turned(source, indices, split=split, annotations="label maps")
     maps = f"the {len(indices):,} {split} label maps" + (
