@@ -27,7 +27,7 @@ def head_settings(name: str) -> dict:
 
 
 def get_config(head: str = "mask_rcnn"):
-    """Return a configuration for eight steps of eight images of 64 x 64, evaluated twice on 200 images."""
+    """Return a configuration for eight steps of eight images of 64 x 64, evaluated twice."""
     config = get_detection_config()
     config.model = ConfigDict(dict(name="dat_pp_nano", dtype="float32", drop_path_rate=0.1, **BACKBONE))
     config.head = ConfigDict(dict(name=head, **head_settings(head)))

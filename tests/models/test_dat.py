@@ -11,6 +11,7 @@ import dat_jax
 from dat_jax.models.attention import POSITION_BIAS_KINDS
 from dat_jax.models.dat import STAGE_TYPES
 from tests.helpers.random_variables import random_variables
+from tests.helpers.tiers import slow
 from tests.reference import compare
 
 
@@ -51,9 +52,7 @@ def run(model, images, **options):
     return apply(model, random_variables(model, images), images, **options)
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in "DN" else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(STAGE_TYPES)]
-)
+@pytest.mark.parametrize("kind", [kind if kind == "D" else slow(kind) for kind in sorted(STAGE_TYPES)])
 def test_every_block_type_takes_any_map_and_differentiates(kind):
     model, images = make_small(stages=(kind, kind), layer_scale_init=(0.5, 0.5)), random_images(1, 45, 70)
     variables = random_variables(model, images)

@@ -179,6 +179,11 @@ def test_backbone_in_float64(x64):
 @pytest.mark.parametrize("name", HEADS)
 def test_float32(name):
     check_evaluation_mode(name, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+def test_losses_and_gradients_in_float32(name):
     check_training(name, "float32")
 
 

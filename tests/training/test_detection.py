@@ -8,12 +8,21 @@ from PIL import Image
 from dat_jax import conversion
 from dat_jax.checkpoints.class_names import read_class_names
 from dat_jax.checkpoints.loading import load_trained
+from dat_jax.data import synthetic
 from dat_jax.errors import UserError
 from dat_jax.tasks.detection import task as task_lib
 from dat_jax.training.loop import evaluate, train
 from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_detection
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """Validate on fewer images, because programs that are compiled without optimizations are slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(synthetic.COUNTS, "validation", 40)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +37,7 @@ def test_it_learns_and_leaves_what_people_look_at(workdir):
     series = read_metrics(directory / "metrics.jsonl")
     assert series["train/loss"][8] < series["train/loss"][2]
     assert set(series["eval/bbox/AP"]) == set(series["eval/segm/AP50"]) == {4, 8}
-    assert result["images"] == 200
+    assert result["images"] == 40
     assert result["bbox/AP"] == pytest.approx(max(series["eval/bbox/AP"].values()))
     assert read_class_names(directory, count=10) == tiny_detection.CLASS_NAMES
     for name in ("curves.png", "detections.png"):

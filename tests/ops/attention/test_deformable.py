@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention import deformable
 from dat_jax.ops.layers.depthwise import depthwise_conv
+from tests.helpers.tiers import slow
 from tests.reference import attention as reference
 from tests.reference import compare, sampling
 
@@ -145,10 +146,10 @@ def attend(num_heads, implementation="auto", **options):
 @pytest.mark.parametrize(
     ("map_shape", "table_map", "heads", "groups", "keys"),
     [
-        ((2, 3), (2, 3), 1, 1, 1),
+        slow((2, 3), (2, 3), 1, 1, 1),
         ((3, 3), (3, 3), 4, 2, 5),
-        ((4, 2), (4, 2), 3, 3, 4),
-        ((3, 4), (2, 2), 2, 1, 3),
+        slow((4, 2), (4, 2), 3, 3, 4),
+        slow((3, 4), (2, 2), 2, 1, 3),
         ((3, 2), (4, 5), 4, 2, 2),
     ],
 )

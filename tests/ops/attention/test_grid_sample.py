@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.grid_sample import grid_sample, linear_weights, to_pixels
+from tests.helpers.tiers import slow
 from tests.reference import compare, sampling
 
 IMPLEMENTATIONS = ("auto", "plain", *dispatch.IMPLEMENTATIONS["grid_sample"])
@@ -71,12 +72,12 @@ def test_each_group_of_channels_has_its_own_points():
 @pytest.mark.parametrize(
     ("shape", "groups", "keys", "names"),
     [
-        ((1, 1, 1, 1), 1, 3, IMPLEMENTATIONS),
+        slow((1, 1, 1, 1), 1, 3, IMPLEMENTATIONS),
         ((2, 2, 3, 4), 2, 5, IMPLEMENTATIONS),
         ((2, 1, 5, 4), 4, 6, FAST),
-        ((1, 4, 1, 3), 1, 1, FAST),
-        ((2, 5, 5, 6), 3, 7, FAST),
-        ((3, 4, 7, 2), 1, 9, FAST),
+        slow((1, 4, 1, 3), 1, 1, FAST),
+        slow((2, 5, 5, 6), 3, 7, FAST),
+        slow((3, 4, 7, 2), 1, 9, FAST),
         ((1, 65, 64, 2), 2, 3, (*FAST, "auto")),  # "auto" changes its choice at this size
     ],
 )

@@ -13,6 +13,7 @@ from dat_jax.ops.attention import neighborhood
 from dat_jax.ops.attention.neighborhood import neighborhood_attention
 from dat_jax.ops.attention.neighborhood_tiles import window_starts
 from dat_jax.ops.cpu import neighborhood_rows
+from tests.helpers.tiers import slow
 from tests.reference import attention as reference
 from tests.reference import compare
 
@@ -57,16 +58,16 @@ def test_a_window_of_one_pixel_returns_the_values(implementation):
 @pytest.mark.parametrize(
     ("map_shape", "kernel_size", "heads"),
     [
-        ((1, 1), 1, 1),
-        ((1, 5), 1, 2),
-        ((3, 3), 3, 2),  # one window
+        slow((1, 1), 1, 1),
+        slow((1, 5), 1, 2),
+        slow((3, 3), 3, 2),  # one window
         ((3, 9), 3, 1),
-        ((4, 5), 2, 2),
+        slow((4, 5), 2, 2),
         ((9, 6), 5, 2),  # a side of 9 has two tiles, the last one not full
-        ((8, 17), 7, 1),
-        ((15, 13), 13, 1),  # a window larger than a tile
+        slow((8, 17), 7, 1),
+        slow((15, 13), 13, 1),  # a window larger than a tile
         ((11, 4), 4, 3),
-        ((23, 3), 3, 1),  # a tile whose halo touches no border
+        slow((23, 3), 3, 1),  # a tile whose halo touches no border
     ],
 )
 def test_value_and_gradients_equal_the_rule_for_every_pair(x64, map_shape, kernel_size, heads):

@@ -23,13 +23,15 @@ def recorded():
         return {key: file[key] for key in file.files}
 
 
+assign_max_iou = jax.jit(
+    assignment.assign_max_iou, static_argnames=("positive", "negative", "min_positive", "match_low_quality")
+)
+sample_assigned = jax.jit(assignment.sample_assigned, static_argnames=("count", "positive_fraction"))
+
+
 def assign(boxes, truths, rule, valid_boxes=None, valid_truths=None):
-    run = jax.jit(
-        lambda boxes, truths: assignment.assign_max_iou(
-            boxes, truths, valid_boxes=valid_boxes, valid_ground_truths=valid_truths, **rule
-        )
-    )
-    return [np.asarray(x) for x in run(boxes, truths)]
+    options = {"valid_boxes": valid_boxes, "valid_ground_truths": valid_truths, **rule}
+    return [np.asarray(x) for x in assign_max_iou(boxes, truths, **options)]
 
 
 @pytest.mark.parametrize("name", ["rpn", "retina"])
@@ -177,9 +179,7 @@ def codes_of(positives, negatives, others=5, seed=0):
 def test_number_of_sampled_boxes(key, positives, negatives, expected):
     codes = codes_of(positives, negatives)
     key = None if key is None else jax.random.key(key)
-    sample = jax.jit(lambda key, codes: assignment.sample_assigned(key, codes, count=16, positive_fraction=0.27))(
-        key, codes
-    )
+    sample = sample_assigned(key, codes, count=16, positive_fraction=0.27)
     num_positive, num_negative = expected
     place = np.arange(16)
     np.testing.assert_array_equal(sample.is_positive, place < num_positive)
