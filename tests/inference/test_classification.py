@@ -1,6 +1,7 @@
 """Classifiers as functions of images, and python -m dat_jax.predict with a classifier."""
 
 import csv
+import functools
 import io
 import json
 
@@ -44,15 +45,19 @@ def folder(tmp_path):
     return images
 
 
+_load = functools.cache(dat_jax.load_pretrained)
+_apply = jax.jit(lambda model, variables, images: model.apply(variables, images), static_argnums=0)
+
+
 def expected(trained, path, *, image_size=64, resize=72):
     """Probabilities computed with the model directly."""
-    model, variables = dat_jax.load_pretrained(trained)
+    model, variables = _load(trained)
     with Image.open(path) as opened:
         image = opened.convert("RGB").resize((resize, resize), Image.Resampling.BICUBIC)
     border = round((resize - image_size) / 2)
     pixels = np.asarray(image)[border:, border:][:image_size, :image_size] / 255
     pixels = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    logits = jax.jit(model.apply)(variables, pixels[None].astype(np.float32))
+    logits = _apply(model, variables, pixels[None].astype(np.float32))
     return np.asarray(jax.nn.softmax(logits[0]))
 
 

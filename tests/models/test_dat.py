@@ -81,6 +81,7 @@ def test_every_position_bias_takes_any_map(kind, use_offsets):
     assert has_table == (kind != "none" and use_offsets)
 
 
+@pytest.mark.slow
 def test_fixed_bias_is_not_resized_on_the_map_it_was_made_for():
     model, images = make_small(position_bias=("none", "fixed")), random_images(1, 64, 64)
     variables = random_variables(model, images)

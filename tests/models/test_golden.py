@@ -93,7 +93,8 @@ def test_implementations_for_accelerators_in_float64(name, x64, monkeypatch):
     check_golden(name, "float64")
 
 
-@pytest.mark.parametrize("name", ["pp_mini", slow("v1_cvpr2022_mini")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pp_mini", "v1_cvpr2022_mini"])
 def test_plain_implementations(name):
     golden = Golden(name, np.float32)
     model, variables = conversion.from_official(golden.config, golden.state_dict, implementation="plain")

@@ -257,6 +257,7 @@ def test_weights_times_values_equal_the_attention(x64, kind):
     np.testing.assert_allclose(out, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @compare.few_examples(12)
 @given(
     map_shape=st.tuples(st.integers(1, 5), st.integers(1, 5)),

@@ -106,6 +106,7 @@ def test_pixel_centers_return_the_pixels(x64, height, width, implementation):
     np.testing.assert_array_equal(actual, features.reshape(2, height * width, 3))
 
 
+@pytest.mark.slow
 @compare.few_examples(12)
 @given(height=st.integers(2, 9), width=st.integers(2, 9), seed=st.integers(0, 99))
 def test_a_plane_is_reproduced_between_the_pixels(x64, height, width, seed):

@@ -136,6 +136,7 @@ def test_slice_equals_matmul(x64, map_shape, groups, heads, seed):
     np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @compare.few_examples(10)
 @given(
     map_shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), table_map=st.tuples(st.integers(1, 6), st.integers(1, 6))

@@ -80,6 +80,7 @@ def test_value_and_gradients_equal_the_rule_for_every_pair(x64, map_shape, windo
     compare.assert_same({"window_attention": attend(window_size, heads, shifted)}, expected, *arguments)
 
 
+@pytest.mark.slow
 @compare.few_examples(12)
 @given(
     window_size=st.integers(1, 4),

@@ -9,6 +9,7 @@ import pytest
 
 from dat_jax.ops.detection.roi_align import assign_levels, pyramid_roi_align, roi_align
 from tests.helpers import golden_files
+from tests.helpers.tiers import slow
 from tests.reference import compare
 from tests.reference import roi_align as reference
 
@@ -48,7 +49,7 @@ def recorded_maps(recorded, image):
     return [np.moveaxis(recorded[f"feat{level}"][image].astype(np.float64), 0, -1) for level in range(4)]
 
 
-@pytest.mark.parametrize("size", [7, 14])
+@pytest.mark.parametrize("size", [7, slow(14)])
 def test_recorded_outputs_and_gradients_of_a_pyramid(x64, recorded, size):
     rois = recorded["rois"].astype(np.float64)
     for image in (0, 1):
