@@ -1,6 +1,7 @@
 """Attention modules of the stage types: parameters and projections around the functions of ``dat_jax.ops.attention``.
 
-Each module maps (B, H, W, C) to (B, H, W, C), for any H and W.
+Each module maps (B, H, W, C) to (B, H, W, C), for any H and W. With ``sizes``, int (B, 2), each example fills only this part of
+the map, see ``ops.sizes``.
 """
 
 import functools
@@ -20,6 +21,8 @@ from dat_jax.ops.attention.position_bias import log_displacements
 from dat_jax.ops.attention.slide import slide_attention
 from dat_jax.ops.attention.window import window_attention
 from dat_jax.ops.layers.activation import gelu
+from dat_jax.ops.layers.resize import traced_bilinear_weights
+from dat_jax.ops.sizes import clear, convolved, inside
 
 POSITION_BIAS_KINDS = ("table", "dwc", "fixed", "log_cpb", "none")
 
@@ -69,9 +72,11 @@ class DeformableAttention(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
         batch, height, width, channels = x.shape
         groups, kind = self.num_groups, self.position_bias
+        key_shape, key_sizes = self._key_shape((height, width)), self._key_sizes(sizes)
+        x = clear(x, sizes)
         if channels % groups or self.num_heads % groups:
             raise ValueError(f"The {groups} groups must divide the {channels} channels and the {self.num_heads} heads.")
         if kind not in POSITION_BIAS_KINDS:
@@ -79,14 +84,14 @@ class DeformableAttention(nn.Module):
 
         query = Linear(channels, name="proj_q", dtype=self.dtype)(x)
         if self.use_offsets:
-            positions = self._to_positions(self._predict_offsets(query))
-            points = to_pixels(positions, (height, width)).reshape(batch, groups, -1, 2)
+            positions = self._to_positions(self._predict_offsets(query, sizes), key_sizes)
+            points = to_pixels(positions, (height, width), sizes).reshape(batch, groups, -1, 2)
             sampled = grid_sample(x, points, implementation=self.implementation)
         else:
-            key_shape = self._key_shape((height, width))
             shape = (batch, groups, *key_shape, 2)
-            positions = self._to_positions(jnp.zeros(shape))
-            sampled = average_pool(x, stride=self.key_stride, pooled_shape=key_shape).reshape(batch, -1, channels)
+            positions = self._to_positions(jnp.zeros(shape), key_sizes)
+            sampled = average_pool(x, stride=self.key_stride, pooled_shape=key_shape, sizes=sizes)
+            sampled = sampled.reshape(batch, -1, channels)
         self.sow("intermediates", "positions", positions)
 
         key = Linear(channels, name="proj_k", dtype=self.dtype)(sampled)
@@ -96,11 +101,11 @@ class DeformableAttention(nn.Module):
         if self.use_offsets and kind == "table":
             side_y, side_x = (2 * size - 1 for size in self.table_shape)
             table = self.param("rpe_table", table_init(0.01), (self.num_heads, side_y, side_x))
-            lookup = dict(table=table, **table_lookup(positions, (height, width), self.table_shape, self.form))
+            lookup = dict(table=table, **table_lookup(positions, (height, width), self.table_shape, self.form, sizes))
         elif self.use_offsets and kind == "fixed":
-            bias = self._fixed_bias((height, width))
+            bias = self._fixed_bias((height, width), sizes)
         elif self.use_offsets and kind == "log_cpb":
-            bias = self._log_cpb(positions.reshape(batch, groups, -1, 2), (height, width))
+            bias = self._log_cpb(positions.reshape(batch, groups, -1, 2), (height, width), sizes)
         out = deformable_attention(
             query,
             key,
@@ -109,52 +114,74 @@ class DeformableAttention(nn.Module):
             **lookup,
             bias=bias,
             points_inside=self.offset_range_factor < 0,  # such positions are clamped
+            sizes=sizes,
+            key_mask=None if key_sizes is None else inside(key_shape, key_sizes).reshape(batch, -1),
             implementation=self.implementation,
         )
         if self.use_offsets and kind == "dwc":
-            out = out + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="rpe_table")(query)
+            convolve = DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="rpe_table")
+            out = out + convolve(query, sizes)
         return Linear(channels, name="proj_out", dtype=self.dtype)(out)
 
     def _key_shape(self, map_shape):
         return key_grid_shape(map_shape, kernel_size=self.offset_kernel, stride=self.key_stride)
 
-    def _to_positions(self, offsets):
-        return key_positions(offsets, range_factor=self.offset_range_factor, form=self.form)
+    def _key_sizes(self, sizes):
+        kernel_size, stride = self.offset_kernel, self.key_stride
+        padding = 0 if kernel_size == stride else kernel_size // 2
+        return convolved(sizes, kernel_size=kernel_size, stride=stride, padding=padding)
 
-    def _predict_offsets(self, query):
+    def _to_positions(self, offsets, key_sizes):
+        return key_positions(offsets, range_factor=self.offset_range_factor, form=self.form, key_sizes=key_sizes)
+
+    def _predict_offsets(self, query, sizes):
         """(B, H, W, C) -> (B, G, Hk, Wk, 2). In float32 or better: positions must resolve fractions of a pixel."""
         channels = query.shape[-1]
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         groups, kernel_size, stride = self.num_groups, self.offset_kernel, self.key_stride
         padding = 0 if kernel_size == stride else kernel_size // 2
         make = functools.partial(DepthwiseConv, kernel_size, stride, padding, groups=groups, dtype=dtype)
-        x = make(implementation=self.implementation, name="conv_offset_0")(query)
+        x = make(implementation=self.implementation, name="conv_offset_0")(query, sizes)
         x = jnp.moveaxis(x.reshape(*x.shape[:3], groups, channels // groups), 3, 1)  # (B, G, Hk, Wk, C / G)
         x = gelu(LayerNorm(name="conv_offset_1", dtype=dtype)(x))
         return Linear(2, name="conv_offset_3", dtype=dtype, use_bias=False)(x)
 
-    def _fixed_bias(self, map_shape):
-        """(1, M, H * W, N): the learned bias, resized linearly over queries and keys if the map has another size."""
+    def _fixed_bias(self, map_shape, sizes):
+        """(1 | B, M, H * W, N): the learned bias, resized linearly over queries and keys if the map has another size."""
         key_shape, table_keys = self._key_shape(map_shape), self._key_shape(self.table_shape)
         shape = (self.num_heads, math.prod(self.table_shape), math.prod(table_keys))
         bias = self.param("rpe_table", table_init(0.01), shape)
+        if sizes is not None:
+            bias = bias.reshape(self.num_heads, *self.table_shape, *table_keys)
+            lines = [(map_shape, self.table_shape, sizes), (key_shape, table_keys, self._key_sizes(sizes))]
+            weights = [
+                jax.vmap(functools.partial(traced_bilinear_weights, old, count=count, dtype=bias.dtype))(new[:, axis])
+                for shape, old_shape, new in lines
+                for axis, (count, old) in enumerate(zip(shape, old_shape, strict=True))
+            ]
+            bias = jnp.einsum("myxvu,bhy,bwx,biv,bju->bmhwij", bias, *weights, precision=jax.lax.Precision.HIGHEST)
+            return bias.reshape(len(sizes), self.num_heads, math.prod(map_shape), math.prod(key_shape))
         if map_shape != self.table_shape:
             bias = bias.reshape(self.num_heads, *self.table_shape, *table_keys)
             bias = jax.image.resize(bias, (self.num_heads, *map_shape, *key_shape), "linear", antialias=False)
         return bias.reshape(1, self.num_heads, math.prod(map_shape), math.prod(key_shape))
 
-    def _log_cpb(self, positions, map_shape):
+    def _log_cpb(self, positions, map_shape, sizes):
         """(B, G, N, 2) -> bias (B, M, H * W, N)."""
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         heads = self.num_heads // self.num_groups
-        x = log_displacements(positions, map_shape=map_shape)
+        x = log_displacements(positions, map_shape=map_shape, sizes=sizes)
         x = nn.relu(Linear(32, name="rpe_table_0", dtype=dtype)(x))
         x = Linear(heads, name="rpe_table_2", dtype=dtype, use_bias=False)(x)  # (B, G, H * W, N, M / G)
         return jnp.moveaxis(x, -1, 2).reshape(x.shape[0], self.num_heads, *x.shape[2:4])
 
 
 def table_lookup(
-    positions: jax.Array, map_shape: tuple[int, int], table_shape: tuple[int, int], form: str
+    positions: jax.Array,
+    map_shape: tuple[int, int],
+    table_shape: tuple[int, int],
+    form: str,
+    sizes: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Arguments "points" and "query_grid" of ``deformable_attention`` with a table.
 
@@ -163,18 +190,25 @@ def table_lookup(
       map_shape: (H, W) of the map.
       table_shape: (H0, W0) of the map that the table was made for.
       form: see ``DAT.deformable_form``.
+      sizes: int (B, 2), the size of each example's map; None for ``map_shape``.
     """
-    pixel_shape, grid = (map_shape, "corners") if form == "dat_pp" else (table_shape, "centers")
-    return dict(points=to_pixels(positions, pixel_shape).reshape(*positions.shape[:2], -1, 2), query_grid=grid)
+    if form == "dat_pp":
+        points, grid = to_pixels(positions, map_shape, sizes), "corners"
+    else:
+        points, grid = to_pixels(positions, table_shape), "centers"
+    return dict(points=points.reshape(*positions.shape[:2], -1, 2), query_grid=grid)
 
 
-def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) -> jax.Array:
+def average_pool(
+    x: jax.Array, *, stride: int, pooled_shape: tuple[int, int], sizes: jax.Array | None = None
+) -> jax.Array:
     """Mean over windows of stride x stride pixels; windows that reach over the border average the pixels inside the map.
 
     Args:
       x: (B, H, W, C).
       stride: side and step of the windows.
       pooled_shape: (H', W'). Windows entirely outside the map give zero.
+      sizes: int (B, 2), the size of each example's map, beyond which ``x`` is zero; None for (H, W).
 
     Returns:
       (B, H', W', C).
@@ -186,7 +220,11 @@ def average_pool(x: jax.Array, *, stride: int, pooled_shape: tuple[int, int]) ->
         maps = _pad_bottom_right(maps, *covered)
         return maps.reshape(maps.shape[0], pooled_shape[0], stride, pooled_shape[1], stride, -1).sum(axis=(2, 4))
 
-    return window_sums(x) / jnp.maximum(window_sums(jnp.ones((1, *x.shape[1:3], 1), x.dtype)), 1)
+    if sizes is None:
+        ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    else:
+        ones = inside((x.shape[1], x.shape[2]), sizes)[..., None].astype(x.dtype)
+    return window_sums(x) / jnp.maximum(window_sums(ones), 1)
 
 
 class NeighborhoodAttention(nn.Module):
@@ -208,10 +246,10 @@ class NeighborhoodAttention(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
         _, height, width, channels = x.shape
         k = self.kernel_size
-        x = _pad_bottom_right(x, max(height, k), max(width, k))
+        x = _pad_bottom_right(clear(x, sizes), max(height, k), max(width, k))
         query, key, value = jnp.split(Linear(3 * channels, name="qkv", dtype=self.dtype)(x), 3, axis=-1)
         table = self.param("rpb", table_init(0.02), (self.num_heads, 2 * k - 1, 2 * k - 1))
         out = neighborhood_attention(
@@ -221,6 +259,7 @@ class NeighborhoodAttention(nn.Module):
             table,
             kernel_size=k,
             num_heads=self.num_heads,
+            sizes=None if sizes is None else jnp.maximum(sizes, k),
             implementation=self.implementation,
         )
         return Linear(channels, name="proj", dtype=self.dtype)(out[:, :height, :width])
@@ -245,14 +284,23 @@ class WindowAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
         _, height, width, channels = x.shape
         w = self.window_size
-        x = _pad_bottom_right(x, -(-height // w) * w, -(-width // w) * w)
+        x = _pad_bottom_right(clear(x, sizes), -(-height // w) * w, -(-width // w) * w)
         query, key, value = jnp.split(Linear(3 * channels, name="proj_qkv", dtype=self.dtype)(x), 3, axis=-1)
         shape = ((2 * w - 1) ** 2, self.num_heads)
         table = self.param("relative_position_bias_table", table_init(0.01), shape)
-        out = window_attention(query, key, value, table, window_size=w, num_heads=self.num_heads, shifted=self.shifted)
+        out = window_attention(
+            query,
+            key,
+            value,
+            table,
+            window_size=w,
+            num_heads=self.num_heads,
+            shifted=self.shifted,
+            sizes=None if sizes is None else -(-sizes // w) * w,
+        )
         return Linear(channels, name="proj_out", dtype=self.dtype)(out[:, :height, :width])
 
 
@@ -275,17 +323,22 @@ class SpatialReductionAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
         batch, height, width, channels = x.shape
+        x = clear(x, sizes)
         query = Linear(channels, name="q", dtype=self.dtype)(x).reshape(batch, -1, channels)
         if self.ratio > 1:
             x = _pad_bottom_right(x, max(height, self.ratio), max(width, self.ratio))
             reduce = functools.partial(conv, channels, channels, kernel_size=self.ratio, stride=self.ratio, padding=0)
             x = reduce(name="proj_ds_0", dtype=self.dtype)(x)
             x = LayerNorm(name="proj_ds_1", dtype=self.dtype)(x)
+        bias = None
+        if sizes is not None:
+            keys = inside((x.shape[1], x.shape[2]), jnp.maximum(sizes // self.ratio, 1)).reshape(batch, 1, 1, -1)
+            bias = jnp.where(keys, jnp.zeros((), jnp.promote_types(self.dtype, jnp.float32)), -jnp.inf)
         packed = Linear(2 * channels, name="kv", dtype=self.dtype)(x.reshape(batch, -1, channels))
         key, value = jnp.split(packed, 2, axis=-1)
-        out = multi_head_attention(query, key, value, num_heads=self.num_heads)
+        out = multi_head_attention(query, key, value, num_heads=self.num_heads, bias=bias)
         return Linear(channels, name="proj", dtype=self.dtype)(out.reshape(batch, height, width, channels))
 
 
@@ -303,7 +356,7 @@ class SlideAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
         batch, height, width, channels = x.shape
         inner, heads = channels // 4, self.num_heads
         if channels % (4 * heads):
@@ -313,6 +366,7 @@ class SlideAttention(nn.Module):
         packed = Linear(3 * inner, name="qkv", dtype=self.dtype)(x)
         packed = packed.reshape(batch, height, width, heads, 3, inner // heads)  # ordered (head, q | k | v, width)
         query, key, value = (packed[..., i, :].reshape(batch, height, width, inner) for i in range(3))
+        key, value = clear(key, sizes), clear(value, sizes)
         versions = 9 * inner // heads
         kernel = self.param("dep_conv1_kernel", uniform_init(9), (3, 3, 1, versions))
         bias_fixed = self.param("dep_conv_bias", uniform_init(9), (versions,))

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dat_jax.models import attention
 from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
@@ -14,6 +15,7 @@ from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.deformable import FORMS
 from dat_jax.ops.layers.activation import gelu
+from dat_jax.ops.sizes import clear, convolved, inside
 
 STAGE_TYPES = {
     "N": "neighborhood attention",
@@ -39,7 +41,7 @@ _PER_STAGE_FIELDS = (
 
 
 class Stem(nn.Module):
-    """Images (B, H, W, 3) -> (B, H / 4, W / 4, features).
+    """Images (B, H, W, 3) -> (B, H / 4, W / 4, features). ``sizes``: of the images, see ``ops.sizes``; zeros lie beyond them.
 
     Attributes:
       features: output channels.
@@ -52,19 +54,20 @@ class Stem(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
         if not self.conv_patches:
             x = conv(self.features, 3, kernel_size=4, stride=4, padding=0, name="conv1", dtype=self.dtype)(x)
             return LayerNorm(name="norm1", dtype=self.dtype)(x)
         half = self.features // 2
         x = conv(half, 3, kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
         x = gelu(LayerNorm(name="norm1", dtype=self.dtype)(x))
+        x = clear(x, convolved(sizes, kernel_size=3, stride=2, padding=1))
         x = conv(self.features, half, kernel_size=3, stride=2, padding=1, name="conv2", dtype=self.dtype)(x)
         return LayerNorm(name="norm2", dtype=self.dtype)(x)
 
 
 class DownProjection(nn.Module):
-    """(B, H, W, C) -> (B, H / 2, W / 2, features).
+    """(B, H, W, C) -> (B, H / 2, W / 2, features). ``sizes``: of the input, see ``ops.sizes``.
 
     Attributes:
       features: output channels.
@@ -77,7 +80,8 @@ class DownProjection(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
+        x = clear(x, sizes)
         kernel_size, padding = (3, 1) if self.conv_patches else (2, 0)
         window = dict(kernel_size=kernel_size, stride=2, padding=padding)
         x = conv(self.features, x.shape[-1], **window, use_bias=False, name="conv", dtype=self.dtype)(x)
@@ -85,7 +89,7 @@ class DownProjection(nn.Module):
 
 
 class Block(nn.Module):
-    """Local perception unit (optional), attention and MLP, each in a residual branch.
+    """Local perception unit (optional), attention and MLP, each in a residual branch. ``sizes``: see ``ops.sizes``.
 
     Attributes:
       make_attention: function of a name that returns the attention module.
@@ -106,15 +110,15 @@ class Block(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x, drop_path_rate, train: bool):
+    def __call__(self, x, drop_path_rate, train: bool, sizes: jax.Array | None = None):
         def branch(x, module, index):
-            x = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x))
+            x = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x), sizes)
             if self.layer_scale_init > 0:
                 x = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(x)
             return DropPath()(x, drop_path_rate, train=train)
 
         if self.lpu:
-            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="lpu")(x)
+            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="lpu")(x, sizes)
         mlp = Mlp(self.expansion, self.conv_mlp, dtype=self.dtype, implementation=self.implementation, name="mlp")
         x = x + branch(x, self.make_attention(name="attn"), 1)
         return x + branch(x, mlp, 2)
@@ -122,6 +126,8 @@ class Block(nn.Module):
 
 class ConvBlock(nn.Module):
     """Local perception unit (optional), then depthwise convolution, LayerNorm and MLP in one branch (stage type X).
+
+    ``sizes``: see ``ops.sizes``.
 
     Attributes:
       window_size: kernel size of the convolution, odd.
@@ -142,18 +148,18 @@ class ConvBlock(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x, drop_path_rate, train: bool):
+    def __call__(self, x, drop_path_rate, train: bool, sizes: jax.Array | None = None):
         options = dict(dtype=self.dtype, implementation=self.implementation)
         if self.lpu:
-            x = x + DepthwiseConv(**options, name="lpu")(x)
-        branch = DepthwiseConv(self.window_size, **options, name="conv")(x)
+            x = x + DepthwiseConv(**options, name="lpu")(x, sizes)
+        branch = DepthwiseConv(self.window_size, **options, name="conv")(x, sizes)
         branch = LayerNorm(name="norm", dtype=self.dtype)(branch)
-        branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch)
+        branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch, sizes)
         return x + DropPath()(branch, drop_path_rate, train=train)
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, after a linear layer if the input has other channels.
+    """The blocks of one resolution, after a linear layer if the input has other channels. ``sizes``: see ``ops.sizes``.
 
     Attributes:
       features: channels.
@@ -173,17 +179,17 @@ class Stage(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, *, train: bool):
+    def __call__(self, x, *, train: bool, sizes: jax.Array | None = None):
         if x.shape[-1] != self.features:
             x = Linear(self.features, name="proj", dtype=self.dtype)(x)
         if self.scan and len(self.blocks) > self.period and not self.is_initializing():
-            return self._scan(x, train)
+            return self._scan(x, train, sizes)
         for index, (make_block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
             # Training changes nothing but drop path. Under remat the rate is traced, so test for zero here.
-            x = make_block(name=f"blocks_{index}", parent=self)(x, rate, train and rate > 0)
+            x = make_block(name=f"blocks_{index}", parent=self)(x, rate, train and rate > 0, sizes)
         return x
 
-    def _scan(self, x, train):
+    def _scan(self, x, train, sizes):
         """Runs all repetitions of the first ``period`` blocks in a loop."""
         blocks = [make_block(name=None, parent=None) for make_block in self.blocks[: self.period]]
         params = self.variables["params"]
@@ -203,7 +209,7 @@ class Stage(nn.Module):
             sown = []
             for position, block in enumerate(blocks):
                 rngs = {"dropout": keys[position]} if random else {}
-                arguments = ({"params": params[position]}, x, rates[position], random)
+                arguments = ({"params": params[position]}, x, rates[position], random, sizes)
                 if sow:
                     x, state = block.apply(*arguments, rngs=rngs, mutable=["intermediates"])
                     sown.append(state.get("intermediates", {}))
@@ -333,26 +339,41 @@ class DAT(MeshModule):
         self.cls_norm = LayerNorm(dtype=self.dtype)
         self.cls_head = Linear(self.num_classes, dtype=jnp.promote_types(self.dtype, jnp.float32))
 
-    def features(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
-        """Images (B, H, W, 3) -> the map after each stage, (B, H_i, W_i, dims[i]), strides 4, 8, 16 and 32, without a norm."""
+    def features(
+        self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Images (B, H, W, 3) -> the map after each stage, (B, H_i, W_i, dims[i]), strides 4, 8, 16 and 32, without a norm.
+
+        With ``sizes``, int (B, 2), each image is the top left (height, width) pixels of its array, at least 32 x 32. Its maps
+        fill the top left of the arrays, up to ``map_sizes``, and have the values that the image gives by itself.
+        """
         self._check_images(images)
+        self._check_sizes(images, sizes)
         with dispatch.gradients_for(self.implementation):
-            x = self.patch_proj(images.astype(self.dtype))
-            maps = []
+            x = self.patch_proj(clear(images.astype(self.dtype), sizes), sizes)
+            maps, map_sizes = [], None
             for index, stage in enumerate(self.stage_modules):
-                x = stage(self.down_projs[index - 1](x) if index else x, train=train)
+                if index:
+                    x = self.down_projs[index - 1](x, map_sizes)
+                map_sizes = None if sizes is None else self.map_sizes(sizes, stage=index)
+                x = stage(x, train=train, sizes=map_sizes)
                 maps.append(x)
         return tuple(maps)
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images (B, H, W, 3) -> logits (B, num_classes)."""
-        return self.classify(self.features(images, train=train)[-1])
+    def __call__(self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None) -> jax.Array:
+        """Images (B, H, W, 3) -> logits (B, num_classes). ``sizes``: see ``features``."""
+        return self.classify(self.features(images, train=train, sizes=sizes)[-1], sizes=sizes)
 
-    def classify(self, last_map: jax.Array) -> jax.Array:
-        """The last of ``features``, (B, H, W, dims[-1]) -> logits (B, num_classes)."""
+    def classify(self, last_map: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
+        """The last of ``features``, (B, H, W, dims[-1]) -> logits (B, num_classes). ``sizes`` are those of the images."""
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
         with dispatch.gradients_for(self.implementation):
             x = self.cls_norm(last_map)
-            return self.cls_head(x.mean(axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32)))
+            if sizes is None:
+                return self.cls_head(x.mean(axis=(1, 2), dtype=dtype))
+            last_sizes = self.map_sizes(sizes, stage=len(self.dims) - 1)
+            pixels = inside((x.shape[1], x.shape[2]), last_sizes).sum(axis=(1, 2))
+            return self.cls_head(clear(x, last_sizes).sum(axis=(1, 2), dtype=dtype) / pixels.astype(dtype)[:, None])
 
     def _block_maker(self, i: int, kind: str):
         """Returns a function of a name and a parent that creates a block of stage ``i``."""
@@ -401,6 +422,11 @@ class DAT(MeshModule):
         height, width = (-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
         return height, width
 
+    def map_sizes(self, sizes: jax.Array, *, stage: int) -> jax.Array:
+        """Int (B, 2), the sizes of the maps of a stage for images of these sizes."""
+        stride = 4 * 2**stage
+        return -(-sizes // stride) if self.conv_patches else sizes // stride
+
     def table_shape(self, *, stage: int) -> tuple[int, int]:
         """(H, W) of the map that the position tables of a stage are made for."""
         configured = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
@@ -430,6 +456,23 @@ class DAT(MeshModule):
                 raise ValueError(f"Stage {i}: X blocks need an odd window size, got {self.window_sizes[i]}.")
             if set(kinds) & set("NDLSPE") and self.dims[i] % self.num_heads[i]:
                 raise ValueError(f"Stage {i}: {self.num_heads[i]} heads do not divide {self.dims[i]} channels.")
+
+    def _check_sizes(self, images, sizes):
+        if sizes is None:
+            return
+        if sizes.shape != (images.shape[0], 2) or not jnp.issubdtype(sizes.dtype, jnp.integer):
+            raise ValueError(
+                f"DAT expected sizes as integers ({images.shape[0]}, 2), the height and width of each image, got {sizes.dtype} "
+                f"{sizes.shape}."
+            )
+        if isinstance(sizes, Tracer):
+            return
+        sides = np.asarray(sizes)
+        if (sides < MIN_IMAGE_SIDE).any() or (sides > np.asarray(images.shape[1:3])).any():
+            raise ValueError(
+                f"DAT expected sizes with sides from {MIN_IMAGE_SIDE} pixels to those of the images, {images.shape[1:3]}, "
+                f"got {sides.tolist()}."
+            )
 
     def _check_images(self, images):
         if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < MIN_IMAGE_SIDE:

@@ -17,6 +17,7 @@ from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.layers.linear import linear
 from dat_jax.ops.layers.mlp import conv_mlp, uses_pallas
 from dat_jax.ops.layers.normalization import layer_norm
+from dat_jax.ops.sizes import clear
 
 _STATISTICS_RATE = 0.1  # of BatchNorm's running averages, as PyTorch's momentum
 
@@ -122,7 +123,7 @@ def conv(
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with bias and zero padding.
+    """Depthwise convolution with bias and zero padding. ``sizes``: see ``ops.sizes``.
 
     Attributes:
       kernel_size: side of the square kernel.
@@ -141,7 +142,8 @@ class DepthwiseConv(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
+        x = clear(x, sizes)
         init = uniform_init(self.kernel_size**2)
         channels = x.shape[-1] // self.groups
         kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, 1, channels))
@@ -283,6 +285,8 @@ class KernelAndBias(nn.Module):
 class Mlp(nn.Module):
     """Linear, GELU, linear; with ``depthwise`` a 3 x 3 depthwise convolution is added before the GELU.
 
+    ``sizes``: see ``ops.sizes``.
+
     Attributes:
       expansion: hidden width, in widths of the input.
       depthwise: whether there is a convolution.
@@ -296,9 +300,10 @@ class Mlp(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sizes: jax.Array | None = None):
         channels, hidden = x.shape[-1], self.expansion * x.shape[-1]
-        if self.depthwise and uses_pallas(x.shape, hidden, self.implementation):  # one op, with the parameters below
+        fuses = self.depthwise and sizes is None
+        if fuses and uses_pallas(x.shape, hidden, self.implementation):  # one op, with the parameters below
             linear1 = KernelAndBias((channels, hidden), channels, name="linear1")()
             convolution = KernelAndBias((3, 3, 1, hidden), 9, name="dwc")()
             linear2 = KernelAndBias((hidden, channels), hidden, name="linear2")()
@@ -306,5 +311,5 @@ class Mlp(nn.Module):
             return conv_mlp(x, *linear1, *convolution, *linear2, implementation=self.implementation)
         x = Linear(hidden, name="linear1", dtype=self.dtype)(x)
         if self.depthwise:
-            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x)
+            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x, sizes)
         return GeluLinear(channels, dtype=self.dtype, name="linear2")(x)

@@ -22,8 +22,12 @@ def key_grid_shape(map_shape: tuple[int, int], *, kernel_size: int, stride: int)
     return height, width
 
 
-def reference_points(key_shape: tuple[int, ...], dtype=jnp.float32, *, form: str = "dat_pp") -> jax.Array:
+def reference_points(
+    key_shape: tuple[int, ...], dtype=jnp.float32, *, form: str = "dat_pp", key_sizes: jax.Array | None = None
+) -> jax.Array:
     """Positions of the keys before any offset: (Hk, Wk, 2), (y, x) in normalized coordinates.
+
+    With ``key_sizes``, int (B, 2), the size of each example's key grid (see ``ops.sizes``), (B, Hk, Wk, 2).
 
     Key i of n is at
 
@@ -32,22 +36,30 @@ def reference_points(key_shape: tuple[int, ...], dtype=jnp.float32, *, form: str
     * "cvpr2022": (i + 0.5) / n * 2 - 1. The grid is symmetric and inside the map.
     """
 
+    if key_sizes is not None:
+        steps = jnp.maximum(_key_steps(key_sizes, form), 1).astype(dtype)[:, None, None]
+        keys = jnp.stack(jnp.meshgrid(*(jnp.arange(count, dtype=dtype) for count in key_shape), indexing="ij"), axis=-1)
+        points = (keys[None] + 0.5) / steps * 2 - 1
+        return jnp.where((key_sizes == 1)[:, None, None], 0.0, points) if form == "dat_pp" else points
+
     def line(count):
         if form == "dat_pp" and count == 1:
             return jnp.zeros(1, dtype)
-        return (jnp.arange(count, dtype=dtype) + 0.5) / _key_steps(count, form) * 2 - 1
+        return (jnp.arange(count, dtype=dtype) + 0.5) / max(_key_steps(count, form), 1) * 2 - 1
 
     return jnp.stack(jnp.meshgrid(*map(line, key_shape), indexing="ij"), axis=-1)
 
 
-def _key_steps(count: int, form: str) -> int:
+def _key_steps(count, form: str):
     """Divisor of a side of ``count`` keys: the number of steps between keys ("dat_pp") or of keys ("cvpr2022")."""
     if form not in FORMS:
         raise ValueError(f"Unknown form of deformable attention {form!r}; choose one of {', '.join(FORMS)}.")
-    return max(count - 1, 1) if form == "dat_pp" else count
+    return count - 1 if form == "dat_pp" else count
 
 
-def key_positions(offsets: jax.Array, *, range_factor: float, form: str = "dat_pp") -> jax.Array:
+def key_positions(
+    offsets: jax.Array, *, range_factor: float, form: str = "dat_pp", key_sizes: jax.Array | None = None
+) -> jax.Array:
     """Positions of the keys from the raw output of the offset network.
 
     With the offset range factor f, the number of keys n on a side (Hk for y, Wk for x) and the reference point r of
@@ -62,6 +74,7 @@ def key_positions(offsets: jax.Array, *, range_factor: float, form: str = "dat_p
       offsets: (B, G, Hk, Wk, 2), (dy, dx). float32 or better.
       range_factor: f.
       form: "dat_pp", the form published with DAT++, or "cvpr2022", the form of DAT v1 as it was released.
+      key_sizes: int (B, 2), the size of each example's key grid, see ``ops.sizes``; None for (Hk, Wk).
 
     Returns:
       (B, G, Hk, Wk, 2), (y, x) in normalized coordinates. Positions lie beyond [-1, 1] where they are not limited to it.
@@ -72,14 +85,23 @@ def key_positions(offsets: jax.Array, *, range_factor: float, form: str = "dat_p
     Source: DAT (CVPR 2022), equation 6; DAT++ (2309.01430), section 3.2; the published code of each.
     """
     key_shape = offsets.shape[2:4]
-    reference = reference_points(key_shape, offsets.dtype, form=form)[None, None]
+    reference = reference_points(key_shape, offsets.dtype, form=form, key_sizes=key_sizes)
+    reference = reference[None, None] if key_sizes is None else reference[:, None]
     if range_factor < 0:
         return jnp.clip(reference + offsets, -1.0, 1.0) if form == "dat_pp" else jnp.tanh(reference + offsets)
     if range_factor == 0 and form == "cvpr2022":
         return reference + offsets
+
     # The published code rounds 1 / (n - 1) to float32; doing the same keeps float64 comparisons exact.
-    step = jnp.asarray([1 / _key_steps(n, form) for n in key_shape], jnp.float32).astype(offsets.dtype)
-    return reference + jnp.tanh(offsets) * (step * range_factor).reshape(1, 1, 1, 1, 2)
+    def round_step(count):
+        return 1 / max(_key_steps(count, form), 1)
+
+    if key_sizes is None:
+        step = jnp.asarray([[round_step(n) for n in key_shape]], jnp.float32)
+    else:
+        step = jnp.asarray([round_step(n) for n in range(max(key_shape) + 1)], jnp.float32)[key_sizes]
+    step = step.astype(offsets.dtype)
+    return reference + jnp.tanh(offsets) * (step * range_factor).reshape(-1, 1, 1, 1, 2)
 
 
 def deformable_attention(
@@ -93,6 +115,8 @@ def deformable_attention(
     bias: jax.Array | None = None,
     points_inside: bool = False,
     query_grid: str = "corners",
+    sizes: jax.Array | None = None,
+    key_mask: jax.Array | None = None,
     implementation: str = "auto",
     tile_shape: tuple[int, int] | None = None,
 ) -> jax.Array:
@@ -112,6 +136,8 @@ def deformable_attention(
       bias: (B | 1, M, H * W, N), a bias of another kind.
       points_inside: whether all points are inside the map, which allows a faster Pallas kernel.
       query_grid: "corners" or "centers", see ``position_bias.table_position_bias``.
+      sizes: int (B, 2), the size of each example's map, see ``ops.sizes``; None for (H, W).
+      key_mask: bool (B, N), False for keys that no query attends to; None for all keys. There is no Pallas kernel with it.
       implementation: algorithm of the table lookup, or "pallas", a kernel for TPUs for the whole op. See ``dispatch``.
       tile_shape: (height, width) of the tiles of queries; the map's shape for one tile. By default ``dispatch`` chooses.
 
@@ -130,6 +156,8 @@ def deformable_attention(
         dispatch.choose("deformable_attention", _attention_implementation(implementation), map_shape=map_shape)
         == "pallas"
     )
+    if sizes is not None or key_mask is not None:
+        use_pallas = False
 
     def attend_with_pallas(queries, tile):
         attention = functools.partial(pallas_deformable.deformable_attention, queries, key, value, num_heads=num_heads)
@@ -151,8 +179,18 @@ def deformable_attention(
         tile_bias = bias
         if table is not None and points is not None:
             tile_bias = position_bias.table_position_bias(
-                table, points, map_shape=map_shape, query_grid=query_grid, tile=tile, implementation=implementation
+                table,
+                points,
+                map_shape=map_shape,
+                query_grid=query_grid,
+                tile=tile,
+                sizes=sizes,
+                implementation=implementation,
             )
+        if key_mask is not None:
+            dtype = jnp.promote_types(query.dtype, jnp.float32)
+            tile_bias = jnp.zeros((1, 1, 1, 1), dtype) if tile_bias is None else tile_bias
+            tile_bias = jnp.where(key_mask[:, None, None], tile_bias, -jnp.inf)
         flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
         with dispatch.gradients_for(implementation):
             out = multi_head_attention(flat, key, value, num_heads=num_heads, bias=tile_bias)

@@ -17,16 +17,20 @@ from dat_jax.ops import dispatch
 from dat_jax.ops.pallas import sampling as pallas_sampling
 
 
-def to_pixels(points: jax.Array, map_shape: tuple[int, int]) -> jax.Array:
+def to_pixels(points: jax.Array, map_shape: tuple[int, int], sizes: jax.Array | None = None) -> jax.Array:
     """Converts normalized points to pixels of a map.
 
     Args:
-      points: (..., 2), (y, x), with -1 and 1 at the centers of the first and last pixel.
+      points: (..., 2), (y, x), with -1 and 1 at the centers of the first and last pixel; with ``sizes`` (B, ..., 2).
       map_shape: (height, width) of the map. On a side of one pixel every point is at its only center, 0.
+      sizes: int (B, 2), the size of each example's map, see ``ops.sizes``; None for ``map_shape``.
 
     Returns:
       (..., 2) in pixels, of the dtype of ``points``.
     """
+    if sizes is not None:
+        extent = (sizes - 1).astype(points.dtype)
+        return (points + 1) / 2 * extent.reshape(len(sizes), *(1,) * (points.ndim - 2), 2)
     extent = jnp.asarray([size - 1 for size in map_shape], points.dtype)
     return (points + 1) / 2 * extent.reshape((1,) * (points.ndim - 1) + (2,))
 

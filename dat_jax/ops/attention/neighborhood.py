@@ -1,5 +1,7 @@
 """Neighborhood attention: each pixel attends to the K x K window around it, shifted inward at the borders."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ def neighborhood_attention(
     *,
     kernel_size: int,
     num_heads: int,
+    sizes: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D) + table) v over the window of each query.
@@ -34,6 +37,8 @@ def neighborhood_attention(
       table: (M, 2K - 1, 2K - 1), read at key - query + K - 1.
       kernel_size: K, side of the window in pixels, at most H and W.
       num_heads: M.
+      sizes: int (B, 2), the size of each example's map, at least K, see ``ops.sizes``; None for (H, W). "tiles" replaces
+        "rows", and "auto" replaces "pallas".
       implementation: see ``dispatch``.
 
         * "gather" reads K * K keys per query, the plain reference.
@@ -60,17 +65,19 @@ def neighborhood_attention(
         side = 2 * kernel_size - 1
         raise ValueError(f"neighborhood_attention expected a table {(num_heads, side, side)}, got {table.shape}.")
     requested = implementation
+    if sizes is not None:
+        implementation = {"pallas": "auto"}.get(implementation, implementation)
     implementation = dispatch.choose("neighborhood_attention", implementation, map_shape=(height, width))
     if implementation == "gather":
         with dispatch.gradients_for(requested):
-            return _attend_gathered(query, key, value, table, kernel_size, num_heads)
+            return _attend_gathered(query, key, value, table, kernel_size, num_heads, sizes)
     if implementation == "pallas":
         return _attend_with_pallas(query, key, value, table, kernel_size, num_heads)
-    if implementation == "rows":
+    if implementation == "rows" and sizes is None:
         return neighborhood_rows.neighborhood_attention(query, key, value, table, kernel_size, num_heads)
     tile = (height, width) if implementation == "dense" else (tile_side(height), tile_side(width))
     return neighborhood_tiles.neighborhood_attention(
-        query, key, value, table, kernel_size=kernel_size, num_heads=num_heads, tile=tile
+        query, key, value, table, kernel_size=kernel_size, num_heads=num_heads, tile=tile, sizes=sizes
     )
 
 
@@ -98,12 +105,27 @@ def neighborhood_attention_weights(
     return jnp.moveaxis(weights[..., 0, :], 3, 1).reshape(-1, num_heads, height, width, kernel_size, kernel_size)
 
 
-def _attend_gathered(query, key, value, table, kernel_size, num_heads):
+def _attend_gathered(query, key, value, table, kernel_size, num_heads, sizes=None):
+    if sizes is not None:
+        attend_one = functools.partial(_attend_gathered_in, table=table, kernel_size=kernel_size, num_heads=num_heads)
+        return jax.vmap(attend_one)(query, key, value, sizes)
     rows, columns = _window_lines(query.shape[1:3], kernel_size)
     bias = _window_bias(table, rows, columns, kernel_size)
     key, value = (_gather_windows(x, rows, columns) for x in (key, value))
     queries = query[:, :, :, None]  # the pixels are batch axes: one query attends to K * K keys
     return multi_head_attention(queries, key, value, num_heads=num_heads, bias=bias).reshape(query.shape)
+
+
+def _attend_gathered_in(query, key, value, size, *, table, kernel_size, num_heads):
+    """``_attend_gathered`` of one example (H, W, C), whose size (2,) is traced."""
+    rows, columns = (
+        window_starts(side, kernel_size, size=size[axis])[:, None] + np.arange(kernel_size)[None]
+        for axis, side in enumerate(query.shape[:2])
+    )
+    bias = _window_bias(table, rows, columns, kernel_size)
+    keys, values = (_gather_windows(x[None], rows, columns) for x in (key, value))
+    queries = query[None, :, :, None]
+    return multi_head_attention(queries, keys, values, num_heads=num_heads, bias=bias).reshape(query.shape)
 
 
 def _window_lines(map_shape, kernel_size):
@@ -120,7 +142,10 @@ def _gather_windows(x, rows, columns):
 
 def _window_bias(table, rows, columns, kernel_size):
     """(1, H, W, M, 1, K * K)."""
-    row_index, column_index = (lines - np.arange(len(lines))[:, None] + kernel_size - 1 for lines in (rows, columns))
+    row_index, column_index = (
+        (lines - np.arange(len(lines))[:, None] + kernel_size - 1).clip(0, 2 * kernel_size - 2)
+        for lines in (rows, columns)
+    )  # queries beyond the size of an example are clipped; of others the index is in the table
     bias = table[:, row_index[:, None, :, None], column_index[None, :, None, :]]  # (M, H, W, K, K)
     bias = bias.reshape(len(table), len(rows), len(columns), kernel_size**2)
     return jnp.moveaxis(bias, 0, 2)[None, :, :, :, None]

@@ -41,6 +41,7 @@ def table_position_bias(
     map_shape: tuple[int, int],
     tile: Tile | None = None,
     query_grid: str = "corners",
+    sizes: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Bias of every (query, key) pair, from a table over relative displacements.
@@ -59,6 +60,8 @@ def table_position_bias(
       map_shape: (H, W) of the map, whose pixels are the queries.
       tile: the part of the map to compute; by default all of it.
       query_grid: "corners", as published with DAT++, or "centers", as in the released DAT v1.
+      sizes: int (B, 2), the size (H, W) of each example's map, see ``ops.sizes``; None for ``map_shape``. "matmul" replaces
+        "slice".
       implementation: see the module's docstring and ``dispatch``.
 
     Returns:
@@ -83,9 +86,9 @@ def table_position_bias(
     tile = Tile((0, 0), map_shape) if tile is None else tile
     dtype = jnp.promote_types(points.dtype, jnp.float32)
     points, table = points.astype(dtype), table.astype(dtype)
-    fits = table_fits(table, map_shape=map_shape, query_grid=query_grid)
+    fits = sizes is None and table_fits(table, map_shape=map_shape, query_grid=query_grid)
     implementation = dispatch.choose("position_bias", implementation, map_shape=map_shape, table_fits=fits)
-    if implementation == "slice" and query_grid == "centers":
+    if implementation == "slice" and (query_grid == "centers" or sizes is not None):
         implementation = "matmul"
     if implementation == "slice":
         if not fits:
@@ -96,7 +99,7 @@ def table_position_bias(
         return cpu_position_bias.table_position_bias(
             table, points, jnp.asarray(tile.first, jnp.int32), map_shape, tile.shape
         )
-    rows, columns = (_table_coordinates(points, table, map_shape, tile, query_grid, axis) for axis in (0, 1))
+    rows, columns = (_table_coordinates(points, table, map_shape, tile, query_grid, axis, sizes) for axis in (0, 1))
     if implementation == "matmul":
         return _bias_matmul(table, rows, columns)
     return _bias_pairwise(table, rows, columns, implementation)
@@ -107,12 +110,19 @@ def table_fits(table: jax.Array, *, map_shape: tuple[int, int], query_grid: str)
     return query_grid == "corners" and table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
 
 
-def _table_coordinates(points, table, map_shape, tile: Tile, query_grid: str, axis: int) -> jax.Array:
+def _table_coordinates(
+    points, table, map_shape, tile: Tile, query_grid: str, axis: int, sizes: jax.Array | None = None
+) -> jax.Array:
     """Row (axis 0) or column (axis 1) of the table for every key and every line of queries: (B, G, N, size)."""
     size, center = map_shape[axis], (table.shape[1 + axis] - 1) // 2
     queries = tile.first[axis] + jnp.arange(tile.shape[axis], dtype=points.dtype).reshape(1, 1, 1, -1)
+    if sizes is not None:
+        size = sizes[:, axis].astype(points.dtype).reshape(-1, 1, 1, 1)
     if query_grid == "centers":
         return (queries + 0.5) * (center / size) - points[..., axis, None] + center
+    if sizes is not None:
+        scale = jnp.where(size > 1, center / jnp.maximum(size - 1, 1), 1.0)
+        return (queries - points[..., axis, None]) * scale + center
     scale = center / (size - 1) if size > 1 else 1.0  # on a side of one pixel the only displacement is 0
     return (queries - points[..., axis, None]) * scale + center
 
@@ -154,7 +164,7 @@ def table_position_bias_by_key(
     return bias.reshape(batch, table.shape[0], keys, height * width)
 
 
-def log_displacements(points: jax.Array, *, map_shape: tuple[int, int]) -> jax.Array:
+def log_displacements(points: jax.Array, *, map_shape: tuple[int, int], sizes: jax.Array | None = None) -> jax.Array:
     """Log-spaced displacements of every (query, key) pair, the input of the log-CPB network.
 
     With d = 4 * (query - key) in normalized coordinates: sign(d) * log2(|d| + 1) / log2(8).
@@ -162,6 +172,7 @@ def log_displacements(points: jax.Array, *, map_shape: tuple[int, int]) -> jax.A
     Args:
       points: (B, G, N, 2), key positions (y, x) in NORMALIZED coordinates.
       map_shape: (H, W) of the map of queries. On a side of one pixel the query is at the center, 0.
+      sizes: int (B, 2), the size of each example's map, see ``ops.sizes``; None for ``map_shape``.
 
     Returns:
       (B, G, H * W, N, 2), float32 or better.
@@ -170,7 +181,13 @@ def log_displacements(points: jax.Array, *, map_shape: tuple[int, int]) -> jax.A
     """
     dtype = jnp.promote_types(points.dtype, jnp.float32)
     height, width = map_shape
-    lines = [jnp.linspace(-1, 1, size, dtype=dtype) if size > 1 else jnp.zeros(1, dtype) for size in map_shape]
-    queries = jnp.stack(jnp.meshgrid(*lines, indexing="ij"), axis=-1).reshape(1, 1, height * width, 1, 2)
+    if sizes is None:
+        lines = [jnp.linspace(-1, 1, size, dtype=dtype) if size > 1 else jnp.zeros(1, dtype) for size in map_shape]
+        grid = jnp.stack(jnp.meshgrid(*lines, indexing="ij"), axis=-1)[None]
+    else:
+        steps = jnp.maximum(sizes - 1, 1).astype(dtype)
+        pixels = jnp.stack(jnp.meshgrid(*(jnp.arange(side, dtype=dtype) for side in map_shape), indexing="ij"), axis=-1)
+        grid = 2 * pixels[None] / steps[:, None, None] - (sizes > 1).astype(dtype)[:, None, None]
+    queries = grid.reshape(-1, 1, height * width, 1, 2)
     displacement = 4 * (queries - points.astype(dtype)[:, :, None])
     return jnp.sign(displacement) * jnp.log2(jnp.abs(displacement) + 1) / 3

@@ -1,5 +1,7 @@
 """Window attention (Swin): attention inside windows that tile the map, optionally shifted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ def window_attention(
     window_size: int,
     num_heads: int,
     shifted: bool = False,
+    sizes: jax.Array | None = None,
 ) -> jax.Array:
     """Attention within windows of w x w, with a learned bias by relative position.
 
@@ -28,6 +31,7 @@ def window_attention(
       num_heads: M.
       shifted: whether to roll the map by -ceil(w / 2) before and back after the attention. Pairs that are in one window only
         because of the roll get -100 added to their logits, as published.
+      sizes: int (B, 2), multiples of w, the size of each example's map, see ``ops.sizes``; None for (H, W).
 
     Returns:
       (B, H, W, C), of the dtype of ``value``.
@@ -46,19 +50,38 @@ def window_attention(
         raise ValueError(f"window_attention expected a table {((2 * w - 1) ** 2, num_heads)}, got {table.shape}.")
     shift = -(-w // 2) if shifted else 0
 
+    def roll(x, by):
+        if not shift:
+            return x
+        return jnp.roll(x, (by, by), axis=(1, 2)) if sizes is None else _roll_within(x, by, sizes)
+
     def partition(x):  # (B, H, W, C) -> (B, windows, w * w, C)
-        x = jnp.roll(x, (-shift, -shift), axis=(1, 2)) if shift else x
+        x = roll(x, -shift)
         x = x.reshape(batch, height // w, w, width // w, w, channels).swapaxes(2, 3)
         return x.reshape(batch, -1, w * w, channels)
 
     bias = jnp.moveaxis(table[relative_position_index(w)], -1, 0)[None, None]  # (1, 1, M, w * w, w * w)
-    if shift:
+    if shift and sizes is None:
         mask = jnp.asarray(_shift_mask(height, width, w, shift), bias.dtype)  # (windows, w * w, w * w)
         bias = bias + mask[None, :, None]
+    elif shift:
+        make_mask = functools.partial(_shift_mask, height, width, w, shift)
+        bias = bias + jax.vmap(make_mask)(sizes).astype(bias.dtype)[:, :, None]
     out = multi_head_attention(partition(query), partition(key), partition(value), num_heads=num_heads, bias=bias)
     out = out.reshape(batch, height // w, width // w, w, w, channels).swapaxes(2, 3)
-    out = out.reshape(batch, height, width, channels)
-    return jnp.roll(out, (shift, shift), axis=(1, 2)) if shift else out
+    return roll(out.reshape(batch, height, width, channels), shift)
+
+
+def _roll_within(x, by, sizes):
+    """Rolls each map (H, W, C) of x by ``by`` pixels along both axes, within its size."""
+
+    def roll_one(x, size):
+        for axis in (0, 1):
+            pixels = jnp.arange(x.shape[axis])
+            x = jnp.take(x, jnp.where(pixels < size[axis], (pixels - by) % size[axis], pixels), axis=axis, mode="clip")
+        return x
+
+    return jax.vmap(roll_one)(x, sizes)
 
 
 def relative_position_index(window_size: int) -> np.ndarray:
@@ -68,14 +91,19 @@ def relative_position_index(window_size: int) -> np.ndarray:
     return (y[:, None] - y[None, :] + w - 1) * (2 * w - 1) + (x[:, None] - x[None, :] + w - 1)
 
 
-def _shift_mask(height, width, window_size, shift):
-    """(windows, w * w, w * w): -100 between pixels of different regions of the rolled map, 0 elsewhere."""
+def _shift_mask(height, width, window_size, shift, size=None):
+    """(windows, w * w, w * w): -100 between pixels of different regions of the rolled map, 0 elsewhere.
 
-    def regions(size):  # (size,): three bands, split at size - w and size - shift
-        line = np.arange(size)
+    ``size`` is the (height, width) of a map that fills only this part, which may be traced; None for the whole map.
+    """
+    size = (height, width) if size is None else size
+
+    def regions(side, size):  # (side,): three bands, split at size - w and size - shift
+        line = np.arange(side)
         return (line >= size - window_size).astype(np.int32) + (line >= size - shift)
 
-    region = regions(height)[:, None] * 3 + regions(width)[None, :]
+    region = regions(height, size[0])[:, None] * 3 + regions(width, size[1])[None, :]
     w = window_size
     region = region.reshape(height // w, w, width // w, w).swapaxes(1, 2).reshape(-1, w * w)
-    return np.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+    same = region[:, :, None] == region[:, None, :]
+    return np.where(same, 0.0, -100.0) if isinstance(same, np.ndarray) else jnp.where(same, 0.0, -100.0)

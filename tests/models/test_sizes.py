@@ -1,0 +1,110 @@
+"""Images of several sizes in one array give what each of them gives by itself, whatever lies beside them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dat_jax
+from tests.helpers.padded_images import crop, largest_difference, padded_images
+from tests.helpers.random_variables import random_variables
+from tests.helpers.tiers import slow
+from tests.models.test_dat import make_small
+
+BUCKET = (96, 120)
+SIZES = [(96, 120), (45, 70), (33, 64), (32, 32), (61, 117)]  # the whole bucket, odd sides, maps smaller than a window
+V1 = dict(conv_patches=False, lpu=(False, False), conv_mlp=(False, False))
+VARIANTS = {
+    "ND": {},
+    "ND plain": dict(implementation="plain"),
+    "N": dict(stages=("N", "N"), neighborhood_sizes=(3, 13)),
+    "D without offsets": dict(stages=("D", "D"), use_offsets=(False, True)),
+    "D bounded": dict(stages=("D", "D"), offset_range_factors=(2, 0)),
+    "D fixed": dict(stages=("D", "D"), position_bias=("fixed", "none")),
+    "D dwc": dict(stages=("D", "D"), position_bias=("dwc", "log_cpb")),
+    "L": dict(stages=("L", "S"), **V1),
+    "S": dict(stages=("S", "L"), window_sizes=(5, 4)),
+    "P": dict(stages=("P", "P")),
+    "E": dict(stages=("E", "E")),
+    "X": dict(stages=("X", "X")),
+    "v1": dict(stages=("LS", "D"), offset_range_factors=(2, 2), **V1),
+    "v1 released": dict(stages=("D", "D"), deformable_form="cvpr2022", offset_range_factors=(2, -1), **V1),
+    "scan": dict(stages=("NDND", "DD"), scan_blocks=True, remat="blocks"),
+}
+
+
+def draw_variables(model):
+    """Random variables in float64, because gradients have the dtype of the variables."""
+    return jax.tree.map(lambda x: x.astype(np.float64), random_variables(model, np.zeros((1, 64, 64, 3))))
+
+
+def outputs(model, variables, images, sizes=None):
+    def compute(variables, images, sizes):
+        maps = model.apply(variables, images, method="features", sizes=sizes)
+        return maps, model.apply(variables, images, sizes=sizes)
+
+    return jax.jit(compute)(variables, images, sizes)
+
+
+@pytest.mark.parametrize("name", ["ND", *(slow(name) for name in VARIANTS if name != "ND")])
+def test_every_size_gives_the_maps_and_logits_of_the_image_alone(x64, name):
+    model = make_small(dtype=jnp.float64, **VARIANTS[name])
+    variables = draw_variables(model)
+    images, sizes = padded_images(SIZES, BUCKET)
+    padded = outputs(model, variables, images, sizes)
+    for index, size in enumerate(SIZES):
+        alone = outputs(model, variables, crop(images, index, size))
+        assert largest_difference(padded, alone, index) < 1e-10, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ND", "v1 released"])
+def test_gradients_are_those_of_the_images_alone(x64, name):
+    """Of a sum over all pixels, with different weights, and with garbage beside the images."""
+    model = make_small(dtype=jnp.float64, **VARIANTS[name])
+    variables = draw_variables(model)
+    images, sizes = padded_images(SIZES[1:], BUCKET)
+
+    @jax.jit
+    def gradient(variables, images, sizes):
+        return jax.grad(lambda v: jnp.sin(model.apply(v, images, sizes=sizes)).sum())(variables)
+
+    actual = gradient(variables, images, sizes)
+    parts = [gradient(variables, crop(images, k, size), None) for k, size in enumerate(SIZES[1:])]
+    expected = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * largest), actual, expected)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_close_to_float64_as_without_sizes(x64):
+    exact = make_small(dtype=jnp.float64)
+    variables = draw_variables(exact)
+    model = make_small(dtype=jnp.bfloat16)
+    images, sizes = padded_images(SIZES, BUCKET)
+    padded = outputs(model, variables, images, sizes)[1]
+    errors = np.zeros((2, len(SIZES)))
+    for index, size in enumerate(SIZES):
+        image = crop(images, index, size)
+        truth = outputs(exact, variables, image)[1][0]
+        for row, logits in enumerate((padded[index], outputs(model, variables, image)[1][0])):
+            errors[row, index] = np.abs(logits - truth).max() / np.abs(truth).max()
+    assert errors[1].max() > 0
+    assert errors[0].mean() < 1.25 * errors[1].mean()
+
+
+def test_wrong_sizes_are_refused():
+    model = dat_jax.create_model("dat_pp_nano")
+    images = jnp.zeros((2, 64, 64, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    for sizes, message in [
+        (np.zeros((1, 2), np.int32), r"sizes as integers \(2, 2\), .* got int32 \(1, 2\)"),
+        (np.zeros((2, 2), np.float32), r"sizes as integers \(2, 2\), .* got float32"),
+        (
+            np.int32([[64, 64], [31, 64]]),
+            r"from 32 pixels to those of the images, \(64, 64\), got \[\[64, 64\], \[31, 64\]\]",
+        ),
+        (np.int32([[64, 65], [64, 64]]), r"got \[\[64, 65\], \[64, 64\]\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda v, s=sizes: model.apply(v, images, sizes=s), variables)
