@@ -57,7 +57,7 @@ def check_path(bare):
     """`make train` goes first and does what three of the lines do; done again, they find it."""
     bare("make train")
     series = [json.loads(line) for line in (bare.place / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
-    assert [row["eval/top1"] for row in series if "eval/top1" in row][-1] > 80  # 97.6 to 97.8 after all epochs
+    assert [row["eval/top1"] for row in series if "eval/top1" in row][-1] > 80  # 97.6 to 97.9 after all epochs
     section = (ROOT / "docs/get_started.md").read_text().split(PATH_HEADING, 1)[1]
     lines = documents.read_blocks(section)[0].text.splitlines()
     assert [line.split()[0] for line in lines] == ["python3", *[".venv/bin/python"] * 6]

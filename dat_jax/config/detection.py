@@ -14,7 +14,7 @@ _COMMON = replace_defaults(
         "data.name": "coco",
         "optimizer.decay_rule": "all_but_norms_and_bn",
         "optimizer.clip_norm": 0.0,
-        "eval.batch_size": 8,  # images of one shape at a time
+        "eval.batch_size": 8,  # images of one bucket at a time
     },
 )
 KEYS = merge_keys(
@@ -105,10 +105,17 @@ KEYS = merge_keys(
                 maximum=1,
             ),
             "max_detections": Key(int, 100, "Detections per image.", minimum=1),
+            "buckets": Key(
+                str,
+                "auto",
+                'Shapes of the arrays that hold the images; each is compiled once. "auto": the fewest that waste at most 12 % of '
+                'their pixels. "exact": one for each size. Or a list in pixels, such as "512x704,704x512". The choice changes no '
+                "result, except for rounding.",
+            ),
             "multiple": Key(
                 int,
                 32,
-                "Pad image sides to a multiple of this. A larger multiple has fewer shapes to compile, and changes results.",
+                "Pad image sides to a multiple of this. It is part of the published function: another multiple changes results.",
                 minimum=1,
             ),
         },

@@ -15,7 +15,7 @@ _COMMON = replace_defaults(
         "optimizer.weight_decay": 0.01,
         "optimizer.decay_rule": "all_but_norms",
         "optimizer.clip_norm": 0.0,
-        "eval.batch_size": 8,  # images of one size at a time
+        "eval.batch_size": 8,  # images of one bucket at a time
         "eval.every_steps": 16_000,
     },
 )
@@ -91,6 +91,13 @@ KEYS = merge_keys(
                 items=float,
                 above=0,
                 can_be_empty=False,
+            ),
+            "buckets": Key(
+                str,
+                "auto",
+                'Shapes of the arrays that hold the images; each is compiled once. "auto": the fewest that waste at most 12 % of '
+                'their pixels. "exact": one for each size. Or a list in pixels, such as "512x704,704x512". The choice changes no '
+                "result, except for rounding.",
             ),
             "flip": Key(bool, False, "Probabilities are also averaged over mirrored images."),
             "window": Key(

@@ -6,13 +6,14 @@ workers.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
+from dat_jax.data.buckets import MAX_WASTE, choose_buckets, find_bucket, parse_buckets
 from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.data.sources import read_record
@@ -21,7 +22,7 @@ from dat_jax.errors import UserError
 _PREFETCHED_BATCHES = 4
 _MAX_BATCHES = 2**40  # more than any run needs
 _CACHED_PLANS = 2  # one pass over the data may end while the next one is being loaded
-_LABEL_MULTIPLE = 64  # few shapes of label maps, so that few programs are compiled
+_SMALLEST_TILE = 64  # of label maps
 
 
 def make_train_batches(
@@ -120,6 +121,49 @@ def make_eval_batches(
     return _iterate(positions[process_index::process_count].map(load).batch(batch_size), workers)
 
 
+class SizedBatch(NamedTuple):
+    """Plan of one evaluation batch of images of several sizes.
+
+    Attributes:
+      indices: indices of up to ``batch_size`` examples.
+      shapes: (height, width) of the array of each view.
+    """
+
+    indices: list[int]
+    shapes: tuple[tuple[int, int], ...]
+
+
+def plan_shapes(
+    view_shapes: Mapping[tuple[int, int], tuple[tuple[int, int], ...]], buckets: Sequence[tuple[int, int]] | None
+) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
+    """Choose the shape of the array of each view.
+
+    Args:
+      view_shapes: for each size of the original images, the (height, width) of its views.
+      buckets: choices for the first view; None for arrays of exactly the size of the views. For further views the images in one
+        bucket share the smallest array that holds all of them.
+
+    Returns:
+      For each size of the original images, the (height, width) of the arrays of its views.
+
+    Raises:
+      UserError: no bucket holds an image.
+    """
+    if buckets is None:
+        return dict(view_shapes)
+    groups: dict[tuple[int, int], list] = {}
+    for size, shapes in view_shapes.items():
+        groups.setdefault(find_bucket(shapes[0], buckets), []).append((size, shapes))
+    planned = {}
+    for bucket, members in groups.items():
+        hulls = [
+            tuple(max(sides) for sides in zip(*views, strict=True))
+            for views in zip(*(m[1] for m in members), strict=True)
+        ]
+        planned |= {size: (bucket, *hulls[1:]) for size, _ in members}
+    return planned
+
+
 def make_sized_eval_batches(
     source,
     transform,
@@ -128,10 +172,12 @@ def make_sized_eval_batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
     min_side: int = 1,
+    buckets: Sequence[tuple[int, int]] | None = None,
+    tile: int = 512,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Return an iterator over all examples, once, in batches whose views have equal shapes, so that no image is padded.
+    """Return an iterator over all examples of a segmentation data set, once, in batches of equal arrays.
 
-    Examples are sorted by the shapes of their views, then by size, then by index. The last batch of every group of equal shapes
+    Examples are sorted by the shapes of their arrays, then by size, then by index. The last batch of every group of equal shapes
     is filled with copies of its last example.
 
     Args:
@@ -141,23 +187,33 @@ def make_sized_eval_batches(
       rows: rows of every batch that belong to this process; only these are loaded. Default: all.
       workers: number of worker processes; 0 loads in threads of this process.
       min_side: see ``check_view_sizes``.
+      buckets: see ``plan_shapes``.
+      tile: side of the largest tiles of label maps, a power of two. It is halved while a label map fits into it.
 
     Yields:
-      {"view_0": uint8 (R, h, w, 3), ..., "label": uint8 (R, Hp, Wp), "size": int32 (R, 2), "mask": float32 (R,),
-      "damaged_index": int32 (R,)} of R rows; see ``make_eval_batches`` for the last two. A label map occupies the top left
-      region with the height and width "size"; the rest is 255. Hp and Wp are the largest sides in the batch, over all
-      processes, rounded up to a multiple of 64.
+      A dictionary of R rows:
+
+      - "view_0", "view_1", ...: uint8 (R, h, w, 3);
+      - "size_of_view_0", ...: int32 (R, 2), heights and widths of the views in these arrays, only with ``buckets``;
+      - "label": uint8 (R, T, tile, tile), the tiles of the label maps, with 255 outside of the images. T is enough for the
+        largest image of the batch, over all processes;
+      - "origin": int32 (R, T, 2), (top, left) of the tiles;
+      - "size": int32 (R, 2), heights and widths of the original images;
+      - "mask": float32 (R,) and "damaged_index": int32 (R,), see ``make_eval_batches``.
 
     Raises:
-      UserError: a worker died, an example cannot be read, or a view is too small.
+      UserError: a worker died, an example cannot be read, a view is too small, or no bucket holds an image.
     """
     rows = range(batch_size) if rows is None else rows
     sizes = check_view_sizes(source, transform, min_side=min_side)
-    plan = _plan_sized_batches(sizes, transform, batch_size)
+    plan = _plan_sized_batches(sizes, transform, batch_size, buckets)
+    longest = max((max(size) for size in sizes), default=1)
+    while tile > _SMALLEST_TILE and tile // 2 >= longest:
+        tile //= 2
 
     def load(position: int) -> dict:
         step, row = divmod(position, len(rows))
-        indices, (height, width) = plan[step]
+        indices, shapes = plan[step]
         index, counts = indices[min(rows[row], len(indices) - 1)], rows[row] < len(indices)
         try:
             record, damaged = source[index], False
@@ -168,11 +224,31 @@ def make_sized_eval_batches(
                 True,
             )
         record = transform(record)
-        label = np.full((height, width), IGNORED, np.uint8)
-        label[: record["label"].shape[0], : record["label"].shape[1]] = record["label"]
-        return {**record, "label": label} | _make_marks(index, counts=counts, damaged=damaged)
+        largest = (max(sides) for sides in zip(*(sizes[index] for index in indices), strict=True))
+        labels, origins = _cut_tiles(record["label"], tuple(largest), tile)
+        if buckets is not None:
+            for number, shape in enumerate(shapes):
+                record |= _pad_view(record[f"view_{number}"], shape, name=f"view_{number}")
+        return {**record, "label": labels, "origin": origins} | _make_marks(index, counts=counts, damaged=damaged)
 
     return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
+
+
+def _pad_view(view: np.ndarray, shape: tuple[int, int], *, name: str) -> dict[str, np.ndarray]:
+    """Return a view in an array of the given (height, width), and its size."""
+    padded = np.zeros((*shape, view.shape[2]), view.dtype)
+    padded[: view.shape[0], : view.shape[1]] = view
+    return {name: padded, f"size_of_{name}": np.array(view.shape[:2], np.int32)}
+
+
+def _cut_tiles(label: np.ndarray, shape: tuple[int, ...], tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tiles (T, tile, tile) of a label map in an array of at least (height, width), and their origins (T, 2)."""
+    rows, columns = (-(-side // tile) for side in shape)
+    padded = np.full((rows * tile, columns * tile), IGNORED, np.uint8)
+    padded[: label.shape[0], : label.shape[1]] = label
+    tiles = padded.reshape(rows, tile, columns, tile).swapaxes(1, 2).reshape(-1, tile, tile)
+    origins = [(row * tile, column * tile) for row in range(rows) for column in range(columns)]
+    return tiles, np.array(origins, np.int32)
 
 
 def _make_marks(index: int, *, counts: bool, damaged: bool) -> dict:
@@ -224,20 +300,45 @@ def _read_sizes(source) -> list[tuple[int, int]]:
 
 
 def _plan_sized_batches(
-    sizes: Sequence[tuple[int, int]], transform, batch_size: int
-) -> list[tuple[list[int], tuple[int, int]]]:
-    """Return up to ``batch_size`` indices of examples for every batch, and the height and width of its label maps."""
-    shapes = {size: transform.view_shapes(*size) for size in set(sizes)}
+    sizes: Sequence[tuple[int, int]],
+    transform,
+    batch_size: int,
+    buckets: Sequence[tuple[int, int]] | None = None,
+) -> list[SizedBatch]:
+    """Return the examples and the shapes of every batch."""
+    shapes = plan_shapes({size: transform.view_shapes(*size) for size in set(sizes)}, buckets)
     order = sorted(range(len(sizes)), key=lambda index: (shapes[sizes[index]], sizes[index], index))
     plan = []
-    for _, group in itertools.groupby(order, key=lambda index: shapes[sizes[index]]):
+    for group_shapes, group in itertools.groupby(order, key=lambda index: shapes[sizes[index]]):
         group = list(group)
-        for start in range(0, len(group), batch_size):
-            indices = group[start : start + batch_size]
-            largest = (max(sides) for sides in zip(*(sizes[index] for index in indices), strict=True))
-            height, width = (-(-side // _LABEL_MULTIPLE) * _LABEL_MULTIPLE for side in largest)
-            plan.append((indices, (height, width)))
+        plan += [
+            SizedBatch(group[start : start + batch_size], group_shapes) for start in range(0, len(group), batch_size)
+        ]
     return plan
+
+
+def choose_eval_buckets(
+    source, transform, choice: str, *, max_waste: float = MAX_WASTE
+) -> list[tuple[int, int]] | None:
+    """Return the buckets of an evaluation, or None if every image has an array of its own size.
+
+    Args:
+      source: a segmentation or detection data set; the sizes of all examples are read.
+      transform: function with ``view_shapes``; the buckets are for the first view.
+      choice: "exact" for no buckets; "auto" to choose them from the sizes, see ``choose_buckets``, unless all images of a
+        bucket fill it; or the buckets, see ``parse_buckets``.
+      max_waste: see ``choose_buckets``.
+
+    Raises:
+      UserError: a text is no bucket.
+    """
+    if choice == "exact":
+        return None
+    if choice != "auto":
+        return parse_buckets(choice, key="config.eval.buckets")
+    shapes = [transform.view_shapes(*size)[0] for size in _read_sizes(source)]
+    buckets = choose_buckets(shapes, max_waste=max_waste)
+    return None if set(shapes) <= set(buckets) else buckets
 
 
 def make_detection_train_batches(
@@ -379,34 +480,40 @@ def make_detection_eval_batches(
     batch_size: int,
     rows: Sequence[int] | None = None,
     workers: int = 0,
+    buckets: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Return an iterator over all images, once, in batches of equal padded shape, in the order of ``make_sized_eval_batches``.
 
     Args:
       source: see ``data.coco``; the sizes of all images are read before the first batch.
       transform: see ``detection_transforms.make_detection_eval_transform``.
-      batch_size, rows, workers: as for ``make_sized_eval_batches``.
+      batch_size, rows, workers, buckets: as for ``make_sized_eval_batches``.
 
     Yields:
       {"image": uint8 (R, Hp, Wp, 3), "valid": int32 (R, 2), "scale": float32 (R, 4), "original": int32 (R, 2), "index":
-      int32 (R,), "mask": float32 (R,), "damaged_index": int32 (R,)} of R rows; see ``make_eval_batches`` for the last two.
+      int32 (R,), "mask": float32 (R,), "damaged_index": int32 (R,)} of R rows; see ``make_eval_batches`` for the last two. With
+      ``buckets`` also "sizes": int32 (R, 2), the padded heights and widths in these arrays.
 
     Raises:
       UserError: a worker died, or an image cannot be read.
     """
     rows = range(batch_size) if rows is None else rows
     sizes = _read_sizes(source)
-    plan = [indices for indices, _ in _plan_sized_batches(sizes, transform, batch_size)]
+    plan = _plan_sized_batches(sizes, transform, batch_size, buckets)
 
     def load(position: int) -> dict:
         step, row = divmod(position, len(rows))
-        indices = plan[step]
+        indices, (shape,) = plan[step]
         index, counts = indices[min(rows[row], len(indices) - 1)], rows[row] < len(indices)
         try:
             record, damaged = source[index], False
         except DamagedFile:
             record, damaged = {"image": np.zeros((*sizes[index], 3), np.uint8)}, True
-        return transform(record) | {"index": np.int32(index)} | _make_marks(index, counts=counts, damaged=damaged)
+        record = transform(record)
+        if buckets is not None:
+            padded = _pad_view(record["image"], shape, name="image")
+            record |= {"image": padded["image"], "sizes": padded["size_of_image"]}
+        return record | {"index": np.int32(index)} | _make_marks(index, counts=counts, damaged=damaged)
 
     return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
 

@@ -9,7 +9,6 @@ to it at the bottom and the right.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import cv2
@@ -224,23 +223,6 @@ def _check_buckets(buckets: Sequence[tuple[int, int]], short: int, long: int) ->
             raise UserError(
                 f"No bucket holds an image of {size[0]} x {size[1]}, which is possible with sides up to {short} and {long}."
             )
-
-
-def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
-    """Parse heights and widths such as "608x832,832x608"; "" gives ``BUCKETS``.
-
-    Raises:
-      UserError: the text has another format.
-    """
-    if not text:
-        return BUCKETS
-    matches = [re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", part) for part in text.split(",")]
-    parts = [match for match in matches if match]
-    if len(parts) < len(matches):
-        raise UserError(
-            f'config.data.buckets: expected heights and widths such as "608x832,832x608", or "" for the default, got {text!r}.'
-        )
-    return tuple((int(part[1]), int(part[2])) for part in parts)
 
 
 def transform_boxes(boxes: np.ndarray, view: Views) -> tuple[np.ndarray, np.ndarray]:

@@ -155,7 +155,7 @@ def save_figures(
 
 
 def _network_inputs(batch):
-    return {name: batch[name] for name in ("image", "valid", "scale")}
+    return {name: batch[name] for name in ("image", "valid", "scale", "sizes") if name in batch}
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:

@@ -4,6 +4,10 @@ A network sees an image after resizing, possibly at several scales, mirrored, or
 map of the image by one product with a small matrix per axis. The matrix combines the published steps: from a quarter of the
 network's input size to that size, then to the original size. Classes are compared there, a few rows at a time, so that the
 probabilities of all pixels are never in memory at once.
+
+Nothing is compiled for the size of an image: label maps are cut into tiles of one size, and the matrices are computed from the
+sizes, which are arguments of the program. If the images are in buckets, see ``data.buckets``, the network is compiled once per
+bucket; otherwise once per size.
 """
 
 import functools
@@ -16,107 +20,146 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.evaluation.results import Evaluation
-from dat_jax.ops.layers.resize import bilinear_weights, traced_bilinear_weights
 from dat_jax.visualization import charts
 
 METRIC = "mIoU"  # the best checkpoint has the highest value of this metric
 IGNORED = 255
-_ROWS = 64  # rows that are classified at a time; label maps are padded to a multiple of it
+_ROWS = 64  # rows that are classified at a time; the sides of tiles are multiples of it
+_LARGEST_TILE = 512
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Pass(NamedTuple):
-    """One forward pass of the network over an image.
+    """One forward pass of the network over all windows of a batch.
 
     Attributes:
-      shape: (height, width) of the resized image in pixels.
-      mirrored: whether the image and its logits are mirrored horizontally.
-      windows: (top, left, height, width) of the windows. The logits of a pixel are averaged over the windows that contain it.
+      logits: (B, h, w, K) of each window, those of the first row of windows first.
+      logits_sizes: int (B, 2), the part of these arrays that belongs to the window.
+      view_sizes: int (B, 2), height and width of the resized images.
+      mirrored: whether the images and their logits are mirrored horizontally.
+      bucket: (height, width) of the array of resized images.
     """
 
-    shape: tuple[int, int]
+    logits: tuple[jax.Array, ...]
+    logits_sizes: jax.Array
+    view_sizes: jax.Array
     mirrored: bool
-    windows: tuple[tuple[int, int, int, int], ...]
+    bucket: tuple[int, int]
 
 
-def slide(shape: tuple[int, int], *, window: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Return sliding windows that cover an image (MMSegmentation's "slide" mode).
+class Windows(NamedTuple):
+    """Sliding windows along one axis, for a batch of images.
+
+    Attributes:
+      starts: int (B, N), first pixel of each window.
+      length: int (B,), pixels of a window.
+      used: bool (B, N); small images need fewer windows than their bucket.
+    """
+
+    starts: jax.Array
+    length: jax.Array
+    used: jax.Array
+
+
+def count_windows(side: Any, *, window: int, stride: int) -> Any:
+    """Number of sliding windows along a side of an image (MMSegmentation's "slide" mode); ``side`` may be traced."""
+    return jnp.maximum(side - window + stride - 1, 0) // stride + 1
+
+
+def slide(side: jax.Array, bucket: int, *, window: int, stride: int) -> Windows:
+    """Return the sliding windows that cover images along one axis.
 
     Args:
-      shape: (height, width) of the image in pixels.
+      side: int (B,), height or width of the images in pixels.
+      bucket: the same side of the array that holds them.
       window: side of a window; 0 is the whole image.
-      stride: distance between windows. The last window along an axis is moved back into the image.
-
-    Returns:
-      (top, left, height, width) of every window.
+      stride: distance between windows. The last window is moved back into the image.
     """
     if not window:
-        return ((0, 0, *shape),)
-    sides = [min(window, side) for side in shape]
-    starts = [
-        [min(index * stride, side - part) for index in range(max(side - window + stride - 1, 0) // stride + 1)]
-        for side, part in zip(shape, sides, strict=True)
-    ]
-    return tuple((top, left, sides[0], sides[1]) for top in starts[0] for left in starts[1])
+        ones = jnp.ones((len(side), 1), bool)
+        return Windows(jnp.zeros((len(side), 1), side.dtype), side, ones)
+    index = jnp.arange(int(max(bucket - window + stride - 1, 0) // stride + 1))[None]
+    length = jnp.minimum(side, window)
+    starts = jnp.minimum(index * stride, (side - length)[:, None])
+    return Windows(starts, length, index < count_windows(side, window=window, stride=stride)[:, None])
+
+
+def label_tile(side: int) -> int:
+    """Side of the tiles of label maps whose longest side is this: a power of two from 64 to 512."""
+    tile = _ROWS
+    while tile < min(side, _LARGEST_TILE):
+        tile *= 2
+    return tile
+
+
+def tile_origins(shape: tuple[int, int], tile: int) -> list[tuple[int, int]]:
+    """(top, left) of the tiles that cover a label map of (height, width)."""
+    return [(top, left) for top in range(0, shape[0], tile) for left in range(0, shape[1], tile)]
 
 
 def make_segmenter(predict: Callable, *, flip: bool = False, window: int = 0, stride: int = 0) -> Callable:
-    """Make ``segment(variables, views, size, shape) -> (labels, probabilities)``, for figures and files.
+    """Make ``segment(variables, views, size, shape, view_sizes=None) -> (labels, probabilities)``, for figures and files.
 
     Args:
-      predict: function of (variables, {"image": (B, h, w, 3)}) that returns {"logits": (B, h / 4, w / 4, K)}, rounded up.
+      predict: function of (variables, {"image": (B, h, w, 3)}) that returns {"logits": (B, h / 4, w / 4, K)}, rounded up. If
+        images are smaller than their arrays, it also gets "sizes", int (B, 2), and returns "sizes", those of the logits.
       flip, window, stride: see ``make_evaluator``.
 
     Returns:
       A function of variables; views, each uint8 (B, h, w, 3), resized from the same images; size, int (B, 2), the original
-      heights and widths; and shape, (height, width) of the result. It returns the most probable class, int32 (B, *shape), and
-      its probability, float32 (B, *shape). Values outside the size of an image are undefined.
+      heights and widths; shape, (height, width) of the result; and view_sizes, an int (B, 2) for each view with the sizes of the
+      resized images, or None if they fill the arrays. It returns the most probable class, int32 (B, *shape), and its
+      probability, float32 (B, *shape). Values outside the size of an image are undefined.
     """
     forward = _make_forward(predict, flip=flip, window=window, stride=stride)
 
-    @functools.partial(jax.jit, static_argnames=("passes", "shape"))
-    def classify(logits, size, *, passes, shape):
+    @functools.partial(jax.jit, static_argnames=("mirrored", "buckets", "tile"))
+    def classify(arrays, size, origin, *, mirrored, buckets, tile):
         def classify_rows(start, probabilities):
             return probabilities.argmax(axis=-1), probabilities.max(axis=-1)
 
-        labels, probabilities = _map_rows(classify_rows, logits, size, passes=passes, shape=_round_up(shape))
-        return tuple(x.swapaxes(0, 1).reshape(x.shape[1], -1, shape[1])[:, : shape[0]] for x in (labels, probabilities))
+        passes = _join_passes(arrays, mirrored, buckets)
+        parts = _map_rows(classify_rows, passes, size, origin, tile=tile, window=window, stride=stride)
+        return tuple(x.swapaxes(0, 1).reshape(x.shape[1], tile, tile) for x in parts)
 
-    def segment(variables, views, size, shape):
-        passes, logits = forward(variables, views)
-        return classify(logits, size, passes=passes, shape=tuple(shape))
+    def segment(variables, views, size, shape, view_sizes=None):
+        passes = forward(variables, views, view_sizes)
+        arrays, mirrored, buckets = _split_passes(passes)
+        tile, found = label_tile(max(shape)), None
+        for top, left in tile_origins(shape, tile):
+            origin = jnp.full((len(size), 2), jnp.array([top, left]), jnp.int32)
+            parts = classify(arrays, jnp.asarray(size), origin, mirrored=mirrored, buckets=buckets, tile=tile)
+            if found is None:
+                found = tuple(np.zeros((len(size), *shape), part.dtype) for part in parts)
+            for whole, part in zip(found, parts, strict=True):
+                place = whole[:, top : top + tile, left : left + tile]
+                place[:] = np.asarray(part)[:, : place.shape[1], : place.shape[2]]
+        return found
 
     return segment
 
 
 def make_evaluator(
-    predict: Callable, *, flip: bool = False, window: int = 0, stride: int = 0
+    predict: Callable, *, flip: bool = False, window: int = 0, stride: int = 0, exact: bool = True
 ) -> Callable[..., Evaluation]:
-    """Make ``evaluate(variables, batches) -> Evaluation``, compiled once per shape of images.
+    """Make ``evaluate(variables, batches) -> Evaluation``, compiled once per shape of the arrays of images.
 
     Args:
       predict: see ``make_segmenter``.
       flip: whether mirrored images are evaluated, too. Probabilities are averaged over all views and both directions.
       window, stride: side and stride of sliding windows in each view, in pixels; a window of 0 is the whole image.
+      exact: whether the images fill their arrays, so that the network needs no sizes.
 
     Returns:
-      A function of variables and batches with:
-
-      - "view_0", "view_1", ...: uint8 (B, h, w, 3);
-      - "label": uint8 (B, H, W), 255 for ignored pixels and outside the image;
-      - "size": int (B, 2), heights and widths of the images;
-      - "mask": (B,), 1 for images that count.
-
-      Its metrics are {"mIoU", "mAcc", "aAcc": percent, see ``compute_metrics``, "loss": mean cross-entropy per pixel, "images":
-      number of images}; those of the classes are "IoU" and "accuracy" in percent and "pixels", the number of labeled pixels.
+      A function of variables and batches, see ``data.batching.make_sized_eval_batches``. Its metrics are {"mIoU", "mAcc", "aAcc":
+      percent, see ``compute_metrics``, "loss": mean cross-entropy per pixel, "images": number of images}; those of the classes
+      are "IoU" and "accuracy" in percent and "pixels", the number of labeled pixels.
     """
     forward = _make_forward(predict, flip=flip, window=window, stride=stride)
 
-    @functools.partial(jax.jit, static_argnames=("passes",))
-    def count_pixels(logits, batch, *, passes):
-        height, width = batch["label"].shape[1:]
-        shape = _round_up((height, width))
-        labels = jnp.where(batch["mask"][:, None, None] > 0, batch["label"], IGNORED)
-        labels = jnp.pad(labels, ((0, 0), (0, shape[0] - height), (0, 0)), constant_values=IGNORED)
+    @functools.partial(jax.jit, static_argnames=("mirrored", "buckets"))
+    def count_pixels(arrays, label, origin, size, mask, *, mirrored, buckets):
+        labels = jnp.where(mask[:, None, None] > 0, label, IGNORED)
 
         def count_rows(start, probabilities):
             label = jax.lax.dynamic_slice_in_dim(labels, start, _ROWS, axis=1).astype(jnp.int32)
@@ -131,15 +174,31 @@ def make_evaluator(
                 "loss": jnp.where(valid, -jnp.log(jnp.maximum(label_probability, 1e-30)), 0).sum(),
             }
 
-        counts = _map_rows(count_rows, logits, batch["size"], passes=passes, shape=shape)
-        return {**jax.tree.map(lambda x: x.sum(axis=0), counts), "images": batch["mask"].sum()}
+        passes = _join_passes(arrays, mirrored, buckets)
+        counts = _map_rows(count_rows, passes, size, origin, tile=label.shape[1], window=window, stride=stride)
+        return jax.tree.map(lambda x: x.sum(axis=0), counts)
 
     def evaluate(variables, batches):
         totals: dict[str, Any] = {}
         for batch in batches:
-            passes, logits = forward(variables, [batch[name] for name in view_names(batch)])
-            ground_truth = {name: batch[name] for name in ("label", "size", "mask")}
-            for name, value in jax.device_get(count_pixels(logits, ground_truth, passes=passes)).items():
+            names = view_names(batch)
+            view_sizes = None if exact else [batch[f"size_of_{name}"] for name in names]
+            passes = forward(variables, [batch[name] for name in names], view_sizes)
+            arrays, mirrored, buckets = _split_passes(passes)
+            counts = {"images": jax.device_get(batch["mask"].sum())}
+            for tile in range(batch["label"].shape[1]):
+                of_tile = count_pixels(
+                    arrays,
+                    batch["label"][:, tile],
+                    batch["origin"][:, tile],
+                    batch["size"],
+                    batch["mask"],
+                    mirrored=mirrored,
+                    buckets=buckets,
+                )
+                for name, value in jax.device_get(of_tile).items():
+                    counts[name] = counts.get(name, 0) + np.asarray(value, np.float64)
+            for name, value in counts.items():
                 totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
         images, loss = totals.pop("images"), totals.pop("loss")
         pixels = max(totals["labeled"].sum(), 1.0)
@@ -187,15 +246,17 @@ def segment_record(segment: Callable, variables, record: dict) -> tuple[np.ndarr
     Args:
       segment: see ``make_segmenter``.
       variables: variables of the model.
-      record: "view_0", ... and "size" of one example, without a batch axis.
+      record: "view_0", ... and "size" of one example, without a batch axis; and "size_of_view_0", ... if the views are smaller
+        than their arrays.
 
     Returns:
       Labels int32 (H, W) and their probabilities float32 (H, W).
     """
     views = [record[name][None] for name in view_names(record)]
     shape = tuple(int(side) for side in record["size"])
-    labels, probabilities = segment(variables, views, jnp.asarray(record["size"])[None], shape)
-    return np.asarray(labels[0]), np.asarray(probabilities[0])
+    view_sizes = [record[f"size_of_{name}"][None] for name in view_names(record) if f"size_of_{name}" in record]
+    labels, probabilities = segment(variables, views, record["size"][None], shape, view_sizes or None)
+    return labels[0], probabilities[0]
 
 
 def save_figures(
@@ -234,92 +295,137 @@ def view_names(names) -> list[str]:
 
 
 def _make_forward(predict, *, flip, window, stride):
-    """Make a function of (variables, views) that returns the passes and their logits.
+    """Make a function of (variables, views, sizes of the views or None) that returns the passes."""
 
-    The logits are a tuple with one entry per pass, each a tuple of (B, h, w, K), one per window.
-    """
-    network = jax.jit(lambda variables, images: predict(variables, {"image": images})["logits"])
+    @jax.jit
+    def network(variables, images, sizes):
+        outputs = predict(variables, {"image": images} | ({} if sizes is None else {"sizes": sizes}))
+        filled = jnp.full((len(images), 2), jnp.array(outputs["logits"].shape[1:3]), jnp.int32)
+        return outputs["logits"], outputs.get("sizes", filled)
 
-    def forward(variables, views):
-        passes, logits = [], []
-        for images in views:
-            shape = tuple(images.shape[1:3])
-            windows = slide(shape, window=window, stride=stride)
+    @jax.jit
+    def mirror(images, sizes):
+        """Mirror each image within its width."""
+        columns = jnp.arange(images.shape[2])[None]
+        index = jnp.maximum(sizes[:, 1:] - 1 - columns, 0)
+        return jnp.take_along_axis(images, index[:, None, :, None], axis=2)
+
+    @functools.partial(jax.jit, static_argnames=("shape",))
+    def cut(images, starts, shape):
+        def cut_one(image, start):
+            return jax.lax.dynamic_slice(image, (start[0], start[1], 0), (*shape, image.shape[-1]))
+
+        return jax.vmap(cut_one)(images, starts)
+
+    def forward(variables, views, view_sizes):
+        passes = []
+        for number, images in enumerate(views):
+            bucket = tuple(images.shape[1:3])
+            filled = jnp.full((len(images), 2), jnp.array(bucket), jnp.int32)
+            sizes = filled if view_sizes is None else jnp.asarray(view_sizes[number])
+            lines = [slide(sizes[:, axis], bucket[axis], window=window, stride=stride) for axis in (0, 1)]
+            shape = tuple(min(window or side, side) for side in bucket)
+            lengths = jnp.stack([line.length for line in lines], axis=1)
             for mirrored in (False, True) if flip else (False,):
-                inputs = images[:, :, ::-1] if mirrored else images
-                window_logits = []
-                for top, left, height, width in windows:
-                    part = inputs
-                    if (height, width) != shape:
-                        part = inputs[:, top : top + height, left : left + width]
-                    window_logits.append(network(variables, part))
-                passes.append(Pass(shape, mirrored, windows))
-                logits.append(tuple(window_logits))
-        return tuple(passes), tuple(logits)
+                inputs = images
+                if mirrored:
+                    inputs = images[:, :, ::-1] if view_sizes is None else mirror(images, sizes)
+                results = []
+                for row in range(lines[0].starts.shape[1]):
+                    for column in range(lines[1].starts.shape[1]):
+                        part = inputs
+                        if shape != bucket:
+                            starts = jnp.stack([lines[0].starts[:, row], lines[1].starts[:, column]], axis=1)
+                            part = cut(inputs, starts, shape)
+                        results.append(network(variables, part, None if view_sizes is None else lengths))
+                logits = tuple(logits for logits, _ in results)
+                passes.append(Pass(logits, results[0][1], sizes, mirrored, bucket))
+        return passes
 
     return forward
 
 
-def _map_rows(function, logits, size, *, passes, shape):
-    """Apply a function to all rows of the maps, ``_ROWS`` at a time, and stack the results.
+def _split_passes(passes):
+    """The arrays of passes, and what a program is compiled for: which are mirrored, and the buckets."""
+    arrays = tuple((one.logits, one.logits_sizes, one.view_sizes) for one in passes)
+    return arrays, tuple(one.mirrored for one in passes), tuple(one.bucket for one in passes)
+
+
+def _join_passes(arrays, mirrored, buckets):
+    return [
+        Pass(logits, logits_sizes, view_sizes, flag, bucket)
+        for (logits, logits_sizes, view_sizes), flag, bucket in zip(arrays, mirrored, buckets, strict=True)
+    ]
+
+
+def _map_rows(function, passes, size, origin, *, tile, window, stride):
+    """Apply a function to all rows of a tile of the label maps, ``_ROWS`` at a time, and stack the results.
 
     Args:
-      function: function of the first row and the probabilities, (B, _ROWS, width, K).
-      logits, passes: see ``_make_forward``.
+      function: function of the first row and the probabilities, (B, _ROWS, tile, K).
+      passes: see ``Pass``.
       size: int (B, 2), original heights and widths.
-      shape: (height, width) of the maps; the height is a multiple of ``_ROWS``.
+      origin: int (B, 2), (top, left) of the tile.
+      tile: side of the tile, a multiple of ``_ROWS``.
+      window, stride: see ``slide``.
     """
-    dtype = jnp.promote_types(logits[0][0].dtype, jnp.float32)
-    matrices = [
-        [_window_matrices(window, one_pass, size, shape, pass_logits[0].shape, dtype) for window in one_pass.windows]
-        for one_pass, pass_logits in zip(passes, logits, strict=True)
-    ]
+    matrices = [_pass_matrices(one, size, origin, tile=tile, window=window, stride=stride) for one in passes]
 
     def apply_to_rows(start):
         total = 0.0
-        for pass_matrices, pass_logits in zip(matrices, logits, strict=True):
-            values = 0.0
-            for (rows, columns), window_logits in zip(pass_matrices, pass_logits, strict=True):
-                part = jax.lax.dynamic_slice_in_dim(rows, start, _ROWS, axis=1)
-                wide = jnp.einsum("byi,bijk->byjk", part, window_logits, precision=jax.lax.Precision.HIGHEST)
-                values += jnp.einsum("bxj,byjk->byxk", columns, wide, precision=jax.lax.Precision.HIGHEST)
+        for (rows, columns), one in zip(matrices, passes, strict=True):
+            values, count = 0.0, len(columns)
+            for number, logits in enumerate(one.logits):
+                part = jax.lax.dynamic_slice_in_dim(rows[number // count], start, _ROWS, axis=1)
+                wide = jnp.einsum("byi,bijk->byjk", part, logits, precision=_HIGHEST)
+                values += jnp.einsum("bxj,byjk->byxk", columns[number % count], wide, precision=_HIGHEST)
             total += jax.nn.softmax(values, axis=-1)
         return function(start, total / len(passes))
 
-    return jax.lax.map(apply_to_rows, jnp.arange(0, shape[0], _ROWS))
+    return jax.lax.map(apply_to_rows, jnp.arange(0, tile, _ROWS))
 
 
-def _window_matrices(window, one_pass, size, shape, logits_shape, dtype):
-    """Return the contribution of a window's logits to the original image, per axis.
+def _pass_matrices(one, size, origin, *, tile, window, stride):
+    """The contribution of each window's logits to the tile.
 
     Returns:
-      Matrices for rows, (B, height, h), and for columns, (B, width, w).
+      Matrices (B, tile, h) for the rows of windows, and (B, tile, w) for their columns.
     """
-    top, left, height, width = window
+    dtype = jnp.promote_types(one.logits[0].dtype, jnp.float32)
     matrices = []
-    for axis, (start, length) in enumerate(((top, height), (left, width))):
-        side, stop = one_pass.shape[axis], start + length
+    for axis in (0, 1):
+        view_side, logits_side = one.view_sizes[:, axis], one.logits[0].shape[1 + axis]
+        pixels = origin[:, axis : axis + 1] + jnp.arange(tile)[None]  # of the label map
+        to_view = _linear_weights(pixels, size[:, axis], view_side, count=one.bucket[axis], dtype=dtype)
+        line = jnp.arange(one.bucket[axis])[None]  # of the view
+        if axis == 1 and one.mirrored:
+            line = view_side[:, None] - 1 - line
+        windows = slide(view_side, one.bucket[axis], window=window, stride=stride)
+        inside = line[:, :, None] - windows.starts[:, None]  # (B, pixels of the view, windows)
+        inside = (inside >= 0) & (inside < windows.length[:, None, None]) & windows.used[:, None]
         # Windows form a grid, so the number of windows over a pixel is the product of the numbers along both axes.
-        starts = sorted({other[axis] for other in one_pass.windows})
-        cover = np.sum([(np.arange(side) >= s) & (np.arange(side) < s + length) for s in starts], axis=0, dtype=float)
-        to_view = np.zeros((side, logits_shape[1 + axis]))
-        to_view[start:stop] = bilinear_weights(logits_shape[1 + axis], length) / cover[start:stop, None]
-        if axis == 1 and one_pass.mirrored:
-            to_view = to_view[::-1]
-        matrices.append(
-            jax.vmap(
-                lambda new, to_view=to_view, side=side, count=shape[axis]: jnp.matmul(
-                    traced_bilinear_weights(side, new, count=count, dtype=dtype),
-                    jnp.asarray(to_view, dtype),
-                    precision=jax.lax.Precision.HIGHEST,
-                )
-            )(size[:, axis])
-        )
+        cover = jnp.maximum(inside.sum(axis=2), 1).astype(dtype)
+        lines = []
+        for number in range(windows.starts.shape[1]):
+            local = line - windows.starts[:, number : number + 1]
+            to_logits = _linear_weights(
+                local, windows.length, one.logits_sizes[:, axis], count=logits_side, dtype=dtype
+            )
+            to_logits = jnp.where(inside[:, :, number, None], to_logits / cover[:, :, None], 0)
+            lines.append(jnp.einsum("btp,bpl->btl", to_view, to_logits, precision=_HIGHEST))
+        matrices.append(lines)
     return matrices
 
 
-def _round_up(shape):
-    return -(-shape[0] // _ROWS) * _ROWS, shape[1]
+def _linear_weights(pixels, new, old, *, count, dtype):
+    """Weights of ``ops.layers.resize.bilinear_weights`` at some pixels (B, n) of lines resized from old to new (B,).
+
+    Returns:
+      (B, n, count).
+    """
+    old, new = (x.astype(dtype)[:, None] for x in (old, new))
+    center = jnp.clip((pixels.astype(dtype) + 0.5) * old / new - 0.5, 0, old - 1)
+    return jnp.maximum(0, 1 - jnp.abs(center[..., None] - jnp.arange(count, dtype=dtype)[None, None]))
 
 
 def _histogram(values, counted, classes):

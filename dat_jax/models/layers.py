@@ -222,7 +222,7 @@ class BatchNorm(nn.Module):
 class ConvUnit(nn.Module):
     """Convolution without bias, BatchNorm and ReLU, the unit of the published heads. The size of the map stays.
 
-    ``mask`` is passed to ``BatchNorm``.
+    ``mask`` is passed to ``BatchNorm``; ``sizes``: see ``ops.sizes``.
 
     Attributes:
       features: output channels.
@@ -235,7 +235,8 @@ class ConvUnit(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, *, train: bool, mask: jax.Array | None = None):
+    def __call__(self, x, *, train: bool, mask: jax.Array | None = None, sizes: jax.Array | None = None):
+        x = clear(x, sizes) if self.kernel_size > 1 else x
         x = nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
-from dat_jax.models.fpn import FPN
+from dat_jax.models.fpn import FPN, level_sizes
 from dat_jax.models.layers import ConvUnit
 from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.models.rpn import ANCHOR_RATIOS, ANCHOR_SCALES, RPNHead
@@ -89,6 +89,8 @@ class MaskHead(nn.Module):
 class RCNN(MeshModule):
     """Backbone, pyramid of five levels (strides 4 to 64), RPN, and the heads for boxes and masks.
 
+    With ``sizes``, int (B, 2), each image is the top left (height, width) pixels of its array, see ``DAT.features``.
+
     The variables are "params" and, in a cascade, "batch_stats". Methods are functions of arrays; ``tasks.detection.objective``
     selects the boxes and extracts their features from the pyramid.
 
@@ -154,13 +156,23 @@ class RCNN(MeshModule):
         """Number of heads of each kind."""
         return CASCADE_STAGES if self.cascade else 1
 
-    def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
+    def pyramid(
+        self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         """Images (B, H, W, 3) -> the five levels (B, H_i, W_i, features)."""
-        return self.neck(self.backbone(images, train=train))
+        return self.neck(self.backbone(images, train=train, sizes=sizes), sizes=self.backbone.level_sizes(sizes))
 
-    def propose(self, pyramid: tuple[jax.Array, ...]) -> dict[str, tuple[jax.Array, ...]]:
+    @nn.nowrap
+    def level_sizes(self, sizes: jax.Array | None) -> list[jax.Array | None]:
+        """Sizes of the five levels, int (B, 2) or None each, for the sizes of the images."""
+        maps = [None if sizes is None else self.dat.map_sizes(sizes, stage=stage) for stage in range(4)]
+        return level_sizes(maps, levels=5)
+
+    def propose(
+        self, pyramid: tuple[jax.Array, ...], *, sizes: jax.Array | None = None
+    ) -> dict[str, tuple[jax.Array, ...]]:
         """{"scores": (B, H_i, W_i, A), "deltas": (B, H_i, W_i, A * 4)} of each level, see ``RPNHead``."""
-        scores, deltas = zip(*map(self.rpn_head, pyramid), strict=True)
+        scores, deltas = zip(*map(self.rpn_head, pyramid, self.level_sizes(sizes)), strict=True)
         return {"scores": scores, "deltas": deltas}
 
     def boxes(
@@ -173,11 +185,13 @@ class RCNN(MeshModule):
         """RoI features (N, 14, 14, features) -> logits (N, 28, 28, K) of a stage, see ``MaskHead``."""
         return self.mask_heads[stage](roi_features)
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, tuple[jax.Array, ...]]:
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+    ) -> dict[str, tuple[jax.Array, ...]]:
         """Images (B, H, W, 3) -> the outputs of the RPN, see ``propose``. Also initializes all heads."""
-        pyramid = self.pyramid(images, train=train)
+        pyramid = self.pyramid(images, train=train, sizes=sizes)
         if self.is_initializing():
             for stage in range(self.stages):
                 self.boxes(jnp.zeros((1, self.box_side, self.box_side, self.features), self.dtype), stage=stage)
                 self.masks(jnp.zeros((1, self.mask_side, self.mask_side, self.features), self.dtype), stage=stage)
-        return self.propose(pyramid)
+        return self.propose(pyramid, sizes=sizes)

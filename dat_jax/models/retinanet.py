@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
-from dat_jax.models.fpn import FPN
+from dat_jax.models.fpn import FPN, level_sizes
 from dat_jax.models.mesh_axes import MeshModule
+from dat_jax.ops.sizes import clear, inside
 
 STRIDES = (8, 16, 32, 64, 128)
 ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # multiples of the stride
@@ -33,7 +34,7 @@ def small_conv(features: int, side: int, *, dtype: Any, bias: float = 0.0) -> nn
 class RetinaHead(nn.Module):
     """(B, H, W, C) -> score logits (B, H, W, A * K), anchor-major, and deltas (B, H, W, A * 4), float32 or better.
 
-    All levels share one head.
+    All levels share one head. With ``sizes``, see ``ops.sizes``, scores beyond the size are -inf.
 
     Attributes:
       num_classes: K, without background.
@@ -57,17 +58,26 @@ class RetinaHead(nn.Module):
         self.retina_cls = small_conv(self.num_anchors * self.num_classes, 3, dtype=wide, bias=prior)
         self.retina_reg = small_conv(self.num_anchors * 4, 3, dtype=wide)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = deltas = x
+    def __call__(self, x: jax.Array, sizes: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        scores = deltas = clear(x, sizes)
         for conv in self.cls_convs:
-            scores = nn.relu(conv(scores))
+            scores = clear(nn.relu(conv(scores)), sizes)
         for conv in self.reg_convs:
-            deltas = nn.relu(conv(deltas))
-        return self.retina_cls(scores), self.retina_reg(deltas)
+            deltas = clear(nn.relu(conv(deltas)), sizes)
+        return drop_scores(self.retina_cls(scores), sizes), self.retina_reg(deltas)
+
+
+def drop_scores(scores: jax.Array, sizes: jax.Array | None) -> jax.Array:
+    """Return score logits (B, H, W, A) with -inf beyond the size of each example, so that no candidate is chosen there."""
+    if sizes is None:
+        return scores
+    return jnp.where(inside((scores.shape[1], scores.shape[2]), sizes)[..., None], scores, -jnp.inf)
 
 
 class RetinaNet(MeshModule):
     """Images (B, H, W, 3), normalized -> {"scores", "deltas"}, each for five levels with strides 8 to 128, see ``RetinaHead``.
+
+    With ``sizes``, int (B, 2), each image is the top left (height, width) pixels of its array, see ``DAT.features``.
 
     Attributes:
       dat: the backbone; its classifier is not used.
@@ -99,10 +109,22 @@ class RetinaNet(MeshModule):
         self.neck = FPN(self.features, levels=5, dtype=self.dtype)
         self.bbox_head = RetinaHead(self.num_classes, num_anchors, self.features, self.depth, dtype=self.dtype)
 
-    def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
+    def pyramid(
+        self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         """Images (B, H, W, 3) -> the five levels (B, H_i, W_i, features)."""
-        return self.neck(self.backbone(images, train=train)[1:])
+        maps = self.backbone(images, train=train, sizes=sizes)
+        return self.neck(maps[1:], sizes=self.backbone.level_sizes(sizes)[1:])
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, tuple[jax.Array, ...]]:
-        scores, deltas = zip(*map(self.bbox_head, self.pyramid(images, train=train)), strict=True)
+    @nn.nowrap
+    def level_sizes(self, sizes: jax.Array | None) -> list[jax.Array | None]:
+        """Sizes of the five levels, int (B, 2) or None each, for the sizes of the images."""
+        maps = [None if sizes is None else self.dat.map_sizes(sizes, stage=stage) for stage in range(1, 4)]
+        return level_sizes(maps, levels=5)
+
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+    ) -> dict[str, tuple[jax.Array, ...]]:
+        levels = self.pyramid(images, train=train, sizes=sizes)
+        scores, deltas = zip(*map(self.bbox_head, levels, self.level_sizes(sizes)), strict=True)
         return {"scores": scores, "deltas": deltas}

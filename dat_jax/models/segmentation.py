@@ -34,7 +34,7 @@ class SemanticFPNHead(nn.Module):
     """Sums the maps of an FPN at the size of the finest one, and classifies pixels (1901.02446).
 
     The maps have strides 4, 8, 16, ... Each coarser map is upsampled by 3 x 3 units, each followed by a doubling of the size. The
-    defaults are the published settings.
+    defaults are the published settings. ``sizes``: see ``FPN``.
 
     Attributes:
       num_classes: number of classes.
@@ -49,21 +49,27 @@ class SemanticFPNHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, maps: Sequence[jax.Array], *, train: bool) -> jax.Array:
-        total = None
+    def __call__(
+        self, maps: Sequence[jax.Array], *, train: bool, sizes: Sequence[jax.Array | None] | None = None
+    ) -> jax.Array:
+        total, finest = None, None if sizes is None else sizes[0]
         for level, x in enumerate(maps):
+            size = None if sizes is None else sizes[level]
             for index in range(max(1, level)):
-                x = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"scale_heads_{level}_{2 * index}")(
-                    x, train=train
-                )
+                unit = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"scale_heads_{level}_{2 * index}")
+                x = unit(x, train=train, sizes=size)
                 if level:
-                    x = resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]))
-            total = x if total is None else total + resize_bilinear(x, total.shape[1:3])
+                    doubled = None if size is None else 2 * size
+                    x = resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]), sizes=size, to=doubled)
+                    size = doubled
+            total = x if total is None else total + resize_bilinear(x, total.shape[1:3], sizes=size, to=finest)
         return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(total, train=train)
 
 
 class UperNetHead(nn.Module):
     """Pyramid pooling on the coarsest map, a top-down pyramid, and fusion of all levels at the finest one (1807.10221).
+
+    ``sizes``: see ``FPN``.
 
     Attributes:
       num_classes: number of classes.
@@ -80,27 +86,38 @@ class UperNetHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, maps: Sequence[jax.Array], *, train: bool) -> jax.Array:
-        def unit(x, side, name):
-            return ConvUnit(self.channels, side, dtype=self.dtype, name=name)(x, train=train)
+    def __call__(
+        self, maps: Sequence[jax.Array], *, train: bool, sizes: Sequence[jax.Array | None] | None = None
+    ) -> jax.Array:
+        def unit(x, side, name, size=None):
+            return ConvUnit(self.channels, side, dtype=self.dtype, name=name)(x, train=train, sizes=size)
 
         *finer, coarsest = maps
+        level_sizes = [None] * len(maps) if sizes is None else list(sizes)
+        last = level_sizes[-1]
         pooled = [coarsest]
         for index, side in enumerate(self.pool_sides):
-            x = unit(adaptive_average_pool(coarsest, side), 1, f"psp_modules_{index}")
-            pooled.append(resize_bilinear(x, coarsest.shape[1:3]))
+            x = unit(adaptive_average_pool(coarsest, side, sizes=last), 1, f"psp_modules_{index}")
+            pooled_size = None if last is None else jnp.full_like(last, side)
+            pooled.append(resize_bilinear(x, coarsest.shape[1:3], sizes=pooled_size, to=last))
         laterals = [unit(x, 1, f"lateral_convs_{index}") for index, x in enumerate(finer)]
-        laterals.append(unit(jnp.concatenate(pooled, axis=-1), 3, "bottleneck"))
+        laterals.append(unit(jnp.concatenate(pooled, axis=-1), 3, "bottleneck", last))
         for index in range(len(laterals) - 1, 0, -1):
-            laterals[index - 1] += resize_bilinear(laterals[index], laterals[index - 1].shape[1:3])
-        levels = [unit(x, 3, f"fpn_convs_{index}") for index, x in enumerate(laterals[:-1])] + [laterals[-1]]
-        fused = jnp.concatenate([resize_bilinear(x, levels[0].shape[1:3]) for x in levels], axis=-1)
-        x = unit(fused, 3, "fpn_bottleneck")
+            resize = dict(sizes=level_sizes[index], to=level_sizes[index - 1])
+            laterals[index - 1] += resize_bilinear(laterals[index], laterals[index - 1].shape[1:3], **resize)
+        levels = [unit(x, 3, f"fpn_convs_{index}", level_sizes[index]) for index, x in enumerate(laterals[:-1])] + [
+            laterals[-1]
+        ]
+        resized = [
+            resize_bilinear(x, levels[0].shape[1:3], sizes=size, to=level_sizes[0]) if index else x
+            for index, (x, size) in enumerate(zip(levels, level_sizes, strict=True))
+        ]
+        x = unit(jnp.concatenate(resized, axis=-1), 3, "fpn_bottleneck", level_sizes[0])
         return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(x, train=train)
 
 
 class FCNHead(nn.Module):
-    """3 x 3 units and a classifier, the auxiliary head of UperNet.
+    """3 x 3 units and a classifier, the auxiliary head of UperNet. ``sizes``: see ``ops.sizes``.
 
     Attributes:
       num_classes: number of classes.
@@ -117,9 +134,9 @@ class FCNHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, sizes: jax.Array | None = None) -> jax.Array:
         for index in range(self.num_convs):
-            x = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"convs_{index}")(x, train=train)
+            x = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"convs_{index}")(x, train=train, sizes=sizes)
         return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(x, train=train)
 
 
@@ -130,6 +147,10 @@ class Segmentor(MeshModule):
 
     * "logits": (B, H / 4, W / 4, num_classes), with sizes rounded up.
     * "auxiliary_logits": (B, H / 16, W / 16, num_classes), with sizes rounded up, if there is an auxiliary head.
+
+    With ``sizes``, int (B, 2), each image is the top left (height, width) pixels of its array, see ``DAT.features``. Its logits
+    fill the top left of the arrays; ``logits_sizes`` has their sizes. This is for evaluation: in training the statistics of
+    BatchNorm would be those of whole arrays.
 
     The variables are "params" and "batch_stats", the running averages of BatchNorm. Training updates them
     (``mutable=["batch_stats"]``), over a mesh with the statistics of the global batch, and needs a random key "dropout".
@@ -147,7 +168,7 @@ class Segmentor(MeshModule):
       dtype: of the computation.
 
     Raises:
-      ValueError: unknown head.
+      ValueError: unknown head, or training with ``sizes``.
 
     Source: DAT++ (2309.01430), section 4.3, as published on MMSegmentation.
     """
@@ -176,14 +197,24 @@ class Segmentor(MeshModule):
         if self.head == "upernet" and self.auxiliary_channels:
             self.auxiliary_head = FCNHead(channels=self.auxiliary_channels, num_convs=self.auxiliary_convs, **options)
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        maps = self.backbone(images, train=train)
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        if train and sizes is not None:
+            raise ValueError("A segmentor is trained with images that fill their arrays, but sizes were given.")
+        maps, level_sizes = self.backbone(images, train=train, sizes=sizes), self.backbone.level_sizes(sizes)
         outputs = {}
         if self.head == "upernet" and self.auxiliary_channels:
-            outputs["auxiliary_logits"] = self.auxiliary_head(maps[2], train=train)
+            outputs["auxiliary_logits"] = self.auxiliary_head(maps[2], train=train, sizes=level_sizes[2])
         if self.head == "sem_fpn":
-            maps = self.neck(maps)
-        return {"logits": self.decode_head(maps, train=train), **outputs}
+            maps = self.neck(maps, sizes=level_sizes)
+        sizes_of_maps = None if sizes is None else level_sizes
+        return {"logits": self.decode_head(maps, train=train, sizes=sizes_of_maps), **outputs}
+
+    @nn.nowrap
+    def logits_sizes(self, sizes: jax.Array) -> jax.Array:
+        """Int (B, 2), the sizes of the logits for images of these sizes."""
+        return self.dat.map_sizes(sizes, stage=0)
 
 
 HEADS = {"sem_fpn": SemanticFPNHead, "upernet": UperNetHead}

@@ -9,7 +9,6 @@ from dat_jax.data.detection_transforms import (
     Views,
     make_detection_eval_transform,
     make_detection_train_transform,
-    parse_buckets,
     transform_boxes,
     transform_mask,
 )
@@ -372,14 +371,6 @@ def test_every_image_gets_the_smallest_bucket_that_holds_it():
 def test_invalid_settings_are_rejected(options, message):
     with pytest.raises(UserError, match=message):
         make_detection_train_transform(**options)
-
-
-def test_buckets_are_parsed_from_text():
-    assert parse_buckets("") == BUCKETS
-    assert parse_buckets("608x832, 832x608") == ((608, 832), (832, 608))
-    for text in ("608", "608x832,", "608x832x3", "608*832", "axb", " ", "-32x32", "9" * 5000 + "x32"):
-        with pytest.raises(UserError, match=r"config\.data\.buckets"):
-            parse_buckets(text)
 
 
 def test_a_single_square_bucket_is_enough():

@@ -80,27 +80,40 @@ def test_batches_contain_the_number_of_skipped_damaged_images(tmp_path):
     assert sorted(batch["damaged"].tolist()) == [0, 0, 0, 1]
 
 
+def join_tiles(tiles, origins):
+    """Label maps (B, H, W) from their tiles (B, T, S, S) and the origins of these (B, T, 2)."""
+    side = tiles.shape[2]
+    height, width = origins[0].max(axis=0) + side
+    labels = np.zeros((len(tiles), height, width), tiles.dtype)
+    for tile, (top, left) in enumerate(origins[0]):
+        labels[:, top : top + side, left : left + side] = tiles[:, tile]
+    return labels
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_every_example_is_evaluated_once(batch_size):
     source = sized_source()
     batches = list(make_sized_eval_batches(source, TRANSFORM, batch_size=batch_size))
     evaluated = []
     for batch in batches:
-        assert set(batch) == {"view_0", "view_1", "label", "size", "mask", "damaged_index"}
-        assert [batch[name].dtype for name in ("view_0", "label", "size", "mask")] == [
-            *(np.uint8, np.uint8, np.int32, np.float32)
+        assert set(batch) == {"view_0", "view_1", "label", "origin", "size", "mask", "damaged_index"}
+        assert [batch[name].dtype for name in ("view_0", "label", "origin", "size", "mask")] == [
+            *(np.uint8, np.uint8, np.int32, np.int32, np.float32)
         ]
-        indices = batch["label"][:, 0, 0]
+        indices = batch["label"][:, 0, 0, 0]
         assert len(indices) == batch_size
         largest = np.max([SIZES[index] for index in indices], axis=0)
-        assert batch["label"].shape[1:] == tuple(-(-largest // 64) * 64)
+        labels = join_tiles(batch["label"], batch["origin"])
+        side = batch["label"].shape[2]
+        assert side == 256  # the smallest power of two that holds the largest label map
+        assert labels.shape[1:] == tuple(-(-largest // side) * side)
         for row, index in enumerate(indices):
             height, width = SIZES[index]
             expected = TRANSFORM(source[index])
             assert batch["size"][row].tolist() == [height, width]
-            np.testing.assert_array_equal(batch["label"][row, :height, :width], expected["label"])
-            assert (batch["label"][row, height:] == 255).all()
-            assert (batch["label"][row, :, width:] == 255).all()
+            np.testing.assert_array_equal(labels[row, :height, :width], expected["label"])
+            assert (labels[row, height:] == 255).all()
+            assert (labels[row, :, width:] == 255).all()
             for name in ("view_0", "view_1"):
                 np.testing.assert_array_equal(batch[name][row], expected[name])
         mask = batch["mask"].tolist()
@@ -137,8 +150,32 @@ def test_sizes_with_equal_view_shapes_share_batches():
     batches = list(make_sized_eval_batches(source, TRANSFORM, batch_size=5))
     mixed = next(batch for batch in batches if len(np.unique(batch["size"], axis=0)) > 1)
     assert mixed["size"].tolist() == [[40, 60]] * 3 + [[80, 120]] * 2
-    assert mixed["label"].shape == (5, 128, 128)
+    assert mixed["label"].shape == (5, 1, 256, 256)
     assert mixed["mask"].tolist() == [1, 1, 1, 1, 1]
+
+
+def test_small_tiles_and_buckets_hold_the_same_examples():
+    source, buckets = sized_source(), [(64, 160), (128, 128)]
+    batches = list(make_sized_eval_batches(source, TRANSFORM, batch_size=3, buckets=buckets, tile=64))
+    seen = []
+    for batch in batches:
+        assert batch["label"].shape[2:] == (64, 64)
+        labels = join_tiles(batch["label"], batch["origin"])
+        for row, index in enumerate(labels[:, 0, 0]):
+            expected, (height, width) = TRANSFORM(source[index]), SIZES[index]
+            np.testing.assert_array_equal(labels[row, :height, :width], expected["label"])
+            assert (labels[row, height:] == 255).all()
+            assert (labels[row, :, width:] == 255).all()
+            for name in ("view_0", "view_1"):
+                rows, columns = batch[f"size_of_{name}"][row]
+                np.testing.assert_array_equal(batch[name][row, :rows, :columns], expected[name])
+                assert not batch[name][row, rows:].any()
+                assert not batch[name][row, :, columns:].any()
+            if batch["mask"][row]:
+                seen.append(index)
+    assert sorted(seen) == list(range(len(SIZES)))
+    assert {batch["view_0"].shape[1:3] for batch in batches} <= set(buckets)
+    assert len({batch["view_1"].shape[1:3] for batch in batches}) <= len(buckets)
 
 
 def test_synthetic_examples_form_one_group():
@@ -146,7 +183,7 @@ def test_synthetic_examples_form_one_group():
     transform = make_segmentation_eval_transform(scale=(64, 64))
     batches = list(make_sized_eval_batches(source, transform, batch_size=48))
     assert [batch["mask"].sum() for batch in batches] == [48, 48, 48, 48, 8]
-    labels = np.concatenate([batch["label"] for batch in batches])[:200]
+    labels = np.concatenate([join_tiles(batch["label"], batch["origin"]) for batch in batches])[:200]
     assert labels.shape == (200, 64, 64)
     for index in (0, 77, 199):
         np.testing.assert_array_equal(labels[index], source[index]["label"])

@@ -7,12 +7,16 @@ import pytest
 from PIL import Image
 
 from dat_jax.data.ade20k import make_palette
-from dat_jax.data.batching import make_sized_eval_batches
+from dat_jax.data.batching import choose_eval_buckets, make_sized_eval_batches
 from dat_jax.data.segmentation_sources import SegmentationArraySource
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
+from dat_jax.errors import UserError
 from dat_jax.evaluation import segmentation
 from dat_jax.ops.layers.resize import resize_bilinear
 from dat_jax.parallel import sharding
+from dat_jax.tasks.segmentation.objective import make_segmentation_objective
+from tests.helpers import tiny_segmentation
+from tests.helpers.tiers import slow
 
 CLASSES = 5
 
@@ -60,9 +64,12 @@ def evaluate_maps(labels, predictions, classes):
     """Evaluate predictions with label maps of the size of the logits."""
     height, width = labels.shape[1:]
     evaluate = segmentation.make_evaluator(lambda logits, batch: {"logits": logits})
+    tiles = np.full((len(labels), 1, 64, 64), 255, np.uint8)
+    tiles[:, 0, :height, :width] = labels
     batch = {
         "view_0": np.zeros((len(labels), height, width, 3), np.uint8),
-        "label": labels,
+        "label": tiles,
+        "origin": np.zeros((len(labels), 1, 2), np.int32),
         "size": np.full((len(labels), 2), (height, width), np.int32),
         "mask": np.ones(len(labels), np.float32),
     }
@@ -166,20 +173,25 @@ def test_several_devices_count_each_image_once():
     assert sharded == pytest.approx(single, rel=1e-6)
 
 
-def test_windows_cover_an_image_as_published():
-    assert segmentation.slide((70, 100), window=0, stride=0) == ((0, 0, 70, 100),)
-    assert segmentation.slide((70, 100), window=64, stride=48) == (
-        *((0, 0, 64, 64), (0, 36, 64, 64)),
-        *((6, 0, 64, 64), (6, 36, 64, 64)),
-    )
-    assert segmentation.slide((40, 64), window=64, stride=48) == ((0, 0, 40, 64),)
+def test_windows_cover_images_as_published():
+    sides = jnp.array([70, 100, 40, 64, 160])
+    whole = segmentation.slide(sides, 160, window=0, stride=0)
+    assert whole.starts.tolist() == [[0]] * 5
+    assert whole.length.tolist() == sides.tolist()
+    windows = segmentation.slide(sides, 160, window=64, stride=48)
+    used = [
+        [start for start, is_used in zip(*row, strict=True) if is_used]
+        for row in zip(windows.starts.tolist(), windows.used.tolist(), strict=True)
+    ]
+    assert used == [[0, 6], [0, 36], [0], [0], [0, 48, 96]]
+    assert windows.length.tolist() == [64, 64, 40, 64, 64]
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_logits_of_windows_are_averaged(flip):
     rng = np.random.default_rng(0)
     image = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((100, 70)))
-    windows = segmentation.slide((70, 100), window=64, stride=48)
+    windows = [(top, left, 64, 64) for top in (0, 6) for left in (0, 36)]
     total = 0
     for mirrored in (False, True) if flip else (False,):
         view = image[:, ::-1] if mirrored else image
@@ -211,3 +223,52 @@ def test_figures_are_saved(tmp_path):
     )
     with Image.open(tmp_path / "segmentations.png") as figure:
         assert min(figure.size) > 300
+
+
+class Bucketed:
+    """Evaluation of a random segmentor in float64, by buckets or with an array of its own size for each image."""
+
+    scale, sizes = (200, 70), [(60, 80), (80, 60), (61, 85), (60, 80), (50, 90), (90, 52), (60, 83)]
+
+    def __init__(self):
+        model, variables = tiny_segmentation.random_segmentor(num_classes=CLASSES, dtype=jnp.float64)
+        self.variables = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
+        self.predict = make_segmentation_objective(model, auxiliary_weight=0.0).predict
+        self.source = make_source(self.sizes)
+
+    def evaluate(self, choice, *, ratios, **options):
+        transform = make_segmentation_eval_transform(scale=self.scale, ratios=ratios)
+        buckets = choose_eval_buckets(self.source, transform, choice)
+        evaluate = segmentation.make_evaluator(self.predict, exact=buckets is None, **options)
+        batches = list(make_sized_eval_batches(self.source, transform, batch_size=3, buckets=buckets))
+        return evaluate(self.variables, batches), {batch["view_0"].shape for batch in batches}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "options"),
+    [
+        ((1.0,), {}),
+        slow((0.75, 1.0, 1.25), dict(flip=True)),
+        slow((1.0,), dict(window=48, stride=32)),
+        slow((0.8, 1.0), dict(window=64, stride=48, flip=True)),
+    ],
+)
+def test_buckets_change_no_result(x64, ratios, options):
+    bucketed = Bucketed()
+    by_size, sizes = bucketed.evaluate("exact", ratios=ratios, **options)
+    by_bucket, buckets = bucketed.evaluate("auto", ratios=ratios, **options)
+    assert len(buckets) < len(sizes)
+    assert by_bucket.metrics["images"] == by_size.metrics["images"] == len(bucketed.sizes)
+    assert by_bucket.metrics == pytest.approx(by_size.metrics, rel=1e-9)
+    for name, values in by_size.per_class.items():
+        np.testing.assert_array_equal(by_bucket.per_class[name], values)
+
+
+def test_buckets_that_are_given_or_not_needed(x64):
+    bucketed = Bucketed()
+    transform = make_segmentation_eval_transform(scale=bucketed.scale)
+    assert choose_eval_buckets(bucketed.source, transform, "exact") is None
+    assert choose_eval_buckets(bucketed.source, transform, "96x128,128x96") == [(96, 128), (128, 96)]
+    assert choose_eval_buckets(make_source([(60, 80)] * 3), transform, "auto") is None
+    with pytest.raises(UserError, match="No bucket holds an image of"):
+        next(make_sized_eval_batches(bucketed.source, transform, batch_size=2, buckets=[(64, 64)]))

@@ -58,9 +58,12 @@ def get_config(head: str = "mask_rcnn"):
     return config.lock()
 
 
-def random_detector(head: str = "mask_rcnn", *, num_classes: int = 3, seed: int = 0):
-    """Make a model and random variables that detect boxes of several places, sizes and classes."""
-    backbone = {"name": "dat_pp_nano", **BACKBONE}
+def random_detector(head: str = "mask_rcnn", *, num_classes: int = 3, seed: int = 0, **settings):
+    """Make a model and random variables that detect boxes of several places, sizes and classes.
+
+    ``settings`` are attributes of the backbone.
+    """
+    backbone = {"name": "dat_pp_nano", **BACKBONE, **settings}
     model = create_detector(head, backbone=backbone, num_classes=num_classes, **head_settings(head))
 
     def adjust(path, leaf):

@@ -66,7 +66,8 @@ def get_config(head: str = "sem_fpn"):
 def random_segmentor(**settings):
     """Make a model and random variables whose predicted classes differ between places."""
     options = {"num_classes": 5, "channels": 16, "neck_channels": 16, **settings}
-    model = create_segmentor("sem_fpn", backbone={"name": "dat_pp_nano", **BACKBONE}, **options)
+    backbone = {"name": "dat_pp_nano", **BACKBONE, **({"dtype": options["dtype"]} if "dtype" in options else {})}
+    model = create_segmentor("sem_fpn", backbone=backbone, **options)
     variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), scale=0.4)
     positive = lambda path, leaf: abs(leaf) + 0.5 if path[-1].key == "var" else leaf  # noqa: E731
     statistics = jax.tree_util.tree_map_with_path(positive, variables["batch_stats"])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import dat_jax
+from dat_jax.models.registry import create_segmentor
+from tests.helpers import tiny_segmentation
 from tests.helpers.padded_images import crop, largest_difference, padded_images
 from tests.helpers.random_variables import random_variables
 from tests.helpers.tiers import slow
@@ -108,3 +110,26 @@ def test_wrong_sizes_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda v, s=sizes: model.apply(v, images, sizes=s), variables)
+
+
+SEGMENTORS = {
+    "sem_fpn": dict(channels=8, neck_channels=8),
+    "upernet": dict(channels=8, auxiliary_channels=8),
+}
+
+
+@pytest.mark.parametrize("head", [slow("sem_fpn"), "upernet"])
+def test_logits_of_segmentors_are_those_of_the_image_alone(x64, head):
+    backbone = {"name": "dat_pp_nano", **tiny_segmentation.BACKBONE}
+    model = create_segmentor(head, backbone=backbone, num_classes=4, dtype=jnp.float64, **SEGMENTORS[head])
+    variables = draw_variables(model)
+    variables["batch_stats"] = jax.tree.map(lambda x: abs(x) + 0.5, variables["batch_stats"])
+    apply = jax.jit(lambda v, x, sizes: model.apply(v, x, sizes=sizes))
+    images, sizes = padded_images(SIZES, BUCKET)
+    padded = apply(variables, images, sizes)
+    for index, size in enumerate(SIZES):
+        alone = apply(variables, crop(images, index, size), None)
+        assert largest_difference(padded, alone, index) < 1e-10, size
+        assert model.logits_sizes(sizes)[index].tolist() == list(alone["logits"].shape[1:3])
+    with pytest.raises(ValueError, match="trained with images that fill their arrays"):
+        model.apply(variables, images, sizes=sizes, train=True, rngs={"dropout": jax.random.key(0)}, mutable=True)

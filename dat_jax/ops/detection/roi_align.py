@@ -84,6 +84,7 @@ def pyramid_roi_align(
     finest: float = 56.0,
     sampling_ratio: int = 0,
     valid: jax.Array | None = None,
+    sizes: Sequence[jax.Array | None] | None = None,
     chunk: int = 32,
 ) -> jax.Array:
     """Features inside each box, from the pyramid level that fits the area of the box.
@@ -100,6 +101,7 @@ def pyramid_roi_align(
       finest: see ``assign_levels``.
       sampling_ratio: see ``roi_align``.
       valid: see ``roi_align``.
+      sizes: int (2,) for each level, the (height, width) of the map in its array, see ``ops.sizes``; None for (H, W).
       chunk: see ``roi_align``; the finest map determines the memory.
 
     Returns:
@@ -117,6 +119,7 @@ def pyramid_roi_align(
     boxes = replace_invalid(lax.stop_gradient(boxes), valid)
     boxes = boxes.astype(jnp.promote_types(boxes.dtype, jnp.float32))
     level_of_box = assign_levels(boxes, levels=len(maps), finest=finest)
+    extents = [(None, None) if size is None else (size[0], size[1]) for size in sizes or [None] * len(maps)]
 
     def align_chunk(arguments):
         boxes, level_of_box, valid = arguments
@@ -125,7 +128,12 @@ def pyramid_roi_align(
             used = (valid & (level_of_box == level))[:, None, None]
             rows, columns = (
                 axis_weights(
-                    boxes[:, x_or_y] / stride, boxes[:, x_or_y + 2] / stride, features.shape[axis], size, sampling_ratio
+                    boxes[:, x_or_y] / stride,
+                    boxes[:, x_or_y + 2] / stride,
+                    features.shape[axis],
+                    size,
+                    sampling_ratio,
+                    extents[level][axis],
                 )
                 for axis, x_or_y in ((0, 1), (1, 0))
             )

@@ -4,7 +4,8 @@ Training batches hold "image", (B, H, W, 3) uint8; "valid", (B, 2) int32, the he
 padding; "boxes", (B, G, 4) float32, x1, y1, x2, y2 in pixels; "labels", (B, G) int32, from 0; "box_mask", (B, G) bool, True for
 the entries that are objects; and, for models with masks, "masks", (B, G, H, ceil(W / 8)) uint8, eight pixels per byte.
 
-Batches for prediction hold "image", "valid" and "scale", (B, 4) float32, the factors by which x, y, x and y of the original
+Batches for prediction may also hold "sizes", (B, 2) int32, the padded height and width of each image if its array is larger, see
+``ops.sizes``. They hold "image", "valid" and "scale", (B, 4) float32, the factors by which x, y, x and y of the original
 image were multiplied. Detections are {"boxes": (B, D, 4), in pixels of the original images, "scores": (B, D), descending,
 "labels": (B, D) int32, "valid": (B, D) bool, and, for models with masks, "masks": (B, D, 28, 28), probabilities within each box}.
 Entries that are not valid are 0.
@@ -100,7 +101,7 @@ def detect(
     def compute(module, images):
         if isinstance(module, RetinaNet):
             assert isinstance(settings, RetinaNetSettings)
-            return retinanet_detect(module, module(images), batch, settings)
+            return retinanet_detect(module, module(images, sizes=batch.get("sizes")), batch, settings)
         assert isinstance(settings, RCNNSettings)
         return rcnn_detect(module, images, batch, settings)
 

@@ -287,7 +287,14 @@ def _mask_loss(module, pyramid, rois, labels, batch, index, settings):
 
 
 def run_box_head(
-    module: RCNN, pyramid: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array, *, stage: int, train: bool
+    module: RCNN,
+    pyramid: Sequence[jax.Array],
+    boxes: jax.Array,
+    valid: jax.Array,
+    *,
+    stage: int,
+    train: bool,
+    sizes: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Run the box head of a stage on RoIs.
 
@@ -298,20 +305,28 @@ def run_box_head(
       valid: bool (B, S), see ``pyramid_roi_align``.
       stage: index of the stage.
       train: whether BatchNorm updates its statistics.
+      sizes: sizes of the images in their arrays, int (B, 2), see ``RCNN``; None for the whole arrays.
 
     Returns:
       Logits (B, S, K + 1), with the background last, and deltas (B, S, K, 4).
     """
-    features = _align_rois(pyramid, boxes, valid, module.box_side)
+    features = _align_rois(module, pyramid, boxes, valid, module.box_side, sizes)
     logits, deltas = module.boxes(features, stage=stage, train=train, mask=valid.reshape(-1))
     return logits.reshape(*valid.shape, -1), deltas.reshape(*valid.shape, module.num_classes, 4)
 
 
 def run_mask_head(
-    module: RCNN, pyramid: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array, labels: jax.Array, *, stage: int
+    module: RCNN,
+    pyramid: Sequence[jax.Array],
+    boxes: jax.Array,
+    valid: jax.Array,
+    labels: jax.Array,
+    *,
+    stage: int,
+    sizes: jax.Array | None = None,
 ) -> jax.Array:
     """Mask logits (B, S, 28, 28) of boxes (B, S, 4) for their classes, labels (B, S); see ``run_box_head``."""
-    logits = module.masks(_align_rois(pyramid, boxes, valid, module.mask_side), stage=stage)
+    logits = module.masks(_align_rois(module, pyramid, boxes, valid, module.mask_side, sizes), stage=stage)
     is_label = labels.reshape(-1, 1, 1, 1) == jnp.arange(logits.shape[-1]).reshape(1, 1, 1, -1)
     return jnp.where(is_label, logits, 0).sum(axis=-1).reshape(*valid.shape, *logits.shape[1:3])
 
@@ -344,10 +359,11 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
       batch: see ``tasks.detection.objective``.
       settings: see ``RCNNSettings``.
     """
-    pyramid = module.pyramid(images)
+    sizes = batch.get("sizes")
+    pyramid = module.pyramid(images, sizes=sizes)
     proposals = choose_proposals(
         module,
-        module.propose(pyramid),
+        module.propose(pyramid, sizes=sizes),
         batch["valid"],
         candidates=settings.test_candidates,
         count=settings.test_proposals,
@@ -355,7 +371,7 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
     )
     boxes, logits_sum = proposals.boxes, 0.0
     for index, stage in enumerate(settings.stages):
-        logits, deltas = run_box_head(module, pyramid, boxes, proposals.valid, stage=index, train=False)
+        logits, deltas = run_box_head(module, pyramid, boxes, proposals.valid, stage=index, train=False, sizes=sizes)
         logits_sum += logits
         if index < len(settings.stages) - 1:
             boxes = refine_boxes(boxes, deltas, logits[..., :-1].argmax(axis=-1), batch["valid"], stage)
@@ -377,7 +393,7 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
     boxes = detections.boxes * batch["scale"][:, None]  # in pixels of the network's input
     masks = 0.0
     for index in range(len(settings.stages)):
-        logits = run_mask_head(module, pyramid, boxes, detections.valid, detections.labels, stage=index)
+        logits = run_mask_head(module, pyramid, boxes, detections.valid, detections.labels, stage=index, sizes=sizes)
         masks += jax.nn.sigmoid(logits)
     return {
         "boxes": detections.boxes,
@@ -388,11 +404,14 @@ def rcnn_detect(module: RCNN, images: jax.Array, batch: dict, settings: RCNNSett
     }
 
 
-def _align_rois(pyramid, boxes, valid, side):
+def _align_rois(module, pyramid, boxes, valid, side, sizes):
     """Features of RoIs, (B * S, side, side, C)."""
     levels = slice(_ROI_LEVELS)
     align = functools.partial(pyramid_roi_align, size=side, strides=STRIDES[levels])
-    features = jax.vmap(lambda maps, b, v: align(maps, b, valid=v))(tuple(pyramid[levels]), boxes, valid)
+    level_sizes = None if sizes is None else tuple(module.level_sizes(sizes)[levels])
+    features = jax.vmap(lambda maps, b, v, s: align(maps, b, valid=v, sizes=s))(
+        tuple(pyramid[levels]), boxes, valid, level_sizes
+    )
     return features.reshape(-1, *features.shape[2:])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dat_jax.data import batching
 from dat_jax.data.ade20k import make_palette
+from dat_jax.data.buckets import parse_buckets
 from dat_jax.data.coco import (
     CocoSource,
     decode_mask,
@@ -23,7 +24,6 @@ from dat_jax.data.detection_transforms import (
     BUCKETS,
     make_detection_eval_transform,
     make_detection_train_transform,
-    parse_buckets,
 )
 from dat_jax.data.sources import SPLITS, read_spread_examples, spread_indices, warn_if_turned
 from dat_jax.errors import UserError, name_some
@@ -102,10 +102,15 @@ class DetectionTask(Task):
         )
 
     def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
-        """See ``Task``. The images of a batch are padded to the same shape."""
+        """See ``Task``. The images of a batch are in arrays of the same shape."""
         config = self.config
         return batching.make_detection_eval_batches(
-            source, self._eval_transform(), batch_size=config.eval.batch_size, rows=rows, workers=config.data.workers
+            source,
+            self._eval_transform(),
+            batch_size=config.eval.batch_size,
+            rows=rows,
+            workers=config.data.workers,
+            buckets=batching.choose_eval_buckets(source, self._eval_transform(), config.eval.buckets),
         )
 
     def example_indices(self, step: int) -> list[int]:
@@ -198,7 +203,8 @@ class DetectionTask(Task):
         return self.config.head.name != "retinanet"
 
     def _buckets(self):
-        return parse_buckets(self.config.data.buckets) if self.config.data.buckets else BUCKETS
+        text = self.config.data.buckets
+        return tuple(parse_buckets(text, key="config.data.buckets")) if text else BUCKETS
 
     def _train_transform(self):
         data, augmentation = self.config.data, self.config.augmentation

@@ -39,7 +39,8 @@ def make_segmentation_objective(model: Segmentor, *, auxiliary_weight: float) ->
 
     Training batches hold "image", (B, H, W, 3) uint8, "label", (B, H, W) uint8 with 255 for pixels without a class, and
     "valid", (B, 2) int, the height and width of each image; pixels beyond are padding and zero after normalization.
-    ``predict`` needs "image" only and returns {"logits": (B, ceil(H / 4), ceil(W / 4), K)}.
+    ``predict`` needs "image" only and returns {"logits": (B, ceil(H / 4), ceil(W / 4), K)}. With "sizes", int (B, 2), the images
+    are the top left of their arrays (``ops.sizes``), and the result also has "sizes", those of the logits.
 
     Args:
       model: the segmentor.
@@ -62,7 +63,8 @@ def make_segmentation_objective(model: Segmentor, *, auxiliary_weight: float) ->
         return value, {"loss": value, **metrics}, dict(state)
 
     def predict(variables, batch):
-        outputs = cast(dict[str, jax.Array], model.apply(variables, normalize(batch["image"]), train=False))
-        return {"logits": outputs["logits"]}
+        images, sizes = normalize(batch["image"]), batch.get("sizes")
+        outputs = cast(dict[str, jax.Array], model.apply(variables, images, train=False, sizes=sizes))
+        return {"logits": outputs["logits"]} | ({} if sizes is None else {"sizes": model.logits_sizes(sizes)})
 
     return Objective(init=init, loss=loss, predict=predict)

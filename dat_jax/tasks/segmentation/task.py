@@ -1,5 +1,6 @@
 """Semantic segmentation as a task."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,7 +67,7 @@ class SegmentationTask(Task):
         )
 
     def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
-        """See ``Task``. The images of a batch have the same size."""
+        """See ``Task``. The images of a batch are in arrays of the same shape."""
         config = self.config
         return batching.make_sized_eval_batches(
             source,
@@ -75,6 +76,7 @@ class SegmentationTask(Task):
             rows=rows,
             workers=config.data.workers,
             min_side=MIN_IMAGE_SIDE,
+            buckets=self._eval_buckets,
         )
 
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,7 +108,7 @@ class SegmentationTask(Task):
 
     def make_evaluator(self, predict: Callable) -> Evaluator:
         """See ``Task`` and ``evaluation.segmentation``."""
-        return evaluation.make_evaluator(predict, **self._inference_options())
+        return evaluation.make_evaluator(predict, exact=self._eval_buckets is None, **self._inference_options())
 
     def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
         """See ``Task``. Each example has its own size."""
@@ -120,6 +122,10 @@ class SegmentationTask(Task):
             palette=make_palette_for(len(source.class_names)),
             directory=directory,
         )
+
+    @functools.cached_property
+    def _eval_buckets(self):
+        return batching.choose_eval_buckets(self.eval_source, self._eval_transform(), self.config.eval.buckets)
 
     def _eval_transform(self):
         data = self.config.data
