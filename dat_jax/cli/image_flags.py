@@ -11,20 +11,20 @@ IMAGE_FLAGS = {
     "Input": ("recursive",),
     "Preprocessing and classes": ("classes=FILE",),
     "Classifiers": ("image_size=PIXELS", "resize=PIXELS", "top=N"),
-    "Segmentors and detectors": ("long_side=PIXELS", "short_side=PIXELS"),
+    "Segmentors and detectors": ("long_side=PIXELS", "short_side=PIXELS", "buckets=CHOICE"),
     "Segmentors": ("ratios=RATIO,...", "flip"),
     "Detectors": ("min_score=SCORE", "max_detections=N"),
 }
 # Flags that are options of ``inference.load``; ``batch_size`` only of commands that define it.
 _OPTIONS = (
     *("classes", "image_size", "resize", "top", "batch_size", "long_side", "short_side", "flip"),
-    *("min_score", "max_detections"),
+    *("min_score", "max_detections", "buckets"),
 )
 
 
 def define_image_flags(values: flags.FlagValues) -> None:
     """Define ``output``, ``overwrite`` and the flags of ``IMAGE_FLAGS``."""
-    flags.DEFINE_bool("recursive", False, "Also read the folders in folders.", flag_values=values)
+    flags.DEFINE_bool("recursive", False, "Also read subfolders.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for the figures, one PNG per image.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace existing files.", flag_values=values)
     flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", flag_values=values)
@@ -37,6 +37,8 @@ def define_image_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("long_side", None, help_text, flag_values=values)
     help_text = "Images are resized to fit into this short side, in pixels."
     flags.DEFINE_integer("short_side", None, help_text, flag_values=values)
+    help_text = "Shapes of the arrays that hold images: auto (default), exact, or a list such as 512x704,704x512."
+    flags.DEFINE_string("buckets", None, help_text, flag_values=values)
     help_text = "Scales of test-time augmentation, such as 0.5,1.0, whose probabilities are averaged."
     flags.DEFINE_list("ratios", None, help_text, flag_values=values)
     flags.DEFINE_bool("flip", None, "Also average over horizontally flipped images.", flag_values=values)

@@ -226,15 +226,20 @@ def make_sized_eval_batches(
         record = transform(record)
         largest = (max(sides) for sides in zip(*(sizes[index] for index in indices), strict=True))
         labels, origins = _cut_tiles(record["label"], tuple(largest), tile)
-        if buckets is not None:
-            for number, shape in enumerate(shapes):
-                record |= _pad_view(record[f"view_{number}"], shape, name=f"view_{number}")
+        record = record if buckets is None else pad_views(record, shapes)
         return {**record, "label": labels, "origin": origins} | _make_marks(index, counts=counts, damaged=damaged)
 
     return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
 
 
-def _pad_view(view: np.ndarray, shape: tuple[int, int], *, name: str) -> dict[str, np.ndarray]:
+def pad_views(record: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return a record with "view_0", ... in arrays of the given shapes, and with their sizes "size_of_view_0", ..."""
+    names = [f"view_{number}" for number in range(len(shapes))]
+    padded = [pad_view(record[name], shape, name=name) for name, shape in zip(names, shapes, strict=True)]
+    return {**record, **{key: value for entries in padded for key, value in entries.items()}}
+
+
+def pad_view(view: np.ndarray, shape: tuple[int, int], *, name: str) -> dict[str, np.ndarray]:
     """Return a view in an array of the given (height, width), and its size."""
     padded = np.zeros((*shape, view.shape[2]), view.dtype)
     padded[: view.shape[0], : view.shape[1]] = view
@@ -511,7 +516,7 @@ def make_detection_eval_batches(
             record, damaged = {"image": np.zeros((*sizes[index], 3), np.uint8)}, True
         record = transform(record)
         if buckets is not None:
-            padded = _pad_view(record["image"], shape, name="image")
+            padded = pad_view(record["image"], shape, name="image")
             record |= {"image": padded["image"], "sizes": padded["size_of_image"]}
         return record | {"index": np.int32(index)} | _make_marks(index, counts=counts, damaged=damaged)
 

@@ -1,5 +1,6 @@
 """The command ``python -m dat_jax.predict``: predictions for image files, printed and written as PNG, JSON and CSV."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -15,6 +16,8 @@ from dat_jax import inference
 from dat_jax.cli.console import make_console, print_table
 from dat_jax.cli.files import check_outputs, name_outputs, process_files
 from dat_jax.data.coco_ids import find_image_ids, match_categories
+from dat_jax.data.image_files import DamagedFile
+from dat_jax.data.images import read_size
 from dat_jax.errors import UserError, name_some
 from dat_jax.inference import Classifier, ObjectDetector, Predictor
 from dat_jax.inference.image_files import find_images, number_images, numbers_are_names, read_image
@@ -68,6 +71,7 @@ def predict_files(
         raise UserError(
             "--annotations sets the image ids of a detector's --json; omit it for other models and outputs."
         )
+    predictor = plan_for_files(predictor, images)
     predictor, numbers, note = _choose_ids(predictor, images, annotations)
     console = make_console(quiet=quiet)
     files: dict[str, Any] = dict(outputs=outputs, json_file=json_file, csv_file=csv_file)
@@ -75,6 +79,17 @@ def predict_files(
     if json_file and isinstance(predictor, ObjectDetector):
         console.print(f"{json_file}: {note}")
     return succeeded
+
+
+def plan_for_files(predictor: Predictor, images: Sequence[pathlib.Path]) -> Predictor:
+    """Return a segmentor or detector prepared for the sizes of image files, which are read from their headers."""
+    if isinstance(predictor, Classifier):
+        return predictor
+    sizes = []
+    for path in images:
+        with contextlib.suppress(DamagedFile):  # reported when the image is read
+            sizes.append(read_size(str(path)))
+    return predictor.plan(sizes)
 
 
 def _choose_ids(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +18,7 @@ from dat_jax.errors import UserError
 from dat_jax.evaluation.detection import detect_record, make_detections
 from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
+from dat_jax.inference.shapes import ArrayShapes, check_choice
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
 from dat_jax.storage import atomic_path
@@ -37,12 +38,13 @@ OPTIONS = {  # default values
     "candidates": 1000,
     "proposals": 1000,
     "category_ids": None,
+    "buckets": "auto",
 }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ObjectDetector:
-    """A trained detector with its preprocessing. Every padded image size is compiled once.
+    """A trained detector with its preprocessing. Every shape of arrays is compiled once, see ``arrays``.
 
     A prediction is a dict with the arrays of ``evaluation.detection.to_original``.
 
@@ -59,6 +61,7 @@ class ObjectDetector:
       settings: settings of the postprocessing, according to ``options``.
       has_masks: whether detections have masks in addition to boxes.
       min_score: lowest score of the detections that are drawn and described.
+      arrays: shapes of the arrays of images.
       columns: column names of ``to_rows``.
     """
 
@@ -76,6 +79,11 @@ class ObjectDetector:
     settings: RetinaNetSettings | RCNNSettings
     has_masks: bool
     min_score: float
+    arrays: ArrayShapes = dataclasses.field(default_factory=ArrayShapes)
+
+    def plan(self, sizes: Iterable[tuple[int, int]]) -> "ObjectDetector":
+        """Return this detector prepared for images of these (height, width): it compiles few programs for them."""
+        return dataclasses.replace(self, arrays=self.arrays.plan(self.transform, sizes))
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """Detections in an image, uint8 (H, W, 3), RGB.
@@ -83,9 +91,9 @@ class ObjectDetector:
         Returns:
           {"boxes", "scores", "labels", "masks"}, see ``evaluation.detection.to_original``.
         """
-        return detect_record(
-            self.predict, self.variables, self.transform({"image": check_image(image)}), masks=self.has_masks
-        )
+        image = check_image(image)
+        record = self.arrays.pad(self.transform({"image": image}), self.transform, (image.shape[0], image.shape[1]))
+        return detect_record(self.predict, self.variables, record, masks=self.has_masks)
 
     def describe(self, prediction: Mapping[str, np.ndarray]) -> dict[str, str]:
         """{class name: scores} of the detections that are drawn, ordered by the best score of each class."""
@@ -175,6 +183,7 @@ def from_trained(
         score_threshold, iou_threshold, max_detections: see ``RetinaNetSettings``; published are 0.05, 0.5 and 100.
         candidates, proposals: numbers of boxes before and after NMS, see ``RCNNSettings``; published are 1000 and 1000.
         category_ids: category id of every class in COCO's format of results.
+        buckets: see ``ArrayShapes``, "auto" by default.
 
     Raises:
       UserError: an option is unknown or impossible, or the class names or category ids cannot be read.
@@ -198,6 +207,7 @@ def from_trained(
         settings=settings,
         has_masks=isinstance(model, RCNN),
         min_score=options["min_score"],
+        arrays=ArrayShapes(check_choice(options["buckets"])),
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter, segment_record
 from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
+from dat_jax.inference.shapes import ArrayShapes, check_choice
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.storage import atomic_path
@@ -28,13 +29,14 @@ OPTIONS = {  # default values
     "flip": False,
     "window": 0,
     "stride": 0,
+    "buckets": "auto",
 }
 _MAX_CLASSES = 255  # label maps are uint8, and 255 means no class
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmenter:
-    """A trained segmentor with its preprocessing. Every image size is compiled once.
+    """A trained segmentor with its preprocessing. Every shape of arrays is compiled once, see ``arrays``.
 
     A prediction is a pair: the most likely class of every pixel, uint8 (H, W), and its probability, float32 (H, W).
 
@@ -46,6 +48,7 @@ class Segmenter:
       model: the network.
       variables: weights of the network.
       options: value of every option.
+      arrays: shapes of the arrays of images.
       columns: column names of ``to_rows``.
     """
 
@@ -58,6 +61,12 @@ class Segmenter:
     model: Segmentor
     variables: Mapping[str, Any]
     options: Mapping[str, Any]
+    arrays: ArrayShapes = dataclasses.field(default_factory=ArrayShapes)
+
+    def plan(self, sizes: Iterable[tuple[int, int]]) -> "Segmenter":
+        """Return this segmentor prepared for images of these (height, width): it compiles few programs for them."""
+        possible = [size for size in sizes if min(map(min, self.transform.view_shapes(*size))) >= MIN_IMAGE_SIDE]
+        return dataclasses.replace(self, arrays=self.arrays.plan(self.transform, possible))
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Segment an image, uint8 (H, W, 3), RGB.
@@ -78,6 +87,7 @@ class Segmenter:
                 f"{MIN_IMAGE_SIDE} pixels."
             )
         record = self.transform({"image": image, "label": np.zeros((height, width), np.uint8)})
+        record = self.arrays.pad(record, self.transform, (height, width))
         labels, probabilities = segment_record(self.segment, self.variables, record)
         return labels.astype(np.uint8), probabilities.astype(np.float32)
 
@@ -121,6 +131,7 @@ def from_trained(
       **options:
         long_side, short_side, ratios: see ``make_segmentation_eval_transform``; published are 2048, 512 and (1.0,).
         flip, window, stride: see ``make_segmenter``; published are False, 0 and 0.
+        buckets: see ``ArrayShapes``, "auto" by default.
 
     Raises:
       UserError: an option is unknown or impossible, the class names cannot be read, or there are too many classes.
@@ -147,6 +158,7 @@ def from_trained(
         model=model,
         variables=variables,
         options=options,
+        arrays=ArrayShapes(check_choice(options["buckets"])),
     )
 
 

@@ -11,6 +11,7 @@ from dat_jax import inference
 from dat_jax.cli.files import check_outputs, name_outputs, process_files
 from dat_jax.errors import UserError
 from dat_jax.inference import Classifier, Predictor, Segmenter
+from dat_jax.inference.command import plan_for_files
 from dat_jax.inference.image_files import find_images, read_image
 from dat_jax.visualization.label_files import find_label_files, read_labels
 from dat_jax.visualization.prediction_figures import make_attention_saver, save_detection, save_segmentation
@@ -73,7 +74,7 @@ def visualize_files(
     max_keys = 16 if attention.keys is None else attention.keys
     if max_keys < 1:
         raise UserError(f"--keys must be at least 1, got {max_keys}.")
-    predictor = inference.load(trained, **options)
+    predictor = plan_for_files(inference.load(trained, **options), images)
     _check_kind(predictor, trained, attention=attention, labels=labels)
     if isinstance(predictor, Classifier):
         save_attention = make_attention_saver(

@@ -59,6 +59,7 @@ def get_config(head: str = "sem_fpn"):
     config.schedule.warmup_steps = 2
     config.eval.batch_size = 8
     config.eval.every_steps = 6
+    config.eval.buckets = "64x80"  # of all validation images
     config.mesh.data, config.mesh.fsdp = -1, 4  # what is split is gathered, also for pictures and evaluations
     return config.lock()
 

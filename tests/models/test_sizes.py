@@ -120,7 +120,7 @@ SEGMENTORS = {
 
 @pytest.mark.parametrize("head", [slow("sem_fpn"), "upernet"])
 def test_logits_of_segmentors_are_those_of_the_image_alone(x64, head):
-    backbone = {"name": "dat_pp_nano", **tiny_segmentation.BACKBONE}
+    backbone = {"name": "dat_pp_nano", **tiny_segmentation.BACKBONE, "dtype": jnp.float64}
     model = create_segmentor(head, backbone=backbone, num_classes=4, dtype=jnp.float64, **SEGMENTORS[head])
     variables = draw_variables(model)
     variables["batch_stats"] = jax.tree.map(lambda x: abs(x) + 0.5, variables["batch_stats"])

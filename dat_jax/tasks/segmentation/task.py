@@ -112,12 +112,20 @@ class SegmentationTask(Task):
 
     def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
         """See ``Task``. Each example has its own size."""
-        source, transform = self.eval_source, self._eval_transform()
+        source, transform, buckets = self.eval_source, self._eval_transform(), self._eval_buckets
         records = read_spread_examples(source, _FIGURE_EXAMPLES)
+        shapes = batching.plan_shapes(
+            {size: transform.view_shapes(*size) for size in {record["label"].shape for record in records}}, buckets
+        )
+
+        def prepare(record):
+            views = transform(record)
+            return views if buckets is None else batching.pad_views(views, shapes[record["label"].shape])
+
         evaluation.save_figures(
             evaluation.make_segmenter(predict, **self._inference_options()),
             variables,
-            [transform(record) | {"image": record["image"]} for record in records],
+            [prepare(record) | {"image": record["image"]} for record in records],
             class_names=source.class_names,
             palette=make_palette_for(len(source.class_names)),
             directory=directory,

@@ -27,7 +27,7 @@ def make_detect(head):
     return run, jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
 
 
-@pytest.mark.parametrize("head", [slow("retinanet"), "mask_rcnn", slow("cascade_mask_rcnn")])
+@pytest.mark.parametrize("head", ["retinanet", slow("mask_rcnn"), slow("cascade_mask_rcnn")])
 def test_detections_are_those_of_the_image_alone(x64, head):
     run, variables = make_detect(head)
     padded = [tuple(-(-side // 32) * 32 for side in valid) for valid in VALID]
