@@ -62,8 +62,9 @@ class Windows(NamedTuple):
 
 
 def count_windows(side: Any, *, window: int, stride: int) -> Any:
-    """Number of sliding windows along a side of an image (MMSegmentation's "slide" mode); ``side`` may be traced."""
-    return jnp.maximum(side - window + stride - 1, 0) // stride + 1
+    """Number of sliding windows along a side (MMSegmentation's "slide" mode): an int, or an array if ``side`` is one."""
+    larger = max(side - window, 0) if isinstance(side, int) else jnp.maximum(side - window, 0)
+    return -(-larger // stride) + 1
 
 
 def slide(side: jax.Array, bucket: int, *, window: int, stride: int) -> Windows:
@@ -78,7 +79,7 @@ def slide(side: jax.Array, bucket: int, *, window: int, stride: int) -> Windows:
     if not window:
         ones = jnp.ones((len(side), 1), bool)
         return Windows(jnp.zeros((len(side), 1), side.dtype), side, ones)
-    index = jnp.arange(int(max(bucket - window + stride - 1, 0) // stride + 1))[None]
+    index = jnp.arange(count_windows(bucket, window=window, stride=stride))[None]
     length = jnp.minimum(side, window)
     starts = jnp.minimum(index * stride, (side - length)[:, None])
     return Windows(starts, length, index < count_windows(side, window=window, stride=stride)[:, None])
@@ -158,8 +159,12 @@ def make_evaluator(
     forward = _make_forward(predict, flip=flip, window=window, stride=stride)
 
     @functools.partial(jax.jit, static_argnames=("mirrored", "buckets"))
-    def count_pixels(arrays, label, origin, size, mask, *, mirrored, buckets):
-        labels = jnp.where(mask[:, None, None] > 0, label, IGNORED)
+    def count_pixels(arrays, batch, number, *, mirrored, buckets):
+        """Counts of one tile of the label maps; "images" are those of the batch."""
+        label, origin = (
+            jax.lax.dynamic_index_in_dim(batch[name], number, 1, keepdims=False) for name in ("label", "origin")
+        )
+        labels = jnp.where(batch["mask"][:, None, None] > 0, label, IGNORED)
 
         def count_rows(start, probabilities):
             label = jax.lax.dynamic_slice_in_dim(labels, start, _ROWS, axis=1).astype(jnp.int32)
@@ -175,8 +180,10 @@ def make_evaluator(
             }
 
         passes = _join_passes(arrays, mirrored, buckets)
-        counts = _map_rows(count_rows, passes, size, origin, tile=label.shape[1], window=window, stride=stride)
-        return jax.tree.map(lambda x: x.sum(axis=0), counts)
+        options = dict(tile=label.shape[1], window=window, stride=stride)
+        counts = _map_rows(count_rows, passes, batch["size"], origin, **options)
+        images = jnp.where(number == 0, batch["mask"].sum(), 0)
+        return {**jax.tree.map(lambda x: x.sum(axis=0), counts), "images": images}
 
     def evaluate(variables, batches):
         totals: dict[str, Any] = {}
@@ -185,21 +192,11 @@ def make_evaluator(
             view_sizes = None if exact else [batch[f"size_of_{name}"] for name in names]
             passes = forward(variables, [batch[name] for name in names], view_sizes)
             arrays, mirrored, buckets = _split_passes(passes)
-            counts = {"images": jax.device_get(batch["mask"].sum())}
-            for tile in range(batch["label"].shape[1]):
-                of_tile = count_pixels(
-                    arrays,
-                    batch["label"][:, tile],
-                    batch["origin"][:, tile],
-                    batch["size"],
-                    batch["mask"],
-                    mirrored=mirrored,
-                    buckets=buckets,
-                )
-                for name, value in jax.device_get(of_tile).items():
-                    counts[name] = counts.get(name, 0) + np.asarray(value, np.float64)
-            for name, value in counts.items():
-                totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
+            ground_truth = {name: batch[name] for name in ("label", "origin", "size", "mask")}
+            for number in range(batch["label"].shape[1]):
+                counts = count_pixels(arrays, ground_truth, np.int32(number), mirrored=mirrored, buckets=buckets)
+                for name, value in jax.device_get(counts).items():
+                    totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
         images, loss = totals.pop("images"), totals.pop("loss")
         pixels = max(totals["labeled"].sum(), 1.0)
         return Evaluation(
@@ -300,49 +297,48 @@ def _make_forward(predict, *, flip, window, stride):
     @jax.jit
     def network(variables, images, sizes):
         outputs = predict(variables, {"image": images} | ({} if sizes is None else {"sizes": sizes}))
-        filled = jnp.full((len(images), 2), jnp.array(outputs["logits"].shape[1:3]), jnp.int32)
-        return outputs["logits"], outputs.get("sizes", filled)
+        logits = outputs["logits"]
+        return logits, outputs["sizes"] if "sizes" in outputs else _fill(logits)
 
-    @jax.jit
-    def mirror(images, sizes):
-        """Mirror each image within its width."""
-        columns = jnp.arange(images.shape[2])[None]
-        index = jnp.maximum(sizes[:, 1:] - 1 - columns, 0)
-        return jnp.take_along_axis(images, index[:, None, :, None], axis=2)
-
-    @functools.partial(jax.jit, static_argnames=("shape",))
-    def cut(images, starts, shape):
-        def cut_one(image, start):
-            return jax.lax.dynamic_slice(image, (start[0], start[1], 0), (*shape, image.shape[-1]))
-
-        return jax.vmap(cut_one)(images, starts)
+    @functools.partial(jax.jit, static_argnames=("mirrored",))
+    def prepare(images, sizes, place, *, mirrored):
+        """The window at a place (row, column), its size, and the size of the view."""
+        bucket = tuple(images.shape[1:3])
+        sizes = _fill(images) if sizes is None else sizes
+        if mirrored:
+            columns = jnp.maximum(sizes[:, 1:] - 1 - jnp.arange(bucket[1])[None], 0)
+            images = jnp.take_along_axis(images, columns[:, None, :, None], axis=2)
+        lines = [slide(sizes[:, axis], bucket[axis], window=window, stride=stride) for axis in (0, 1)]
+        shape = tuple(min(window or side, side) for side in bucket)
+        if shape != bucket:
+            starts = jnp.stack([line.starts[:, index] for line, index in zip(lines, place, strict=True)], axis=1)
+            images = jax.vmap(
+                lambda image, start: jax.lax.dynamic_slice(image, (*start, 0), (*shape, image.shape[-1]))
+            )(images, starts)
+        return images, jnp.stack([line.length for line in lines], axis=1), sizes
 
     def forward(variables, views, view_sizes):
         passes = []
         for number, images in enumerate(views):
             bucket = tuple(images.shape[1:3])
-            filled = jnp.full((len(images), 2), jnp.array(bucket), jnp.int32)
-            sizes = filled if view_sizes is None else jnp.asarray(view_sizes[number])
-            lines = [slide(sizes[:, axis], bucket[axis], window=window, stride=stride) for axis in (0, 1)]
-            shape = tuple(min(window or side, side) for side in bucket)
-            lengths = jnp.stack([line.length for line in lines], axis=1)
+            given = None if view_sizes is None else view_sizes[number]
+            counts = [count_windows(side, window=window, stride=stride) if window else 1 for side in bucket]
             for mirrored in (False, True) if flip else (False,):
-                inputs = images
-                if mirrored:
-                    inputs = images[:, :, ::-1] if view_sizes is None else mirror(images, sizes)
-                results = []
-                for row in range(lines[0].starts.shape[1]):
-                    for column in range(lines[1].starts.shape[1]):
-                        part = inputs
-                        if shape != bucket:
-                            starts = jnp.stack([lines[0].starts[:, row], lines[1].starts[:, column]], axis=1)
-                            part = cut(inputs, starts, shape)
-                        results.append(network(variables, part, None if view_sizes is None else lengths))
+                results, sizes = [], []
+                for place in np.ndindex(*counts):
+                    part, lengths, view_size = prepare(images, given, np.array(place, np.int32), mirrored=mirrored)
+                    results.append(network(variables, part, None if given is None else lengths))
+                    sizes.append(view_size)
                 logits = tuple(logits for logits, _ in results)
-                passes.append(Pass(logits, results[0][1], sizes, mirrored, bucket))
+                passes.append(Pass(logits, results[0][1], sizes[0], mirrored, bucket))
         return passes
 
     return forward
+
+
+def _fill(maps):
+    """Int (B, 2), the sizes of maps (B, H, W, C) that fill their array."""
+    return jnp.full((len(maps), 2), jnp.array(maps.shape[1:3]), jnp.int32)
 
 
 def _split_passes(passes):
