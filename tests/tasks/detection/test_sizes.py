@@ -27,12 +27,15 @@ def make_detect(head):
     return run, jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
 
 
-@pytest.mark.parametrize("head", ["retinanet", slow("mask_rcnn"), slow("cascade_mask_rcnn")])
-def test_detections_are_those_of_the_image_alone(x64, head):
+@pytest.mark.parametrize(
+    ("head", "contents"),
+    [("retinanet", VALID[1:2]), *(slow(head, VALID) for head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"))],
+)
+def test_detections_are_those_of_the_image_alone(x64, head, contents):
     run, variables = make_detect(head)
-    padded = [tuple(-(-side // 32) * 32 for side in valid) for valid in VALID]
+    padded = [tuple(-(-side // 32) * 32 for side in valid) for valid in contents]
     images, sizes = padded_images(padded, BUCKET)
-    batch = {"valid": jnp.asarray(VALID, jnp.int32), "scale": jnp.full((len(VALID), 4), 1.5), "sizes": sizes}
+    batch = {"valid": jnp.asarray(contents, jnp.int32), "scale": jnp.full((len(contents), 4), 1.5), "sizes": sizes}
     found = run(variables, images, batch)
     counts = []
     for index, shape in enumerate(padded):
