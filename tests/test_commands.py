@@ -61,6 +61,7 @@ SMALL_EXPERIMENTS = {
     "scaling": f"--parts=modules --model=dat_pp_nano --module-sides=32,64 {_FAST}",
     "compile_time": "--configs=tiny --topologies=cpu",
     "soak": "--parts=signal",
+    "image_sizes": "--parts=plan",
 }
 
 
