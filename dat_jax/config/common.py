@@ -225,6 +225,16 @@ SCHEDULES: dict[str, dict[str, Key]] = {
 }
 
 
+# ``eval.buckets`` of segmentors and detectors.
+EVAL_BUCKETS = Key(
+    str,
+    "auto",
+    'Shapes of the arrays that hold the images; each is compiled once. "auto": the fewest that waste at most 12 % of their '
+    'pixels. "exact": one for each size. Or a list in pixels, such as "512x704,704x512". The choice changes no result, except '
+    "for rounding.",
+)
+
+
 def make_schedule_keys(kind: str) -> dict[str, Key]:
     """Keys of the ``schedule`` group with ``kind`` as its default."""
     return {"kind": Key(str, kind, "Shape of the learning rate.", choices=tuple(SCHEDULES)), **SCHEDULES[kind]}

@@ -105,13 +105,7 @@ KEYS = merge_keys(
                 maximum=1,
             ),
             "max_detections": Key(int, 100, "Detections per image.", minimum=1),
-            "buckets": Key(
-                str,
-                "auto",
-                'Shapes of the arrays that hold the images; each is compiled once. "auto": the fewest that waste at most 12 % of '
-                'their pixels. "exact": one for each size. Or a list in pixels, such as "512x704,704x512". The choice changes no '
-                "result, except for rounding.",
-            ),
+            "buckets": common.EVAL_BUCKETS,
             "multiple": Key(
                 int,
                 32,

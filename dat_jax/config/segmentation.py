@@ -92,13 +92,7 @@ KEYS = merge_keys(
                 above=0,
                 can_be_empty=False,
             ),
-            "buckets": Key(
-                str,
-                "auto",
-                'Shapes of the arrays that hold the images; each is compiled once. "auto": the fewest that waste at most 12 % of '
-                'their pixels. "exact": one for each size. Or a list in pixels, such as "512x704,704x512". The choice changes no '
-                "result, except for rounding.",
-            ),
+            "buckets": common.EVAL_BUCKETS,
             "flip": Key(bool, False, "Probabilities are also averaged over mirrored images."),
             "window": Key(
                 int, 0, "Side of sliding windows, whose logits are averaged; 0 uses whole images.", minimum=0

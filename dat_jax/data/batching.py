@@ -5,24 +5,19 @@ workers.
 """
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from dat_jax.data.buckets import MAX_WASTE, choose_buckets, find_bucket, parse_buckets
-from dat_jax.data.image_files import DamagedFile
-from dat_jax.data.segmentation_transforms import IGNORED
 from dat_jax.data.sources import read_record
 from dat_jax.errors import UserError
 
 _PREFETCHED_BATCHES = 4
 _MAX_BATCHES = 2**40  # more than any run needs
 _CACHED_PLANS = 2  # one pass over the data may end while the next one is being loaded
-_SMALLEST_TILE = 64  # of label maps
 
 
 def make_train_batches(
@@ -63,7 +58,7 @@ def make_train_batches(
         return record
 
     examples = grain.MapDataset.range(_MAX_BATCHES * len(rows)).map(load)
-    return _iterate(examples.batch(len(rows))[start_step:], workers)
+    return iterate(examples.batch(len(rows))[start_step:], workers)
 
 
 def _shuffle_and_repeat(source, seed):
@@ -114,236 +109,17 @@ def make_eval_batches(
         index = min(position, len(source) - 1)
         record = read_record(source.__getitem__, index, count=len(source), skip_damaged=True)
         damaged = record.pop("damaged") > 0
-        return transform(record) | _make_marks(index, counts=position < len(source), damaged=damaged)
+        return transform(record) | make_marks(index, counts=position < len(source), damaged=damaged)
 
     steps = -(-len(source) // (batch_size * process_count))
     positions = grain.MapDataset.range(steps * batch_size * process_count)
-    return _iterate(positions[process_index::process_count].map(load).batch(batch_size), workers)
+    return iterate(positions[process_index::process_count].map(load).batch(batch_size), workers)
 
 
-class SizedBatch(NamedTuple):
-    """Plan of one evaluation batch of images of several sizes.
-
-    Attributes:
-      indices: indices of up to ``batch_size`` examples.
-      shapes: (height, width) of the array of each view.
-    """
-
-    indices: list[int]
-    shapes: tuple[tuple[int, int], ...]
-
-
-def plan_shapes(
-    view_shapes: Mapping[tuple[int, int], tuple[tuple[int, int], ...]], buckets: Sequence[tuple[int, int]] | None
-) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
-    """Choose the shape of the array of each view.
-
-    Args:
-      view_shapes: for each size of the original images, the (height, width) of its views.
-      buckets: choices for the first view; None for arrays of exactly the size of the views. For further views the images in one
-        bucket share the smallest array that holds all of them.
-
-    Returns:
-      For each size of the original images, the (height, width) of the arrays of its views.
-
-    Raises:
-      UserError: no bucket holds an image.
-    """
-    if buckets is None:
-        return dict(view_shapes)
-    groups: dict[tuple[int, int], list] = {}
-    for size, shapes in view_shapes.items():
-        groups.setdefault(find_bucket(shapes[0], buckets), []).append((size, shapes))
-    planned = {}
-    for bucket, members in groups.items():
-        hulls = [
-            tuple(max(sides) for sides in zip(*views, strict=True))
-            for views in zip(*(m[1] for m in members), strict=True)
-        ]
-        planned |= {size: (bucket, *hulls[1:]) for size, _ in members}
-    return planned
-
-
-def make_sized_eval_batches(
-    source,
-    transform,
-    *,
-    batch_size: int,
-    rows: Sequence[int] | None = None,
-    workers: int = 0,
-    min_side: int = 1,
-    buckets: Sequence[tuple[int, int]] | None = None,
-    tile: int = 512,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Return an iterator over all examples of a segmentation data set, once, in batches of equal arrays.
-
-    Examples are sorted by the shapes of their arrays, then by size, then by index. The last batch of every group of equal shapes
-    is filled with copies of its last example.
-
-    Args:
-      source: see ``data.segmentation_sources``; the sizes of all examples are read before the first batch.
-      transform: see ``segmentation_transforms.make_segmentation_eval_transform``.
-      batch_size: number of examples per batch, over all processes.
-      rows: rows of every batch that belong to this process; only these are loaded. Default: all.
-      workers: number of worker processes; 0 loads in threads of this process.
-      min_side: see ``check_view_sizes``.
-      buckets: see ``plan_shapes``.
-      tile: side of the largest tiles of label maps, a power of two. It is halved while a label map fits into it.
-
-    Yields:
-      A dictionary of R rows:
-
-      - "view_0", "view_1", ...: uint8 (R, h, w, 3);
-      - "size_of_view_0", ...: int32 (R, 2), heights and widths of the views in these arrays, only with ``buckets``;
-      - "label": uint8 (R, T, tile, tile), the tiles of the label maps, with 255 outside of the images. T is enough for the
-        largest image of the batch, over all processes;
-      - "origin": int32 (R, T, 2), (top, left) of the tiles;
-      - "size": int32 (R, 2), heights and widths of the original images;
-      - "mask": float32 (R,) and "damaged_index": int32 (R,), see ``make_eval_batches``.
-
-    Raises:
-      UserError: a worker died, an example cannot be read, a view is too small, or no bucket holds an image.
-    """
-    rows = range(batch_size) if rows is None else rows
-    sizes = check_view_sizes(source, transform, min_side=min_side)
-    plan = _plan_sized_batches(sizes, transform, batch_size, buckets)
-    longest = max((max(size) for size in sizes), default=1)
-    while tile > _SMALLEST_TILE and tile // 2 >= longest:
-        tile //= 2
-
-    def load(position: int) -> dict:
-        step, row = divmod(position, len(rows))
-        indices, shapes = plan[step]
-        index, counts = indices[min(rows[row], len(indices) - 1)], rows[row] < len(indices)
-        try:
-            record, damaged = source[index], False
-        except DamagedFile:
-            shape = sizes[index]
-            record, damaged = (
-                {"image": np.zeros((*shape, 3), np.uint8), "label": np.full(shape, IGNORED, np.uint8)},
-                True,
-            )
-        record = transform(record)
-        largest = (max(sides) for sides in zip(*(sizes[index] for index in indices), strict=True))
-        labels, origins = _cut_tiles(record["label"], tuple(largest), tile)
-        record = record if buckets is None else pad_views(record, shapes)
-        return {**record, "label": labels, "origin": origins} | _make_marks(index, counts=counts, damaged=damaged)
-
-    return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
-
-
-def pad_views(record: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Return a record with "view_0", ... in arrays of the given shapes, and with their sizes "size_of_view_0", ..."""
-    names = [f"view_{number}" for number in range(len(shapes))]
-    padded = [pad_view(record[name], shape, name=name) for name, shape in zip(names, shapes, strict=True)]
-    return {**record, **{key: value for entries in padded for key, value in entries.items()}}
-
-
-def pad_view(view: np.ndarray, shape: tuple[int, int], *, name: str) -> dict[str, np.ndarray]:
-    """Return a view in an array of the given (height, width), and its size."""
-    padded = np.zeros((*shape, view.shape[2]), view.dtype)
-    padded[: view.shape[0], : view.shape[1]] = view
-    return {name: padded, f"size_of_{name}": np.array(view.shape[:2], np.int32)}
-
-
-def _cut_tiles(label: np.ndarray, shape: tuple[int, ...], tile: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tiles (T, tile, tile) of a label map in an array of at least (height, width), and their origins (T, 2)."""
-    rows, columns = (-(-side // tile) for side in shape)
-    padded = np.full((rows * tile, columns * tile), IGNORED, np.uint8)
-    padded[: label.shape[0], : label.shape[1]] = label
-    tiles = padded.reshape(rows, tile, columns, tile).swapaxes(1, 2).reshape(-1, tile, tile)
-    origins = [(row * tile, column * tile) for row in range(rows) for column in range(columns)]
-    return tiles, np.array(origins, np.int32)
-
-
-def _make_marks(index: int, *, counts: bool, damaged: bool) -> dict:
+def make_marks(index: int, *, counts: bool, damaged: bool) -> dict:
     """Return "mask" and "damaged_index" of a row, which holds an example if ``counts`` is True, and filling otherwise."""
     damaged_index = index if counts and damaged else -1
     return {"mask": np.float32(counts and not damaged), "damaged_index": np.int32(damaged_index)}
-
-
-def check_view_sizes(source, transform, *, min_side: int) -> list[tuple[int, int]]:
-    """Check that the views of all examples are large enough for a model.
-
-    Args:
-      source: see ``data.segmentation_sources``; only sizes are read.
-      transform: see ``segmentation_transforms.make_segmentation_eval_transform``.
-      min_side: smallest side of a view in pixels.
-
-    Returns:
-      The heights and widths of all examples.
-
-    Raises:
-      UserError: a view has a smaller side, as of an image that is very long and thin.
-    """
-    sizes = _read_sizes(source)
-    for height, width in set(sizes):
-        smallest = min(transform.view_shapes(height, width), key=min)
-        if min(smallest) < min_side:
-            index = sizes.index((height, width))
-            name = source.files[index][0] if hasattr(source, "files") else f"image {index}"
-            raise UserError(
-                f"The validation image {name} of {height} x {width} pixels is resized to {smallest[0]} x {smallest[1]} pixels: "
-                f"expected sides of at least {min_side}. Leave it out, or increase config.data.long_side and short_side."
-            )
-    return sizes
-
-
-def _read_sizes(source) -> list[tuple[int, int]]:
-    """Return the heights and widths of all examples; damaged ones have the size of the first readable one."""
-    sizes, error = [], None
-    for index in range(len(source)):
-        try:
-            sizes.append(tuple(source.size(index)))
-        except DamagedFile as caught:
-            sizes.append(None)
-            error = error or caught
-    readable = next((size for size in sizes if size is not None), None)
-    if readable is None and error is not None:
-        raise error
-    return [size or readable or (0, 0) for size in sizes]
-
-
-def _plan_sized_batches(
-    sizes: Sequence[tuple[int, int]],
-    transform,
-    batch_size: int,
-    buckets: Sequence[tuple[int, int]] | None = None,
-) -> list[SizedBatch]:
-    """Return the examples and the shapes of every batch."""
-    shapes = plan_shapes({size: transform.view_shapes(*size) for size in set(sizes)}, buckets)
-    order = sorted(range(len(sizes)), key=lambda index: (shapes[sizes[index]], sizes[index], index))
-    plan = []
-    for group_shapes, group in itertools.groupby(order, key=lambda index: shapes[sizes[index]]):
-        group = list(group)
-        plan += [
-            SizedBatch(group[start : start + batch_size], group_shapes) for start in range(0, len(group), batch_size)
-        ]
-    return plan
-
-
-def choose_eval_buckets(
-    source, transform, choice: str, *, max_waste: float = MAX_WASTE
-) -> list[tuple[int, int]] | None:
-    """Return the buckets of an evaluation, or None if every image has an array of its own size.
-
-    Args:
-      source: a segmentation or detection data set; the sizes of all examples are read.
-      transform: function with ``view_shapes``; the buckets are for the first view.
-      choice: "exact" for no buckets; "auto" to choose them from the sizes, see ``choose_buckets``, unless all images of a
-        bucket fill it; or the buckets, see ``parse_buckets``.
-      max_waste: see ``choose_buckets``.
-
-    Raises:
-      UserError: a text is no bucket.
-    """
-    if choice == "exact":
-        return None
-    if choice != "auto":
-        return parse_buckets(choice, key="config.eval.buckets")
-    shapes = [transform.view_shapes(*size)[0] for size in _read_sizes(source)]
-    buckets = choose_buckets(shapes, max_waste=max_waste)
-    return None if set(shapes) <= set(buckets) else buckets
 
 
 def make_detection_train_batches(
@@ -392,7 +168,7 @@ def make_detection_train_batches(
         return transform(source[index], view, bucket=bucket, rng=rng)
 
     examples = grain.MapDataset.range(_MAX_BATCHES * len(rows)).map(load)
-    return _iterate(examples.batch(len(rows))[start_step:], workers)
+    return iterate(examples.batch(len(rows))[start_step:], workers)
 
 
 def detection_example_indices(source, transform, *, seed: int, step: int, batch_size: int) -> list[int]:
@@ -478,52 +254,7 @@ def plan_batches(groups: np.ndarray, *, batch_size: int, rng: np.random.Generato
     return np.stack(batches)[rng.permutation(len(batches))]
 
 
-def make_detection_eval_batches(
-    source,
-    transform,
-    *,
-    batch_size: int,
-    rows: Sequence[int] | None = None,
-    workers: int = 0,
-    buckets: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Return an iterator over all images, once, in batches of equal padded shape, in the order of ``make_sized_eval_batches``.
-
-    Args:
-      source: see ``data.coco``; the sizes of all images are read before the first batch.
-      transform: see ``detection_transforms.make_detection_eval_transform``.
-      batch_size, rows, workers, buckets: as for ``make_sized_eval_batches``.
-
-    Yields:
-      {"image": uint8 (R, Hp, Wp, 3), "valid": int32 (R, 2), "scale": float32 (R, 4), "original": int32 (R, 2), "index":
-      int32 (R,), "mask": float32 (R,), "damaged_index": int32 (R,)} of R rows; see ``make_eval_batches`` for the last two. With
-      ``buckets`` also "sizes": int32 (R, 2), the padded heights and widths in these arrays.
-
-    Raises:
-      UserError: a worker died, or an image cannot be read.
-    """
-    rows = range(batch_size) if rows is None else rows
-    sizes = _read_sizes(source)
-    plan = _plan_sized_batches(sizes, transform, batch_size, buckets)
-
-    def load(position: int) -> dict:
-        step, row = divmod(position, len(rows))
-        indices, (shape,) = plan[step]
-        index, counts = indices[min(rows[row], len(indices) - 1)], rows[row] < len(indices)
-        try:
-            record, damaged = source[index], False
-        except DamagedFile:
-            record, damaged = {"image": np.zeros((*sizes[index], 3), np.uint8)}, True
-        record = transform(record)
-        if buckets is not None:
-            padded = pad_view(record["image"], shape, name="image")
-            record |= {"image": padded["image"], "sizes": padded["size_of_image"]}
-        return record | {"index": np.int32(index)} | _make_marks(index, counts=counts, damaged=damaged)
-
-    return _iterate(grain.MapDataset.range(len(plan) * len(rows)).map(load).batch(len(rows)), workers)
-
-
-def _iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict]:
+def iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict]:
     """Iterate over batches with prefetching, in threads of this process or in worker processes."""
     threads = grain.ReadOptions(num_threads=_PREFETCHED_BATCHES, prefetch_buffer_size=_PREFETCHED_BATCHES)
     loader = batches.to_iter_dataset(threads)

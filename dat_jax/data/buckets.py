@@ -8,7 +8,8 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -111,11 +112,56 @@ def parse_buckets(text: str, *, key: str = "buckets") -> list[Shape]:
     return [(int(part[1]), int(part[2])) for part in parts]
 
 
+def plan_shapes(
+    view_shapes: Mapping[tuple[int, int], tuple[tuple[int, int], ...]], buckets: Sequence[tuple[int, int]] | None
+) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
+    """Choose the shape of the array of each view.
+
+    Args:
+      view_shapes: for each size of the original images, the (height, width) of its views.
+      buckets: choices for the first view; None for arrays of exactly the size of the views. For further views the images in one
+        bucket share the smallest array that holds all of them.
+
+    Returns:
+      For each size of the original images, the (height, width) of the arrays of its views.
+
+    Raises:
+      UserError: no bucket holds an image.
+    """
+    if buckets is None:
+        return dict(view_shapes)
+    groups: dict[tuple[int, int], list] = {}
+    for size, shapes in view_shapes.items():
+        groups.setdefault(find_bucket(shapes[0], buckets), []).append((size, shapes))
+    planned = {}
+    for bucket, members in groups.items():
+        hulls = [
+            tuple(max(sides) for sides in zip(*views, strict=True))
+            for views in zip(*(m[1] for m in members), strict=True)
+        ]
+        planned |= {size: (bucket, *hulls[1:]) for size, _ in members}
+    return planned
+
+
 def measure_waste(shapes: Iterable[Shape], buckets: Sequence[Shape]) -> float:
     """Return the share of the pixels of the buckets, counted once for each image, that is not image."""
     shapes = list(shapes)
     padded = sum(math.prod(find_bucket(shape, buckets)) for shape in shapes)
     return 1 - sum(map(math.prod, shapes)) / max(padded, 1)
+
+
+def pad_views(record: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return a record with "view_0", ... in arrays of the given shapes, and with their sizes "size_of_view_0", ..."""
+    names = [f"view_{number}" for number in range(len(shapes))]
+    padded = [pad_view(record[name], shape, name=name) for name, shape in zip(names, shapes, strict=True)]
+    return {**record, **{key: value for entries in padded for key, value in entries.items()}}
+
+
+def pad_view(view: np.ndarray, shape: tuple[int, int], *, name: str) -> dict[str, np.ndarray]:
+    """Return a view in an array of the given (height, width), and its size."""
+    padded = np.zeros((*shape, view.shape[2]), view.dtype)
+    padded[: view.shape[0], : view.shape[1]] = view
+    return {name: padded, f"size_of_{name}": np.array(view.shape[:2], np.int32)}
 
 
 def _hull(shapes: Sequence[Shape]) -> Shape:

@@ -41,7 +41,7 @@ def make_evaluator(
       masks: whether masks are evaluated in addition to boxes.
 
     Returns:
-      A function of variables and batches, see ``data.batching.make_detection_eval_batches``. Its metrics are those of
+      A function of variables and batches, see ``data.sized_batching.make_detection_eval_batches``. Its metrics are those of
       ``evaluate_coco``, over the images whose "mask" is 1, and "images", their number; those of the classes are "bbox/AP" and
       "segm/AP". Every process converts the detections of the images on its own devices; these are then gathered on all
       processes.

@@ -152,9 +152,9 @@ def make_evaluator(
       exact: whether the images fill their arrays, so that the network needs no sizes.
 
     Returns:
-      A function of variables and batches, see ``data.batching.make_sized_eval_batches``. Its metrics are {"mIoU", "mAcc", "aAcc":
-      percent, see ``compute_metrics``, "loss": mean cross-entropy per pixel, "images": number of images}; those of the classes
-      are "IoU" and "accuracy" in percent and "pixels", the number of labeled pixels.
+      A function of variables and batches, see ``data.sized_batching.make_sized_eval_batches``. Its metrics are {"mIoU", "mAcc",
+      "aAcc": percent, see ``compute_metrics``, "loss": mean cross-entropy per pixel, "images": number of images}; those of the
+      classes are "IoU" and "accuracy" in percent and "pixels", the number of labeled pixels.
     """
     forward = _make_forward(predict, flip=flip, window=window, stride=stride)
 

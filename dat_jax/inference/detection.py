@@ -18,7 +18,7 @@ from dat_jax.errors import UserError
 from dat_jax.evaluation.detection import detect_record, make_detections
 from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
-from dat_jax.inference.shapes import ArrayShapes, check_choice
+from dat_jax.inference.shapes import ArrayShapes
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
 from dat_jax.storage import atomic_path
@@ -207,7 +207,7 @@ def from_trained(
         settings=settings,
         has_masks=isinstance(model, RCNN),
         min_score=options["min_score"],
-        arrays=ArrayShapes(check_choice(options["buckets"])),
+        arrays=ArrayShapes(options["buckets"]),
     )
 
 

@@ -16,7 +16,7 @@ from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter, segment_record
 from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
-from dat_jax.inference.shapes import ArrayShapes, check_choice
+from dat_jax.inference.shapes import ArrayShapes
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.storage import atomic_path
@@ -158,7 +158,7 @@ def from_trained(
         model=model,
         variables=variables,
         options=options,
-        arrays=ArrayShapes(check_choice(options["buckets"])),
+        arrays=ArrayShapes(options["buckets"]),
     )
 
 

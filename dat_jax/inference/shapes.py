@@ -4,8 +4,16 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dat_jax.data.batching import pad_view, pad_views, plan_shapes
-from dat_jax.data.buckets import Shape, choose_buckets, find_bucket, ladder_bucket, parse_buckets
+from dat_jax.data.buckets import (
+    Shape,
+    choose_buckets,
+    find_bucket,
+    ladder_bucket,
+    pad_view,
+    pad_views,
+    parse_buckets,
+    plan_shapes,
+)
 from dat_jax.errors import UserError
 
 
@@ -17,12 +25,19 @@ class ArrayShapes:
       choice: "auto": the planned shapes, and for other images sides of a ladder, each a quarter longer than the one before it.
         "exact": the size of the image. Or buckets in pixels of the resized image, such as "512x704,704x512".
       planned: (height, width) of an image -> shapes of the arrays of its views.
+
+    Raises:
+      UserError: ``choice`` is none of these.
     """
 
     choice: str = "auto"
     planned: Mapping[Shape, tuple[Shape, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if not isinstance(self.choice, str):
+            raise UserError(
+                f'buckets: expected "auto", "exact" or shapes such as "608x832,832x608", got {self.choice!r}.'
+            )
         if self.choice not in ("auto", "exact"):
             parse_buckets(self.choice)
 
@@ -67,16 +82,3 @@ class ArrayShapes:
             padded = pad_view(record["image"], shapes[0], name="image")
             return {**record, "image": padded["image"], "sizes": padded["size_of_image"]}
         return pad_views(record, shapes)
-
-
-def check_choice(choice: Any) -> str:
-    """Return the value of the option ``buckets``.
-
-    Raises:
-      UserError: it is neither "auto" nor "exact" nor a list of buckets.
-    """
-    if not isinstance(choice, str):
-        raise UserError(f'buckets: expected "auto", "exact" or shapes such as "608x832,832x608", got {choice!r}.')
-    if choice not in ("auto", "exact"):
-        parse_buckets(choice)
-    return choice

@@ -164,10 +164,10 @@ def run_evaluation(*, buckets: str, images: int, short_side: int, batch: int) ->
     import numpy as np
 
     import dat_jax
-    from dat_jax.data.batching import choose_eval_buckets, make_sized_eval_batches
     from dat_jax.data.buckets import measure_waste
     from dat_jax.data.segmentation_sources import SegmentationArraySource
     from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
+    from dat_jax.data.sized_batching import choose_eval_buckets, make_sized_eval_batches
     from dat_jax.evaluation.segmentation import make_evaluator
     from dat_jax.tasks.segmentation.objective import make_segmentation_objective
 

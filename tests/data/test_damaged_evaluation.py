@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dat_jax.data.batching import make_detection_eval_batches, make_eval_batches, make_sized_eval_batches
+from dat_jax.data.batching import make_eval_batches
 from dat_jax.data.detection_transforms import make_detection_eval_transform
 from dat_jax.data.image_files import DamagedFile
 from dat_jax.data.segmentation_sources import SegmentationArraySource
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
+from dat_jax.data.sized_batching import make_detection_eval_batches, make_sized_eval_batches
 from dat_jax.data.sources import ArraySource, read_spread_examples
 from dat_jax.errors import UserError
 from dat_jax.evaluation.detection import make_evaluator

@@ -9,12 +9,12 @@ import pytest
 from dat_jax.data.batching import (
     _DetectionPlan,
     detection_example_indices,
-    make_detection_eval_batches,
     make_detection_train_batches,
     plan_batches,
 )
 from dat_jax.data.coco import load_coco, load_detection_source
 from dat_jax.data.detection_transforms import make_detection_eval_transform, make_detection_train_transform
+from dat_jax.data.sized_batching import make_detection_eval_batches
 from dat_jax.errors import UserError
 from tests.helpers.coco_files import annotation, write
 from tests.helpers.photographs import photographs

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dat_jax.data.batching import make_sized_eval_batches, make_train_batches
+from dat_jax.data.batching import make_train_batches
 from dat_jax.data.segmentation_sources import SegmentationArraySource, load_segmentation_source
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
+from dat_jax.data.sized_batching import make_sized_eval_batches
 from dat_jax.errors import UserError
 from tests.helpers.photographs import photographs
 

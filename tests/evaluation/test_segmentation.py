@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from dat_jax.data.ade20k import make_palette
-from dat_jax.data.batching import choose_eval_buckets, make_sized_eval_batches
 from dat_jax.data.segmentation_sources import SegmentationArraySource
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform
+from dat_jax.data.sized_batching import choose_eval_buckets, make_sized_eval_batches
 from dat_jax.errors import UserError
 from dat_jax.evaluation import segmentation
 from dat_jax.ops.layers.resize import resize_bilinear

@@ -56,9 +56,10 @@ def tile_line(size: int, tile: int, kernel_size: int, *, even: bool = False) -> 
 
 
 def sized_tile_line(side: int, tile: int, kernel_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """As ``tile_line``, for maps of any size up to ``side``: halos hold the windows of every size.
+    """Geometry of the tiles along one axis, for maps of any size up to ``side``; see ``tile_line`` for maps of one size.
 
-    A window is shifted inward by up to half of it at the border of its map, so it begins at most K - 1 pixels before its query.
+    The halo of a tile holds the windows of its queries for every size. A window is shifted inward by up to half of it at the
+    border of its map, so it begins at most K - 1 pixels before its query.
 
     Returns:
       (T,) first key of each tile's halo, which may lie before or reach beyond the map, and (T, tile, halo) index into the

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dat_jax.data import batching
+from dat_jax.data import batching, sized_batching
 from dat_jax.data.ade20k import make_palette
 from dat_jax.data.buckets import parse_buckets
 from dat_jax.data.coco import (
@@ -104,13 +104,13 @@ class DetectionTask(Task):
     def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
         """See ``Task``. The images of a batch are in arrays of the same shape."""
         config = self.config
-        return batching.make_detection_eval_batches(
+        return sized_batching.make_detection_eval_batches(
             source,
             self._eval_transform(),
             batch_size=config.eval.batch_size,
             rows=rows,
             workers=config.data.workers,
-            buckets=batching.choose_eval_buckets(source, self._eval_transform(), config.eval.buckets),
+            buckets=sized_batching.choose_eval_buckets(source, self._eval_transform(), config.eval.buckets),
         )
 
     def example_indices(self, step: int) -> list[int]:

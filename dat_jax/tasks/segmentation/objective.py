@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dat_jax.models.segmentation import Segmentor
 from dat_jax.ops.layers.resize import resize_bilinear
+from dat_jax.ops.sizes import clear
 from dat_jax.tasks.objective import Objective
 from dat_jax.tasks.preprocessing import clear_padding, normalize
 
@@ -65,6 +66,9 @@ def make_segmentation_objective(model: Segmentor, *, auxiliary_weight: float) ->
     def predict(variables, batch):
         images, sizes = normalize(batch["image"]), batch.get("sizes")
         outputs = cast(dict[str, jax.Array], model.apply(variables, images, train=False, sizes=sizes))
-        return {"logits": outputs["logits"]} | ({} if sizes is None else {"sizes": model.logits_sizes(sizes)})
+        if sizes is None:
+            return {"logits": outputs["logits"]}
+        logits_sizes = model.logits_sizes(sizes)
+        return {"logits": clear(outputs["logits"], logits_sizes), "sizes": logits_sizes}
 
     return Objective(init=init, loss=loss, predict=predict)

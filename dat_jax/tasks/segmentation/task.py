@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dat_jax.data import batching
+from dat_jax.data import batching, buckets, sized_batching
 from dat_jax.data.ade20k import make_palette_for
 from dat_jax.data.segmentation_sources import load_segmentation_source
 from dat_jax.data.segmentation_transforms import make_segmentation_eval_transform, make_segmentation_train_transform
@@ -39,10 +39,10 @@ class SegmentationTask(Task):
         return train, validation
 
     def check_data(self) -> None:
-        """See ``Task``, ``check_labels`` and ``batching.check_view_sizes``."""
+        """See ``Task``, ``check_labels`` and ``sized_batching.check_view_sizes``."""
         check_labels(self.train_source, split="training")
         check_labels(self.eval_source, split="validation")
-        batching.check_view_sizes(self.eval_source, self._eval_transform(), min_side=MIN_IMAGE_SIDE)
+        sized_batching.check_view_sizes(self.eval_source, self._eval_transform(), min_side=MIN_IMAGE_SIDE)
 
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
@@ -69,7 +69,7 @@ class SegmentationTask(Task):
     def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
         """See ``Task``. The images of a batch are in arrays of the same shape."""
         config = self.config
-        return batching.make_sized_eval_batches(
+        return sized_batching.make_sized_eval_batches(
             source,
             self._eval_transform(),
             batch_size=config.eval.batch_size,
@@ -112,15 +112,15 @@ class SegmentationTask(Task):
 
     def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
         """See ``Task``. Each example has its own size."""
-        source, transform, buckets = self.eval_source, self._eval_transform(), self._eval_buckets
+        source, transform, chosen = self.eval_source, self._eval_transform(), self._eval_buckets
         records = read_spread_examples(source, _FIGURE_EXAMPLES)
-        shapes = batching.plan_shapes(
-            {size: transform.view_shapes(*size) for size in {record["label"].shape for record in records}}, buckets
+        shapes = buckets.plan_shapes(
+            {size: transform.view_shapes(*size) for size in {record["label"].shape for record in records}}, chosen
         )
 
         def prepare(record):
             views = transform(record)
-            return views if buckets is None else batching.pad_views(views, shapes[record["label"].shape])
+            return views if chosen is None else buckets.pad_views(views, shapes[record["label"].shape])
 
         evaluation.save_figures(
             evaluation.make_segmenter(predict, **self._inference_options()),
@@ -133,7 +133,7 @@ class SegmentationTask(Task):
 
     @functools.cached_property
     def _eval_buckets(self):
-        return batching.choose_eval_buckets(self.eval_source, self._eval_transform(), self.config.eval.buckets)
+        return sized_batching.choose_eval_buckets(self.eval_source, self._eval_transform(), self.config.eval.buckets)
 
     def _eval_transform(self):
         data = self.config.data
