@@ -9,7 +9,12 @@ in an evaluation:
   python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=h100 --find_batch
   python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=v5e:2x2 --steps=eval --top=20
 
-The compiler must be installed: `pip install libtpu` for a TPU, `pip install "jax[cuda12]"` for a GPU. No data set is read.
+The number of programs that an evaluation of images of many sizes compiles, and their time:
+
+  python -m dat_jax.compile_report --config=configs/upernet.py:dat_pp_t --topology=v5e:2x2 --evaluation
+
+The compiler must be installed: `pip install libtpu` for a TPU, `pip install "jax[cuda12]"` for a GPU. No data set is read, except
+for the sizes of the validation images with --evaluation.
 """
 
 from absl import flags
@@ -19,7 +24,7 @@ from dat_jax.config.files import define_config_flag
 from dat_jax.errors import UserError
 
 _FLAGS = {
-    "Steps and device": ("config=CONFIG", "topology=NAME", "steps=train,eval", "find_batch"),
+    "Steps and device": ("config=CONFIG", "topology=NAME", "steps=train,eval", "find_batch", "evaluation"),
     "Output": ("json=FILE", "top=ROWS"),
     "Data set and GPU description": ("classes=N", "examples=N", "target_config=FILE"),
 }
@@ -34,6 +39,10 @@ def define_flags(values: flags.FlagValues) -> None:
     help_text = "Find the largest batch size per chip that fits, compiling once per batch size."
     flags.DEFINE_bool("find_batch", False, help_text, flag_values=values)
     flags.DEFINE_alias("find-batch", "find_batch", flag_values=values)
+    help_text = (
+        "Compile the network for every array of images of an evaluation, instead of the steps, and count the programs."
+    )
+    flags.DEFINE_bool("evaluation", False, help_text, flag_values=values)
     flags.DEFINE_string("json", None, "JSON file for the report.", flag_values=values)
     help_text = "Number of rows in the tables of bytes by op and by module; 0 omits them."
     flags.DEFINE_integer("top", 0, help_text, lower_bound=0, flag_values=values)
@@ -53,10 +62,15 @@ def main(_: list[str]) -> None:
     values = flags.FLAGS
     if values.config is None or not values.topology:
         fail("Expected --config=CONFIG --topology=NAME, such as --config=dat_pp_t --topology=v5e:2x2.")
-    from dat_jax.profiling.command import report_steps  # imports jax, which takes seconds
+    from dat_jax.profiling import command  # imports jax, which takes seconds
 
     try:
-        report_steps(
+        if values.evaluation:
+            command.report_evaluation(
+                values.config, topology=values.topology, json_file=values.json, target_config=values.target_config
+            )
+            return
+        command.report_steps(
             values.config,
             topology=values.topology,
             steps=values.steps,

@@ -3,10 +3,12 @@
   python -m dat_jax.export runs/quickstart exported
   python -m dat_jax.export runs/dat_pp_s exported/dat_pp_s --formats=stablehlo --platforms=cpu --preprocessing=outside
   python -m dat_jax.export runs/mask_rcnn_t exported/mask_rcnn_t --batch=1 --image_size=800,1344
+  python -m dat_jax.export runs/upernet_t exported/upernet_t --buckets=512x704,704x512
   python -m dat_jax.export --check=exported
 
 The first command exports a classifier. The second exports only its program, for a CPU and for images that the caller
-normalizes. The third exports a detector for images of one size. The last one checks the files of an exported folder.
+normalizes. The third exports a detector for images of one size. The fourth exports a segmentor with two programs, each for images
+of all sizes up to a bucket. The last one checks the files of an exported folder.
 
 TRAINED is the work directory of a run, or a folder of weights that dat_jax.conversion or dat_jax.export wrote. OUT_DIR is a
 new folder, which is written atomically:
@@ -14,6 +16,7 @@ new folder, which is written atomically:
   manifest.json       model, classes, preprocessing, inputs and outputs, and size and SHA-256 digest of every file
   model.json params/  weights, class names and inference options; every tool here accepts the folder as TRAINED
   model.stablehlo     one program with its weights for all platforms; loading it takes jax and flatbuffers, not this package
+                      (model_HxW.stablehlo for each bucket, with --buckets)
   model.safetensors   weights with their published names
 
 ONNX is an optional extra: pip install -e ".[onnx]". --formats=onnx then writes model.onnx for a classifier or a segmentor.
@@ -33,6 +36,7 @@ _FLAGS = {
         "preprocessing=inside|outside",
         "batch=symbolic|N",
         "image_size=SIDE | HEIGHT,WIDTH",
+        "buckets=HxW,...",
     ),
     "Classes and preprocessing": ("classes=FILE", "resize=PIXELS"),
     "Check instead of export": ("check=DIR",),
@@ -60,6 +64,11 @@ def define_flags(values: flags.FlagValues) -> None:
         "short side, for a detector its short and long side, padded."
     )
     flags.DEFINE_list("image_size", None, help_text, flag_values=values)
+    help_text = (
+        "Heights and widths in pixels such as 512x704,704x512: one program for each, which takes images of all sizes up to it "
+        "and their sizes. Excludes --image_size."
+    )
+    flags.DEFINE_string("buckets", None, help_text, flag_values=values)
     flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", flag_values=values)
     help_text = "Classifiers: side in pixels that images are resized to before their center is cropped."
     flags.DEFINE_integer("resize", None, help_text, flag_values=values)
@@ -86,6 +95,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
                 image_size=values.image_size,
                 classes=values.classes,
                 resize=values.resize,
+                buckets=values.buckets,
             )
     except UserError as error:
         fail(str(error))

@@ -4,6 +4,7 @@ The images of a batch are in arrays of one shape: their own, or a bucket with th
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -191,6 +192,22 @@ def choose_eval_buckets(
     shapes = [transform.view_shapes(*size)[0] for size in _read_sizes(source)]
     buckets = choose_buckets(shapes, max_waste=max_waste)
     return None if set(shapes) <= set(buckets) else buckets
+
+
+def count_arrays(
+    source, transform, buckets: Sequence[tuple[int, int]] | None, *, window: int = 0
+) -> dict[tuple[int, int], int]:
+    """Return the number of views for each shape of the arrays that the network gets in an evaluation.
+
+    Args:
+      source, transform: as for ``choose_eval_buckets``.
+      buckets: see ``plan_shapes``.
+      window: side of sliding windows; 0 is the whole array.
+    """
+    sizes = _read_sizes(source)
+    shapes = plan_shapes({size: transform.view_shapes(*size) for size in set(sizes)}, buckets)
+    counts = Counter((min(window or h, h), min(window or w, w)) for size in sizes for h, w in shapes[size])
+    return dict(sorted(counts.items()))
 
 
 def make_detection_eval_batches(

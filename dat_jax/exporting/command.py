@@ -6,8 +6,9 @@ from typing import Any
 
 from dat_jax import inference
 from dat_jax.cli.console import format_size, make_console, print_table
+from dat_jax.data.buckets import parse_buckets
 from dat_jax.errors import UserError
-from dat_jax.exporting.files import check_files, load_program, write_exported
+from dat_jax.exporting.files import check_files, get_image_shape, list_programs, load_program, write_exported
 from dat_jax.exporting.programs import SYMBOLIC
 from dat_jax.storage import check_absent
 
@@ -23,6 +24,7 @@ def export(
     image_size: Sequence[str] | None,
     classes: str | None,
     resize: int | None,
+    buckets: str | None = None,
 ) -> None:
     """Export a trained model and print what was written.
 
@@ -36,12 +38,14 @@ def export(
       image_size: one or two numbers as text, SIDE or HEIGHT and WIDTH in pixels; None for that of the model.
       classes: text file with the class names, or None for those of the model.
       resize: side in pixels that a classifier resizes images to, or None for that of the model.
+      buckets: heights and widths such as "608x832,832x608", or None for a program for images of one size.
 
     Raises:
       UserError: an impossible value, ``out`` exists, or ``trained`` cannot be loaded. Nothing is written then.
     """
     check_absent(out)  # before the model is loaded, which takes long
     image_shape, batch_size = parse_image_size(image_size), parse_batch(batch)
+    bucket_list = None if buckets is None else parse_buckets(buckets, key="--buckets")
     predictor = inference.load(trained, classes=classes, resize=resize)
     if isinstance(predictor, inference.Classifier) and image_shape and image_shape[0] == image_shape[1]:
         predictor = inference.load(trained, classes=classes, resize=resize, image_size=image_shape[0])
@@ -55,6 +59,7 @@ def export(
         platforms=platforms,
         preprocessing=preprocessing,
         batch=batch_size,
+        buckets=bucket_list,
     )
     console = make_console()
     print_table(console, f"Exported to {out}", describe_manifest(manifest))
@@ -69,8 +74,8 @@ def check(directory: str) -> None:
       UserError: see ``check_files`` and ``load_program``.
     """
     manifest = check_files(directory)
-    if manifest.get("program"):
-        load_program(directory)
+    for program in list_programs(manifest):
+        load_program(directory, get_image_shape(program))
     count = len(manifest["files"])
     make_console().print(f"{directory}: all {count} files are as they were written.")
 
@@ -95,17 +100,19 @@ def parse_image_size(sides: Sequence[str] | None) -> tuple[int, int] | None:
 
 def describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Table rows for an exported folder: task, classes, program, and the size of every file or folder in it."""
-    program = manifest["program"]
+    programs = list_programs(manifest)
     sizes: dict[str, int] = {}
     for path, record in manifest["files"].items():
         name = f"{path.partition('/')[0]}/" if "/" in path else path
         sizes[name] = sizes.get(name, 0) + record["bytes"]
     rows = {"task": manifest["task"], "classes": str(len(manifest["classes"]))}
-    if program:
+    if programs:
         rows["written by"] = f"jax {manifest['jax']}"
-        rows["platforms"] = ", ".join(program["platforms"])
+        rows["platforms"] = ", ".join(programs[0]["platforms"])
+    for program in programs:
+        of_bucket = " of {}x{}".format(*program["bucket"]) if "bucket" in program else ""
         for kind in ("inputs", "outputs"):
-            rows[kind] = ", ".join(_format_array(array) for array in program[kind])
+            rows[kind + of_bucket] = ", ".join(_format_array(array) for array in program[kind])
     return rows | {name: format_size(size) for name, size in sizes.items()}
 
 
@@ -114,25 +121,33 @@ def _format_array(array: Mapping[str, Any]) -> str:
 
 
 def format_loading_code(directory: str, manifest: Mapping[str, Any]) -> str:
-    """Python code that loads and runs model.stablehlo.
+    """Python code that loads and runs the program; of several buckets, the one that holds an image.
 
     Without a program it loads the weights, and without model.json the code is empty.
     """
-    program = manifest["program"]
-    if program is None:
+    programs = list_programs(manifest)
+    if not programs:
         has_weights = "model.json" in manifest["files"]
         return f"import dat_jax\n\nmodel, variables = dat_jax.load({directory!r})" if has_weights else ""
-    image_batch, *others = program["inputs"]
-    count, height, width, _ = shape = tuple(1 if isinstance(side, str) else side for side in image_batch["shape"])
-    inputs = f"images = numpy.zeros({shape}, numpy.{image_batch['dtype']})"
-    inputs += f"; sizes = numpy.array([[{height}, {width}]] * {count}, numpy.int32)" if others else ""
-    outputs = "logits" if len(program["outputs"]) == 1 else "detections"
+    image_batch, *others = programs[0]["inputs"]
+    count, height, width, _ = (1 if isinstance(side, str) else side for side in image_batch["shape"])
+    outputs = "logits" if len(programs[0]["outputs"]) == 1 else "detections"
+    choice = [
+        'programs = json.loads((folder / "manifest.json").read_text())["programs"]  # the smallest bucket first',
+        "chosen = next(p for p in programs if height <= p['bucket'][0] and width <= p['bucket'][1])",
+        "file, bucket = folder / chosen['file'], chosen['bucket']",
+    ]
+    single = [f"file, bucket = folder / {programs[0]['file']!r}, ({height}, {width})"]
+    sizes = f"sizes = numpy.array([[height, width]] * {count}, numpy.int32)"
     return "\n".join(
         [
-            "import jax, jax.export, numpy, pathlib",
-            f"data = pathlib.Path({str(pathlib.Path(directory) / program['file'])!r}).read_bytes()",
-            "program = jax.jit(jax.export.deserialize(bytearray(data)).call)",
-            f"{inputs}  # preprocessed as described in manifest.json",
-            f"{outputs} = program({', '.join(array['name'] for array in program['inputs'])})",
+            "import jax, jax.export, json, numpy, pathlib",
+            f"folder = pathlib.Path({str(pathlib.Path(directory))!r})",
+            f"height, width = {height}, {width}  # of the image, preprocessed as described in manifest.json",
+            *(choice if "bucket" in programs[0] else single),
+            "program = jax.jit(jax.export.deserialize(bytearray(file.read_bytes())).call)",
+            f"images = numpy.zeros(({count}, *bucket, 3), numpy.{image_batch['dtype']})  # the image at the top left",
+            *([sizes] if others else []),
+            f"{outputs} = program({', '.join(array['name'] for array in programs[0]['inputs'])})",
         ]
     )

@@ -1,9 +1,10 @@
 """The folder of an exported model: its files, and a manifest with the digest of each."""
 
 import json
+import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from dat_jax.checkpoints.exports import write_model
 from dat_jax.checkpoints.integrity import check_digests, hash_file, list_files
 from dat_jax.checkpoints.model_description import describe_model
 from dat_jax.conversion.command import write_official_weights
+from dat_jax.data.buckets import Shape, find_bucket
 from dat_jax.errors import UserError
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
@@ -27,7 +29,8 @@ from dat_jax.storage import atomic_path, check_absent
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
 DEFAULT_FORMATS = FORMATS[:3]  # onnx needs an optional package
-MANIFEST, PROGRAM, WEIGHTS, ONNX = "manifest.json", "model.stablehlo", "model.safetensors", "model.onnx"
+MANIFEST, WEIGHTS, ONNX = "manifest.json", "model.safetensors", "model.onnx"
+PROGRAM, PROGRAM_OF_BUCKET = "model.stablehlo", "model_{0}x{1}.stablehlo"  # height and width
 
 
 def write_exported(
@@ -39,6 +42,7 @@ def write_exported(
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
     preprocessing: str = "inside",
     batch: int | None = None,
+    buckets: Sequence[Shape] | None = None,
 ) -> dict[str, Any]:
     """Export a trained model: write its files and their manifest into a new folder, atomically.
 
@@ -47,35 +51,46 @@ def write_exported(
       predictor: a model from ``inference.load``.
       formats: one or more of ``FORMATS``:
         "orbax": model.json and params/, which ``dat_jax.load`` reads, with the class names and the inference options.
-        "stablehlo": model.stablehlo, see ``make_program``.
+        "stablehlo": model.stablehlo, or model_HxW.stablehlo for each bucket, see ``make_program``.
         "safetensors": model.safetensors, weights with their published names.
         "onnx": model.onnx, see ``write_onnx``.
       image_shape: (height, width) of the program's images in pixels; None for ``choose_image_shape``.
       platforms: see ``make_program``.
       preprocessing: see ``make_program``.
       batch: see ``make_program``.
+      buckets: (height, width) of one or more buckets in pixels, for programs that take images of many sizes; None for a program
+        for images of one size.
 
     Returns:
-      Content of manifest.json.
+      Content of manifest.json. "program" describes the program for images of one size, and "programs" those of buckets, the
+      smallest first.
 
     Raises:
-      UserError: unknown formats, arguments that ``make_program`` refuses, or the folder exists or cannot be written.
+      UserError: unknown formats, buckets together with an image shape or ONNX, arguments that ``make_program`` refuses, or the
+        folder exists or cannot be written.
     """
     directory = pathlib.Path(directory)
     if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats must be one or more of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
     check_absent(directory)
+    if buckets:
+        _check_buckets(buckets, formats, image_shape)
+        buckets = sorted(buckets, key=math.prod)
     image_shape = image_shape or choose_image_shape(predictor)
-    settings: dict[str, Any] = dict(
-        image_shape=image_shape, preprocessing=preprocessing, batch=batch
-    )  # of several types
-    check_program(predictor, platforms=platforms, **settings)
-    program, onnx = None, None
+    settings: dict[str, Any] = dict(preprocessing=preprocessing, batch=batch)  # of several types
+    shapes = {PROGRAM_OF_BUCKET.format(*bucket): bucket for bucket in buckets} if buckets else {PROGRAM: image_shape}
+    for shape in shapes.values():
+        check_program(predictor, image_shape=shape, platforms=platforms, is_bucket=bool(buckets), **settings)
+    programs, onnx = [], None
     with atomic_path(directory) as unfinished:
         unfinished.mkdir()
         if "stablehlo" in formats:
-            program = make_program(predictor, platforms=platforms, **settings)
-            (unfinished / PROGRAM).write_bytes(program.serialize())
+            for name, shape in shapes.items():
+                program = make_program(
+                    predictor, image_shape=shape, platforms=platforms, is_bucket=bool(buckets), **settings
+                )
+                (unfinished / name).write_bytes(program.serialize())
+                programs.append({"file": name, **_describe_program(program)})
         if "orbax" in formats:
             write_model(
                 unfinished,
@@ -95,7 +110,7 @@ def write_exported(
                 options=predictor.options,
             )
         if "onnx" in formats:
-            onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, predictor, **settings)}
+            onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, predictor, image_shape=image_shape, **settings)}
         manifest = {
             "dat_jax": __version__,
             "jax": jax.__version__,
@@ -104,14 +119,30 @@ def write_exported(
             "classes": list(predictor.class_names),
             **({"category_ids": list(predictor.category_ids)} if isinstance(predictor, ObjectDetector) else {}),
             "preprocessing": describe_preprocessing(
-                predictor, image_shape=image_shape, inside=preprocessing == "inside"
+                predictor, image_shape=image_shape, buckets=buckets, inside=preprocessing == "inside"
             ),
-            "program": None if program is None else _describe_program(program, predictor),
+            "program": programs[0] if programs and not buckets else None,
+            "programs": [{"bucket": list(shapes[program["file"]]), **program} for program in programs if buckets],
             "onnx": onnx,
             "files": {name: _make_record(unfinished / name) for name in list_files(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _check_buckets(buckets: Sequence[Shape], formats: Sequence[str], image_shape: Shape | None) -> None:
+    if image_shape is not None:
+        raise UserError("buckets and image_size exclude each other: a bucket is the largest size of its images.")
+    if "stablehlo" not in formats:
+        raise UserError(f"buckets are for the format stablehlo, got the formats {','.join(formats)}.")
+    if "onnx" in formats:
+        raise UserError("An ONNX file takes images of one size: leave out onnx or buckets.")
+    if len(set(buckets)) < len(buckets):
+        raise UserError(f"buckets must differ, got {_list_shapes(buckets)}.")
+
+
+def _list_shapes(shapes: Sequence[Shape]) -> str:
+    return ",".join(f"{height}x{width}" for height, width in shapes)
 
 
 def check_files(directory: str | os.PathLike) -> dict[str, Any]:
@@ -132,18 +163,23 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
     return manifest
 
 
-def load_program(directory: str | os.PathLike) -> jax.export.Exported:
-    """Load model.stablehlo of a folder that ``write_exported`` wrote. Call it as ``jax.jit(program.call)(images)``.
+def load_program(directory: str | os.PathLike, size: Shape | None = None) -> jax.export.Exported:
+    """Load a program of a folder that ``write_exported`` wrote.
+
+    Call it as ``jax.jit(program.call)(images)``, or with ``(images, sizes)`` for a detector or a bucket.
+
+    Args:
+      directory: the folder.
+      size: (height, width) of an image in pixels, for which the smallest bucket is chosen. None is possible if there is only one
+        program.
 
     Raises:
-      UserError: the manifest is missing or damaged, there is no program, or the installed jax cannot read it; the version that
-        wrote it is named.
+      UserError: the manifest is missing or damaged, there is no program for this size, or the installed jax cannot read it; the
+        version that wrote it is named.
     """
     directory = pathlib.Path(directory)
     manifest = _read_manifest(directory)
-    if not manifest.get("program"):
-        raise UserError(f"{directory} has no program: export with --formats=stablehlo.")
-    path = directory / PROGRAM
+    path = directory / _choose_program(directory, list_programs(manifest), size)
     try:
         program = jax.export.deserialize(bytearray(path.read_bytes()))
         oldest, newest = _get_calling_conventions()
@@ -158,6 +194,34 @@ def load_program(directory: str | os.PathLike) -> jax.export.Exported:
             "one."
         ) from error
     return program
+
+
+def list_programs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the descriptions of all programs of a manifest: those of buckets, or the one for images of one size."""
+    return manifest.get("programs") or [program for program in [manifest.get("program")] if program]
+
+
+def get_image_shape(program: Mapping[str, Any]) -> Shape:
+    """Return (height, width) of the images of a program that a manifest describes; of a bucket if it has one."""
+    height, width = program["inputs"][0]["shape"][1:3]
+    return height, width
+
+
+def _choose_program(directory: pathlib.Path, programs: Sequence[Mapping[str, Any]], size: Shape | None) -> str:
+    """Return the name of the program's file."""
+    if not programs:
+        raise UserError(f"{directory} has no program: export with --formats=stablehlo.")
+    if size is None:
+        if len(programs) == 1:
+            return programs[0]["file"]
+        buckets = _list_shapes([program["bucket"] for program in programs])
+        raise UserError(f"{directory} has programs for the buckets {buckets}: pass the size of the image.")
+    files = {get_image_shape(program): program["file"] for program in programs}
+    if "bucket" not in programs[0] and tuple(size) not in files:
+        raise UserError(
+            f"{directory} has a program for images of {_list_shapes(list(files))} only, got a size of {size[0]}x{size[1]}."
+        )
+    return files[find_bucket(size, list(files))]
 
 
 def _get_calling_conventions() -> tuple[int, int]:
@@ -201,12 +265,11 @@ def _describe_model(model: DAT | Segmentor | Detector) -> dict[str, Any]:
     return {**describe_model(model), "backbone": describe_model(model.dat)}
 
 
-def _describe_program(program: jax.export.Exported, predictor: Predictor) -> dict[str, Any]:
+def _describe_program(program: jax.export.Exported) -> dict[str, Any]:
     return {
-        "file": PROGRAM,
         "platforms": list(program.platforms),
         "calling_convention_version": program.calling_convention_version,
         "calling_convention_versions_read": list(_get_calling_conventions()),
         "products": "float32 on every platform",
-        **describe_arrays(program, predictor),
+        **describe_arrays(program),
     }

@@ -1,25 +1,36 @@
 """Description of the preprocessing that an exported program expects, in words and in numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dat_jax.inference import Classifier, Predictor, Segmenter
+from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 _BILINEAR = "bilinear, not antialiased (OpenCV)"
 
 
-def describe_preprocessing(predictor: Predictor, *, image_shape: tuple[int, int], inside: bool) -> dict[str, Any]:
+def describe_preprocessing(
+    predictor: Predictor,
+    *,
+    image_shape: tuple[int, int],
+    buckets: Sequence[tuple[int, int]] | None = None,
+    inside: bool,
+) -> dict[str, Any]:
     """Preprocessing of an exported program, as values that JSON can hold.
 
     Args:
       predictor: a model from ``inference.load``.
-      image_shape: (height, width) of the program's images in pixels.
+      image_shape: (height, width) of the program's images in pixels. With buckets it has no effect.
+      buckets: (height, width) of the buckets in pixels, if the programs take images of many sizes.
       inside: whether the program normalizes images itself.
 
     Returns:
       "steps", sentences in order; the numbers of these steps by name; and layout, dtype and normalization of the images.
     """
-    if isinstance(predictor, Classifier):
+    if buckets:
+        steps, numbers = _describe_bucketed(predictor, buckets)
+    elif isinstance(predictor, Classifier):
         steps, numbers = _describe_classifier(predictor, image_shape)
     elif isinstance(predictor, Segmenter):
         steps, numbers = _describe_segmentor(image_shape)
@@ -69,8 +80,7 @@ def _describe_detector(predictor: Predictor, image_shape: tuple[int, int]) -> tu
     long_side = min(predictor.options["long_side"], max(image_shape))
     short_side = min(predictor.options["short_side"], min(image_shape))
     steps = [
-        f"resize, keeping the aspect ratio, by the largest factor for which the long side is at most {long_side} pixels and "
-        f"the short side at most {short_side}; round sides half up; bilinear without antialiasing (OpenCV)",
+        _describe_resizing(long_side, short_side),
         f"pad with 0 at the bottom and right to {height} x {width} pixels (height x width); the input sizes holds the height "
         "and width before padding",
     ]
@@ -87,3 +97,28 @@ def _describe_detector(predictor: Predictor, image_shape: tuple[int, int]) -> tu
         "padding": 0,
     }
     return steps, numbers
+
+
+def _describe_bucketed(predictor: Predictor, buckets: Sequence[tuple[int, int]]) -> tuple[list[str], dict[str, Any]]:
+    numbers: dict[str, Any] = {"buckets": [list(bucket) for bucket in buckets], "smallest_side": MIN_IMAGE_SIDE}
+    if isinstance(predictor, Classifier):
+        side = predictor.options["image_size"]
+        steps = [f"resize, if needed; the model was trained at {side} x {side} pixels"]
+    else:
+        numbers |= {name: predictor.options[name] for name in ("long_side", "short_side")}
+        numbers["interpolation"] = _BILINEAR
+        steps = [_describe_resizing(numbers["long_side"], numbers["short_side"])]
+    listed = ", ".join(f"{height} x {width}" for height, width in buckets)
+    steps.append(
+        f"put the image, with sides of at least {MIN_IMAGE_SIDE} pixels, at the top left of an array of the smallest bucket that "
+        f"holds it (height x width: {listed}); the input sizes holds its height and width, and the rest of the array has no "
+        "effect"
+    )
+    return steps, numbers
+
+
+def _describe_resizing(long_side: int, short_side: int) -> str:
+    return (
+        f"resize, keeping the aspect ratio, by the largest factor for which the long side is at most {long_side} pixels and "
+        f"the short side at most {short_side}; round sides half up; bilinear without antialiasing (OpenCV)"
+    )

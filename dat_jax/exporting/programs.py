@@ -28,8 +28,9 @@ def make_program(
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
     preprocessing: str = "inside",
     batch: int | None = None,
+    is_bucket: bool = False,
 ) -> jax.export.Exported:
-    """Export a trained model as a program for images of one size. The platforms need not be attached.
+    """Export a trained model as a program for images of one size, or of all sizes up to one. No platform has to be attached.
 
     The program contains the algorithms that ``ops.dispatch`` chooses for each platform; a platform compiles only its own.
     The weights are stored once. Matrix products are computed in float32 on every platform, while a TPU or GPU would round
@@ -41,24 +42,37 @@ def make_program(
       platforms: one or more of ``PLATFORMS``.
       preprocessing: "inside" for uint8 images, which the program normalizes; "outside" for normalized float32 images.
       batch: batch size; None for a symbolic one, which accepts any number of images. Detectors require a number.
+      is_bucket: whether the program takes images of all sizes up to ``image_shape``. Each image is then the top left of its
+        array, and its results are those of the image alone, see ``ops.sizes``.
 
     Returns:
-      A program of images (B, H, W, 3), RGB. For a detector it also takes sizes, int32 (B, 2): the height and width of each
-      image without its padding. Outputs:
+      A program of images (B, H, W, 3), RGB. For a detector or a bucket it also takes sizes, int32 (B, 2): the height and width
+      of each image without its padding. Outputs:
         classifier: logits, float32 (B, K).
-        segmentor: logits, float32 (B, H / 4, W / 4, K), with sides rounded up.
+        segmentor: logits, float32 (B, H / 4, W / 4, K), with sides rounded up. In a bucket, those of an image of (h, w) are the
+          top left (h / 4, w / 4), with sides rounded up.
         detector: the detections of ``tasks.detection.objective``, with boxes in pixels of these images.
 
     Raises:
       UserError: unknown platforms or preprocessing, an impossible image or batch size, or no batch size for a detector.
     """
-    check_program(predictor, image_shape=image_shape, platforms=platforms, preprocessing=preprocessing, batch=batch)
+    check_program(
+        predictor,
+        image_shape=image_shape,
+        platforms=platforms,
+        preprocessing=preprocessing,
+        batch=batch,
+        is_bucket=is_bucket,
+    )
     dtype = choose_dtype(preprocessing)
     size = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
     inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), dtype)]
-    if isinstance(predictor, ObjectDetector):
+    if isinstance(predictor, ObjectDetector) or is_bucket:
         inputs.append(jax.ShapeDtypeStruct((size, 2), jnp.int32))
-    branches = {name: make_branch(predictor, PLATFORMS[name], preprocessing=preprocessing) for name in platforms}
+    branches = {
+        name: make_branch(predictor, PLATFORMS[name], preprocessing=preprocessing, is_bucket=is_bucket)
+        for name in platforms
+    }
 
     def program(images, *sizes):
         # Weights are operands, which all branches share. As constants of the branches they would be stored once for each.
@@ -76,6 +90,7 @@ def check_program(
     platforms: Sequence[str],
     preprocessing: str,
     batch: int | None,
+    is_bucket: bool = False,
 ) -> None:
     """Check the arguments of ``make_program``.
 
@@ -91,10 +106,16 @@ def check_program(
     height, width = image_shape
     if min(image_shape) < MIN_IMAGE_SIDE:
         raise UserError(f"image_size must be at least {MIN_IMAGE_SIDE} pixels per side, got {height} x {width}.")
-    if isinstance(predictor, Classifier) and height != width:
+    if isinstance(predictor, Classifier) and height != width and not is_bucket:
         raise UserError(f"image_size must be a single SIDE for a classifier, got {height} x {width}.")
     if max(image_shape) > _MAX_SIDE:
         raise UserError(f"image_size must be at most {_MAX_SIDE} pixels per side, got {height} x {width}.")
+    if is_bucket and isinstance(predictor, ObjectDetector):
+        multiple = predictor.options["multiple"]
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"buckets of this detector must have sides that are multiples of {multiple}, got {height}x{width}."
+            )
     if batch is None and isinstance(predictor, ObjectDetector):
         raise UserError(
             f"batch must be a number for a detector, whose box selection has loops of fixed length, got {SYMBOLIC}."
@@ -103,33 +124,39 @@ def check_program(
         raise UserError(f"batch must be {SYMBOLIC} or a number of at least 1, got {batch}.")
 
 
-def make_branch(predictor: Predictor, platform: str, *, preprocessing: str = "inside") -> Callable:
+def make_branch(
+    predictor: Predictor, platform: str, *, preprocessing: str = "inside", is_bucket: bool = False
+) -> Callable:
     """Function (variables, images, *sizes) -> outputs of ``make_program``, with the algorithms of one platform.
 
     Args:
       predictor: a model from ``inference.load``.
       platform: "cpu", "tpu" or "gpu", as in ``ops.dispatch``.
       preprocessing: see ``make_program``.
+      is_bucket: see ``make_program``.
     """
 
     def branch(variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
         with compiling_for(platform), jax.default_matmul_precision("float32"):
             images = normalize(images) if preprocessing == "inside" else images
-            return _compute_outputs(predictor, variables, images, *sizes)
+            return _compute_outputs(predictor, variables, images, *sizes, is_bucket=is_bucket)
 
     return branch
 
 
-def _compute_outputs(predictor: Predictor, variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
+def _compute_outputs(
+    predictor: Predictor, variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array, is_bucket: bool
+):
+    if isinstance(predictor, ObjectDetector):
+        (valid,) = sizes
+        batch = {"valid": valid, "scale": jnp.ones((images.shape[0], 4), jnp.float32)}
+        if is_bucket:  # the result is that of the image padded to a multiple
+            multiple = predictor.options["multiple"]
+            batch["sizes"] = -(-valid // multiple) * multiple
+        return detect(predictor.model, variables, images, batch, settings=predictor.settings)
     model = predictor.model
-    if isinstance(predictor, Classifier):
-        return cast(jax.Array, model.apply(variables, images, train=False)).astype(jnp.float32)
-    if isinstance(predictor, Segmenter):
-        outputs = cast(dict[str, jax.Array], model.apply(variables, images, train=False))
-        return outputs["logits"].astype(jnp.float32)
-    (valid,) = sizes
-    batch = {"valid": valid, "scale": jnp.ones((images.shape[0], 4), jnp.float32)}
-    return detect(predictor.model, variables, images, batch, settings=predictor.settings)
+    outputs = cast(Any, model.apply(variables, images, train=False, sizes=sizes[0] if is_bucket else None))
+    return (outputs if isinstance(predictor, Classifier) else outputs["logits"]).astype(jnp.float32)
 
 
 def choose_dtype(preprocessing: str) -> jnp.dtype:
@@ -143,11 +170,7 @@ def choose_dtype(preprocessing: str) -> jnp.dtype:
     return jnp.dtype(jnp.uint8 if preprocessing == "inside" else jnp.float32)
 
 
-def name_inputs(predictor: Predictor) -> tuple[str, ...]:
-    """Names of a program's inputs, in order."""
-    return ("images", "sizes") if isinstance(predictor, ObjectDetector) else ("images",)
-
-
+_INPUTS = ("images", "sizes")  # in order
 _MEANINGS = {
     "images": "RGB images, preprocessed as described under preprocessing",
     "sizes": "height and width in pixels of the part of each image that is not padding",
@@ -160,7 +183,7 @@ _MEANINGS = {
 }
 
 
-def describe_arrays(exported: jax.export.Exported, predictor: Predictor) -> dict[str, list[dict[str, Any]]]:
+def describe_arrays(exported: jax.export.Exported) -> dict[str, list[dict[str, Any]]]:
     """Inputs and outputs of a program, as the manifest lists them.
 
     Returns:
@@ -169,7 +192,7 @@ def describe_arrays(exported: jax.export.Exported, predictor: Predictor) -> dict
     outputs = exported.out_tree.unflatten(exported.out_avals)
     outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
     return {
-        "inputs": [describe_array(*item) for item in zip(name_inputs(predictor), exported.in_avals, strict=True)],
+        "inputs": [describe_array(*item) for item in zip(_INPUTS, exported.in_avals, strict=False)],
         "outputs": [describe_array(name, array) for name, array in outputs.items()],
     }
 

@@ -19,6 +19,7 @@ from dat_jax.evaluation.detection import detect_record, make_detections
 from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
 from dat_jax.inference.shapes import ArrayShapes
+from dat_jax.models.key_positions import crop_positions
 from dat_jax.models.rcnn import RCNN
 from dat_jax.models.registry import Detector
 from dat_jax.storage import atomic_path
@@ -151,11 +152,13 @@ class ObjectDetector:
             "positions": block name -> (G, Hk, Wk, 2), see ``models.key_positions.name_positions``.
             "map_shapes": block name -> (height, width) of its feature map.
         """
-        record = self.transform({"image": check_image(image)})
-        batch = {name: record[name][None] for name in ("image", "valid")}
-        sampled = jax.device_get(self.find_positions(self.variables, batch))
-        positions = {name: values[0] for name, values in sampled["positions"].items()}
-        return {**sampled, "image": record["image"], "positions": positions}
+        image = check_image(image)
+        record = self.transform({"image": image})
+        padded = self.arrays.pad(record, self.transform, (image.shape[0], image.shape[1]))
+        batch = {name: padded[name][None] for name in ("image", "valid", "sizes") if name in padded}
+        positions = jax.device_get(self.find_positions(self.variables, batch)["positions"])
+        first = {name: values[0] for name, values in positions.items()}
+        return {"image": record["image"], **crop_positions(first, self.model.dat, record["image"].shape[:2])}
 
 
 def from_trained(

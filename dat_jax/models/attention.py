@@ -160,7 +160,7 @@ class DeformableAttention(nn.Module):
                 for axis, (count, old) in enumerate(zip(shape, old_shape, strict=True))
             ]
             bias = jnp.einsum("myxvu,bhy,bwx,biv,bju->bmhwij", bias, *weights, precision=jax.lax.Precision.HIGHEST)
-            return bias.reshape(len(sizes), self.num_heads, math.prod(map_shape), math.prod(key_shape))
+            return bias.reshape(sizes.shape[0], self.num_heads, math.prod(map_shape), math.prod(key_shape))
         if map_shape != self.table_shape:
             bias = bias.reshape(self.num_heads, *self.table_shape, *table_keys)
             bias = jax.image.resize(bias, (self.num_heads, *map_shape, *key_shape), "linear", antialias=False)

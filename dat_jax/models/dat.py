@@ -13,7 +13,7 @@ from dat_jax.models import attention
 from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
 from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention.deformable import FORMS
+from dat_jax.ops.attention.deformable import FORMS, key_grid_shape
 from dat_jax.ops.layers.activation import gelu
 from dat_jax.ops.sizes import clear, convolved, inside
 
@@ -421,6 +421,14 @@ class DAT(MeshModule):
         stride = 4 * 2**stage
         height, width = (-(-side // stride) if self.conv_patches else side // stride for side in image_shape)
         return height, width
+
+    def key_shape(self, image_shape: Sequence[int], *, stage: int) -> tuple[int, int]:
+        """(Hk, Wk) of the grid of keys of the deformable blocks of a stage, for images of (height, width)."""
+        return key_grid_shape(
+            self.map_shape(image_shape, stage=stage),
+            kernel_size=self.offset_kernels[stage],
+            stride=self.key_strides[stage],
+        )
 
     def map_sizes(self, sizes: jax.Array, *, stage: int) -> jax.Array:
         """Int (B, 2), the sizes of the maps of a stage for images of these sizes."""

@@ -32,6 +32,27 @@ def name_positions(sown: Mapping[str, Any], dat: DAT, image_shape: Sequence[int]
     }
 
 
+def crop_positions(positions: Mapping[str, Any], dat: DAT, image_shape: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Key positions and map shapes of an image that is the top left of a larger array.
+
+    Args:
+      positions: "positions" of ``name_positions`` for one example of the array, (G, Hk, Wk, 2) for each block.
+      dat: the model.
+      image_shape: (height, width) of the image.
+
+    Returns:
+      "positions" and "map_shapes" as ``name_positions`` returns them for the image alone, without the batch axis.
+    """
+    cropped = {}
+    for name, values in positions.items():
+        rows, columns = dat.key_shape(image_shape, stage=_stage_index(name))
+        cropped[name] = values[:, :rows, :columns]
+    return {
+        "positions": cropped,
+        "map_shapes": {name: dat.map_shape(image_shape, stage=_stage_index(name)) for name in positions},
+    }
+
+
 def _stage_index(block_name: str) -> int:
     """Index of the stage: "stages_2/blocks_5" -> 2."""
     return int(block_name.split("/")[0].removeprefix("stages_"))

@@ -15,7 +15,7 @@ from rich.table import Table
 from dat_jax.cli.console import configure_logging, format_size, make_console
 from dat_jax.config.validation import validate
 from dat_jax.errors import UserError
-from dat_jax.profiling import step_report
+from dat_jax.profiling import evaluation_report, step_report
 from dat_jax.profiling.topologies import TARGET_CONFIG, find_devices
 from dat_jax.storage import atomic_path
 
@@ -65,9 +65,7 @@ def report_steps(
     Raises:
       UserError: an argument or the configuration is impossible, compilation fails, or the file cannot be written.
     """
-    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
-    jax.config.update("jax_enable_compilation_cache", False)  # to avoid reporting the time of a cache hit
-    configure_logging()
+    _configure()
     report = _make_report(
         config,
         topology=topology,
@@ -81,6 +79,47 @@ def report_steps(
     print_report(make_console(), report)  # before writing, which may fail after minutes of compilation
     if json_file:
         write_json(json_file, report)
+
+
+def report_evaluation(
+    config: ConfigDict, *, topology: str, json_file: str | None = None, target_config: str | None = None
+) -> None:
+    """Compile the network for the arrays of an evaluation, print a table of the programs, and write it as JSON.
+
+    It changes the settings of jax as ``report_steps`` does.
+
+    Args:
+      config: configuration of a run, whose validation data are there.
+      topology: see ``find_devices``.
+      json_file: file for the report, or None.
+      target_config: as for ``report_steps``.
+
+    Raises:
+      UserError: see ``evaluation_report.report_evaluation``, or the file cannot be written.
+    """
+    _configure()
+    report = evaluation_report.report_evaluation(
+        config, topology=topology, target_config=target_config or TARGET_CONFIG
+    )
+    console, programs = make_console(), report["programs"]
+    table = Table("array", "images", "lowering, s", "compilation, s", box=HEAVY_HEAD if console.is_terminal else None)
+    for program in programs:
+        shape, seconds = "{} x {}".format(*program["shape"]), (program["lower_seconds"], program["compile_seconds"])
+        table.add_row(shape, f"{program['images']:,}", *(f"{value:.1f}" for value in seconds))
+    console.print(table, soft_wrap=False)
+    console.print(
+        f"Programs of {report['model']} for {report['device']}, batches of {report['batch_size']}: {len(programs)}, "
+        f"{report['seconds']:.0f} s. With config.eval.buckets=exact: {report['sizes']:,}, about "
+        f"{report['seconds'] / max(len(programs), 1) * report['sizes']:,.0f} s."
+    )
+    if json_file:
+        write_json(json_file, report)
+
+
+def _configure() -> None:
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    jax.config.update("jax_enable_compilation_cache", False)  # to avoid reporting the time of a cache hit
+    configure_logging()
 
 
 def _make_report(config, *, topology, steps, find_batch, top, classes, examples, target_config) -> dict[str, Any]:

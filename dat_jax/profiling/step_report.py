@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 STEPS = ("train", "eval")
 # Matrix products on a GPU use cuBLAS: the compiler selects Triton tiles by timing them, and without a device it may select
 # invalid ones.
-_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _TRAFFIC = ("bytes", "padded_bytes", "hbm_bytes")  # keys of ``hlo.traffic``
 _BATCH_UNIT = 8  # examples per chip, for ``find_batch``
 _LARGEST_BATCH = 2**14
@@ -147,7 +147,7 @@ def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dic
         "lower_seconds": lowered_at - start,
     }
     try:
-        compiled = lowered.compile(known_options(_COMPILER_OPTIONS.get(chip.platform, {})))
+        compiled = lowered.compile(known_options(COMPILER_OPTIONS.get(chip.platform, {})))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"Compilation of the {step} step failed: {first_line(error)}") from error

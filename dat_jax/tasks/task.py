@@ -2,13 +2,14 @@
 
 import abc
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 from ml_collections import ConfigDict
 
 from dat_jax.data import batching
+from dat_jax.data.buckets import Shape
 from dat_jax.data.sources import describe_damage
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.tasks.objective import Objective
@@ -95,6 +96,23 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of ``size`` examples for training, or for prediction."""
+
+    @property
+    def eval_buckets(self) -> Sequence[Shape] | None:
+        """Shapes of the arrays that evaluation images are put into; None if each image fills its array. See ``data.buckets``."""
+        return None
+
+    def count_eval_arrays(self, buckets: Sequence[Shape] | None) -> Mapping[Shape, int]:
+        """Return the number of images for each shape of the arrays that the network gets in an evaluation.
+
+        The network is compiled once for each shape.
+
+        Args:
+          buckets: those of the evaluation, or None for an array of the size of each image.
+        """
+        del buckets
+        height, width = self.example_batch(1, train=False)["image"].shape[1:3]
+        return {(height, width): len(self.eval_source)}
 
     @abc.abstractmethod
     def describe_images(self) -> str:

@@ -203,7 +203,8 @@ class StandIns:
             trained = f"runs/{where.name}"
             self.need(trained)
             tool = importlib.import_module("dat_jax.export")
-            values, positional = parse_flags("export", [trained, path])
+            buckets = ["--buckets=64x96,96x64"] if where.name == "quickstart_segmentation" else []
+            values, positional = parse_flags("export", [trained, path, *buckets])
             tool.main(positional, values)
         elif path.startswith("weights/"):
             of_maps = dict(name="dat_pp_nano", **tiny_segmentation.BACKBONE)

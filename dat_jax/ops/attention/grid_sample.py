@@ -30,7 +30,7 @@ def to_pixels(points: jax.Array, map_shape: tuple[int, int], sizes: jax.Array | 
     """
     if sizes is not None:
         extent = (sizes - 1).astype(points.dtype)
-        return (points + 1) / 2 * extent.reshape(len(sizes), *(1,) * (points.ndim - 2), 2)
+        return (points + 1) / 2 * extent.reshape(sizes.shape[0], *(1,) * (points.ndim - 2), 2)
     extent = jnp.asarray([size - 1 for size in map_shape], points.dtype)
     return (points + 1) / 2 * extent.reshape((1,) * (points.ndim - 1) + (2,))
 

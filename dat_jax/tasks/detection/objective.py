@@ -114,12 +114,12 @@ def find_positions(model: RetinaNet | RCNN, variables, batch: dict) -> dict[str,
 
     Args:
       model, variables: the detector.
-      batch: "image" and "valid" as the module describes them.
+      batch: "image", "valid" and, if images are the top left of larger arrays, "sizes" as the module describes them.
     """
     images = _preprocess(batch)
 
     def run_backbone(module, images):
-        return module.backbone(images)
+        return module.backbone(images, sizes=batch.get("sizes"))
 
     _, state = model.apply(variables, images, method=run_backbone, mutable=["intermediates"])
     sown = dict(state).get("intermediates", {}).get("backbone", {}).get("dat", {})

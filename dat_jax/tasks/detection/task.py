@@ -1,6 +1,7 @@
 """Object detection and instance segmentation as a task."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ import numpy as np
 
 from dat_jax.data import batching, sized_batching
 from dat_jax.data.ade20k import make_palette
-from dat_jax.data.buckets import parse_buckets
+from dat_jax.data.buckets import Shape, parse_buckets
 from dat_jax.data.coco import (
     CocoSource,
     decode_mask,
@@ -110,8 +111,17 @@ class DetectionTask(Task):
             batch_size=config.eval.batch_size,
             rows=rows,
             workers=config.data.workers,
-            buckets=sized_batching.choose_eval_buckets(source, self._eval_transform(), config.eval.buckets),
+            buckets=self.eval_buckets,
         )
+
+    @functools.cached_property
+    def eval_buckets(self) -> list[Shape] | None:
+        """See ``Task``."""
+        return sized_batching.choose_eval_buckets(self.eval_source, self._eval_transform(), self.config.eval.buckets)
+
+    def count_eval_arrays(self, buckets) -> Mapping[Shape, int]:
+        """See ``Task``."""
+        return sized_batching.count_arrays(self.eval_source, self._eval_transform(), buckets)
 
     def example_indices(self, step: int) -> list[int]:
         """See ``Task``. Batches hold images of one orientation, so their order differs from that of other tasks."""

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -76,7 +76,13 @@ class SegmentationTask(Task):
             rows=rows,
             workers=config.data.workers,
             min_side=MIN_IMAGE_SIDE,
-            buckets=self._eval_buckets,
+            buckets=self.eval_buckets,
+        )
+
+    def count_eval_arrays(self, buckets) -> Mapping[buckets.Shape, int]:
+        """See ``Task``. Of several views of an image each counts."""
+        return sized_batching.count_arrays(
+            self.eval_source, self._eval_transform(), buckets, window=self.config.eval.window
         )
 
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
@@ -108,11 +114,11 @@ class SegmentationTask(Task):
 
     def make_evaluator(self, predict: Callable) -> Evaluator:
         """See ``Task`` and ``evaluation.segmentation``."""
-        return evaluation.make_evaluator(predict, exact=self._eval_buckets is None, **self._inference_options())
+        return evaluation.make_evaluator(predict, exact=self.eval_buckets is None, **self._inference_options())
 
     def save_figures(self, predict: Callable, variables: Any, directory: pathlib.Path) -> None:
         """See ``Task``. Each example has its own size."""
-        source, transform, chosen = self.eval_source, self._eval_transform(), self._eval_buckets
+        source, transform, chosen = self.eval_source, self._eval_transform(), self.eval_buckets
         records = read_spread_examples(source, _FIGURE_EXAMPLES)
         shapes = buckets.plan_shapes(
             {size: transform.view_shapes(*size) for size in {record["label"].shape for record in records}}, chosen
@@ -132,7 +138,8 @@ class SegmentationTask(Task):
         )
 
     @functools.cached_property
-    def _eval_buckets(self):
+    def eval_buckets(self) -> list[buckets.Shape] | None:
+        """See ``Task``."""
         return sized_batching.choose_eval_buckets(self.eval_source, self._eval_transform(), self.config.eval.buckets)
 
     def _eval_transform(self):
