@@ -13,6 +13,16 @@ def padded_images(sizes, bucket, *, seed=0):
     return images, jnp.asarray(sizes, jnp.int32)
 
 
+def surround(images, *, rows=40, columns=64):
+    """Return images (B, H, W, 3) as the top left of larger arrays, with NaN below and 1e30 beside them, and their sizes (B, 2)."""
+    images = np.asarray(images)
+    count, height, width, channels = images.shape
+    arrays = np.full((count, height + rows, width + columns, channels), 1e30, images.dtype)
+    arrays[:, height:] = np.nan
+    arrays[:, :height, :width] = images
+    return arrays, np.array([[height, width]] * count, np.int32)
+
+
 def crop(x, index, shape):
     """Return the top left of one example of maps (B, H, W, C), with the batch axis."""
     return np.asarray(x[index : index + 1, : shape[0], : shape[1]])

@@ -8,6 +8,7 @@ import pytest
 from dat_jax import conversion
 from dat_jax.tasks.classification.objective import smooth_labels, soft_cross_entropy
 from tests.helpers.golden_files import Golden, relative_error
+from tests.helpers.padded_images import surround
 from tests.helpers.tiers import slow
 
 # Recorded logits and positions are float64, stages are stored in float32; then gradient norms and full gradients.
@@ -100,3 +101,18 @@ def test_plain_implementations(name):
     model, variables = conversion.from_official(golden.config, golden.state_dict, implementation="plain")
     logits = jax.jit(model.apply)(variables, golden.images)
     assert relative_error(logits, golden.arrays["logits"]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pp_mini", "v1_mini", "v1_cvpr2022_mini"])
+def test_images_in_larger_arrays_in_float64(name, x64):
+    golden, tolerance = Golden(name, "float64"), TOLERANCES["float64"]
+    model, variables = conversion.from_official(golden.config, golden.state_dict, dtype=jnp.float64)
+    images, sizes = surround(golden.images)
+    stages = jax.jit(lambda x: model.apply(variables, x, sizes=sizes, method="features"))(images)
+    for index, stage in enumerate(stages):
+        rows, columns = model.map_shape(golden.images.shape[1:3], stage=index)
+        assert stage.shape[1] > rows
+        assert golden.map_error(f"stage{index}", stage[:, :rows, :columns]) < tolerance["stages"]
+    logits = model.apply(variables, stages[-1], sizes=sizes, method="classify")
+    assert relative_error(logits, golden.arrays["logits"]) < tolerance["logits"]

@@ -15,6 +15,7 @@ from dat_jax.models.backbone import Backbone
 from dat_jax.ops.layers.resize import resize_bilinear
 from dat_jax.tasks.segmentation.objective import make_segmentation_objective, segmentation_loss
 from tests.helpers.golden_files import Golden, channels_last, relative_error
+from tests.helpers.padded_images import surround
 
 HEADS = ["sem_fpn_mini", "upernet_mini"]
 # For values computed in float64 and stored in float32, for values stored in float64, and for gradient norms.
@@ -108,7 +109,7 @@ def check_labels(actual, expected, probabilities, tolerance):
     np.testing.assert_array_equal(np.asarray(actual)[clear], expected[clear])
 
 
-def check_multi_scale(name, dtype):
+def check_multi_scale(name, dtype, *, in_larger_arrays=False):
     """Checks evaluation from raw image to label map: resizing, six views, mean of their probabilities."""
     (golden, model, variables), (close, _, _) = load(name, dtype), TOLERANCES[dtype]
     image = np.ascontiguousarray(golden.arrays["ms.raw_bgr"][..., ::-1])
@@ -122,11 +123,16 @@ def check_multi_scale(name, dtype):
     inputs = [(record[f"view_{index}"] - mean) / std for index in range(3)]
 
     def predict(variables, batch):  # inputs are normalized already, which excludes their rounding
-        return model.apply(variables, batch["image"])
+        if not in_larger_arrays:
+            return model.apply(variables, batch["image"])
+        sizes = model.apply(variables, batch["sizes"], method="logits_sizes")
+        return {**model.apply(variables, batch["image"], sizes=batch["sizes"]), "sizes": sizes}
 
-    views = [jnp.asarray(x, dtype)[None] for x in inputs]
+    views, sizes = [jnp.asarray(x, dtype)[None] for x in inputs], None
+    if in_larger_arrays:
+        views, sizes = zip(*map(surround, views), strict=True)
     size = jnp.array([image.shape[:2]])
-    labels, confidence = make_segmenter(predict, flip=True)(variables, views, size, image.shape[:2])
+    labels, confidence = make_segmenter(predict, flip=True)(variables, views, size, image.shape[:2], sizes)
     two_likeliest = golden.arrays["ms.top2"]
     assert relative_error(confidence[0], two_likeliest[1]) < close
     check_labels(labels[0], golden.arrays["ms.pred"], np.moveaxis(two_likeliest, 0, -1), close)
@@ -203,6 +209,12 @@ def test_multi_scale_and_flip():
 @pytest.mark.parametrize("name", HEADS)
 def test_multi_scale_and_flip_in_float64(name, x64):
     check_multi_scale(name, "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+def test_multi_scale_and_flip_in_larger_arrays_in_float64(name, x64):
+    check_multi_scale(name, "float64", in_larger_arrays=True)
 
 
 @pytest.mark.slow

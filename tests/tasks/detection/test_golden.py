@@ -18,6 +18,7 @@ from dat_jax.tasks.detection.rcnn import rcnn_detect, rcnn_loss, sample_rois
 from dat_jax.tasks.detection.retinanet import RetinaNetSettings, retinanet_detect, retinanet_loss
 from dat_jax.tasks.detection.rpn import choose_proposals
 from tests.helpers.golden_files import channels_last, load, relative_error
+from tests.helpers.padded_images import surround
 
 # Relative tolerances of values, which were computed in float64 and stored in float32, and of losses.
 TOLERANCES = {"float64": (5e-6, 1e-7), "float32": (1e-4, 1e-4)}
@@ -80,17 +81,20 @@ def settings_of(model, config, mode="firstk"):
     )
 
 
-def check_detections(kind, dtype):
+def check_detections(kind, dtype, *, in_larger_arrays=False):
     arrays, config, metas, _ = load(kind)
     (model, variables, images, batch), (close, _) = make(kind, dtype), TOLERANCES[dtype]
-    settings = settings_of(model, config)
+    settings, sizes = settings_of(model, config), None
+    if in_larger_arrays:
+        images, sizes = surround(images, rows=64)
+        batch["sizes"] = jnp.asarray(sizes)
 
     def detect(module, images):
         if isinstance(module, RetinaNet):
-            return retinanet_detect(module, module(images), batch, settings), None
+            return retinanet_detect(module, module(images, sizes=sizes), batch, settings), None
         proposals = choose_proposals(
             module,
-            module.propose(module.pyramid(images)),
+            module.propose(module.pyramid(images, sizes=sizes), sizes=sizes),
             batch["valid"],
             candidates=settings.test_candidates,
             count=settings.test_proposals,
@@ -139,6 +143,12 @@ def test_detections(kind):
 @pytest.mark.parametrize("kind", ["retinanet", *RCNN])
 def test_detections_in_float64(kind, x64):
     check_detections(kind, "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["retinanet", *RCNN])
+def test_detections_in_larger_arrays_in_float64(kind, x64):
+    check_detections(kind, "float64", in_larger_arrays=True)
 
 
 def compute_losses(kind, mode, dtype):
