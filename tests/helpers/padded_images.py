@@ -14,7 +14,7 @@ def padded_images(sizes, bucket, *, seed=0):
 
 
 def surround(images, *, rows=40, columns=64):
-    """Return images (B, H, W, 3) as the top left of larger arrays, with NaN below and 1e30 beside them, and their sizes (B, 2)."""
+    """Return images (B, H, W, 3) at the top left of larger arrays, with NaN below and 1e30 beside them, and their sizes."""
     images = np.asarray(images)
     count, height, width, channels = images.shape
     arrays = np.full((count, height + rows, width + columns, channels), 1e30, images.dtype)
