@@ -77,20 +77,15 @@ def write_exported(
         _check_buckets(buckets, formats, image_shape)
         buckets = sorted(buckets, key=math.prod)
     image_shape = image_shape or choose_image_shape(predictor)
-    settings: dict[str, Any] = dict(preprocessing=preprocessing, batch=batch)  # of several types
     shapes = {PROGRAM_OF_BUCKET.format(*bucket): bucket for bucket in buckets} if buckets else {PROGRAM: image_shape}
+    settings: dict[str, Any] = dict(preprocessing=preprocessing, batch=batch, is_bucket=bool(buckets))
     for shape in shapes.values():
-        check_program(predictor, image_shape=shape, platforms=platforms, is_bucket=bool(buckets), **settings)
+        check_program(predictor, image_shape=shape, platforms=platforms, **settings)
     programs, onnx = [], None
     with atomic_path(directory) as unfinished:
         unfinished.mkdir()
         if "stablehlo" in formats:
-            for name, shape in shapes.items():
-                program = make_program(
-                    predictor, image_shape=shape, platforms=platforms, is_bucket=bool(buckets), **settings
-                )
-                (unfinished / name).write_bytes(program.serialize())
-                programs.append({"file": name, **_describe_program(program)})
+            programs = _write_programs(unfinished, predictor, shapes, platforms=platforms, **settings)
         if "orbax" in formats:
             write_model(
                 unfinished,
@@ -110,7 +105,10 @@ def write_exported(
                 options=predictor.options,
             )
         if "onnx" in formats:
-            onnx = {"file": ONNX, **write_onnx(unfinished / ONNX, predictor, image_shape=image_shape, **settings)}
+            arrays = write_onnx(
+                unfinished / ONNX, predictor, image_shape=image_shape, preprocessing=preprocessing, batch=batch
+            )
+            onnx = {"file": ONNX, **arrays}
         manifest = {
             "dat_jax": __version__,
             "jax": jax.__version__,
@@ -122,12 +120,25 @@ def write_exported(
                 predictor, image_shape=image_shape, buckets=buckets, inside=preprocessing == "inside"
             ),
             "program": programs[0] if programs and not buckets else None,
-            "programs": [{"bucket": list(shapes[program["file"]]), **program} for program in programs if buckets],
+            "programs": programs if buckets else [],
             "onnx": onnx,
             "files": {name: _make_record(unfinished / name) for name in list_files(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _write_programs(
+    directory: pathlib.Path, predictor: Predictor, shapes: Mapping[str, Shape], *, is_bucket: bool, **settings: Any
+) -> list[dict[str, Any]]:
+    """Write a program for each file name and image shape, and return their descriptions."""
+    described = []
+    for name, shape in shapes.items():
+        program = make_program(predictor, image_shape=shape, is_bucket=is_bucket, **settings)
+        (directory / name).write_bytes(program.serialize())
+        bucket = {"bucket": list(shape)} if is_bucket else {}
+        described.append({**bucket, "file": name, **_describe_program(program)})
+    return described
 
 
 def _check_buckets(buckets: Sequence[Shape], formats: Sequence[str], image_shape: Shape | None) -> None:
