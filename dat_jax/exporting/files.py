@@ -86,24 +86,7 @@ def write_exported(
         unfinished.mkdir()
         if "stablehlo" in formats:
             programs = _write_programs(unfinished, predictor, shapes, platforms=platforms, **settings)
-        if "orbax" in formats:
-            write_model(
-                unfinished,
-                model=predictor.model,
-                variables=predictor.variables,
-                classes=predictor.class_names,
-                options=predictor.options,
-            )
-        if "safetensors" in formats:
-            variables = jax.tree.map(np.asarray, predictor.variables)
-            write_official_weights(
-                str(unfinished / WEIGHTS),
-                model=predictor.model,
-                variables=variables,
-                name=directory.name,
-                classes=predictor.class_names,
-                options=predictor.options,
-            )
+        _write_weights(unfinished, predictor, formats, name=directory.name)
         if "onnx" in formats:
             arrays = write_onnx(
                 unfinished / ONNX, predictor, image_shape=image_shape, preprocessing=preprocessing, batch=batch
@@ -139,6 +122,17 @@ def _write_programs(
         bucket = {"bucket": list(shape)} if is_bucket else {}
         described.append({**bucket, "file": name, **_describe_program(program)})
     return described
+
+
+def _write_weights(directory: pathlib.Path, predictor: Predictor, formats: Sequence[str], *, name: str) -> None:
+    """Write the weights in the formats "orbax" and "safetensors", as far as these are wanted."""
+    model, variables = predictor.model, predictor.variables
+    described: dict[str, Any] = dict(classes=predictor.class_names, options=predictor.options)
+    if "orbax" in formats:
+        write_model(directory, model=model, variables=variables, **described)
+    if "safetensors" in formats:
+        arrays = jax.tree.map(np.asarray, variables)
+        write_official_weights(str(directory / WEIGHTS), model=model, variables=arrays, name=name, **described)
 
 
 def _check_buckets(buckets: Sequence[Shape], formats: Sequence[str], image_shape: Shape | None) -> None:
