@@ -9,9 +9,10 @@ in an evaluation:
   python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=h100 --find_batch
   python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=v5e:2x2 --steps=eval --top=20
 
-The number of programs that an evaluation of images of many sizes compiles, and their time:
+The number of programs that an evaluation of images of many sizes needs, and how long they take to compile:
 
-  python -m dat_jax.compile_report --config=configs/upernet.py:dat_pp_t --topology=v5e:2x2 --evaluation
+  python -m dat_jax.compile_report --config=configs/upernet.py:dat_pp_t --topology=v5e:2x2 --evaluation \\
+      --config.data.directory=/data/ADEChallengeData2016
 
 The compiler must be installed: `pip install libtpu` for a TPU, `pip install "jax[cuda12]"` for a GPU. No data set is read, except
 for the sizes of the validation images with --evaluation.

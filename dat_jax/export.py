@@ -3,12 +3,12 @@
   python -m dat_jax.export runs/quickstart exported
   python -m dat_jax.export runs/dat_pp_s exported/dat_pp_s --formats=stablehlo --platforms=cpu --preprocessing=outside
   python -m dat_jax.export runs/mask_rcnn_t exported/mask_rcnn_t --batch=1 --image_size=800,1344
-  python -m dat_jax.export runs/upernet_t exported/upernet_t --buckets=512x704,704x512
+  python -m dat_jax.export runs/upernet_t exported/upernet_t --buckets=512x768,768x512
   python -m dat_jax.export --check=exported
 
 The first command exports a classifier. The second exports only its program, for a CPU and for images that the caller
-normalizes. The third exports a detector for images of one size. The fourth exports a segmentor with two programs, each for images
-of all sizes up to a bucket. The last one checks the files of an exported folder.
+normalizes. The third exports a detector for images padded to 800 x 1344. The fourth exports a segmentor as two programs, each
+for images of any size that fits into its bucket. The last one checks the files of an exported folder.
 
 TRAINED is the work directory of a run, or a folder of weights that dat_jax.conversion or dat_jax.export wrote. OUT_DIR is a
 new folder, which is written atomically:
@@ -65,8 +65,8 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_list("image_size", None, help_text, flag_values=values)
     help_text = (
-        "Heights and widths in pixels such as 512x704,704x512: one program for each, which takes images of all sizes up to it "
-        "and their sizes. Excludes --image_size."
+        "Comma-separated buckets, HEIGHTxWIDTH in pixels. Writes one program per bucket, which takes images of any size that "
+        "fits into the bucket, and their sizes. Cannot be combined with --image_size."
     )
     flags.DEFINE_string("buckets", None, help_text, flag_values=values)
     flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", flag_values=values)

@@ -72,8 +72,12 @@ class DetectionTask(Task):
         return train, validation
 
     def check_data(self) -> None:
-        """See ``Task``: objects to train on, and anchors that match them. Objects are counted in COCO files only."""
+        """See ``Task``: objects to train on, anchors that match them, and buckets that hold the validation images.
+
+        Objects are counted in COCO files only.
+        """
         source = self.train_source
+        self.count_eval_arrays(self.eval_buckets)
         if isinstance(source, CocoSource):
             _check_objects(source)
             indices = spread_indices(len(source), _CHECKED_IMAGES)

@@ -39,10 +39,11 @@ class SegmentationTask(Task):
         return train, validation
 
     def check_data(self) -> None:
-        """See ``Task``, ``check_labels`` and ``sized_batching.check_view_sizes``."""
+        """See ``Task``, ``check_labels``, ``sized_batching.check_view_sizes`` and ``buckets.find_bucket``."""
         check_labels(self.train_source, split="training")
         check_labels(self.eval_source, split="validation")
         sized_batching.check_view_sizes(self.eval_source, self._eval_transform(), min_side=MIN_IMAGE_SIDE)
+        self.count_eval_arrays(self.eval_buckets)  # an error if a bucket is missing
 
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
