@@ -11,6 +11,7 @@ from dat_jax.errors import UserError
 from dat_jax.parallel import multihost
 from dat_jax.training.monitoring.metrics import read_metrics
 from experiments.soak import processes as soak
+from tests.helpers import few_detections
 from tests.helpers.xla_flags import fast_compilation_flags
 
 pytestmark = pytest.mark.slow
@@ -116,7 +117,7 @@ def test_two_processes_detect_as_one(tmp_path):
     """A cascade: NMS, samples and BatchNorm over both, each process the detections of its own images."""
     for count in (1, 2):
         running = soak.start(
-            "tests/helpers/tiny_detection.py:cascade_mask_rcnn",
+            "tests/helpers/few_detections.py:cascade_mask_rcnn",
             tmp_path / str(count),
             values={"log_every": 1, "steps": 4},
             processes=count,
@@ -125,6 +126,6 @@ def test_two_processes_detect_as_one(tmp_path):
         finish(running)
     one, two = (series(tmp_path / str(count)) for count in (1, 2))
     assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
-    assert two["eval/images"] == one["eval/images"] == {4: 200}
+    assert two["eval/images"] == one["eval/images"] == {4: few_detections.IMAGES}
     for name in ("eval/bbox/AP50", "eval/segm/AP50", "eval/bbox/AR100"):
         assert two[name] == pytest.approx(one[name], abs=0.5)
