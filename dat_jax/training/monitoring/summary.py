@@ -31,7 +31,7 @@ def list_commands(workdir: str, *, command_flags: str) -> dict[str, str]:
     directory = shlex.quote(str(workdir))
     run = f"python -m dat_jax.main {command_flags} --workdir={directory}"
     return {
-        "Resume or extend the run": run,
+        "Resume the run, or extend it with a larger --config.epochs or --config.steps": run,
         "Evaluate the best checkpoint": f"python -m dat_jax.main --workdir={directory} --mode=eval",
         "Predict": f"python -m dat_jax.predict {directory} IMAGE...",
         "Visualize sampled points and attention": f"python -m dat_jax.visualize {directory} IMAGE... --output=figures",
