@@ -63,6 +63,8 @@ def main(_: list[str]) -> None:
     values = flags.FLAGS
     if values.config is None or not values.topology:
         fail("Expected --config=CONFIG --topology=NAME, such as --config=dat_pp_t --topology=v5e:2x2.")
+    if values.evaluation and values.find_batch:
+        fail("--evaluation and --find_batch exclude each other.")
     from dat_jax.profiling import command  # imports jax, which takes seconds
 
     try:

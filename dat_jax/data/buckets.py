@@ -95,6 +95,28 @@ def round_up(shape: Shape, multiple: int) -> Shape:
     return height, width
 
 
+def check_sizes(sizes: Iterable[Sequence[int]], *, min_side: int = 1) -> list[Shape]:
+    """Check sizes of images that a caller passed, and return them as pairs of integers.
+
+    Args:
+      sizes: (height, width) of each image in pixels.
+      min_side: smallest side.
+
+    Raises:
+      UserError: one of them is not a pair of whole numbers of at least ``min_side``.
+    """
+    checked = []
+    for size in sizes if isinstance(sizes, Iterable) and not isinstance(sizes, str) else [sizes]:
+        sides = list(size) if isinstance(size, (Sequence, np.ndarray)) and not isinstance(size, str) else []
+        is_whole = all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in sides)
+        if len(sides) != 2 or not is_whole or min(sides) < min_side:
+            raise UserError(
+                f"Expected (height, width) of each image, whole numbers of at least {min_side}, got {size!r}."
+            )
+        checked.append((int(sides[0]), int(sides[1])))
+    return checked
+
+
 def parse_buckets(text: str, *, key: str = "buckets") -> list[Shape]:
     """Parse heights and widths such as "608x832,832x608".
 

@@ -111,13 +111,15 @@ def detect_record(network: Callable, variables, record: dict, *, masks: bool) ->
     Args:
       network: a jitted ``predict``.
       variables: variables of the model.
-      record: "image", "valid", "scale" and "original" of one example, without a batch axis.
+      record: "image", "valid", "scale" and "original" of one example, without a batch axis, and "sizes" if the padded image is
+        the top left of a larger array.
       masks: whether masks are pasted into the image.
 
     Returns:
       See ``to_original``.
     """
-    outputs = network(variables, {name: np.asarray(record[name])[None] for name in ("image", "valid", "scale")})
+    inputs = ("image", "valid", "scale", "sizes")
+    outputs = network(variables, {name: np.asarray(record[name])[None] for name in inputs if name in record})
     outputs = {name: np.asarray(values[0]) for name, values in outputs.items()}
     return to_original({**outputs, "original": record["original"]}, masks=masks)
 

@@ -8,7 +8,8 @@ from dat_jax import inference
 from dat_jax.cli.console import format_size, make_console, print_table
 from dat_jax.data.buckets import parse_buckets
 from dat_jax.errors import UserError
-from dat_jax.exporting.files import check_files, get_image_shape, list_programs, load_program, write_exported
+from dat_jax.exporting.files import check_files, load_program, write_exported
+from dat_jax.exporting.manifest import get_image_shape, list_programs
 from dat_jax.exporting.programs import SYMBOLIC
 from dat_jax.storage import check_absent
 

@@ -16,8 +16,9 @@ from dat_jax.checkpoints.exports import write_model
 from dat_jax.checkpoints.integrity import check_digests, hash_file, list_files
 from dat_jax.checkpoints.model_description import describe_model
 from dat_jax.conversion.command import write_official_weights
-from dat_jax.data.buckets import Shape, find_bucket
+from dat_jax.data.buckets import Shape
 from dat_jax.errors import UserError
+from dat_jax.exporting.manifest import MANIFEST, PROGRAM_SUFFIX, choose_program, list_shapes, read_manifest
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
 from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
@@ -29,8 +30,8 @@ from dat_jax.storage import atomic_path, check_absent
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
 DEFAULT_FORMATS = FORMATS[:3]  # onnx needs an optional package
-MANIFEST, WEIGHTS, ONNX = "manifest.json", "model.safetensors", "model.onnx"
-PROGRAM, PROGRAM_OF_BUCKET = "model.stablehlo", "model_{0}x{1}.stablehlo"  # height and width
+WEIGHTS, ONNX = "model.safetensors", "model.onnx"
+PROGRAM, PROGRAM_OF_BUCKET = f"model{PROGRAM_SUFFIX}", f"model_{{0}}x{{1}}{PROGRAM_SUFFIX}"  # height and width
 
 
 def write_exported(
@@ -143,11 +144,7 @@ def _check_buckets(buckets: Sequence[Shape], formats: Sequence[str], image_shape
     if "onnx" in formats:
         raise UserError("An ONNX file takes images of one size: leave out onnx or buckets.")
     if len(set(buckets)) < len(buckets):
-        raise UserError(f"buckets must differ, got {_list_shapes(buckets)}.")
-
-
-def _list_shapes(shapes: Sequence[Shape]) -> str:
-    return ",".join(f"{height}x{width}" for height, width in shapes)
+        raise UserError(f"buckets must differ, got {list_shapes(buckets)}.")
 
 
 def check_files(directory: str | os.PathLike) -> dict[str, Any]:
@@ -160,7 +157,7 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
       UserError: the manifest is missing or damaged, or files are missing or differ; the files are named.
     """
     directory = pathlib.Path(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     records = {
         name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in manifest["files"].items()
     }
@@ -183,8 +180,9 @@ def load_program(directory: str | os.PathLike, size: Shape | None = None) -> jax
         version that wrote it is named.
     """
     directory = pathlib.Path(directory)
-    manifest = _read_manifest(directory)
-    path = directory / _choose_program(directory, list_programs(manifest), size)
+    manifest = read_manifest(directory)
+    described = choose_program(directory, manifest, size)
+    path = directory / described["file"]
     try:
         program = jax.export.deserialize(bytearray(path.read_bytes()))
         oldest, newest = _get_calling_conventions()
@@ -193,40 +191,18 @@ def load_program(directory: str | os.PathLike, size: Shape | None = None) -> jax
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # jax raises several types for a format that it does not know
+        if manifest.get("jax") == jax.__version__:
+            raise UserError(f"{path} is damaged: it is no program of jax {jax.__version__}, which wrote it.") from error
         raise UserError(
             f"{path} was written by jax {manifest.get('jax', 'of an unknown version')} and cannot be read by the installed jax "
             f"{jax.__version__}: install the version that wrote it or a slightly newer one, or export again with the installed "
             "one."
         ) from error
+    if [list(map(str, array.shape)) for array in program.in_avals] != [
+        list(map(str, array["shape"])) for array in described["inputs"]
+    ]:
+        raise UserError(f"{directory} is damaged: the program of {path.name} is not the one that {MANIFEST} describes.")
     return program
-
-
-def list_programs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the descriptions of all programs of a manifest: those of buckets, or the one for images of one size."""
-    return manifest.get("programs") or [program for program in [manifest.get("program")] if program]
-
-
-def get_image_shape(program: Mapping[str, Any]) -> Shape:
-    """Return (height, width) of the images of a program that a manifest describes; of a bucket if it has one."""
-    height, width = program["inputs"][0]["shape"][1:3]
-    return height, width
-
-
-def _choose_program(directory: pathlib.Path, programs: Sequence[Mapping[str, Any]], size: Shape | None) -> str:
-    """Return the name of the program's file."""
-    if not programs:
-        raise UserError(f"{directory} has no program: export with --formats=stablehlo.")
-    if size is None:
-        if len(programs) == 1:
-            return programs[0]["file"]
-        buckets = _list_shapes([program["bucket"] for program in programs])
-        raise UserError(f"{directory} has programs for the buckets {buckets}: pass the size of the image.")
-    files = {get_image_shape(program): program["file"] for program in programs}
-    if "bucket" not in programs[0] and tuple(size) not in files:
-        raise UserError(
-            f"{directory} has a program for images of {_list_shapes(list(files))} only, got a size of {size[0]}x{size[1]}."
-        )
-    return files[find_bucket(size, list(files))]
 
 
 def _get_calling_conventions() -> tuple[int, int]:
@@ -235,18 +211,6 @@ def _get_calling_conventions() -> tuple[int, int]:
         jax.export.minimum_supported_calling_convention_version,
         jax.export.maximum_supported_calling_convention_version,
     )
-
-
-def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
-    """Content of manifest.json, whose "files" has the size and digest of every file."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        for record in manifest["files"].values():
-            _ = record["bytes"], record["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or f"{MANIFEST} is damaged"
-        raise UserError(f"{directory} is not a folder written by dat_jax.export, or is damaged: {reason}.") from error
-    return manifest
 
 
 def _make_record(path: pathlib.Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ PREPROCESSING = ("inside", "outside")
 SYMBOLIC = "symbolic"
 BATCH = "b"  # name of a symbolic batch size in shapes
 _MAX_SIDE = 2**14
+_MAX_BATCH = 2**16
 
 
 def make_program(
@@ -104,12 +105,13 @@ def check_program(
         )
     choose_dtype(preprocessing)
     height, width = image_shape
+    name = "buckets" if is_bucket else "image_size"
     if min(image_shape) < MIN_IMAGE_SIDE:
-        raise UserError(f"image_size must be at least {MIN_IMAGE_SIDE} pixels per side, got {height} x {width}.")
+        raise UserError(f"{name} must be at least {MIN_IMAGE_SIDE} pixels per side, got {height} x {width}.")
     if isinstance(predictor, Classifier) and height != width and not is_bucket:
         raise UserError(f"image_size must be a single SIDE for a classifier, got {height} x {width}.")
     if max(image_shape) > _MAX_SIDE:
-        raise UserError(f"image_size must be at most {_MAX_SIDE} pixels per side, got {height} x {width}.")
+        raise UserError(f"{name} must be at most {_MAX_SIDE} pixels per side, got {height} x {width}.")
     if is_bucket and isinstance(predictor, ObjectDetector):
         multiple = predictor.options["multiple"]
         if height % multiple or width % multiple:
@@ -120,8 +122,8 @@ def check_program(
         raise UserError(
             f"batch must be a number for a detector, whose box selection has loops of fixed length, got {SYMBOLIC}."
         )
-    if batch is not None and batch < 1:
-        raise UserError(f"batch must be {SYMBOLIC} or a number of at least 1, got {batch}.")
+    if batch is not None and not 1 <= batch <= _MAX_BATCH:
+        raise UserError(f"batch must be {SYMBOLIC} or a number from 1 to {_MAX_BATCH:,}, got {batch}.")
 
 
 def make_branch(

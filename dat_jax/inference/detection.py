@@ -83,7 +83,11 @@ class ObjectDetector:
     arrays: ArrayShapes = dataclasses.field(default_factory=ArrayShapes)
 
     def plan(self, sizes: Iterable[tuple[int, int]]) -> "ObjectDetector":
-        """Return this detector prepared for images of these (height, width): it compiles few programs for them."""
+        """Return this detector prepared for images of these (height, width): it compiles few programs for them.
+
+        Raises:
+          UserError: see ``buckets.check_sizes``.
+        """
         return dataclasses.replace(self, arrays=self.arrays.plan(self.transform, sizes))
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:

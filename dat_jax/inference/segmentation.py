@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dat_jax.data import ade20k
+from dat_jax.data.buckets import check_sizes
 from dat_jax.data.segmentation_transforms import SegmentationEvalTransform, make_segmentation_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter, segment_record
@@ -64,8 +65,14 @@ class Segmenter:
     arrays: ArrayShapes = dataclasses.field(default_factory=ArrayShapes)
 
     def plan(self, sizes: Iterable[tuple[int, int]]) -> "Segmenter":
-        """Return this segmentor prepared for images of these (height, width): it compiles few programs for them."""
-        possible = [size for size in sizes if min(map(min, self.transform.view_shapes(*size))) >= MIN_IMAGE_SIDE]
+        """Return this segmentor prepared for images of these (height, width): it compiles few programs for them.
+
+        Raises:
+          UserError: see ``buckets.check_sizes``.
+        """
+        possible = [
+            size for size in check_sizes(sizes) if min(map(min, self.transform.view_shapes(*size))) >= MIN_IMAGE_SIDE
+        ]
         return dataclasses.replace(self, arrays=self.arrays.plan(self.transform, possible))
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

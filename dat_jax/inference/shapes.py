@@ -6,6 +6,7 @@ from typing import Any
 
 from dat_jax.data.buckets import (
     Shape,
+    check_sizes,
     choose_buckets,
     find_bucket,
     ladder_bucket,
@@ -47,10 +48,13 @@ class ArrayShapes:
         Args:
           transform: function with ``view_shapes(height, width)``.
           sizes: (height, width) of the images.
+
+        Raises:
+          UserError: see ``buckets.check_sizes``.
         """
+        sizes = check_sizes(sizes)
         if self.choice != "auto":
             return self
-        sizes = list(sizes)
         views = {size: transform.view_shapes(*size) for size in set(sizes)}
         buckets = choose_buckets([views[size][0] for size in sizes])
         return dataclasses.replace(self, planned=plan_shapes(views, buckets))

@@ -468,10 +468,11 @@ class DAT(MeshModule):
     def _check_sizes(self, images, sizes):
         if sizes is None:
             return
-        if sizes.shape != (images.shape[0], 2) or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        is_array = isinstance(sizes, (jax.Array, np.ndarray))
+        if not is_array or sizes.shape != (images.shape[0], 2) or not jnp.issubdtype(sizes.dtype, jnp.signedinteger):
+            got = f"{sizes.dtype} {sizes.shape}" if is_array else type(sizes).__name__
             raise ValueError(
-                f"DAT expected sizes as integers ({images.shape[0]}, 2), the height and width of each image, got {sizes.dtype} "
-                f"{sizes.shape}."
+                f"DAT expected sizes as an int32 array ({images.shape[0]}, 2), the height and width of each image, got {got}."
             )
         if isinstance(sizes, Tracer):
             return

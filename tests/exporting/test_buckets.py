@@ -1,6 +1,8 @@
 """Exported programs that take images of all sizes up to a bucket."""
 
 import json
+import re
+import shutil
 
 import jax
 import jax.export
@@ -59,9 +61,55 @@ def test_images_of_mixed_sizes_get_the_logits_of_each_alone(make, tmp_path, caps
     capsys.readouterr()
     assert run(f"--check={out}") == 0
     assert dat_jax.load(out)[0] == model
-    for size, sentence in ((None, "for the buckets 96x64,64x96,128x96: pass the size"), ((200, 20), "No bucket holds")):
+    for size, sentence in (
+        (None, "for the buckets 96x64,64x96,128x96: pass the size"),
+        ((200, 40), "No bucket holds"),
+        ((64, 16), "whole numbers of at least 32, got"),
+        ((64.0, 64), "whole numbers of at least 32, got"),
+        ("64x64", "whole numbers of at least 32, got"),
+    ):
         with pytest.raises(UserError, match=sentence):
             load_program(out, size)
+
+
+def swap_files(programs):
+    programs[0]["file"], programs[1]["file"] = programs[1]["file"], programs[0]["file"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda programs: programs.pop(), "manifest.json is damaged"),
+        (lambda programs: programs.clear(), "manifest.json is damaged"),
+        (lambda programs: programs[0].pop("inputs"), "manifest.json is damaged"),
+        (lambda programs: programs[0].pop("bucket"), "manifest.json is damaged"),
+        (lambda programs: programs[0].update(bucket=[640, 640]), "manifest.json is damaged"),
+        (lambda programs: programs[0].update(file="../elsewhere.stablehlo"), "manifest.json is damaged"),
+        (lambda programs: programs[0].update(file=3), "manifest.json is damaged"),
+        (lambda programs: programs[0]["inputs"][0].update(shape=["b", "64", 96, 3]), "manifest.json is damaged"),
+        (lambda programs: programs.append(1), "manifest.json is damaged"),
+        (swap_files, r"the program of model_96x64.stablehlo is not the one that manifest.json describes"),
+    ],
+)
+def test_programs_that_do_not_fit_the_manifest_are_noticed(damage, sentence, two_buckets, tmp_path, capsys):
+    shutil.copytree(two_buckets, tmp_path / "copy")
+    path = tmp_path / "copy" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    damage(manifest["programs"])
+    path.write_text(json.dumps(manifest))
+    assert run(f"--check={tmp_path / 'copy'}") == 1
+    error = capsys.readouterr().err
+    assert re.search(sentence, error)
+    assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def two_buckets(tmp_path_factory):
+    place = tmp_path_factory.mktemp("two_buckets")
+    model, variables = random_classifier()
+    export_model(place / "trained", model=model, variables=variables)
+    assert run(place / "trained", place / "out", "--buckets=64x96,96x64", "--platforms=cpu", "--formats=stablehlo") == 0
+    return place / "out"
 
 
 @pytest.mark.slow
@@ -96,7 +144,8 @@ def test_a_bucket_has_programs_of_platforms_that_are_not_attached(tmp_path):
     [
         (["--buckets=64"], '--buckets: expected heights and widths such as "608x832,832x608", got '),
         (["--buckets=64x96,64x96"], "buckets must differ, got 64x96,64x96"),
-        (["--buckets=16x96"], "at least 32 pixels per side, got 16 x 96"),
+        (["--buckets=16x96"], "buckets must be at least 32 pixels per side, got 16 x 96"),
+        (["--buckets=64x96", "--batch=99999999999999999999"], "a number from 1 to 65,536, got 99999"),
         (["--buckets=64x20000"], "at most 16384 pixels per side"),
         (["--buckets=64x96", "--image_size=64"], "buckets and image_size exclude each other"),
         (["--buckets=64x96", "--formats=orbax"], "buckets are for the format stablehlo"),

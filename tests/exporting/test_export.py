@@ -349,7 +349,7 @@ def test_onnx_is_refused_for_a_detector_and_without_jax2onnx(trained, tmp_path, 
             "formats must be one or more of orbax, stablehlo, safetensors, onnx, got tflite",
         ),
         (["{trained}", "{out}", "--platforms=gpu"], "cpu, tpu, cuda, rocm, each at most once, got gpu"),
-        (["{trained}", "{out}", "--batch=0"], "batch must be symbolic or a number of at least 1, got 0"),
+        (["{trained}", "{out}", "--batch=0"], "batch must be symbolic or a number from 1 to 65,536, got 0"),
         (["{trained}", "{out}", "--batch=few"], "--batch must be symbolic or a number of at least 1, got few"),
         (
             ["{trained}", "{out}", "--image_size=64,96"],

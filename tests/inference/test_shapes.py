@@ -34,6 +34,22 @@ def test_arrays_are_planned_for_known_sizes_and_have_the_sides_of_a_ladder_for_o
         given.choose(transform, (64, 128))
 
 
+@pytest.mark.parametrize(
+    "sizes", [[(0, 64)], [(64,)], [(64, 64, 3)], [(64.5, 64)], [(True, 64)], ["64x64"], (64, 64), "64x64", 5, None]
+)
+def test_sizes_that_are_none_are_refused(sizes):
+    transform = make_segmentation_eval_transform(scale=(256, 64))
+    with pytest.raises(UserError, match=r"Expected \(height, width\) of each image, whole numbers of at least 1, got"):
+        ArrayShapes().plan(transform, sizes)
+
+
+def test_sizes_may_be_arrays_or_lists():
+    transform = make_segmentation_eval_transform(scale=(256, 64))
+    expected = ArrayShapes().plan(transform, [(64, 80), (64, 82)])
+    for sizes in (np.array([[64, 80], [64, 82]]), [[64, 80], [64, 82]], iter([(64, 80), (64, 82)])):
+        assert ArrayShapes().plan(transform, sizes) == expected
+
+
 @pytest.mark.parametrize("image_sizes", [SIZES[:2], slow(SIZES)])
 def test_a_segmentor_gives_the_labels_of_each_image_alone(tmp_path, image_sizes):
     model, variables = tiny_segmentation.random_segmentor()
@@ -61,12 +77,15 @@ def test_a_detector_gives_the_objects_of_each_image_alone(tmp_path, head):
     options = dict(long_side=128, short_side=48, max_detections=5, score_threshold=0.001)
     alone = inference.load(tmp_path / "export", buckets="exact", **options)
     planned = inference.load(tmp_path / "export", **options).plan(SIZES)
+    larger = inference.load(tmp_path / "export", buckets="128x160", **options)  # than any padded image
     for height, width in SIZES:
         image = photographs(width=width, height=height)[0]
-        expected, actual = alone(image), planned(image)
+        expected = alone(image)
         assert len(expected["scores"]) == 5
-        np.testing.assert_array_equal(actual["labels"], expected["labels"])
-        np.testing.assert_allclose(actual["scores"], expected["scores"], atol=1e-5)
-        np.testing.assert_allclose(actual["boxes"], expected["boxes"], atol=1e-2)
+        for actual in (planned(image), larger(image)):
+            np.testing.assert_array_equal(actual["labels"], expected["labels"])
+            np.testing.assert_allclose(actual["scores"], expected["scores"], atol=1e-5)
+            np.testing.assert_allclose(actual["boxes"], expected["boxes"], atol=1e-2)
+    assert compiled_programs(larger.predict) == 1
     shapes = {planned.transform.view_shapes(*size) for size in SIZES}
     assert compiled_programs(planned.predict) <= compiled_programs(alone.predict) == len(shapes)

@@ -101,8 +101,10 @@ def test_wrong_sizes_are_refused():
     images = jnp.zeros((2, 64, 64, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     for sizes, message in [
-        (np.zeros((1, 2), np.int32), r"sizes as integers \(2, 2\), .* got int32 \(1, 2\)"),
-        (np.zeros((2, 2), np.float32), r"sizes as integers \(2, 2\), .* got float32"),
+        (np.zeros((1, 2), np.int32), r"sizes as an int32 array \(2, 2\), .* got int32 \(1, 2\)"),
+        (np.zeros((2, 2), np.float32), r"sizes as an int32 array \(2, 2\), .* got float32"),
+        (np.full((2, 2), 64, np.uint32), r"got uint32 \(2, 2\)"),  # rounding up would wrap around
+        ([[64, 64], [64, 64]], "got list"),
         (
             np.int32([[64, 64], [31, 64]]),
             r"from 32 pixels to those of the images, \(64, 64\), got \[\[64, 64\], \[31, 64\]\]",
