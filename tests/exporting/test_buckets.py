@@ -18,6 +18,7 @@ from dat_jax.exporting.command import format_loading_code
 from dat_jax.tasks.preprocessing import normalize
 from tests.exporting.test_export import run
 from tests.helpers.photographs import photographs
+from tests.helpers.tiers import slow
 from tests.helpers.tiny_classification import random_classifier
 from tests.helpers.tiny_segmentation import random_segmentor
 from tests.inference.test_detection import export_detector
@@ -33,7 +34,7 @@ def fill(sizes, bucket):
     return arrays
 
 
-@pytest.mark.parametrize("make", [random_segmentor, random_classifier])
+@pytest.mark.parametrize("make", [random_segmentor, slow(random_classifier)])
 def test_images_of_mixed_sizes_get_the_logits_of_each_alone(make, tmp_path, capsys):
     model, variables = make()
     export_model(tmp_path / "trained", model=model, variables=variables)
