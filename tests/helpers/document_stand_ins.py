@@ -39,6 +39,7 @@ from tests.helpers.documents import ROOT
 from tests.helpers.photographs import photographs
 from tests.helpers.pth_writer import write_pth
 from tests.helpers.random_variables import random_variables
+from tests.helpers.small_mesh import make_small_mesh
 
 # Of dat_pp_nano as a published YAML says it, but for what is as published by default.
 _NANO_YAML = dict(
@@ -144,14 +145,6 @@ def kept_programs(directory: pathlib.Path | None):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-
-
-def make_small_mesh(*, data: int, fsdp: int, devices=None):
-    """Use one device: programs for eight devices take twice as long to compile."""
-    return _make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
-
-
-_make_mesh = sharding.make_mesh
 
 
 def _load_square_images(split):

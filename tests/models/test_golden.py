@@ -9,7 +9,6 @@ from dat_jax import conversion
 from dat_jax.tasks.classification.objective import smooth_labels, soft_cross_entropy
 from tests.helpers.golden_files import Golden, relative_error
 from tests.helpers.padded_images import surround
-from tests.helpers.tiers import slow
 
 # Recorded logits and positions are float64, stages are stored in float32; then gradient norms and full gradients.
 TOLERANCES = {
@@ -70,12 +69,13 @@ def check_gradients(golden, ours, name, dtype):
         assert relative_error(ours[key], expected) < limit("gradients", key), key
 
 
-@pytest.mark.parametrize("name", ["pp_mini", slow("v1_mini"), slow("v1_cvpr2022_mini")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pp_mini", "v1_mini", "v1_cvpr2022_mini"])
 def test_float32(name):
     check_golden(name, "float32")
 
 
-@pytest.mark.parametrize("name", ["v1_mini", "v1_cvpr2022_mini"])
+@pytest.mark.parametrize("name", ["pp_mini", "v1_mini", "v1_cvpr2022_mini"])
 def test_outputs_in_float32(name):
     check_golden(name, "float32", gradients=False)
 

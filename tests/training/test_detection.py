@@ -10,24 +10,27 @@ from dat_jax.checkpoints.class_names import read_class_names
 from dat_jax.checkpoints.loading import load_trained
 from dat_jax.data import synthetic
 from dat_jax.errors import UserError
+from dat_jax.parallel import sharding
 from dat_jax.tasks.detection import task as task_lib
 from dat_jax.training.loop import evaluate, train
 from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_detection
+from tests.helpers.small_mesh import make_small_mesh
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_images():
+def few_images_and_one_device():
     """Validate on fewer images, because programs that are compiled without optimizations are slow."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", make_small_mesh)
         patch.setitem(synthetic.COUNTS, "validation", 40)
         yield
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a whole run, and what it gave."""
+    """Of a whole run on one device, and what it gave."""
     directory = tmp_path_factory.mktemp("detector")
     return directory, train(tiny_detection.get_config(), str(directory))
 

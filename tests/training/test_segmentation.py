@@ -16,17 +16,26 @@ from dat_jax.checkpoints.loading import load_trained
 from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.conversion.command import convert_from_official, convert_to_official
 from dat_jax.errors import UserError
+from dat_jax.parallel import sharding
 from dat_jax.training.loop import _state_options, evaluate, train
 from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config, tiny_segmentation
 from tests.helpers.logs import collect_logs
 from tests.helpers.random_variables import random_variables
+from tests.helpers.small_mesh import make_small_mesh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", make_small_mesh)
+        yield
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a whole run, and what it gave."""
+    """Of a whole run on one device, and what it gave."""
     directory = tmp_path_factory.mktemp("segmentor")
     return directory, train(tiny_segmentation.get_config(), str(directory))
 

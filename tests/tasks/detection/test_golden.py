@@ -191,7 +191,7 @@ def expected_metrics(arrays, prefix, kind):
     return expected
 
 
-@pytest.mark.parametrize("kind", QUICK_KINDS)
+@pytest.mark.parametrize("kind", ["retinanet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in RCNN)])
 def test_losses(kind):
     mode = "all" if kind == "retinanet" else "firstk"
     _, loss, params = compute_losses(kind, mode, "float32")
