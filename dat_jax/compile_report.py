@@ -41,7 +41,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("find_batch", False, help_text, flag_values=values)
     flags.DEFINE_alias("find-batch", "find_batch", flag_values=values)
     help_text = (
-        "Compile the network for every array of images of an evaluation, instead of the steps, and count the programs."
+        "Instead of the steps, compile the network for every shape of images that an evaluation needs, and print the number of "
+        "programs and their compile times."
     )
     flags.DEFINE_bool("evaluation", False, help_text, flag_values=values)
     flags.DEFINE_string("json", None, "JSON file for the report.", flag_values=values)
@@ -64,7 +65,7 @@ def main(_: list[str]) -> None:
     if values.config is None or not values.topology:
         fail("Expected --config=CONFIG --topology=NAME, such as --config=dat_pp_t --topology=v5e:2x2.")
     if values.evaluation and values.find_batch:
-        fail("--evaluation and --find_batch exclude each other.")
+        fail("--evaluation and --find_batch cannot be combined.")
     from dat_jax.profiling import command  # imports jax, which takes seconds
 
     try:

@@ -49,14 +49,8 @@ ALLOWED = {
     },
     "dat_jax.exporting": {
         *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints", "dat_jax.cli"),
-        *(
-            "dat_jax.conversion.command",
-            "dat_jax.data.buckets",
-            "dat_jax.errors",
-            "dat_jax.inference",
-            "dat_jax.models",
-        ),
-        *("dat_jax.ops.dispatch", "dat_jax.storage", "dat_jax.tasks", "etils", "jax", "jax2onnx"),
+        *("dat_jax.conversion.command", "dat_jax.data.buckets", "dat_jax.errors", "dat_jax.inference"),
+        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.storage", "dat_jax.tasks", "etils", "jax", "jax2onnx"),
     },
     "dat_jax.profiling": {
         *("dat_jax.profiling", "dat_jax.cli", "dat_jax.config", "dat_jax.data", "dat_jax.errors"),

@@ -138,7 +138,7 @@ def _write_weights(directory: pathlib.Path, predictor: Predictor, formats: Seque
 
 def _check_buckets(buckets: Sequence[Shape], formats: Sequence[str], image_shape: Shape | None) -> None:
     if image_shape is not None:
-        raise UserError("buckets and image_size exclude each other: a bucket is the largest size of its images.")
+        raise UserError("buckets and image_size cannot be combined: a bucket is the largest size of its images.")
     if "stablehlo" not in formats:
         raise UserError(f"buckets are for the format stablehlo, got the formats {','.join(formats)}.")
     if "onnx" in formats:
@@ -192,7 +192,7 @@ def load_program(directory: str | os.PathLike, size: Shape | None = None) -> jax
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # jax raises several types for a format that it does not know
         if manifest.get("jax") == jax.__version__:
-            raise UserError(f"{path} is damaged: it is no program of jax {jax.__version__}, which wrote it.") from error
+            raise UserError(f"{path} is damaged: jax {jax.__version__}, which wrote it, cannot read it.") from error
         raise UserError(
             f"{path} was written by jax {manifest.get('jax', 'of an unknown version')} and cannot be read by the installed jax "
             f"{jax.__version__}: install the version that wrote it or a slightly newer one, or export again with the installed "

@@ -25,8 +25,7 @@ def report_evaluation(
 ) -> dict[str, Any]:
     """Compile the network for the arrays of an evaluation. The sizes of the validation images are read.
 
-    These programs take nearly all of the time that an evaluation compiles. The few others, which cut windows and compare classes,
-    are not counted.
+    The other programs of an evaluation, which cut windows and compare classes, are not counted.
 
     Args:
       config: configuration of the run; ``config.eval.buckets`` chooses the arrays.

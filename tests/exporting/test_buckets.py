@@ -148,7 +148,7 @@ def test_a_bucket_has_programs_of_platforms_that_are_not_attached(tmp_path):
         (["--buckets=16x96"], "buckets must be at least 32 pixels per side, got 16 x 96"),
         (["--buckets=64x96", "--batch=99999999999999999999"], "a number from 1 to 65,536, got 99999"),
         (["--buckets=64x20000"], "at most 16384 pixels per side"),
-        (["--buckets=64x96", "--image_size=64"], "buckets and image_size exclude each other"),
+        (["--buckets=64x96", "--image_size=64"], "buckets and image_size cannot be combined"),
         (["--buckets=64x96", "--formats=orbax"], "buckets are for the format stablehlo"),
         (["--buckets=64x96", "--formats=stablehlo,onnx"], "An ONNX file takes images of one size"),
     ],
@@ -161,6 +161,15 @@ def test_impossible_buckets_are_refused_and_nothing_is_written(arguments, senten
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_the_jax_that_wrote_it_cannot_read_is_damaged(two_buckets, tmp_path):
+    shutil.copytree(two_buckets, tmp_path / "copy")
+    (tmp_path / "copy" / "model_64x96.stablehlo").write_bytes(b"no program")
+    with pytest.raises(
+        UserError, match=rf"is damaged: jax {re.escape(jax.__version__)}, which wrote it, cannot read it"
+    ):
+        load_program(tmp_path / "copy", (64, 96))
 
 
 def test_buckets_of_a_detector_are_multiples(tmp_path, capsys):

@@ -196,7 +196,7 @@ class StandIns:
             trained = f"runs/{where.name}"
             self.need(trained)
             tool = importlib.import_module("dat_jax.export")
-            buckets = ["--buckets=64x96,96x64"] if where.name == "quickstart_segmentation" else []
+            buckets = ["--buckets=64x128,128x64"] if where.name == "quickstart_segmentation" else []
             values, positional = parse_flags("export", [trained, path, *buckets])
             tool.main(positional, values)
         elif path.startswith("weights/"):

@@ -21,7 +21,7 @@ from tests.helpers.small_mesh import make_small_mesh
 
 @pytest.fixture(scope="module", autouse=True)
 def few_images_and_one_device():
-    """Validate on fewer images, because programs that are compiled without optimizations are slow."""
+    """Validate on few images and use one device, because programs are compiled without optimizations, which makes them slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", make_small_mesh)
         patch.setitem(synthetic.COUNTS, "validation", 40)

@@ -28,6 +28,7 @@ from tests.helpers.small_mesh import make_small_mesh
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
+    """Runs whose devices are not given use one; tests of several devices pass them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", make_small_mesh)
         yield
