@@ -77,7 +77,7 @@ class DetectionTask(Task):
         Objects are counted in COCO files only.
         """
         source = self.train_source
-        self.count_eval_arrays(self.eval_buckets)
+        self.count_eval_arrays(self.eval_buckets)  # an error if no bucket holds an image
         if isinstance(source, CocoSource):
             _check_objects(source)
             indices = spread_indices(len(source), _CHECKED_IMAGES)

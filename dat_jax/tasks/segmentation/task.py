@@ -42,8 +42,10 @@ class SegmentationTask(Task):
         """See ``Task``, ``check_labels``, ``sized_batching.check_view_sizes`` and ``buckets.find_bucket``."""
         check_labels(self.train_source, split="training")
         check_labels(self.eval_source, split="validation")
-        sized_batching.check_view_sizes(self.eval_source, self._eval_transform(), min_side=MIN_IMAGE_SIDE)
-        self.count_eval_arrays(self.eval_buckets)  # an error if a bucket is missing
+        transform = self._eval_transform()
+        sizes = sized_batching.check_view_sizes(self.eval_source, transform, min_side=MIN_IMAGE_SIDE)
+        if self.config.eval.buckets != "auto":  # those that are chosen from the sizes hold them
+            buckets.plan_shapes({size: transform.view_shapes(*size) for size in set(sizes)}, self.eval_buckets)
 
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
