@@ -13,6 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+DERIVED = -1  # value of a key that a run derives from its data, its model or its weights
+
 _ABSTRACT_TYPES = {int: numbers.Integral, float: numbers.Real}
 _NOUNS = {int: "an integer", float: "a number", str: "a string"}
 _ITEM_NOUNS = {int: "integers", float: "numbers"}

@@ -67,7 +67,8 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     trainer = Trainer(config)
     trainer.check_train_batch()
     trainer.task.check_data()
-    trainer.log_length_warnings()
+    for sentence in trainer.plan.warnings:
+        logger.warning(sentence)
     check_writable(directory)
     cache = enable_cache(trainer.config.compilation_cache)
     description = {
@@ -80,8 +81,8 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     with _open_checkpoints(trainer, directory) as checkpoints:
         state = restore_or_initialize(checkpoints, trainer.config, **_state_options(trainer))
         if int(state.step):
-            logger.info("Resumed at step %d of %d.", int(state.step), trainer.total_steps)
-        finished, ended_by = int(state.step) >= trainer.total_steps, None
+            logger.info("Resumed at step %d of %d.", int(state.step), trainer.plan.total_steps)
+        finished, ended_by = int(state.step) >= trainer.plan.total_steps, None
         if finished:
             unit = "steps" if trainer.config.steps else "epochs"
             logger.info("All %d %s are done; set --config.%s for more.", trainer.config[unit], unit, unit)
@@ -108,7 +109,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     report.save_figures(trainer, state, directory)
     if not finished or not (directory / SUMMARY).exists():  # an existing summary has the duration of the training
         seconds = time.monotonic() - start_time
-        save_summary(step=trainer.total_steps, ended_by=None, seconds=seconds)
+        save_summary(step=trainer.plan.total_steps, ended_by=None, seconds=seconds)
     report.print_result(
         console,
         evaluation,
@@ -189,7 +190,7 @@ def _run_steps(
         for hook in hooks:
             stack.callback(hook.close)
         logger.info("Compiling the training step; the first numbers follow.")
-        for step in range(start + 1, trainer.total_steps + 1):
+        for step in range(start + 1, trainer.plan.total_steps + 1):
             for hook in hooks:
                 hook.before_batch(step)
             batch = next(batches)
@@ -200,9 +201,9 @@ def _run_steps(
                 hook.after_step(step, metrics)
             pending.append(metrics)
 
-            last = step == trainer.total_steps
+            last = step == trainer.plan.total_steps
             stop = preemption.should_stop()  # called in every step, by every process
-            evaluation_due = step % trainer.eval_steps == 0 or last
+            evaluation_due = step % trainer.plan.eval_steps == 0 or last
             if step % config.log_every == 0 or evaluation_due or stop:
                 values, pending = jax.device_get(pending), []
                 measured = {}
@@ -236,7 +237,7 @@ def _run_steps(
 
 def _make_hooks(trainer: Trainer, directory: pathlib.Path, *, start_step: int) -> tuple[list[Hook], Throughput]:
     """Monitoring of the run, and of it the hook that measures throughput."""
-    config, task, total_steps = trainer.config, trainer.task, trainer.total_steps
+    config, task, total_steps = trainer.config, trainer.task, trainer.plan.total_steps
 
     def make_progress(step):
         return Progress(start_step=step, total_steps=total_steps, batch_size=config.batch_size)
@@ -321,7 +322,7 @@ def _summarize(values: list[dict]) -> dict[str, float]:
 def _log_step(trainer: Trainer, step: int, summary: dict[str, float], throughput: Throughput) -> None:
     logger.info(
         "step %d/%d  epoch %.2f  %s  %.0f images/s  %s left",
-        *(step, trainer.total_steps, step / trainer.steps_per_epoch, report.format_metrics(summary)),
+        *(step, trainer.plan.total_steps, step / trainer.plan.steps_per_epoch, report.format_metrics(summary)),
         *(throughput.images_per_second, format_duration(throughput.seconds_left)),
     )
 

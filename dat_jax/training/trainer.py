@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gc
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,34 +14,29 @@ from ml_collections import ConfigDict
 from dat_jax.config import validate
 from dat_jax.errors import UserError
 from dat_jax.evaluation.results import Evaluation
-from dat_jax.models.registry import create_model, find_other_attributes
 from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.registry import make_task
-from dat_jax.training import derived
 from dat_jax.training.compilation import known_options
+from dat_jax.training.model_defaults import resolve_model
 from dat_jax.training.monitoring.input import without_damaged
 from dat_jax.training.optimizer import make_optimizer
-from dat_jax.training.schedule import make_schedule
+from dat_jax.training.schedule import plan_run
 from dat_jax.training.state import TrainState, init_state
 from dat_jax.training.step import make_train_step
 
-logger = logging.getLogger(__name__)
 _INIT_STREAM = 0  # random keys: fold_in(seed, stream)
 
 
 class Trainer:
-    """Builds what a configuration determines, once, in this order: mesh, task and data, schedule, optimizer, model, state.
+    """Builds what a configuration determines, once, in this order: mesh, task and data, length, optimizer, model, state.
 
     Attributes:
-      config: the configuration, checked, with ``model.deformable_form`` and derived values (-1) resolved and without attributes
-        of another head.
+      config: the configuration, checked, with ``model.deformable_form`` and derived values (-1) resolved.
       mesh: devices of the run.
       task: data, model, evaluation and figures, see ``tasks.task.Task``.
-      steps_per_epoch, total_steps: number of steps per epoch and of the whole run.
-      eval_steps: number of steps between evaluations.
-      schedule: number of finished steps -> learning rate.
+      plan: length of the run and its learning rates, see ``training.schedule.RunPlan``.
       optimizer: the optimizer.
       objective: the model's init, loss and predict on the mesh, see ``tasks.objective.Objective``.
       state_sharding: placement of the training state, with the structure of a TrainState.
@@ -68,18 +62,16 @@ class Trainer:
           UserError: names what does not fit.
         """
         validate(config)
-        config = derived.resolve_image_size(_drop_other_head(_resolve_deformable_form(config)))
-        validate(config)
+        config = resolve_model(config)
         self.mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         self.task = make_task(config, sources=sources)
-        self.config = config = self._resolve_length(config)
-        _check_eval_batch(config, self.mesh)
-        self.steps_per_epoch = _count_steps_per_epoch(config, self.task)
-        self.total_steps = config.steps or config.epochs * self.steps_per_epoch
-        self.eval_steps = config.eval.every_steps or config.eval.every * self.steps_per_epoch
 
-        self.schedule = make_schedule(config, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
-        self.optimizer = make_optimizer(self.schedule, **config.optimizer.to_dict())
+        parts = self.mesh.size * config.accumulate_steps
+        self.plan = plan_run(self.task.config, examples=len(self.task.train_source), parts=parts)
+        self.config = self.task.config = config = self.plan.config
+        _check_eval_batch(config, self.mesh)
+
+        self.optimizer = make_optimizer(self.plan.schedule, **config.optimizer.to_dict())
         try:
             objective = self.task.make_objective()
             # Kernels need at least one example per device; without them the same parameters need one example.
@@ -104,14 +96,6 @@ class Trainer:
         )
         self.extra_eval_sets = self.task.load_extra_eval_sets()
 
-    def _resolve_length(self, config: ConfigDict) -> ConfigDict:
-        """Replace derived values once the data are read. The task is made again with them."""
-        parts = self.mesh.size * config.accumulate_steps
-        resolved = derived.resolve_length(config, examples=len(self.task.train_source), parts=parts)
-        if resolved is not config:
-            self.task = make_task(resolved, sources=(self.task.train_source, self.task.eval_source))
-        return resolved
-
     def initialize(self) -> TrainState:
         """Make the state before the first step, on the mesh."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), _INIT_STREAM)
@@ -128,7 +112,7 @@ class Trainer:
         step = make_train_step(
             objective=self.objective,
             optimizer=self.optimizer,
-            schedule=self.schedule,
+            schedule=self.plan.schedule,
             seed=config.seed,
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
@@ -203,12 +187,6 @@ class Trainer:
                 f"{config.accumulate_steps} accumulated steps."
             )
 
-    def log_length_warnings(self) -> None:
-        """Log a warning for each length with which the run cannot work."""
-        lengths = dict(steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
-        for sentence in derived.list_length_warnings(self.config, **lengths):
-            logger.warning(sentence)
-
     def count_model_flops(self) -> float:
         """Count the FLOPs of a training step per image as model FLOPs utilization (MFU) does.
 
@@ -239,8 +217,8 @@ class Trainer:
             **({"skipped or repaired": changes} if changes else {}),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "mesh": " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
-            "batch": f"{config.batch_size} images{parts}, {self.steps_per_epoch} steps per epoch",
-            "length": f"{self.total_steps / self.steps_per_epoch:.4g} epochs, {self.total_steps} steps",
+            "batch": f"{config.batch_size} images{parts}, {self.plan.steps_per_epoch} steps per epoch",
+            "length": f"{self.plan.total_steps / self.plan.steps_per_epoch:.4g} epochs, {self.plan.total_steps} steps",
         }
 
     def _make_init(self, objective):
@@ -253,47 +231,6 @@ class Trainer:
         return init
 
 
-def _resolve_deformable_form(config: ConfigDict) -> ConfigDict:
-    """Replace ``model.deformable_form`` "auto" by that of the named model.
-
-    It is recorded with the run because the parameters do not show with which form they were trained.
-    """
-    if config.model.get("deformable_form", "auto") != "auto":
-        return config
-    try:
-        form = create_model(config.model.name).deformable_form
-    except ValueError as error:
-        raise UserError(f"config.model cannot be built: {error}") from error
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model.deformable_form = form
-    return config
-
-
-def _drop_other_head(config: ConfigDict) -> ConfigDict:
-    """Drop attributes of another detector from the group "head", which remain if only ``head.name`` is changed."""
-    head = config.get("head", {})
-    dropped = find_other_attributes(head.get("name"), head)
-    if not dropped:
-        return config
-    logger.warning(
-        "config.head.name %s has no %s: dropped what the configuration sets for another detector.",
-        *(head.name, ", ".join(f"{key} ({head[key]})" for key in dropped)),
-    )
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        for key in dropped:
-            del config.head[key]
-    return config
-
-
 def _check_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     if config.eval.batch_size % mesh.size:
         raise UserError(f"config.eval.batch_size {config.eval.batch_size} is not a multiple of {mesh.size} devices.")
-
-
-def _count_steps_per_epoch(config: ConfigDict, task) -> int:
-    examples = len(task.train_source)
-    if config.batch_size > examples:
-        raise UserError(f"config.batch_size {config.batch_size} is larger than the {examples} training examples.")
-    return examples // config.batch_size

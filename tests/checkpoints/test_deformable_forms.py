@@ -16,8 +16,9 @@ from dat_jax.config import list_configs, load_config
 from dat_jax.conversion.command import convert_to_official
 from dat_jax.conversion.files import read_checkpoint
 from dat_jax.errors import UserError
-from dat_jax.training import trainer as trainer_lib
 from dat_jax.training.loop import evaluate, train
+from dat_jax.training.model_defaults import resolve_model
+from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
 from tests.helpers.random_variables import random_variables
 
@@ -114,7 +115,7 @@ def test_a_run_records_the_form_of_its_model(tmp_path):
 def test_auto_is_the_form_of_the_named_model(name, form):
     config = tiny_config.get_config().unlock()
     config.model = dict(name=name, deformable_form="auto", dtype="float32")
-    assert trainer_lib._resolve_deformable_form(config).model.deformable_form == form
+    assert resolve_model(config).model.deformable_form == form
 
 
 def test_every_configuration_has_the_key():
@@ -126,9 +127,7 @@ def test_every_configuration_has_the_key():
 def test_a_checkpoint_without_a_recorded_form_has_the_form_dat_pp():
     metadata = {"config": tiny_config.get_config().to_dict(), "classes": 2}
     del metadata["config"]["model"]["deformable_form"]
-    compatibility.check_model(
-        metadata, trainer_lib.Trainer(tiny_config.get_config()).config, class_names=("left", "right")
-    )
+    compatibility.check_model(metadata, Trainer(tiny_config.get_config()).config, class_names=("left", "right"))
     with pytest.raises(UserError, match="model.deformable_form dat_pp, now cvpr2022"):
         compatibility.check_model(
             metadata, tiny_config.get_config(deformable_form="cvpr2022"), class_names=("left", "right")

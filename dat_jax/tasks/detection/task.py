@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from dat_jax.data import batching, sized_batching
 from dat_jax.data.ade20k import make_palette
@@ -29,7 +30,7 @@ from dat_jax.data.detection_transforms import (
 from dat_jax.data.sources import SPLITS, read_spread_examples, spread_indices, warn_if_turned
 from dat_jax.errors import UserError, name_some
 from dat_jax.evaluation import detection as evaluation
-from dat_jax.models.registry import create_detector
+from dat_jax.models.registry import create_detector, find_other_attributes
 from dat_jax.models.retinanet import RetinaNet
 from dat_jax.ops.dispatch import compute_dtype
 from dat_jax.tasks.detection.anchor_check import AnchorSettings, check_anchors
@@ -51,6 +52,10 @@ class DetectionTask(Task):
     name = "detection"
     metric = evaluation.METRIC
     published_classes = 80  # COCO
+
+    def __init__(self, config: ConfigDict, *, sources: tuple[Source, Source] | None = None):
+        """See ``Task``. Attributes of another detector are dropped from ``config.head``."""
+        super().__init__(_drop_other_attributes(config), sources=sources)
 
     def load_sources(self) -> tuple[Source, Source]:
         """See ``Task``."""
@@ -259,3 +264,19 @@ def _format_categories(categories) -> str:
 
 
 TASK = DetectionTask
+
+
+def _drop_other_attributes(config: ConfigDict) -> ConfigDict:
+    """Drop attributes of another detector, which remain in ``config.head`` if only ``head.name`` is changed."""
+    dropped = find_other_attributes(config.head.name, config.head)
+    if not dropped:
+        return config
+    logger.warning(
+        "config.head.name %s has no %s: dropped what the configuration sets for another detector.",
+        *(config.head.name, ", ".join(f"{key} ({config.head[key]})" for key in dropped)),
+    )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for key in dropped:
+            del config.head[key]
+    return config
