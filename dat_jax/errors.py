@@ -5,6 +5,8 @@ import importlib.util
 _EXTRAS = {  # extra of pyproject.toml -> modules of its packages
     "inference": ("PIL", "cv2", "matplotlib", "pycocotools"),
     "train": ("array_record", "grain", "mlxtend", "tensorboardX", "tensorflow_datasets"),
+    "gcs": ("gcsfs",),
+    "s3": ("s3fs",),
 }
 
 
@@ -21,7 +23,7 @@ def require_extra(extra: str) -> None:
     """Checks that the packages of an extra are installed, without importing them.
 
     Args:
-      extra: "inference" or "train".
+      extra: a key of ``_EXTRAS``.
 
     Raises:
       UserError: names the first one that is missing and the command that installs the extra.

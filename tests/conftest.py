@@ -7,7 +7,9 @@ pytest's cache directory, for its other tests and for the next run. Programs tha
 import gc
 import os
 import pathlib
+import uuid
 
+from tests.helpers.bucket_server import make_bucket, run_server
 from tests.helpers.xla_flags import fast_compilation_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -61,3 +63,20 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """URL of a storage server that the libraries of this process and of programs that tests start use for gs://."""
+    with run_server() as url:
+        os.environ["STORAGE_EMULATOR_HOST"] = os.environ["TENSORSTORE_GCS_HTTP_URL"] = url
+        yield url
+        del os.environ["STORAGE_EMULATOR_HOST"], os.environ["TENSORSTORE_GCS_HTTP_URL"]
+
+
+@pytest.fixture
+def bucket(bucket_server):
+    """A new bucket, such as gs://test-0123."""
+    name = f"test-{uuid.uuid4().hex}"
+    make_bucket(bucket_server, name)
+    return f"gs://{name}"

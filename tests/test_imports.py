@@ -18,6 +18,7 @@ ALLOWED = {
     "dat_jax.models": {"dat_jax.models", "dat_jax.ops", "flax", "jax"},
     "dat_jax.tasks": {
         *("dat_jax.tasks", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation", "dat_jax.models", "dat_jax.ops"),
+        "dat_jax.storage",
         *("jax", "matplotlib", "ml_collections", "optax"),  # matplotlib: a new task may draw its own figures
     },
     "dat_jax.data": {
@@ -61,10 +62,10 @@ ALLOWED = {
         *("dat_jax.visualization", "dat_jax.cli.files", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation"),
         *("dat_jax.inference", "dat_jax.storage", "PIL", "matplotlib"),
     },
-    "dat_jax.config": {"dat_jax.config", "dat_jax.errors", "absl", "ml_collections"},
-    "dat_jax.cli": {"dat_jax.__version__", "dat_jax.errors", "absl", "rich"},
+    "dat_jax.config": {"dat_jax.config", "dat_jax.errors", "dat_jax.storage", "absl", "ml_collections"},
+    "dat_jax.cli": {"dat_jax.__version__", "dat_jax.errors", "dat_jax.storage", "absl", "rich"},
     "dat_jax.parallel": {"dat_jax.errors", "dat_jax.ops.dispatch", "jax"},
-    "dat_jax.storage": {"dat_jax.errors"},
+    "dat_jax.storage": {"dat_jax.storage", "dat_jax.errors", "etils", "fsspec"},
     "dat_jax.errors": set(),
     # Entry points
     "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.errors", "dat_jax.models.catalogue"},

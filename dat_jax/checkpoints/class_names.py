@@ -2,12 +2,12 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dat_jax.checkpoints.directory import find_best_step, read_meta
+from dat_jax.checkpoints.directory import fetch_weights, find_best_step, read_meta
 from dat_jax.errors import UserError, name_some
+from dat_jax.storage import Path, exists, fetch
 
 CLASS_NAMES = "classes.txt"  # file of a work directory, one name per line
 
@@ -26,7 +26,7 @@ def read_class_names(path: str | os.PathLike, *, count: int) -> tuple[str, ...] 
     Raises:
       UserError: the file cannot be read, or has another number of names.
     """
-    directory = pathlib.Path(path)
+    directory = fetch_weights(path)
     file = directory / "model.json"
     if file.is_file():
         recorded = json.loads(file.read_text()).get("classes")
@@ -40,7 +40,7 @@ def read_class_names(path: str | os.PathLike, *, count: int) -> tuple[str, ...] 
     return None if file.name == "model.json" else _read_class_file(directory, count=count)
 
 
-def add_class_names(metadata: Mapping[str, Any], workdir: pathlib.Path) -> Mapping[str, Any]:
+def add_class_names(metadata: Mapping[str, Any], workdir: Path) -> Mapping[str, Any]:
     """The metadata of a checkpoint with "class_names", which older checkpoints do not have, from classes.txt if it exists.
 
     Args:
@@ -89,7 +89,7 @@ def read_names(file: str | os.PathLike, *, count: int) -> tuple[str, ...]:
       UserError: the file cannot be read, or has another number of lines.
     """
     try:
-        names = tuple(pathlib.Path(file).read_text(encoding="utf-8-sig").splitlines())
+        names = tuple(fetch(file).read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
     if len(names) != count:
@@ -97,12 +97,12 @@ def read_names(file: str | os.PathLike, *, count: int) -> tuple[str, ...]:
     return names
 
 
-def _read_class_file(workdir: pathlib.Path, *, count: int) -> tuple[str, ...] | None:
+def _read_class_file(workdir: Path, *, count: int) -> tuple[str, ...] | None:
     file = workdir / CLASS_NAMES
-    return read_names(file, count=count) if file.is_file() else None
+    return read_names(file, count=count) if exists(file) else None
 
 
-def _read_best_metadata(directory: pathlib.Path) -> Mapping[str, Any]:
+def _read_best_metadata(directory: Path) -> Mapping[str, Any]:
     """Metadata of the best checkpoint; {} if there is none, or it cannot be read."""
     step = find_best_step(directory)
     try:

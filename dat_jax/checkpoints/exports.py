@@ -21,7 +21,7 @@ from dat_jax.checkpoints.model_description import Model, describe_model, get_bac
 from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error
 from dat_jax.errors import UserError, name_some
 from dat_jax.models.dat import DAT
-from dat_jax.storage import atomic_path
+from dat_jax.storage import atomic_path, fetch
 
 
 def export_model(
@@ -103,7 +103,7 @@ def load_export(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str,
     Raises:
       UserError: the folder is not a folder of weights, or is damaged; the arrays are named.
     """
-    directory = pathlib.Path(directory)
+    directory = fetch(directory)
     name = f"The folder of weights {directory}"
     try:
         description = json.loads((directory / "model.json").read_text())

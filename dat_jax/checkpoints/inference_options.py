@@ -8,6 +8,8 @@ import os
 import pathlib
 from typing import Any
 
+from dat_jax.checkpoints.directory import fetch_weights
+
 # Kind of model -> option of ``inference.load`` -> its "group.key" in the configuration of a run.
 _CONFIG_KEYS = {
     "classifier": {"image_size": "data.image_size", "resize": "data.eval_resize"},
@@ -42,7 +44,7 @@ def read_options(path: str | os.PathLike, *, kind: str) -> dict[str, Any]:
     Returns:
       The stored options by name, as JSON has them. Options that are not stored are missing.
     """
-    directory = pathlib.Path(path)
+    directory = fetch_weights(path)
     if description := _read_json(directory / "model.json"):
         return dict(description.get("options") or {})
     config = _read_json(directory / "config.json")

@@ -7,8 +7,6 @@ them, because no single host may hold all of an array.
 
 import hashlib
 import json
-import os
-import pathlib
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +17,11 @@ import numpy as np
 from jax import lax
 
 from dat_jax.errors import UserError, name_some
-from dat_jax.storage import atomic_write_text
+from dat_jax.storage import Path, atomic_write_text, exists, is_in_bucket, list_objects, os_errors
 
 MANIFEST = "files.json"
+_COMMIT_FILE = "commit_success.txt"  # Orbax's, in a bucket
+_POLL_SECONDS, _BUCKET_POLL_SECONDS = 0.05, 0.5
 
 
 class DamagedError(UserError):
@@ -51,15 +51,10 @@ def check_digests(name: str, *, saved: Mapping[str, Any], actual: Mapping[str, A
         raise DamagedError(f"{name} is damaged: {name_some(problems)}.")
 
 
-def hash_file(path: str | os.PathLike) -> str:
+def hash_file(path: Path) -> str:
     """SHA-256 of the bytes of a file."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def list_files(directory: pathlib.Path) -> list[str]:
-    """Paths of all files below a folder, relative to it, in ascending order."""
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def hash_json(value: Any) -> str:
@@ -116,7 +111,7 @@ def _join_path(path) -> str:
     return "/".join(str(key) for key in keys)
 
 
-def write_manifest(directory: pathlib.Path) -> None:
+def write_manifest(directory: Path) -> None:
     """Write the digests of all files of a checkpoint to ``MANIFEST`` in its folder, atomically.
 
     Raises:
@@ -125,7 +120,7 @@ def write_manifest(directory: pathlib.Path) -> None:
     atomic_write_text(directory / MANIFEST, json.dumps(_hash_files(directory)) + "\n")
 
 
-def check_manifest(directory: pathlib.Path) -> None:
+def check_manifest(directory: Path) -> None:
     """Compare the files of a checkpoint with its manifest. In a run of several processes the first one does it for all.
 
     Raises:
@@ -134,7 +129,9 @@ def check_manifest(directory: pathlib.Path) -> None:
     if jax.process_index() > 0:
         return
     try:
-        saved, actual = json.loads((directory / MANIFEST).read_text()), _hash_files(directory)
+        with os_errors(directory):
+            saved = json.loads((directory / MANIFEST).read_text())
+        actual = _hash_files(directory)
     except (OSError, ValueError) as error:
         raise DamagedError(f"The checkpoint {directory} is damaged: {MANIFEST} cannot be read.") from error
     if not isinstance(saved, dict):
@@ -142,28 +139,33 @@ def check_manifest(directory: pathlib.Path) -> None:
     check_digests(f"The checkpoint {directory}", saved=saved, actual=actual)
 
 
-def _hash_files(directory: pathlib.Path) -> dict[str, str]:
+def _hash_files(directory: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint but its manifest."""
-    files = [file for file in list_files(directory) if file != MANIFEST]
-    return {file: hash_file(directory / file) for file in files}
+    files = [file for file in list_objects(directory) if file != MANIFEST]
+    with os_errors(directory):
+        return {file: hash_file(directory / file) for file in files}
 
 
 class ManifestWriter:
-    """Thread that writes the manifest of a checkpoint as soon as Orbax has renamed the folder to its final name.
+    """Thread that writes the manifest of a checkpoint as soon as Orbax has committed it.
 
-    A checkpoint without a manifest does not count as complete, so the time between the two is kept short.
+    On a disk Orbax renames the folder to its final name; in a bucket it adds a file to it. A checkpoint without a manifest does
+    not count as complete, so the time between the two is kept short.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: Path):
         self._directory, self._error, self._cancelled = directory, None, threading.Event()
+        remote = is_in_bucket(directory)
+        self._committed = directory / _COMMIT_FILE if remote else directory
+        self._poll_seconds = _BUCKET_POLL_SECONDS if remote else _POLL_SECONDS
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self):
-        while not self._directory.exists():
-            if self._cancelled.wait(0.05):
-                return
         try:
+            while not exists(self._committed):
+                if self._cancelled.wait(self._poll_seconds):
+                    return
             write_manifest(self._directory)
         except OSError as error:
             self._error = error

@@ -25,7 +25,7 @@ from dat_jax.checkpoints.adaptation import (
 )
 from dat_jax.checkpoints.arrays import read_arrays
 from dat_jax.checkpoints.class_names import describe_difference, read_class_names
-from dat_jax.checkpoints.directory import find_best_step, read_meta
+from dat_jax.checkpoints.directory import fetch_weights, find_best_step, read_meta
 from dat_jax.checkpoints.exports import load_export
 from dat_jax.checkpoints.integrity import check_digests, compute_fingerprints, name_leaves
 from dat_jax.checkpoints.model_description import (
@@ -41,6 +41,7 @@ from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import VARIANTS
+from dat_jax.storage import as_path, exists
 
 
 def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[Model, dict[str, Any]]:
@@ -202,9 +203,12 @@ def check_exists(path: str | os.PathLike) -> None:
     Raises:
       UserError: the path is neither a folder of weights nor the work directory of a run.
     """
-    path = pathlib.Path(path)
-    if os.path.isfile(path / "model.json") or os.path.isdir(path / "checkpoints"):
-        return
+    path = as_path(path)
+    try:
+        if exists(path / "model.json") or exists(path / "checkpoints"):
+            return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if str(path) in VARIANTS:
         raise UserError(
             f"{path} is the name of a model, and weights are not downloaded: convert published weights with python -m "
@@ -228,7 +232,7 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
       UserError: there is nothing to load at ``path``, or it is damaged or incomplete.
     """
     check_exists(path)
-    path = pathlib.Path(path)
+    path = fetch_weights(path)
     if os.path.isfile(path / "model.json"):
         variables, description = load_export(path)
         kind = next((kind for kind in ("segmentor", "detector") if kind in description), "classifier")

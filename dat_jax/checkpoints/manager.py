@@ -5,8 +5,7 @@ With the state it stores metadata and a fingerprint of every array, and afterwar
 
 import contextlib
 import logging
-import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from dat_jax.checkpoints.integrity import (
 from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error, quiet_orbax
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost
+from dat_jax.storage import Path, as_path, is_in_bucket, os_errors
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,17 @@ class Checkpoints:
       UserError: the directory cannot be opened.
     """
 
-    def __init__(self, directory: pathlib.Path, *, metric: str, keep: int = 2, read_only: bool = False):
-        self.directory = pathlib.Path(directory)
+    def __init__(self, directory: Path, *, metric: str, keep: int = 2, read_only: bool = False):
+        self.directory = as_path(directory)
         self._metric, self._keep, self._read_only = metric, keep, read_only
         self._compute_fingerprints = jax.jit(compute_fingerprints)
         self._step_being_saved: int | None = None
         self._manifest_writer: ManifestWriter | None = None  # of the step being saved, in the first process
         try:
-            if not read_only:
-                set_aside_incomplete(self.directory)
-            self._manager: ocp.CheckpointManager | None = self._open()
+            with os_errors(self.directory):
+                if not read_only:
+                    set_aside_incomplete(self.directory)
+                self._manager: ocp.CheckpointManager | None = self._open()
         except OSError as error:
             raise UserError(f"The checkpoints in {self.directory} cannot be opened: {error.strerror}.") from error
 
@@ -106,7 +107,8 @@ class Checkpoints:
         meta["checksum"] = hash_json(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
-            started = self._open_manager.save(step, args=args, metrics=metrics)
+            with os_errors(self.directory):
+                started = self._open_manager.save(step, args=args, metrics=metrics)
         except ORBAX_ERRORS as error:
             self._log_failure(step, describe_error(error))
             self._reopen()
@@ -125,8 +127,9 @@ class Checkpoints:
             return
         manifest_writer, self._manifest_writer = self._manifest_writer, None
         try:
-            self._open_manager.wait_until_finished()
-            self._open_manager.check_for_errors()
+            with os_errors(self.directory):
+                self._open_manager.wait_until_finished()
+                self._open_manager.check_for_errors()
             if manifest_writer is not None:
                 manifest_writer.finish()
         except ORBAX_ERRORS as error:
@@ -137,9 +140,14 @@ class Checkpoints:
         multihost.wait(f"step {step} saved")
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, in ascending order."""
+        """Steps with a complete checkpoint, in ascending order.
+
+        Raises:
+          UserError: the directory cannot be read.
+        """
         self.wait()
-        return find_complete_steps(self.directory)
+        with self._reading():
+            return find_complete_steps(self.directory)
 
     def latest_step(self) -> int | None:
         """The latest step with a complete checkpoint, or None."""
@@ -149,9 +157,13 @@ class Checkpoints:
         """The complete step with the best metric, the latest one of equals, or None without a complete checkpoint.
 
         If no checkpoint was evaluated, it is the latest step.
+
+        Raises:
+          UserError: the directory cannot be read.
         """
         self.wait()
-        return find_best_step(self.directory, self._metric)
+        with self._reading():
+            return find_best_step(self.directory, self._metric)
 
     def restore(
         self, step: int, abstract_state: Any, *, check: Callable[[dict[str, Any]], None] | None = None
@@ -182,7 +194,8 @@ class Checkpoints:
                 check(meta["metadata"])
             self._check_structure(step, abstract_state, meta["digests"].keys())
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            state = self._open_manager.restore(step, args=args)["state"]
+            with os_errors(self.directory):
+                state = self._open_manager.restore(step, args=args)["state"]
             fingerprints = self._fingerprint(state)
         except UserError:
             raise
@@ -231,7 +244,14 @@ class Checkpoints:
             self._reopen()
         return None
 
-    def _path(self, step: int) -> pathlib.Path:
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"The checkpoints in {self.directory} cannot be read: {error.strerror}.") from error
+
+    def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
     def _fingerprint(self, state: Any) -> dict[str, int]:
@@ -248,14 +268,16 @@ class Checkpoints:
             best_fn=get_metric,
             best_mode="max",
             preservation_policy=None if self._read_only else keep,
-            cleanup_tmp_directories=not self._read_only,
+            # In a bucket, Orbax would take set_aside/ for the remains of a save and delete it.
+            cleanup_tmp_directories=not self._read_only and not is_in_bucket(self.directory),
             read_only=self._read_only,
             save_interval_steps=0 if self._read_only else 1,
             create=not self._read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         with quiet_orbax() if self._read_only else contextlib.nullcontext():
-            return ocp.CheckpointManager(self.directory.absolute(), item_handlers=handlers, options=options)
+            directory = self.directory if is_in_bucket(self.directory) else self.directory.absolute()
+            return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
 
     @property
     def _open_manager(self) -> ocp.CheckpointManager:
@@ -265,16 +287,23 @@ class Checkpoints:
     def _reopen(self) -> bool:
         """Open the directory again, without the remains of a failed save. Returns whether that succeeded."""
         old, self._manager = self._manager, None
-        with contextlib.suppress(*ORBAX_ERRORS):
+        with contextlib.suppress(*ORBAX_ERRORS), os_errors(self.directory):
             if old is not None:
                 old.close()
-        with contextlib.suppress(*ORBAX_ERRORS):
+        with contextlib.suppress(*ORBAX_ERRORS), os_errors(self.directory):
             self._manager = self._open()
         return self._manager is not None
 
     def _log_failure(self, step: int, reason: str) -> None:
-        latest = max(find_complete_steps(self.directory), default=None)
-        rest = "There is no checkpoint yet" if latest is None else f"The checkpoint of step {latest} is untouched"
+        try:
+            complete = find_complete_steps(self.directory)
+            if step in complete:  # such as the removal of an old one
+                logger.warning("Step %d is saved, but what follows a save has failed: %s.", step, reason)
+                return
+            latest = max(complete, default=None)
+            rest = "There is no checkpoint yet" if latest is None else f"The checkpoint of step {latest} is untouched"
+        except OSError:
+            rest = "Earlier checkpoints are untouched"
         logger.warning("Step %d could not be saved: %s. %s, and the next save will be tried.", step, reason, rest)
 
     def _check_structure(self, step: int, abstract_state: Any, names: Collection[str]) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dat_jax.errors import UserError
+from dat_jax.storage import Path, as_path, exists, is_in_bucket
 
 
 def name_outputs(inputs: Sequence[pathlib.Path], directory: str | os.PathLike) -> list[pathlib.Path]:
@@ -29,7 +30,7 @@ def name_outputs(inputs: Sequence[pathlib.Path], directory: str | os.PathLike) -
                 f"{by_output[output]} and {path} would both be written to {output}; process them separately."
             )
         by_output[output] = path
-    return [pathlib.Path(directory) / output for output in by_output]
+    return [as_path(directory) / output for output in by_output]
 
 
 def check_outputs(outputs: Sequence[pathlib.Path], *, inputs: Sequence[pathlib.Path], overwrite: bool) -> None:
@@ -45,6 +46,9 @@ def check_outputs(outputs: Sequence[pathlib.Path], *, inputs: Sequence[pathlib.P
     """
     read, written = {path.resolve() for path in inputs}, set()
     for path in outputs:
+        if is_in_bucket(path):
+            _check_bucket_output(path, overwrite=overwrite)
+            continue
         resolved = path.resolve()
         if resolved in written:
             raise UserError(f"{path} would be written twice; choose inputs and outputs with different names.")
@@ -57,6 +61,15 @@ def check_outputs(outputs: Sequence[pathlib.Path], *, inputs: Sequence[pathlib.P
             raise UserError(f"{path} cannot be written: {path.parent} is not a folder.")
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists already; --overwrite replaces it.")
+
+
+def _check_bucket_output(path: Path, *, overwrite: bool) -> None:
+    try:
+        found = exists(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    if found and not overwrite:
+        raise UserError(f"{path} exists already; --overwrite replaces it.")
 
 
 def process_files(files: Sequence[pathlib.Path], process: Callable[[int], None]) -> bool:

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from dat_jax.config.keys import Key, Keys, OpenGroup, make_config
 from dat_jax.config.validation import TASKS, get_keys
 from dat_jax.errors import UserError
+from dat_jax.storage import as_path, exists, fetch
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # In an installed package, and in the repository (also after `pip install -e .`).
@@ -74,8 +75,12 @@ def add_recorded_config(argv: list[str]) -> list[str]:
                 f"{override.partition('=')[0]} sets a key of a configuration: expected --config=CONFIG, too."
             )
         return argv
-    file = pathlib.Path(values.workdir) / "config.json"
-    if not os.path.isfile(file):
+    file = as_path(values.workdir) / "config.json"
+    try:
+        found = exists(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    if not found:
         raise UserError(
             f"There is no {file}, which training writes: expected --config=CONFIG, or the --workdir of a run."
         )
@@ -92,7 +97,7 @@ def load_config(name: str) -> ConfigDict:
       UserError: no such file, an unknown or missing choice, or a file that is not a configuration.
     """
     if name.endswith(".json"):
-        return _load_json(pathlib.Path(name)).lock()
+        return _load_json(fetch(name)).lock()
     # The colon before a choice is the last one, since names of folders may have colons. The path of a file has no choice.
     is_file = os.path.isfile(name) or os.path.isfile(f"{name}.py")
     file, colon, choice = (name, "", "") if is_file or ":" not in name else name.rpartition(":")

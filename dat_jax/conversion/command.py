@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dat_jax.checkpoints.adaptation import kind_of
 from dat_jax.checkpoints.class_names import read_class_names
+from dat_jax.checkpoints.directory import fetch_weights
 from dat_jax.checkpoints.exports import export_model, load_export
 from dat_jax.checkpoints.inference_options import read_options
 from dat_jax.checkpoints.integrity import hash_arrays
@@ -108,7 +109,7 @@ def run(
       UserError: as ``convert_from_official`` and ``convert_to_official``, or arguments for a file although ``weights`` is
         a folder.
     """
-    if not pathlib.Path(weights).is_dir():
+    if not fetch_weights(weights).is_dir():
         rows = convert_from_official(weights, out, model=model, yaml_file=yaml_file, which=which, form=form)
     elif model is None and yaml_file is None and which == "auto":
         rows = convert_to_official(weights, out, form=form)

@@ -14,7 +14,7 @@ from dat_jax.conversion import file_kinds, selection, torch_files
 from dat_jax.conversion.pickles import CodeError
 from dat_jax.conversion.torch_files import UnsupportedError, show
 from dat_jax.errors import UserError
-from dat_jax.storage import atomic_path
+from dat_jax.storage import atomic_path, fetch
 
 SUFFIXES = (
     ".pth",
@@ -78,7 +78,7 @@ def read_checkpoint(path: str | os.PathLike, *, weights: str = "auto") -> Checkp
     """
     if weights not in selection.CHOICES:
         raise UserError(f"weights must be one of {', '.join(selection.CHOICES)}, got {show(str(weights))}.")
-    path = pathlib.Path(path)
+    path = fetch(path)
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder; expected a file of weights.")

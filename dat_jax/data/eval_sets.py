@@ -17,6 +17,7 @@ from dat_jax.data.image_files import Member, list_images, read_member
 from dat_jax.data.images import decode_image
 from dat_jax.data.sources import EncodedSource, has_metadata, load_source
 from dat_jax.errors import UserError, name_some
+from dat_jax.storage import check_local
 
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
@@ -35,6 +36,8 @@ def load_eval_sets(paths: dict[str, str], eval_source) -> dict[str, tuple[Any, n
     Raises:
       UserError: a path does not exist, or a set has classes that are not among those of ``eval_source``.
     """
+    for name, path in paths.items():
+        check_local(path, key=f"config.eval.sets.{name}")
     return {
         name: (load_reassessed(path, eval_source), None)
         if name == "real"

@@ -26,6 +26,8 @@ METRIC = "mIoU"  # the best checkpoint has the highest value of this metric
 IGNORED = 255
 _ROWS = 64  # rows that are classified at a time; the sides of tiles are multiples of it
 _LARGEST_TILE = 512
+# On CPU a program takes 600 of the 65,530 memory maps of a process, and XLA aborts the process if there are no more.
+_MOST_SHAPES = 64
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -112,7 +114,7 @@ def make_segmenter(predict: Callable, *, flip: bool = False, window: int = 0, st
       resized images, or None if they fill the arrays. It returns the most probable class, int32 (B, *shape), and its
       probability, float32 (B, *shape). Values outside the size of an image are undefined.
     """
-    forward = _make_forward(predict, flip=flip, window=window, stride=stride)
+    forward, programs = _make_forward(predict, flip=flip, window=window, stride=stride)
 
     @functools.partial(jax.jit, static_argnames=("mirrored", "buckets", "tile"))
     def classify(arrays, size, origin, *, mirrored, buckets, tile):
@@ -123,7 +125,10 @@ def make_segmenter(predict: Callable, *, flip: bool = False, window: int = 0, st
         parts = _map_rows(classify_rows, passes, size, origin, tile=tile, window=window, stride=stride)
         return tuple(x.swapaxes(0, 1).reshape(x.shape[1], tile, tile) for x in parts)
 
+    discard_programs = _make_discarding([*programs, classify])
+
     def segment(variables, views, size, shape, view_sizes=None):
+        discard_programs(views)
         passes = forward(variables, views, view_sizes)
         arrays, mirrored, buckets = _split_passes(passes)
         tile, found = label_tile(max(shape)), None
@@ -156,7 +161,7 @@ def make_evaluator(
       "aAcc": percent, see ``compute_metrics``, "loss": mean cross-entropy per pixel, "images": number of images}; those of the
       classes are "IoU" and "accuracy" in percent and "pixels", the number of labeled pixels.
     """
-    forward = _make_forward(predict, flip=flip, window=window, stride=stride)
+    forward, programs = _make_forward(predict, flip=flip, window=window, stride=stride)
 
     @functools.partial(jax.jit, static_argnames=("mirrored", "buckets"))
     def count_pixels(arrays, batch, number, *, mirrored, buckets):
@@ -185,10 +190,13 @@ def make_evaluator(
         images = jnp.where(number == 0, batch["mask"].sum(), 0)
         return {**jax.tree.map(lambda x: x.sum(axis=0), counts), "images": images}
 
+    discard_programs = _make_discarding([*programs, count_pixels])
+
     def evaluate(variables, batches):
         totals: dict[str, Any] = {}
         for batch in batches:
             names = view_names(batch)
+            discard_programs([batch[name] for name in names])
             view_sizes = None if exact else [batch[f"size_of_{name}"] for name in names]
             passes = forward(variables, [batch[name] for name in names], view_sizes)
             arrays, mirrored, buckets = _split_passes(passes)
@@ -292,7 +300,7 @@ def view_names(names) -> list[str]:
 
 
 def _make_forward(predict, *, flip, window, stride):
-    """Make a function of (variables, views, sizes of the views or None) that returns the passes."""
+    """Make a function of (variables, views, sizes of the views or None) that returns the passes, and list its programs."""
 
     @jax.jit
     def network(variables, images, sizes):
@@ -333,7 +341,22 @@ def _make_forward(predict, *, flip, window, stride):
                 passes.append(Pass(logits, results[0][1], sizes[0], mirrored, bucket))
         return passes
 
-    return forward
+    return forward, (network, prepare)
+
+
+def _make_discarding(programs):
+    """Make a function of the views of a batch that discards the programs if they were compiled for many other shapes."""
+    used = set()
+
+    def discard_programs(views):
+        shapes = {images.shape for images in views}
+        if len(used | shapes) > _MOST_SHAPES:
+            for program in programs:
+                program.clear_cache()
+            used.clear()
+        used.update(shapes)
+
+    return discard_programs
 
 
 def _fill(maps):

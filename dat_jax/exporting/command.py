@@ -1,6 +1,5 @@
 """The command ``python -m dat_jax.export``: export a trained model, check an exported folder, and print the result."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from dat_jax.errors import UserError
 from dat_jax.exporting.files import check_files, load_program, write_exported
 from dat_jax.exporting.manifest import get_image_shape, list_programs
 from dat_jax.exporting.programs import SYMBOLIC
-from dat_jax.storage import check_absent
+from dat_jax.storage import as_path, check_absent, is_in_bucket
 
 
 def export(
@@ -139,11 +138,12 @@ def format_loading_code(directory: str, manifest: Mapping[str, Any]) -> str:
         "file, bucket = folder / chosen['file'], chosen['bucket']",
     ]
     single = [f"file, bucket = folder / {programs[0]['file']!r}, ({height}, {width})"]
+    remote = is_in_bucket(directory)
     sizes = f"sizes = numpy.array([[height, width]] * {count}, numpy.int32)"
     return "\n".join(
         [
-            "import jax, jax.export, json, numpy, pathlib",
-            f"folder = pathlib.Path({str(pathlib.Path(directory))!r})",
+            f"import jax, jax.export, json, numpy, {'etils.epath' if remote else 'pathlib'}",
+            f"folder = {'etils.epath' if remote else 'pathlib'}.Path({str(as_path(directory))!r})",
             f"height, width = {height}, {width}  # of the image, preprocessed as described in manifest.json",
             *(choice if "bucket" in programs[0] else single),
             "program = jax.jit(jax.export.deserialize(bytearray(file.read_bytes())).call)",

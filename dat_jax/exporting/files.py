@@ -13,7 +13,7 @@ import numpy as np
 
 from dat_jax import __version__
 from dat_jax.checkpoints.exports import write_model
-from dat_jax.checkpoints.integrity import check_digests, hash_file, list_files
+from dat_jax.checkpoints.integrity import check_digests, hash_file
 from dat_jax.checkpoints.model_description import describe_model
 from dat_jax.conversion.command import write_official_weights
 from dat_jax.data.buckets import Shape
@@ -26,7 +26,7 @@ from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector
 from dat_jax.models.segmentation import Segmentor
-from dat_jax.storage import atomic_path, check_absent
+from dat_jax.storage import as_path, atomic_path, check_absent, fetch, list_objects
 
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
 DEFAULT_FORMATS = FORMATS[:3]  # onnx needs an optional package
@@ -70,7 +70,7 @@ def write_exported(
       UserError: unknown formats, buckets together with an image shape or ONNX, arguments that ``make_program`` refuses, or the
         folder exists or cannot be written.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     if set(formats) - set(FORMATS) or not formats:
         raise UserError(f"formats must be one or more of {', '.join(FORMATS)}, got {','.join(formats) or 'none'}.")
     check_absent(directory)
@@ -106,7 +106,7 @@ def write_exported(
             "program": programs[0] if programs and not buckets else None,
             "programs": programs if buckets else [],
             "onnx": onnx,
-            "files": {name: _make_record(unfinished / name) for name in list_files(unfinished)},
+            "files": {name: _make_record(unfinished / name) for name in list_objects(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -156,7 +156,7 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: the manifest is missing or damaged, or files are missing or differ; the files are named.
     """
-    directory = pathlib.Path(directory)
+    directory = fetch(directory)
     manifest = read_manifest(directory)
     records = {
         name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in manifest["files"].items()
@@ -179,7 +179,7 @@ def load_program(directory: str | os.PathLike, size: Shape | None = None) -> jax
       UserError: the manifest is missing or damaged, there is no program for this size, or the installed jax cannot read it; the
         version that wrote it is named.
     """
-    directory = pathlib.Path(directory)
+    directory = fetch(directory)
     manifest = read_manifest(directory)
     described = choose_program(directory, manifest, size)
     path = directory / described["file"]

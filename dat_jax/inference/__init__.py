@@ -14,6 +14,7 @@
 
 import os
 
+from dat_jax.checkpoints.directory import fetch_weights
 from dat_jax.checkpoints.loading import load_pretrained
 from dat_jax.inference import classification, detection, segmentation
 from dat_jax.inference.classification import Classifier
@@ -41,6 +42,7 @@ def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, *
         unknown or impossible.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    path = fetch_weights(path)
     model, variables = load_pretrained(path)
     modules = {DAT: classification, Segmentor: segmentation}
     module = modules.get(type(model), detection)

@@ -21,7 +21,7 @@ from dat_jax.data.images import read_size
 from dat_jax.errors import UserError, name_some
 from dat_jax.inference import Classifier, ObjectDetector, Predictor
 from dat_jax.inference.image_files import find_images, number_images, numbers_are_names, read_image
-from dat_jax.storage import atomic_path
+from dat_jax.storage import as_path, atomic_path
 
 
 def predict_files(
@@ -60,7 +60,7 @@ def predict_files(
     """
     images = find_images(names, recursive=recursive)
     outputs = name_outputs(images, output) if output else None
-    tables = [pathlib.Path(file) for file in (json_file, csv_file) if file]
+    tables = [as_path(file) for file in (json_file, csv_file) if file]
     check_outputs([*(outputs or ()), *tables], inputs=images, overwrite=overwrite)
     predictor = inference.load(trained, **options)
     if outputs and isinstance(predictor, Classifier):
@@ -162,12 +162,12 @@ def report_predictions(
     succeeded = process_files(images, process)
     if csv_file is not None:
         with (
-            atomic_path(pathlib.Path(csv_file), overwrite=True) as temporary,
+            atomic_path(csv_file, overwrite=True) as temporary,
             temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         ):
             csv.writer(file, lineterminator="\n").writerows([predictor.columns, *rows])
     if json_file is not None:
-        with atomic_path(pathlib.Path(json_file), overwrite=True) as temporary:
+        with atomic_path(json_file, overwrite=True) as temporary:
             lines = ",\n".join(map(json.dumps, entries))
             temporary.write_text(f"[\n{lines}\n]\n")
     return succeeded

@@ -88,6 +88,16 @@ def everywhere(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
+def broadcast_text(text: str) -> str:
+    """The text of process 0. All processes must call it, with texts of the same number of bytes."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    values = multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode(), np.uint8))
+    return bytes(np.asarray(values, np.uint8)).decode()
+
+
 def wait(name: str) -> None:
     """Wait until all processes have called this function with the same name."""
     if jax.process_count() > 1:

@@ -12,6 +12,7 @@ from dat_jax.data import batching
 from dat_jax.data.buckets import Shape
 from dat_jax.data.sources import describe_damage
 from dat_jax.evaluation.results import Evaluation
+from dat_jax.storage import check_local
 from dat_jax.tasks.objective import Objective
 
 # Random-access data set: len(source), source[index] -> record (a dict of numpy arrays), source.class_names.
@@ -39,6 +40,8 @@ class Task(abc.ABC):
     def __init__(self, config: ConfigDict, *, sources: tuple[Source, Source] | None = None):
         """Read the data sets that ``config.data`` names, unless ``sources`` (training, validation) are passed."""
         self.config = config
+        if config.data.directory:
+            check_local(config.data.directory, key="config.data.directory")
         self.train_source, self.eval_source = sources or self.load_sources()
 
     @property

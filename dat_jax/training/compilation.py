@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dat_jax.errors import UserError
-from dat_jax.storage import check_writable
+from dat_jax.storage import Path, as_path, check_writable, is_in_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _is_known(name: str, value: object) -> bool:
     return True
 
 
-def enable_cache(setting: str) -> pathlib.Path | None:
+def enable_cache(setting: str) -> Path | None:
     """Make jax keep compiled programs on disk, so that a run that is started again does not compile again.
 
     Programs that compile faster than jax's own threshold of one second are not kept. On CPU the programs are for the processor
@@ -69,7 +69,8 @@ def enable_cache(setting: str) -> pathlib.Path | None:
     if setting == "auto" and options.jax_compilation_cache_dir:
         return pathlib.Path(options.jax_compilation_cache_dir)
     try:
-        directory = _default_directory() if setting == "auto" else pathlib.Path(setting).expanduser()
+        directory = _default_directory() if setting == "auto" else as_path(setting)
+        directory = directory if is_in_bucket(directory) else directory.expanduser()
     except RuntimeError:  # a container's user without HOME and without an entry in /etc/passwd
         logger.warning("Compiled programs are not kept: there is no home directory. Set config.compilation_cache.")
         return None

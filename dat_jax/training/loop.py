@@ -10,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from dat_jax.checkpoints import compatibility
 from dat_jax.checkpoints.class_names import CLASS_NAMES
@@ -20,7 +21,7 @@ from dat_jax.checkpoints.restore import initialize_state, restore_for_evaluation
 from dat_jax.cli.console import configure_logging, make_console, print_table
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost
-from dat_jax.storage import check_writable
+from dat_jax.storage import os_errors
 from dat_jax.training import report
 from dat_jax.training.compilation import enable_cache
 from dat_jax.training.monitoring import sinks
@@ -35,6 +36,7 @@ from dat_jax.training.optimizer import global_norm
 from dat_jax.training.preemption import Preemption
 from dat_jax.training.state import TrainState, copy_state
 from dat_jax.training.trainer import Trainer
+from dat_jax.training.workdir import Uploads, WorkDirectory
 
 logger = logging.getLogger(__name__)
 _LOWER_RATE = "Lower config.schedule.base_lr, or lengthen the warm-up."
@@ -59,17 +61,23 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
       UserError: a mistake in the configuration or the work directory, too many steps in a row whose loss or gradient is not
         finite, or too many damaged images.
     """
-    start_time = time.monotonic()
     multihost.check_started()
     sinks.check_sinks(config.get("logs", ()))
-    console, directory = _configure_console(quiet), pathlib.Path(workdir)
+    console = _configure_console(quiet)
+    with WorkDirectory(workdir) as directory:
+        return _train(config, directory, console=console, command_flags=command_flags)
+
+
+def _train(config, directory: WorkDirectory, *, console: Console, command_flags: str) -> dict[str, float]:
+    """See ``train``."""
+    start_time = time.monotonic()
     _check_initial_weights(config, directory)
     trainer = Trainer(config)
     trainer.check_train_batch()
     trainer.task.check_data()
     for sentence in trainer.plan.warnings:
         logger.warning(sentence)
-    check_writable(directory)
+    directory.open_for_writing()
     cache = enable_cache(trainer.config.compilation_cache)
     description = {
         **trainer.describe(),
@@ -96,7 +104,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
             report.save_summary, trainer, directory, description=description, command_flags=command_flags
         )
         if ended_by is not None:
-            command = next(iter(list_commands(workdir, command_flags=command_flags).values()))
+            command = next(iter(list_commands(str(directory), command_flags=command_flags).values()))
             _log_end(ended_by, step, checkpoints.latest_step(), directory, command)
             seconds = time.monotonic() - start_time
             save_summary(step=step, ended_by=ended_by, seconds=seconds)
@@ -105,9 +113,9 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
             del state  # free its memory for the best one
             state = _restore_best(trainer, checkpoints)
     evaluation = trainer.evaluate(state.eval_variables)
-    report.save_class_results(trainer, evaluation, directory)
-    report.save_figures(trainer, state, directory)
-    if not finished or not (directory / SUMMARY).exists():  # an existing summary has the duration of the training
+    report.save_class_results(trainer, evaluation, directory.files)
+    report.save_figures(trainer, state, directory.files)
+    if not finished or not (directory.files / SUMMARY).exists():  # an existing summary has the duration of the training
         seconds = time.monotonic() - start_time
         save_summary(step=trainer.plan.total_steps, ended_by=None, seconds=seconds)
     report.print_result(
@@ -135,11 +143,18 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
       UserError: there is no checkpoint, or it is of another model or of other classes.
     """
     multihost.check_started()
-    console, directory = _configure_console(quiet), pathlib.Path(workdir)
+    console = _configure_console(quiet)
+    with WorkDirectory(workdir) as directory:
+        return _evaluate(config, directory, console=console)
+
+
+def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str, float]:
+    """See ``evaluate``."""
     _check_initial_weights(config, directory)
     trainer = Trainer(config)
     enable_cache(trainer.config.compilation_cache)
-    if (directory / "checkpoints").is_dir():
+    directory.open_for_reading()
+    if _has_checkpoints(directory):
         with _open_checkpoints(trainer, directory, read_only=True) as checkpoints:
             options = dict(class_names=trainer.task.class_names, abstract_state=trainer.abstract_state)
             state, step = restore_for_evaluation(checkpoints, trainer.config, **options)
@@ -153,20 +168,31 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
             "--config.init_from."
         )
     evaluation = trainer.evaluate(state.eval_variables)
-    report.save_class_results(trainer, evaluation, directory)
+    report.save_class_results(trainer, evaluation, directory.files)
     metrics = dict(evaluation.metrics)
     for name, (source, classes) in trainer.extra_eval_sets.items():
         extra = trainer.evaluate(state.eval_variables, source=source, classes=classes)
-        report.save_class_results(trainer, extra, directory, name=name)
+        report.save_class_results(trainer, extra, directory.files, name=name)
         metrics |= {f"{name}/{metric}": value for metric, value in extra.metrics.items()}
     evaluation = dataclasses.replace(evaluation, metrics=metrics)
     report.print_result(console, evaluation, class_names=trainer.task.class_names, weights=weights)
     return metrics
 
 
-def _check_initial_weights(config, directory: pathlib.Path) -> None:
+def _has_checkpoints(directory: WorkDirectory) -> bool:
+    with os_errors(directory.path):
+        return directory.checkpoints.is_dir()
+
+
+def _check_initial_weights(config, directory: WorkDirectory) -> None:
     """Check, before the model is built, that the weights of ``config.init_from`` exist, if the run starts from them."""
-    if config.get("init_from") and not find_complete_steps(directory / "checkpoints"):
+    if not config.get("init_from"):
+        return
+    try:
+        resumes = bool(find_complete_steps(directory.checkpoints))
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}.") from error
+    if not resumes:
         try:
             check_exists(config.init_from)
         except UserError as error:
@@ -176,14 +202,14 @@ def _check_initial_weights(config, directory: pathlib.Path) -> None:
 
 
 def _run_steps(
-    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, directory: pathlib.Path
+    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, directory: WorkDirectory
 ) -> tuple[TrainState, str | None]:
     """Run the remaining steps. Returns the state, and the name of the signal that ended the run early, if any."""
     config, start = trainer.config, int(state.step)
     hooks, throughput = _make_hooks(trainer, directory, start_step=start)
     pending = []  # metrics of the steps since the last log line, still on the devices
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(_make_writer(trainer, directory, resumed=start > 0))
+        writer = stack.enter_context(_make_writer(trainer, directory.files, resumed=start > 0))
         preemption = stack.enter_context(Preemption(trainer.mesh))
         train_batches = trainer.train_batches(start_step=start)
         batches = stack.enter_context(contextlib.closing(train_batches))  # pyright: ignore[reportArgumentType] (a generator)
@@ -216,6 +242,9 @@ def _run_steps(
             if stop and not last:
                 _save(trainer, state, checkpoints)
                 return state, preemption.signal_name
+            checkpoint_due = config.checkpoint.every and step % config.checkpoint.every == 0
+            if evaluation_due or checkpoint_due:
+                directory.check_owner()
             if evaluation_due:
                 try:
                     metrics = trainer.evaluate(state.eval_variables).metrics
@@ -230,12 +259,12 @@ def _run_steps(
                 logger.info("  evaluation: %s", report.format_metrics(metrics))
                 for hook in hooks:
                     hook.after_evaluation(step)
-            elif config.checkpoint.every and step % config.checkpoint.every == 0:
+            elif checkpoint_due:
                 _save(trainer, state, checkpoints)
     return state, None
 
 
-def _make_hooks(trainer: Trainer, directory: pathlib.Path, *, start_step: int) -> tuple[list[Hook], Throughput]:
+def _make_hooks(trainer: Trainer, directory: WorkDirectory, *, start_step: int) -> tuple[list[Hook], Throughput]:
     """Monitoring of the run, and of it the hook that measures throughput."""
     config, task, total_steps = trainer.config, trainer.task, trainer.plan.total_steps
 
@@ -244,7 +273,7 @@ def _make_hooks(trainer: Trainer, directory: pathlib.Path, *, start_step: int) -
 
     usage = Usage(trainer.mesh.devices.ravel().tolist(), count_flops=trainer.count_model_flops)
     throughput = Throughput(make_progress, usage)
-    spikes = directory / "loss_spikes.jsonl"
+    spikes = directory.files / "loss_spikes.jsonl"
     hooks = [
         StallWarning(config.data.stall_seconds),
         throughput,
@@ -255,7 +284,8 @@ def _make_hooks(trainer: Trainer, directory: pathlib.Path, *, start_step: int) -
             describe=functools.partial(task.describe_damage, task.train_source),
         ),
         SpikeReport(spikes, task.example_indices, factor=config.spike_factor),
-        StepProfiler(directory / "profile", steps=config.profile, start_step=start_step, total_steps=total_steps),
+        StepProfiler(directory.files / "profile", steps=config.profile, start_step=start_step, total_steps=total_steps),
+        Uploads(directory),
     ]
     return hooks, throughput
 
@@ -327,9 +357,9 @@ def _log_step(trainer: Trainer, step: int, summary: dict[str, float], throughput
     )
 
 
-def _log_end(signal: str, step: int, saved: int | None, directory: pathlib.Path, command: str) -> None:
+def _log_end(signal: str, step: int, saved: int | None, directory: WorkDirectory, command: str) -> None:
     """Log what a run that a signal ended has saved, and the command that resumes it."""
-    place = "Nothing is saved" if saved is None else f"Saved in {directory / 'checkpoints' / str(saved)}"
+    place = "Nothing is saved" if saved is None else f"Saved in {directory.checkpoints / str(saved)}"
     logger.warning("Ended by %s at step %d. %s. To resume, run the same command: %s", signal, step, place, command)
 
 
@@ -348,9 +378,9 @@ def _state_options(trainer: Trainer) -> dict:
     )
 
 
-def _open_checkpoints(trainer: Trainer, directory: pathlib.Path, *, read_only: bool = False) -> Checkpoints:
+def _open_checkpoints(trainer: Trainer, directory: WorkDirectory, *, read_only: bool = False) -> Checkpoints:
     keep = trainer.config.checkpoint.keep
-    return Checkpoints(directory / "checkpoints", metric=trainer.task.metric, keep=keep, read_only=read_only)
+    return Checkpoints(directory.checkpoints, metric=trainer.task.metric, keep=keep, read_only=read_only)
 
 
 def _configure_console(quiet: bool):
@@ -360,12 +390,12 @@ def _configure_console(quiet: bool):
     return make_console(quiet=quiet or not first)
 
 
-def _make_writer(trainer: Trainer, directory: pathlib.Path, *, resumed: bool):
+def _make_writer(trainer: Trainer, files: pathlib.Path, *, resumed: bool):
     """The first process writes the configuration, the class names and the metrics; the others write nothing."""
     if jax.process_index() > 0:
         return contextlib.nullcontext(NullWriter())
-    report.write_config(trainer, directory)
-    if not resumed or not (directory / CLASS_NAMES).exists():
-        report.write_class_names(trainer, directory / CLASS_NAMES)
+    report.write_config(trainer, files)
+    if not resumed or not (files / CLASS_NAMES).exists():
+        report.write_class_names(trainer, files / CLASS_NAMES)
     config = trainer.config
-    return MetricWriter(directory, sinks=sinks.sink_factories(config.logs, directory, config=config.to_dict()))
+    return MetricWriter(files, sinks=sinks.sink_factories(config.logs, files, config=config.to_dict()))

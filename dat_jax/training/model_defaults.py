@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dat_jax.checkpoints.directory import fetch_weights
 from dat_jax.config.keys import DERIVED
 from dat_jax.errors import UserError
 from dat_jax.models.registry import create_model
@@ -57,7 +58,7 @@ def _resolve_image_size(config: ConfigDict, *, model_size: int) -> None:
 
 def _read_image_size(init_from: str) -> tuple[int | None, int | None]:
     """(image size, resize) that a run or an export records; None for what it does not record."""
-    path = pathlib.Path(init_from or ".")
+    path = fetch_weights(init_from) if init_from else pathlib.Path(".")
     stored: Any = {}
     for file, group, resize in (("model.json", "options", "resize"), ("config.json", "data", "eval_resize")):
         if init_from and not stored:

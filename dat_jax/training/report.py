@@ -15,6 +15,7 @@ from dat_jax.training.monitoring import summary as summary_lib
 from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.state import TrainState
 from dat_jax.training.trainer import Trainer
+from dat_jax.training.workdir import WorkDirectory
 from dat_jax.visualization import charts
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def save_figures(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> 
 
 def save_summary(
     trainer: Trainer,
-    workdir: pathlib.Path,
+    directory: WorkDirectory,
     *,
     step: int,
     ended_by: str | None,
@@ -45,7 +46,7 @@ def save_summary(
 
     Args:
       trainer: the run.
-      workdir: the work directory.
+      directory: the work directory.
       step: number of finished steps.
       ended_by: name of the signal that ended the run before its last step, or None.
       seconds: duration of this call.
@@ -54,6 +55,7 @@ def save_summary(
     """
     if jax.process_index() > 0:
         return
+    workdir = directory.files
     text = summary_lib.format_summary(
         name=workdir.resolve().name,
         description={"configuration": command_flags, **description},
@@ -65,12 +67,12 @@ def save_summary(
         metric=trainer.task.metric,
         seconds=seconds,
         figures=summary_lib.find_figures(workdir),
-        commands=summary_lib.list_commands(str(workdir), command_flags=command_flags),
+        commands=summary_lib.list_commands(str(directory), command_flags=command_flags),
     )
     try:
         summary_lib.write_summary(workdir, text)
     except OSError as error:
-        logger.warning("The summary could not be written in %s: %s.", workdir, error.strerror)
+        logger.warning("The summary could not be written in %s: %s.", directory, error.strerror)
 
 
 def save_class_results(trainer: Trainer, evaluation: Evaluation, workdir: pathlib.Path, *, name: str = "") -> None:

@@ -162,6 +162,24 @@ def test_batches_of_many_sizes_equal_single_images(ratios, flip, batch_size):
         )  # a pixel or two may be on the boundary between two classes
 
 
+def test_programs_of_many_sizes_are_discarded(monkeypatch):
+    """On CPU, XLA aborts the process at about a hundred programs."""
+    source, transform = make_source(SIZES), make_segmentation_eval_transform(scale=(96, 48), ratios=(1.0,))
+    batches = list(make_sized_eval_batches(source, transform, batch_size=1))
+    shapes = [batch["view_0"].shape for batch in batches]
+    assert len(set(shapes)) > 2
+    metrics = segmentation.make_evaluator(predict)({}, batches).metrics
+    traced = []
+
+    def count(variables, batch):
+        traced.append(batch["image"].shape)
+        return predict(variables, batch)
+
+    monkeypatch.setattr(segmentation, "_MOST_SHAPES", 1)
+    assert segmentation.make_evaluator(count)({}, batches).metrics == metrics
+    assert traced == [shape for index, shape in enumerate(shapes) if index == 0 or shape != shapes[index - 1]]
+
+
 def test_several_devices_count_each_image_once():
     source = make_source(SIZES)
     transform = make_segmentation_eval_transform(scale=(200, 70))

@@ -27,7 +27,7 @@ class StepProfiler(Hook):
     """
 
     def __init__(self, directory: pathlib.Path, *, steps: int, start_step: int, total_steps: int):
-        self._directory, self._running = directory, False
+        self._directory, self._running = pathlib.Path(directory), False
         self._first = start_step + WARM_UP_STEPS + 1
         self._last = self._first + steps - 1
         self._enabled = steps > 0 and jax.process_index() == 0
@@ -50,7 +50,9 @@ class StepProfiler(Hook):
         if self._running and step == self._last:
             jax.block_until_ready(metrics)
             self.close()
-            logger.info("Profile of steps %d to %d in %s.", self._first, self._last, self._directory)
+            logger.info(
+                "Profile of steps %d to %d in %s/ of the work directory.", self._first, self._last, self._directory.name
+            )
 
     def close(self) -> None:
         """Stop a running trace; after an error it may show the reason."""

@@ -42,7 +42,9 @@ class SpikeReport(Hook):
         if not skipped and loss <= self._factor * usual:
             self._losses = [*self._losses, loss][-_WINDOW:]
             return
-        logger.warning("step %d: loss %.4g, usually %.4g; its images are listed in %s", step, loss, usual, self._path)
+        logger.warning(
+            "step %d: loss %.4g, usually %.4g; its images are listed in %s", step, loss, usual, self._path.name
+        )
         numbers = {"loss": loss, "usual_loss": usual}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         if jax.process_index() == 0:

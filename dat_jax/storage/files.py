@@ -1,7 +1,8 @@
 """Writing of files and folders: atomically, and checked before work starts.
 
 Everything in the package that is written as a whole (checkpoint manifests, folders of weights, exports, figures, reports) is
-written by ``atomic_path`` or ``atomic_write_text``, so that a reader never finds half of it.
+written by ``atomic_path`` or ``atomic_write_text``, so that a reader never finds half of it. For a bucket, a folder is written on
+the local disk and then uploaded, its descriptions last: without them it counts as nothing.
 """
 
 import contextlib
@@ -9,9 +10,13 @@ import itertools
 import os
 import pathlib
 import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 
 from dat_jax.errors import UserError
+from dat_jax.storage.paths import Path, as_path, is_in_bucket, os_errors
+from dat_jax.storage.transfer import exists, remove, upload
 
 _NUMBERS = itertools.count()  # of temporary paths in this process
 
@@ -22,7 +27,11 @@ def check_absent(path: str | os.PathLike) -> None:
     Raises:
       UserError: a file or folder of that name exists.
     """
-    if os.path.exists(path):  # unlike pathlib's method, False for a name that the system refuses to look up
+    try:
+        found = exists(as_path(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    if found:
         raise UserError(f"{path} exists already and nothing is overwritten; choose another path.")
 
 
@@ -32,14 +41,27 @@ def check_writable(directory: str | os.PathLike) -> None:
     Raises:
       UserError: the folder cannot be created or written to.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     try:
+        if is_in_bucket(directory):
+            _check_bucket_writable(directory)
+            return
         directory.mkdir(parents=True, exist_ok=True)
         probe = _temporary_name(directory / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"The folder {directory} cannot be written: {error.strerror}.") from error
+
+
+def _check_bucket_writable(directory: Path) -> None:
+    with os_errors(directory):
+        for parent in (directory, *directory.parents[:-2]):  # up to the bucket
+            if parent.is_file():
+                raise NotADirectoryError(20, f"{parent} is a file", str(directory))
+        probe = directory / f".{uuid.uuid4().hex}.unfinished"
+        probe.write_text("")
+        probe.unlink()
 
 
 @contextlib.contextmanager
@@ -58,9 +80,13 @@ def atomic_path(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
       UserError: ``path`` exists and ``overwrite`` is False, or it cannot be written. An OSError inside the context counts as
         a failure to write.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not overwrite:
         check_absent(path)
+    if is_in_bucket(path):
+        with _uploaded_at_end(path) as temporary:
+            yield temporary
+        return
     new_parents = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
         for parent in reversed(new_parents):
@@ -87,8 +113,30 @@ def atomic_write_text(path: str | os.PathLike, text: str, *, errors: str = "stri
       OSError: it cannot be written. An existing file is unchanged then. It is not a UserError because most callers log it
         and continue.
     """
-    with _rename_at_end(pathlib.Path(path)) as temporary:
+    path = as_path(path)
+    if is_in_bucket(path):
+        with os_errors(path):
+            path.write_bytes(text.encode(errors=errors))  # an object appears as a whole
+        return
+    with _rename_at_end(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+@contextlib.contextmanager
+def _uploaded_at_end(path: Path) -> Iterator[pathlib.Path]:
+    """Context with a temporary local path for a file or folder, which is uploaded at the end."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="dat_jax_") as folder:
+            temporary = pathlib.Path(folder) / path.name
+            yield temporary
+            try:
+                upload(temporary, path)
+            except OSError:
+                with contextlib.suppress(OSError):  # what was uploaded counts as nothing, but takes space
+                    remove(path)
+                raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 @contextlib.contextmanager

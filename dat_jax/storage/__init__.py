@@ -1,0 +1,26 @@
+"""Files and folders on disks and in buckets. No other package knows the difference."""
+
+from dat_jax.storage.files import atomic_path, atomic_write_text, check_absent, check_writable
+from dat_jax.storage.mirror import Mirror
+from dat_jax.storage.paths import Path, as_path, check_local, is_in_bucket, os_errors
+from dat_jax.storage.transfer import download, exists, fetch, list_objects, move, remove, upload
+
+__all__ = [
+    "Mirror",
+    "Path",
+    "as_path",
+    "atomic_path",
+    "atomic_write_text",
+    "check_absent",
+    "check_local",
+    "check_writable",
+    "download",
+    "exists",
+    "fetch",
+    "is_in_bucket",
+    "list_objects",
+    "move",
+    "os_errors",
+    "remove",
+    "upload",
+]

@@ -1,0 +1,111 @@
+"""Runs whose work directory is in a bucket, on a storage server of this machine."""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+import dat_jax
+from dat_jax import storage
+from dat_jax.errors import UserError
+from dat_jax.inference import load
+from dat_jax.training import loop
+from dat_jax.training.monitoring.metrics import read_metrics
+from dat_jax.training.workdir import WorkDirectory
+from tests.helpers import tiny_config
+
+
+def make_config(**values):
+    config = tiny_config.get_config().unlock()
+    config.update_from_flattened_dict({"compilation_cache": "", **values})
+    return config.lock()
+
+
+def variables_of(path):
+    return jax.tree.map(np.asarray, dat_jax.load(path)[1])
+
+
+def assert_same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk_resumes_and_is_used_from_there(bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = f"{bucket}/runs/1"
+    config = make_config(init_from="")
+    with pytest.raises(KeyboardInterrupt):
+        train_until(12, config, workdir)
+    directory = storage.as_path(workdir)
+    assert not list(tmp_path.iterdir())  # no folder called "gs:"
+    names = storage.list_objects(directory)
+    assert {"config.json", "classes.txt", "metrics.jsonl"} <= set(names)
+    assert "checkpoints/10/files.json" in names
+    result = loop.train(config, workdir, quiet=True)
+
+    local = loop.train(config, str(tmp_path / "local"), quiet=True)
+    assert result == local
+    assert_same(variables_of(workdir), variables_of(tmp_path / "local"))
+    got, wanted = (read_metrics(storage.fetch(path) / "metrics.jsonl") for path in (workdir, tmp_path / "local"))
+    assert got["train/loss"] == wanted["train/loss"]
+    names = storage.list_objects(directory)
+    assert {"summary.md", "curves.png", "predictions.png"} <= set(names)
+    assert any(name.startswith("tensorboard/") for name in names)
+    assert f"--workdir={workdir}" in storage.fetch(f"{workdir}/summary.md").read_text()
+
+    assert loop.evaluate(config, workdir, quiet=True) == result
+    image = np.zeros((40, 40, 3), np.uint8)
+    np.testing.assert_array_equal(load(workdir)(image), load(tmp_path / "local")(image))
+    further = loop.train(make_config(init_from=workdir, epochs=1), f"{bucket}/runs/2", quiet=True)
+    assert further["top1"] > 80
+
+
+def train_until(step, config, workdir):
+    """Train, and end as if the process had been killed once this many steps are logged."""
+
+    class Interrupted(logging.Handler):
+        def emit(self, record):
+            if record.msg.startswith("step %d/%d") and record.args[0] > step:
+                raise KeyboardInterrupt
+
+    logger, handler = logging.getLogger("dat_jax.training.loop"), Interrupted()
+    logger.addHandler(handler)
+    try:
+        loop.train(config, workdir)
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    "workdir", ["gs://test-missing/run", "gs:/my-bucket/run", "http://my-bucket/run", "s3://my-bucket/run"]
+)
+def test_a_destination_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    bucket, workdir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dat_jax.training.trainer.Trainer.initialize", None)
+    with pytest.raises(UserError, match=r"no such bucket|did you mean|got the scheme http|cannot be a work directory"):
+        loop.train(make_config(), workdir, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_second_run_in_a_work_directory_is_noticed(place, tmp_path, request):
+    path = str(tmp_path / "run") if place == "disk" else f"{request.getfixturevalue('bucket')}/run"
+    with WorkDirectory(path) as first, WorkDirectory(path) as second:
+        first.open_for_writing()
+        first.check_owner()
+        second.open_for_writing()
+        second.check_owner()
+        with pytest.raises(UserError, match=r"Another run was started in .*/run on .*, process \d+"):
+            first.check_owner()
+
+
+def test_damaged_owners_are_ignored(tmp_path):
+    with WorkDirectory(tmp_path) as directory:
+        directory.open_for_writing()
+        (tmp_path / ".run.json").write_text("[")
+        directory.check_owner()
+        (tmp_path / ".run.json").write_text(json.dumps([1]))
+        directory.check_owner()
