@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = 8  # virtual devices of all processes together
@@ -12,12 +13,13 @@ DEVICES = 8  # virtual devices of all processes together
 
 def start(
     config: str,
-    workdir: pathlib.Path,
+    workdir: pathlib.Path | str,
     *,
     values: dict[str, object],
     processes: int = 1,
     devices: int = DEVICES,
     xla_flags: str = "",
+    folders: Sequence[pathlib.Path] | None = None,
 ) -> list[subprocess.Popen]:
     """Start the processes of a run on virtual CPU devices. Each has its output as one text stream.
 
@@ -28,11 +30,15 @@ def start(
       processes: Number of processes, which connect through a free port of this machine.
       devices: Number of devices of all processes together.
       xla_flags: Further XLA flags.
+      folders: Working folder of each process, which also gets its temporary files; the root of the repository by default.
     """
     with socket.socket() as free_socket:
         free_socket.bind(("localhost", 0))
         port = free_socket.getsockname()[1]
     flags = f"{xla_flags} --xla_force_host_platform_device_count={devices // processes}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    if folders:
+        config, environment = str(ROOT / config), environment | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-u", "-m", "dat_jax.main", f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
     if processes > 1:
@@ -40,8 +46,8 @@ def start(
     return [
         subprocess.Popen(
             [*command, *([f"--process_id={index}"] if processes > 1 else [])],
-            cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"},
+            cwd=folders[index] if folders else ROOT,
+            env=environment | ({"TMPDIR": str(folders[index])} if folders else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

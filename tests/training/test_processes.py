@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from dat_jax import storage
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost
 from dat_jax.training.monitoring.metrics import read_metrics
@@ -19,13 +20,14 @@ pytestmark = pytest.mark.slow
 XLA_FLAGS = " ".join(fast_compilation_flags())
 
 
-def start(workdir, *, processes, values=None):
+def start(workdir, *, processes, values=None, folders=None):
     return soak.start(
         "tests/helpers/tiny_config.py",
         workdir,
         values={"log_every": 1, "checkpoint.every": 4, **(values or {})},
         processes=processes,
         xla_flags=XLA_FLAGS,
+        folders=folders,
     )
 
 
@@ -68,6 +70,35 @@ def test_a_signal_to_one_process_ends_both_at_one_step_and_one_process_goes_on(w
     (printed,) = finish(start(tmp_path, processes=1, values=values))
     assert f"Resumed at step {step} of" in printed
     assert max(series(tmp_path)["train/loss"]) == 10 * (step // 10 + 1)
+
+
+def make_folders(tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def test_processes_without_a_common_disk_share_a_bucket(whole, bucket, tmp_path):
+    folders = make_folders(tmp_path)
+    values = {"mesh.fsdp": 2, "compilation_cache": ""}
+    finish(start(f"{bucket}/run", processes=2, values={**values, "epochs": 1}, folders=folders))
+    first, _ = finish(start(f"{bucket}/run", processes=2, values=values, folders=folders))
+    assert "Resumed at step 10 of 20." in first
+    got, wanted = series(storage.fetch(f"{bucket}/run")), series(whole)
+    assert list(got["train/loss"]) == list(range(1, 21))
+    assert got["train/loss"][1] == pytest.approx(wanted["train/loss"][1], rel=1e-5)
+    assert got["eval/top1"][20] == wanted["eval/top1"][20]
+    assert not [path for folder in folders for path in folder.rglob("*") if "checkpoint" in path.name]
+
+
+def test_work_directories_that_are_not_shared_are_refused_at_the_start(tmp_path):
+    running = start("run", processes=2, folders=make_folders(tmp_path), values={"compilation_cache": ""})
+    printed = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [1, 1]
+    for text in printed:
+        assert "error: The processes of the run do not share run: each of them has a folder of this name." in text
+        assert "step 1/" not in text
 
 
 def test_processes_that_are_named_in_part_are_refused():

@@ -33,7 +33,9 @@ def run_steps(calls, *, steps, start_step, total_steps, stop_at=None):
 
 
 def test_steps_after_the_warm_up_are_traced_also_of_a_resumed_run(calls):
-    assert run_steps(calls, steps=2, start_step=20, total_steps=26) == ["Profile of steps 24 to 25 in profile."]
+    assert run_steps(calls, steps=2, start_step=20, total_steps=26) == [
+        "Profile of steps 24 to 25 in profile/ of the work directory."
+    ]
     assert calls == [21, 22, 23, "start profile", 24, 25, "stop", 26]
 
 
