@@ -9,7 +9,7 @@ import os
 import pathlib
 import uuid
 
-from tests.helpers.bucket_server import make_bucket, run_server
+from experiments.soak.bucket_server import make_bucket, run_server
 from tests.helpers.xla_flags import fast_compilation_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"

