@@ -239,7 +239,10 @@ class Checkpoints:
                 f"the checkpoint of step {others[-1]} is used instead" if others else "there is no other checkpoint"
             )
             reason = error or f"The checkpoint {self._path(step)} is damaged for another process."
-            target = set_aside(self._path(step))
+            try:
+                target = set_aside(self._path(step))
+            except OSError as caught:
+                raise UserError(f"{reason} It cannot be moved to another folder: {caught.strerror}.") from caught
             logger.warning("%s It was moved to %s; %s.", reason, target, fallback)
             self._reopen()
         return None

@@ -13,6 +13,7 @@ from dat_jax.checkpoints.class_names import add_class_names
 from dat_jax.checkpoints.loading import load_for_finetuning
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.errors import UserError
+from dat_jax.storage import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _read_head_rows(config: ConfigDict, classes: int) -> np.ndarray | None:
     if not config.get("init_head_rows"):  # only classification has this key
         return None
     try:
-        rows = np.loadtxt(config.init_head_rows, dtype=np.int64, ndmin=1)
+        rows = np.loadtxt(fetch(config.init_head_rows), dtype=np.int64, ndmin=1)
     except (OSError, ValueError) as error:
         raise UserError(f"config.init_head_rows {config.init_head_rows} cannot be read: {error}.") from error
     if len(rows) != classes:

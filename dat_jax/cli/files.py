@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dat_jax.errors import UserError
-from dat_jax.storage import Path, as_path, exists, is_in_bucket
+from dat_jax.storage import Path, as_path, check_replaceable, exists, is_in_bucket, name_original, restore_names
 
 
 def name_outputs(inputs: Sequence[pathlib.Path], directory: str | os.PathLike) -> list[pathlib.Path]:
@@ -44,17 +44,17 @@ def check_outputs(outputs: Sequence[pathlib.Path], *, inputs: Sequence[pathlib.P
     Raises:
       UserError: an output is written twice, is also an input, exists already, or lies below a file instead of a folder.
     """
-    read, written = {path.resolve() for path in inputs}, set()
+    read, written = {_name(path) for path in inputs}, set()
     for path in outputs:
-        if is_in_bucket(path):
-            _check_bucket_output(path, overwrite=overwrite)
-            continue
-        resolved = path.resolve()
+        resolved = _name(path)
         if resolved in written:
             raise UserError(f"{path} would be written twice; choose inputs and outputs with different names.")
         written.add(resolved)
         if resolved in read:
             raise UserError(f"{path} is an input and would be overwritten; choose another output.")
+        if is_in_bucket(path):
+            _check_bucket_output(path, overwrite=overwrite)
+            continue
         if path.is_dir():
             raise UserError(f"{path} cannot be written: it is a folder.")
         if path.parent.exists() and not path.parent.is_dir():
@@ -63,7 +63,14 @@ def check_outputs(outputs: Sequence[pathlib.Path], *, inputs: Sequence[pathlib.P
             raise UserError(f"{path} exists already; --overwrite replaces it.")
 
 
+def _name(path: Path) -> str:
+    """Name of a file, in a bucket if it is a copy of what is there."""
+    original = name_original(path)
+    return original if is_in_bucket(original) else str(path.resolve())
+
+
 def _check_bucket_output(path: Path, *, overwrite: bool) -> None:
+    check_replaceable(path)
     try:
         found = exists(path)
     except OSError as error:
@@ -85,5 +92,5 @@ def process_files(files: Sequence[pathlib.Path], process: Callable[[int], None])
         except UserError as error:
             succeeded = False
             message = str(error) if str(path) in str(error) else f"{path}: {error}"
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(f"error: {restore_names(message)}", file=sys.stderr, flush=True)
     return succeeded

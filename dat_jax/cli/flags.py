@@ -17,6 +17,7 @@ from absl import app, flags, logging
 
 from dat_jax import __version__
 from dat_jax.errors import UserError
+from dat_jax.storage import restore_names
 
 HELP_FLAGS = ("--help", "-help", "--helpshort", "-helpshort", "-h", "-?")
 _INTERRUPTED, _CLOSED = 130, 141  # exit status after SIGINT and SIGPIPE, by the convention of shells
@@ -175,7 +176,7 @@ def find_nearest(name: str, choices: Iterable[str]) -> str:
 
 def fail(message: str) -> NoReturn:
     """Print an error message to stderr and end the program with status 1."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {restore_names(message)}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -98,6 +98,8 @@ def load_config(name: str) -> ConfigDict:
     """
     if name.endswith(".json"):
         return _load_json(fetch(name)).lock()
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
+        raise UserError(f"{name} is not a configuration: in a bucket, it must be the config.json of a run.")
     # The colon before a choice is the last one, since names of folders may have colons. The path of a file has no choice.
     is_file = os.path.isfile(name) or os.path.isfile(f"{name}.py")
     file, colon, choice = (name, "", "") if is_file or ":" not in name else name.rpartition(":")

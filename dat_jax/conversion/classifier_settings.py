@@ -1,7 +1,6 @@
 """Settings of published YAML configurations of classifiers: the network, and the image size of its evaluation."""
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from dat_jax.conversion.official import model_from_official
 from dat_jax.conversion.settings import COUNT, FLAG, Settings, printable
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
+from dat_jax.storage import fetch
 
 _TRAINING = "it concerns training, which a configuration of this project sets"
 _BUILT_FROM_DAT = "the published code builds the model from MODEL.DAT alone"
@@ -63,7 +63,7 @@ def read_yaml_config(path: str | os.PathLike) -> tuple[DAT, dict[str, Any]]:
       UserError: the file cannot be read, or does not describe a supported model; the key is named.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = fetch(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: the text is not UTF-8, or the path has a null byte
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{printable(path)} cannot be read: {reason}.") from error

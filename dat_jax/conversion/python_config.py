@@ -16,6 +16,7 @@ from dat_jax.conversion import python_values
 from dat_jax.conversion.python_values import Budget, BudgetSpent, Refused, evaluate
 from dat_jax.conversion.settings import printable
 from dat_jax.errors import UserError
+from dat_jax.storage import fetch
 
 _MAX_BYTES = 1 << 20  # of a file
 _MAX_FILES = 100  # in a chain of _base_ files, and in one _base_
@@ -42,7 +43,7 @@ def read_python_config(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: the file or one of its bases cannot be read, or has an unsupported statement; the line is named.
     """
-    path = pathlib.Path(path)
+    path = fetch(path)
     try:
         names = _read_file(path, chain=(), done={}, budget=Budget())
     except (RecursionError, MemoryError) as error:

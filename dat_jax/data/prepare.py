@@ -44,7 +44,7 @@ from dat_jax.data.image_files import Member, error_text, index_classes, list_ima
 from dat_jax.data.images import check_image
 from dat_jax.data.sources import METADATA_FILES, PREPARE_INPUTS, SPLITS
 from dat_jax.errors import UserError
-from dat_jax.storage import atomic_write_text
+from dat_jax.storage import atomic_write_text, check_local
 
 _IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
@@ -120,6 +120,8 @@ def prepare(
             f"ImageNet has {_IMAGENET_COUNTS['train']:,} and {_IMAGENET_COUNTS['validation']:,} images, but {train} has "
             f"{counts['train']:,} and {validation} has {counts['validation']:,}: download them again, or add --incomplete."
         )
+    for name, path in {"--train": train, "--validation": validation, "--output": output}.items():
+        check_local(path, key=name)
     directory = pathlib.Path(output)
     name = "imagenet2012" if imagenet else "images"
     shards = [

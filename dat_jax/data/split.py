@@ -20,7 +20,7 @@ from absl import flags
 from dat_jax.cli.flags import fail, run_tool
 from dat_jax.data.image_files import LeftOut, check_class_names, list_suffixes, scan_folder
 from dat_jax.errors import UserError, name_some
-from dat_jax.storage import atomic_path
+from dat_jax.storage import atomic_path, check_local
 
 
 def split_folder(folder: str, output: str, *, validation: float = 0.2, seed: int = 0) -> dict[str, int]:
@@ -43,6 +43,8 @@ def split_folder(folder: str, output: str, *, validation: float = 0.2, seed: int
         raise UserError(f"--validation must be between 0 and 1, got {validation}.")
     if seed < 0:
         raise UserError(f"--seed must be at least 0, got {seed}.")
+    check_local(folder, key="FOLDER")
+    check_local(output, key="--output")
     if pathlib.Path(folder).resolve() in (pathlib.Path(output).resolve(), *pathlib.Path(output).resolve().parents):
         raise UserError(f"--output is {output}: expected a folder outside {folder}, which is only read.")
     root, left_out, files = scan_folder(folder), LeftOut(), {}

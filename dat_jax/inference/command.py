@@ -21,7 +21,7 @@ from dat_jax.data.images import read_size
 from dat_jax.errors import UserError, name_some
 from dat_jax.inference import Classifier, ObjectDetector, Predictor
 from dat_jax.inference.image_files import find_images, number_images, numbers_are_names, read_image
-from dat_jax.storage import as_path, atomic_path
+from dat_jax.storage import as_path, atomic_path, name_original
 
 
 def predict_files(
@@ -151,7 +151,7 @@ def report_predictions(
         if isinstance(prediction, UserError):
             raise prediction
         assert not isinstance(image, UserError)  # its prediction would be one, too
-        name, output = str(images[index]), None if outputs is None else outputs[index]
+        name, output = name_original(images[index]), None if outputs is None else outputs[index]
         if output is not None:
             predictor.save(output, image, prediction)
         output_name = None if output is None else str(output)

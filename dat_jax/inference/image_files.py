@@ -11,7 +11,7 @@ import numpy as np
 from dat_jax.data.image_files import is_image, list_suffixes
 from dat_jax.data.images import decode_image
 from dat_jax.errors import UserError, name_some
-from dat_jax.storage import fetch, is_in_bucket
+from dat_jax.storage import fetch
 
 
 def check_image(image: Any) -> np.ndarray:
@@ -38,7 +38,7 @@ def find_images(names: Sequence[str], *, recursive: bool = False) -> list[pathli
     """
     images = []
     for name in names:
-        path = fetch(name) if is_in_bucket(name) else pathlib.Path(name)
+        path = pathlib.Path(name) if os.path.exists(name) or name in ("", "-") else fetch(name)
         if name == "-":
             lines = sys.stdin.read().splitlines()
             files = find_images([line for line in lines if line not in ("", "-")], recursive=recursive)

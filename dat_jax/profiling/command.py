@@ -142,7 +142,7 @@ def write_json(path: str | pathlib.Path, report: dict) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    with atomic_path(pathlib.Path(path), overwrite=True) as temporary:
+    with atomic_path(path, overwrite=True) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 

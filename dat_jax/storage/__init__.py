@@ -1,9 +1,19 @@
 """Files and folders on disks and in buckets. No other package knows the difference."""
 
-from dat_jax.storage.files import atomic_path, atomic_write_text, check_absent, check_writable
+from dat_jax.storage.files import atomic_path, atomic_write_text, check_absent, check_replaceable, check_writable
 from dat_jax.storage.mirror import Mirror
 from dat_jax.storage.paths import Path, as_path, check_local, is_in_bucket, os_errors
-from dat_jax.storage.transfer import download, exists, fetch, list_objects, move, remove, upload
+from dat_jax.storage.transfer import (
+    download,
+    exists,
+    fetch,
+    list_objects,
+    move,
+    name_original,
+    remove,
+    restore_names,
+    upload,
+)
 
 __all__ = [
     "Mirror",
@@ -13,6 +23,7 @@ __all__ = [
     "atomic_write_text",
     "check_absent",
     "check_local",
+    "check_replaceable",
     "check_writable",
     "download",
     "exists",
@@ -20,7 +31,9 @@ __all__ = [
     "is_in_bucket",
     "list_objects",
     "move",
+    "name_original",
     "os_errors",
     "remove",
+    "restore_names",
     "upload",
 ]

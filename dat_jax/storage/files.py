@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from dat_jax.errors import UserError
 from dat_jax.storage.paths import Path, as_path, is_in_bucket, os_errors
-from dat_jax.storage.transfer import exists, remove, upload
+from dat_jax.storage.transfer import exists, list_objects, remove, upload
 
 _NUMBERS = itertools.count()  # of temporary paths in this process
 
@@ -27,12 +27,39 @@ def check_absent(path: str | os.PathLike) -> None:
     Raises:
       UserError: a file or folder of that name exists.
     """
+    path = as_path(path)
     try:
-        found = exists(as_path(path))
+        found = exists(path)
+        if is_in_bucket(path):
+            _check_parents(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     if found:
         raise UserError(f"{path} exists already and nothing is overwritten; choose another path.")
+
+
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Check that a path in a bucket is not a folder and does not lie below a file, so that a file can be written there.
+
+    Raises:
+      UserError: it is a folder, or lies below a file.
+    """
+    path = as_path(path)
+    try:
+        with os_errors(path):
+            if path.is_dir():
+                raise IsADirectoryError(21, "it is a folder", str(path))
+        _check_parents(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _check_parents(path: Path) -> None:
+    """Raise an OSError if one of the folders of a path in a bucket is a file."""
+    with os_errors(path):
+        for parent in path.parents[:-2]:  # up to the bucket
+            if parent.is_file():
+                raise NotADirectoryError(20, f"{parent} is a file", str(path))
 
 
 def check_writable(directory: str | os.PathLike) -> None:
@@ -55,11 +82,9 @@ def check_writable(directory: str | os.PathLike) -> None:
 
 
 def _check_bucket_writable(directory: Path) -> None:
+    probe = directory / f".{uuid.uuid4().hex}.unfinished"
+    _check_parents(probe)
     with os_errors(directory):
-        for parent in (directory, *directory.parents[:-2]):  # up to the bucket
-            if parent.is_file():
-                raise NotADirectoryError(20, f"{parent} is a file", str(directory))
-        probe = directory / f".{uuid.uuid4().hex}.unfinished"
         probe.write_text("")
         probe.unlink()
 
@@ -84,7 +109,9 @@ def atomic_path(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
     if not overwrite:
         check_absent(path)
     if is_in_bucket(path):
-        with _uploaded_at_end(path) as temporary:
+        if overwrite:
+            check_replaceable(path)
+        with _uploaded_at_end(path, is_new=not overwrite) as temporary:
             yield temporary
         return
     new_parents = [parent for parent in path.parents if not os.path.exists(parent)]
@@ -123,7 +150,7 @@ def atomic_write_text(path: str | os.PathLike, text: str, *, errors: str = "stri
 
 
 @contextlib.contextmanager
-def _uploaded_at_end(path: Path) -> Iterator[pathlib.Path]:
+def _uploaded_at_end(path: Path, *, is_new: bool) -> Iterator[pathlib.Path]:
     """Context with a temporary local path for a file or folder, which is uploaded at the end."""
     try:
         with tempfile.TemporaryDirectory(prefix="dat_jax_") as folder:
@@ -131,9 +158,13 @@ def _uploaded_at_end(path: Path) -> Iterator[pathlib.Path]:
             yield temporary
             try:
                 upload(temporary, path)
-            except OSError:
-                with contextlib.suppress(OSError):  # what was uploaded counts as nothing, but takes space
-                    remove(path)
+            except BaseException:
+                # What was uploaded of a new folder counts as nothing, but is in the way of another attempt. A single file appears
+                # as a whole or not at all.
+                if is_new and temporary.is_dir():
+                    for name in list_objects(temporary):
+                        with contextlib.suppress(OSError):
+                            remove(path / name)
                 raise
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error

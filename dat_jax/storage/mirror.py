@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 
 from dat_jax.storage.paths import as_path, is_in_bucket
 from dat_jax.storage.transfer import download, list_objects, upload
@@ -42,8 +43,11 @@ class Mirror:
         else:
             self._temporary, self.local = None, self.path
 
-    def open(self) -> None:
+    def open(self, *, may_upload: Callable[[], bool] = lambda: True) -> None:
         """Copy the files directly in the folder, without those of its folders, and start the thread of uploads.
+
+        Args:
+          may_upload: called before each upload; if it returns False, nothing is uploaded any more.
 
         Raises:
           OSError: they cannot be read.
@@ -51,7 +55,7 @@ class Mirror:
         if self._temporary is None or not self._uploads:
             return
         download(self.path, self.local, wanted=lambda name: "/" not in name)
-        self._sent = self._find_files()
+        self._sent, self._may_upload = self._find_files(), may_upload
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
@@ -80,17 +84,21 @@ class Mirror:
             self._wanted.wait()
             self._wanted.clear()
             ended = self._ended  # read before the files, so that the last ones are uploaded
-            for name, version in self._find_changed().items():
-                try:
-                    upload(self.local / name, self.path / name)
-                except OSError as error:
-                    if not self._warned:
-                        logger.warning(
-                            "Files cannot be uploaded to %s: %s. It is tried again.", self.path, error.strerror
-                        )
-                    self._warned = True
-                    break
-                self._sent[name], self._warned = version, False
+            try:
+                if not self._may_upload():
+                    return
+                self._upload_changed()
+                self._warned = False
+            except Exception as error:  # the next upload is tried, whatever it was
+                if not self._warned:
+                    reason = getattr(error, "strerror", None) or repr(error)
+                    logger.warning("Files cannot be uploaded to %s: %s. It is tried again.", self.path, reason)
+                self._warned = True
+
+    def _upload_changed(self) -> None:
+        for name, version in self._find_changed().items():
+            upload(self.local / name, self.path / name)
+            self._sent[name] = version
 
     def _find_changed(self) -> dict[str, tuple[int, int]]:
         return {name: version for name, version in self._find_files().items() if self._sent.get(name) != version}

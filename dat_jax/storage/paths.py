@@ -24,6 +24,7 @@ _REFUSED_CHARACTERS = re.compile(
     r"[\x00-\x1f\x7f*?\[\]#]"
 )  # control characters, and what the libraries take for patterns
 _LONGEST_NAME = 900  # bytes; the services allow 1,024, and names of files are added
+_LONGEST_PART = 200  # bytes; a file on a disk may have 255
 _LIBRARIES = (
     "aiobotocore",
     "aiohttp",
@@ -94,8 +95,8 @@ def _check_url(text: str, scheme: str, rest: str) -> None:
     expected = f"{text!r}: expected a local path, gs://BUCKET/NAME or s3://BUCKET/NAME"
     known = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}.get(scheme.lower(), scheme.lower())
     if known not in BUCKET_SCHEMES:
-        hint = "; leave out file://" if known == "file" else ""
-        raise UserError(f"{expected}, got the scheme {scheme}{hint}.")
+        hint = "leave out file://" if known == "file" else f"a folder {scheme}: in this one is ./{scheme}:"
+        raise UserError(f"{expected}, got the scheme {scheme}; {hint}.")
     meant = f"{known}://{rest.strip().lstrip('/') or 'BUCKET/NAME'}"
     if scheme != known or text != text.strip() or not rest.startswith("/") or rest.startswith("//"):
         raise UserError(f"{expected}; did you mean {meant}?")
@@ -112,6 +113,8 @@ def _check_url(text: str, scheme: str, rest: str) -> None:
         raise UserError(f"{text!r}: the parts between slashes must not be empty, '.' or '..'.")
     if (found := _REFUSED_CHARACTERS.search(name)) is not None:
         raise UserError(f"{text!r}: {found[0]!r} is not allowed in the name of an object.")
+    if any(len(part.encode(errors="surrogateescape")) > _LONGEST_PART for part in names):
+        raise UserError(f"{text[:80]}...: a part between slashes has more than {_LONGEST_PART} bytes.")
     if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
         raise UserError(f"{text[:80]}...: the name has more than {_LONGEST_NAME} bytes.")
 
@@ -167,7 +170,7 @@ def _describe(error: Exception, path: str) -> str:
     ):
         return f"access to {bucket} is denied; {_CREDENTIALS[scheme]}"
     if isinstance(error, FileNotFoundError):
-        return f"it does not exist in {bucket}, or there is no such bucket"
+        return f"it is not there, or there is no bucket {bucket}"
     if re.search(r"NoSuchBucket|bucket does not exist", text):
         return f"there is no bucket {bucket}"
     if re.search(r"[Cc]onnect|[Tt]imeout|resolve", f"{type(error).__name__} {text}"):

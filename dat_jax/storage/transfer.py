@@ -7,13 +7,15 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from dat_jax.errors import UserError
-from dat_jax.storage.paths import Path, as_path, is_in_bucket, os_errors
+from dat_jax.storage.paths import BUCKET_SCHEMES, Path, as_path, is_in_bucket, os_errors
 
 _PARALLEL_COPIES = 8
+_FETCHING = threading.Lock()
 _COPIED: dict[pathlib.Path, tuple[Any, ...]] = {}  # versions of the objects that ``fetch`` has copied
 
 
@@ -101,19 +103,45 @@ def fetch(path: str | os.PathLike, *, wanted: Callable[[str], bool] = lambda nam
         return path
     copy = _make_copy_folder() / str(path).replace("://", "/", 1)
     try:
-        with os_errors(path):
-            system, prefix = _get_filesystem(path)
-            found = system.find(prefix, detail=True)
-        versions = {name[len(prefix) + 1 :]: _get_version(info) for name, info in found.items()}  # "" if path is a file
-        names = [name for name in versions if not name.endswith("/") and (not name or wanted(name))]
-        changed = [name for name in names if _COPIED.get(copy / name) != versions[name]]
-        _copy_all([(path / name, copy / name) for name in changed], _get)
-        _COPIED.update({copy / name: versions[name] for name in changed})
+        with _FETCHING:
+            found = _update_copy(path, copy, wanted)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if not names:
+    if not found:
         raise UserError(f"{path} cannot be read: there is nothing.")
     return copy
+
+
+def _update_copy(path: Path, copy: pathlib.Path, wanted: Callable[[str], bool]) -> bool:
+    """Make a local copy agree with what is in a bucket. Returns whether there is a file."""
+    with os_errors(path):
+        system, prefix = _get_filesystem(path)
+        found = system.find(prefix, detail=True)
+    versions = {name[len(prefix) + 1 :]: _get_version(info) for name, info in found.items()}  # "" if path is a file
+    names = [name for name in versions if not name.endswith("/") and (not name or wanted(name))]
+    is_file = "" in versions
+    if copy.exists() and copy.is_file() != is_file:  # a file has become a folder, or a folder a file
+        copy.unlink() if copy.is_file() else shutil.rmtree(copy)
+    if copy.is_dir():
+        for name in set(list_objects(copy)) - set(versions):
+            (copy / name).unlink()
+    changed = [name for name in names if not (copy / name).exists() or _COPIED.get(copy / name) != versions[name]]
+    _copy_all([(path / name, copy / name) for name in changed], _get)
+    _COPIED.update({copy / name: versions[name] for name in changed})
+    return bool(names)
+
+
+def name_original(path: str | os.PathLike) -> str:
+    """Name of a file as the user knows it: in the bucket if ``path`` is a copy of ``fetch``."""
+    return restore_names(os.fspath(path))
+
+
+def restore_names(text: str) -> str:
+    """Replace the paths of copies in a text by their names in buckets."""
+    if _make_copy_folder.cache_info().currsize:
+        for scheme in BUCKET_SCHEMES:
+            text = text.replace(f"{_make_copy_folder()}/{scheme}/", f"{scheme}://")
+    return text
 
 
 def _get_version(info: dict[str, Any]) -> tuple[Any, ...]:

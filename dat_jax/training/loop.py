@@ -21,7 +21,7 @@ from dat_jax.checkpoints.restore import initialize_state, restore_for_evaluation
 from dat_jax.cli.console import configure_logging, make_console, print_table
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost
-from dat_jax.storage import os_errors
+from dat_jax.storage import exists
 from dat_jax.training import report
 from dat_jax.training.compilation import enable_cache
 from dat_jax.training.monitoring import sinks
@@ -180,8 +180,10 @@ def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str
 
 
 def _has_checkpoints(directory: WorkDirectory) -> bool:
-    with os_errors(directory.path):
-        return directory.checkpoints.is_dir()
+    try:
+        return exists(directory.checkpoints)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}.") from error
 
 
 def _check_initial_weights(config, directory: WorkDirectory) -> None:

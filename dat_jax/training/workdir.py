@@ -39,10 +39,7 @@ class WorkDirectory:
 
     def __init__(self, path: str | os.PathLike):
         if os.fspath(path).startswith("s3://"):
-            raise UserError(
-                f"{path} cannot be a work directory: checkpoints are written to disks and to gs://. Only weights and exports "
-                "can be in s3://."
-            )
+            raise UserError(f"{path} cannot be a work directory: expected a folder on a disk, or gs://BUCKET/NAME.")
         self._mirror = Mirror(path, uploads=jax.process_index() == 0)
         self.path: Path = self._mirror.path
         self.files: pathlib.Path = self._mirror.local
@@ -83,15 +80,18 @@ class WorkDirectory:
         try:
             if jax.process_index() == 0:
                 check_writable(self.path)
-                self.open_for_reading()
+                self._mirror.open(may_upload=lambda: self._read_owner().get("run") in (None, self._token))
                 owner = {"run": self._token, "host": platform.node(), "process": os.getpid(), "started": time.ctime()}
                 atomic_write_text(self.path / _OWNER, json.dumps(owner) + "\n")
         except (UserError, OSError) as error:
             failure = str(error) if isinstance(error, UserError) else f"{self} cannot be written: {error.strerror}."
         if not multihost.everywhere(not failure):
             raise UserError(failure or f"The first process cannot write {self}.")
+        if jax.process_count() == 1:
+            return
         self._token = multihost.broadcast_text(self._token)
-        if not multihost.everywhere(self._read_owner().get("run") == self._token):
+        shared = self._read_owner().get("run")
+        if not multihost.everywhere(shared == self._token):
             raise UserError(
                 f"The processes of the run do not share {self}: each of them has a folder of this name. Choose a folder on a "
                 "common disk, or gs://BUCKET/NAME."
@@ -105,7 +105,8 @@ class WorkDirectory:
         """
         owner = self._read_owner() if jax.process_index() == 0 else {}
         if not multihost.everywhere(owner.get("run") in (None, self._token)):
-            other = f" on {owner['host']}, process {owner['process']}, {owner['started']}" if owner else ""
+            known = [str(owner[name]) for name in ("host", "process", "started") if name in owner]
+            other = f" ({', '.join(known)})" if known else ""
             raise UserError(
                 f"Another run was started in {self}{other}. This one ends, so that they do not replace each other's checkpoints."
             )

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from dat_jax.errors import UserError
 from dat_jax.inference import Classifier, Predictor, Segmenter
 from dat_jax.inference.command import plan_for_files
 from dat_jax.inference.image_files import find_images, read_image
+from dat_jax.storage import fetch, name_original
 from dat_jax.visualization.label_files import find_label_files, read_labels
 from dat_jax.visualization.prediction_figures import make_attention_saver, save_detection, save_segmentation
 
@@ -68,7 +68,7 @@ def visualize_files(
     images = find_images(names, recursive=recursive)
     outputs = name_outputs(images, output)
     pages = [path.with_suffix(".html") for path in outputs] if attention.html else []
-    label_files = find_label_files(images, pathlib.Path(labels)) if labels else []
+    label_files = find_label_files(images, fetch(labels)) if labels else []
     check_outputs([*outputs, *pages], inputs=[*images, *label_files], overwrite=overwrite)
     query = parse_query(attention.query)
     max_keys = 16 if attention.keys is None else attention.keys
@@ -96,7 +96,7 @@ def visualize_files(
         else:
             save_detection(outputs[index], image, detector=predictor)
         written = [outputs[index], *pages[index : index + 1]]
-        print(f"{images[index]}: {', '.join(map(str, written))}", flush=True)
+        print(f"{name_original(images[index])}: {', '.join(map(str, written))}", flush=True)
 
     return process_files(images, process)
 

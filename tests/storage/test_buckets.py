@@ -1,5 +1,6 @@
 """Files and folders in buckets, on a storage server of this machine."""
 
+import concurrent.futures
 import logging
 import os
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from dat_jax import storage
+from dat_jax.cli.files import check_outputs
 from dat_jax.errors import UserError
 from dat_jax.storage import transfer
 from experiments.soak.bucket_server import run_s3_server
@@ -56,6 +58,76 @@ def test_a_failed_upload_leaves_nothing(bucket, monkeypatch):
     assert storage.list_objects(storage.as_path(f"{bucket}/export")) == []
 
 
+@pytest.mark.parametrize("failure", [OSError(5, "the network is down"), KeyboardInterrupt()])
+def test_a_failed_replacement_changes_nothing(failure, bucket, monkeypatch):
+    storage.atomic_write_text(f"{bucket}/results.json", "old")
+    write_export(f"{bucket}/run")
+
+    def fail(source, target):
+        raise failure
+
+    monkeypatch.setattr(transfer, "_put", fail)
+    with (
+        pytest.raises((UserError, KeyboardInterrupt)),
+        storage.atomic_path(f"{bucket}/results.json", overwrite=True) as temporary,
+    ):
+        temporary.write_text("new")
+    assert storage.fetch(f"{bucket}/results.json").read_text() == "old"
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError):
+        write_export(f"{bucket}/other")
+    assert storage.list_objects(storage.as_path(f"{bucket}/other")) == []
+    assert len(storage.list_objects(storage.as_path(f"{bucket}/run"))) == 2
+
+
+def test_a_file_is_not_written_onto_a_folder_or_below_a_file(bucket):
+    write_export(f"{bucket}/run")
+    storage.atomic_write_text(f"{bucket}/file", "")
+    for path, reason in {
+        f"{bucket}/run": "it is a folder",
+        f"{bucket}/file/a.json": f"{bucket}/file is a file",
+    }.items():
+        with pytest.raises(UserError, match=reason), storage.atomic_path(path, overwrite=True):
+            pass
+    with pytest.raises(UserError, match=f"{bucket}/file is a file"):
+        write_export(f"{bucket}/file/export")
+
+
+def test_outputs_are_compared_with_inputs_and_with_each_other(bucket):
+    storage.atomic_write_text(f"{bucket}/a/i.png", "image")
+    image, output = storage.fetch(f"{bucket}/a/i.png"), storage.as_path(f"{bucket}/a/i.png")
+    with pytest.raises(UserError, match=f"{bucket}/a/i.png is an input and would be overwritten"):
+        check_outputs([output], inputs=[image], overwrite=True)
+    table = storage.as_path(f"{bucket}/a/t.json")
+    with pytest.raises(UserError, match="would be written twice"):
+        check_outputs([table, table], inputs=[image], overwrite=True)
+    check_outputs([table], inputs=[image], overwrite=False)
+    storage.atomic_write_text(table, "")
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        check_outputs([table], inputs=[image], overwrite=False)
+
+
+def test_copies_agree_with_what_is_there(bucket):
+    write_export(f"{bucket}/export")
+    copy = storage.fetch(f"{bucket}/export")
+    assert storage.name_original(copy / "model.json") == f"{bucket}/export/model.json"
+    assert storage.restore_names(f"{copy}/model.json is damaged") == f"{bucket}/export/model.json is damaged"
+    (copy / "model.json").unlink()
+    storage.remove(storage.as_path(f"{bucket}/export/params"))
+    storage.fetch(f"{bucket}/export")
+    assert storage.list_objects(copy) == ["model.json"]
+    storage.remove(storage.as_path(f"{bucket}/export"))
+    storage.atomic_write_text(f"{bucket}/export", "now a file")
+    assert storage.fetch(f"{bucket}/export").read_text() == "now a file"
+
+
+def test_threads_may_fetch_the_same_folder(bucket):
+    write_export(f"{bucket}/export")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        copies = list(pool.map(storage.fetch, [f"{bucket}/export"] * 8))
+    assert len(set(copies)) == 1
+    assert storage.list_objects(copies[0]) == ["model.json", "params/a"]
+
+
 def test_files_that_changed_are_fetched_again(bucket):
     storage.atomic_write_text(f"{bucket}/a/classes.txt", "old\n")
     assert storage.fetch(f"{bucket}/a/classes.txt").read_text() == "old\n"
@@ -75,7 +147,7 @@ def test_folders_are_moved_and_deleted(bucket):
 
 def test_missing_buckets_and_files_in_the_way_are_named(bucket):
     for use in (storage.check_writable, write_export):
-        with pytest.raises(UserError, match=r"gs://test-missing/run .*there is no such bucket"):
+        with pytest.raises(UserError, match=r"gs://test-missing/run .*there is no bucket gs://test-missing"):
             use("gs://test-missing/run")
     with pytest.raises(UserError, match=f"{bucket}/none cannot be read: there is nothing"):
         storage.fetch(f"{bucket}/none")
@@ -90,7 +162,7 @@ def test_missing_buckets_and_files_in_the_way_are_named(bucket):
     ("error", "reason"),
     [
         (OSError("Forbidden: https://storage/b\nno access"), "access to gs://my-bucket is denied; run `gcloud auth"),
-        (FileNotFoundError("b/my-bucket/o"), "there is no such bucket"),
+        (FileNotFoundError("b/my-bucket/o"), "it is not there, or there is no bucket gs://my-bucket"),
         (TimeoutError(), "gs://my-bucket does not answer"),
     ],
 )
@@ -147,6 +219,15 @@ def test_a_mirror_keeps_what_cannot_be_uploaded(bucket, monkeypatch, caplog):
     assert (mirror.local / "metrics.jsonl").read_text() == "1\n"
 
 
+def test_a_mirror_that_may_not_upload_keeps_its_files(bucket):
+    mirror = storage.Mirror(f"{bucket}/run")
+    mirror.open(may_upload=lambda: False)
+    (mirror.local / "metrics.jsonl").write_text("1\n")
+    mirror.close()
+    assert storage.list_objects(mirror.path) == []
+    assert (mirror.local / "metrics.jsonl").read_text() == "1\n"
+
+
 def test_a_mirror_of_a_local_folder_is_that_folder(tmp_path):
     mirror = storage.Mirror(tmp_path / "run")
     mirror.open()
@@ -173,5 +254,7 @@ def test_weights_can_be_in_s3(monkeypatch):
         assert (storage.fetch("s3://test-bucket/export") / "params" / "a").read_bytes() == bytes(1000)
         with pytest.raises(UserError, match="s3://test-bucket/export exists already"):
             write_export("s3://test-bucket/export")
-        with pytest.raises(UserError, match=r"s3://test-missing/export cannot be written: .*no such bucket"):
+        with pytest.raises(
+            UserError, match=r"s3://test-missing/export cannot be written: .*no bucket s3://test-missing"
+        ):
             write_export("s3://test-missing/export")

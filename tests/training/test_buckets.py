@@ -1,6 +1,5 @@
 """Runs whose work directory is in a bucket, on a storage server of this machine."""
 
-import json
 import logging
 
 import jax
@@ -85,7 +84,9 @@ def test_a_destination_that_cannot_be_written_is_refused_before_anything_is_comp
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dat_jax.training.trainer.Trainer.initialize", None)
-    with pytest.raises(UserError, match=r"no such bucket|did you mean|got the scheme http|cannot be a work directory"):
+    with pytest.raises(
+        UserError, match=r"no bucket|did you mean|got the scheme http|cannot be a work dir"
+    ):
         loop.train(make_config(), workdir, quiet=True)
     assert not list(tmp_path.iterdir())
 
@@ -98,14 +99,27 @@ def test_a_second_run_in_a_work_directory_is_noticed(place, tmp_path, request):
         first.check_owner()
         second.open_for_writing()
         second.check_owner()
-        with pytest.raises(UserError, match=r"Another run was started in .*/run on .*, process \d+"):
+        with pytest.raises(UserError, match=r"Another run was started in .*/run \(.*, \d+, .*\)\."):
             first.check_owner()
 
 
-def test_damaged_owners_are_ignored(tmp_path):
+def test_a_run_that_is_superseded_uploads_nothing_more(bucket):
+    with WorkDirectory(f"{bucket}/run") as first:
+        first.open_for_writing()
+        (first.files / "metrics.jsonl").write_text("first\n")
+        with WorkDirectory(f"{bucket}/run") as second:
+            second.open_for_writing()
+            (second.files / "metrics.jsonl").write_text("second\n")
+    assert storage.fetch(f"{bucket}/run/metrics.jsonl").read_text() == "second\n"
+
+
+@pytest.mark.parametrize("owner", ['{"run": "x"}', "[1]", "{"])
+def test_damaged_owners_do_not_end_in_a_traceback(owner, tmp_path):
     with WorkDirectory(tmp_path) as directory:
         directory.open_for_writing()
-        (tmp_path / ".run.json").write_text("[")
-        directory.check_owner()
-        (tmp_path / ".run.json").write_text(json.dumps([1]))
-        directory.check_owner()
+        (tmp_path / ".run.json").write_text(owner)
+        if "run" not in owner:
+            directory.check_owner()
+            return
+        with pytest.raises(UserError, match="Another run was started"):
+            directory.check_owner()
