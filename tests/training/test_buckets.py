@@ -84,9 +84,7 @@ def test_a_destination_that_cannot_be_written_is_refused_before_anything_is_comp
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dat_jax.training.trainer.Trainer.initialize", None)
-    with pytest.raises(
-        UserError, match=r"no bucket|did you mean|got the scheme http|cannot be a work dir"
-    ):
+    with pytest.raises(UserError, match=r"no bucket|did you mean|got the scheme http|cannot be a work dir"):
         loop.train(make_config(), workdir, quiet=True)
     assert not list(tmp_path.iterdir())
 
