@@ -179,7 +179,7 @@ FIND = r"There is no image or folder {}\.$"
     [
         ("", r"The name of an image or folder is empty\.$"),
         ("*.png", FIND.format(r"\*\.png")),
-        ("https://example.org/x.png", FIND.format("https://example.org/x.png")),
+        ("https://example.org/x.png", "expected a local path, .* got the scheme https"),
         ("x" * 5000, FIND.format("x+")),
         ("a\0b", FIND.format("a\0b")),
         ("~/missing.png", FIND.format("~/missing.png")),
