@@ -124,11 +124,9 @@ def run_bucket(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed
             (running,) = start(workdir, **options)
             moment = ("during an upload", "during an upload", "at any time")[number % 3]
             if moment == "at any time":
-                time.sleep(rng.uniform(3, 20))
+                time.sleep(rng.uniform(5, 14))
             else:
-                known = _list_checkpoints(storage, workdir)[0]
-                while running.poll() is None and not _list_checkpoints(storage, workdir)[1] - known:
-                    time.sleep(0.01)
+                _wait_for_upload(running, storage, workdir, number=rng.randint(1, 2))
                 time.sleep(rng.uniform(0, 0.1))
             if running.poll() is not None:
                 raise RuntimeError(f"exited before it was killed:\n{running.communicate()[0]}")
@@ -149,6 +147,17 @@ def run_bucket(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed
                 workdir, on_disk
             ),
         }
+
+
+def _wait_for_upload(running: subprocess.Popen, storage, workdir: str, *, number: int) -> None:
+    """Wait until the upload of the checkpoint of this number, counted from the start of a process, has begun."""
+    before, seen = _list_checkpoints(storage, workdir)[1], set()
+    while running.poll() is None:
+        complete, present = _list_checkpoints(storage, workdir)
+        seen |= present - before
+        if len(seen) >= number and present - complete - before:
+            return
+        time.sleep(0.01)
 
 
 def _list_checkpoints(storage, workdir: str) -> tuple[set[str], set[str]]:
