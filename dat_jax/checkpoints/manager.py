@@ -257,6 +257,11 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
+    @staticmethod
+    def _absolute(path: Path) -> Path:
+        """Orbax takes absolute paths only, which those of buckets are."""
+        return path if is_in_bucket(path) else path.absolute()
+
     def _fingerprint(self, state: Any) -> dict[str, int]:
         return {name: int(value) for name, value in name_leaves(self._compute_fingerprints(state)).items()}
 
@@ -279,7 +284,7 @@ class Checkpoints:
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         with quiet_orbax() if self._read_only else contextlib.nullcontext():
-            directory = self.directory if is_in_bucket(self.directory) else self.directory.absolute()
+            directory: Any = self._absolute(self.directory)
             return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
 
     @property
@@ -317,7 +322,7 @@ class Checkpoints:
           UserError: the state has other arrays.
         """
         # Not the manager's metadata: after a save to a bucket, Orbax 0.12 refuses it in all processes but the first.
-        state: Any = self._path(step) / "state"
+        state: Any = self._absolute(self._path(step)) / "state"
         saved: Any = ocp.StandardCheckpointHandler().metadata(state)
         saved = _get_shapes(saved.tree if hasattr(saved, "tree") else saved)
         name = f"The checkpoint {self._path(step)}"

@@ -20,9 +20,8 @@ from dat_jax.errors import UserError, explain_missing_module
 Path = pathlib.Path  # or, in a bucket, an etils.epath.Path with the same methods
 BUCKET_SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> package that reads and writes its buckets
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-_REFUSED_CHARACTERS = re.compile(
-    r"[\x00-\x1f\x7f*?\[\]#]"
-)  # control characters, and what the libraries take for patterns
+# Control characters, and what the libraries take for patterns.
+_REFUSED_CHARACTERS = re.compile(r"[\x00-\x1f\x7f*?\[\]#]")
 _LONGEST_NAME = 900  # bytes; the services allow 1,024, and names of files are added
 _LONGEST_PART = 200  # bytes; a file on a disk may have 255
 _LIBRARIES = (
@@ -69,7 +68,7 @@ def check_local(path: str | os.PathLike, *, key: str) -> None:
 
     Args:
       path: a path that a user gave.
-      key: what names it, for the message.
+      key: name of the setting that holds the path, for the message.
 
     Raises:
       UserError: it is in a bucket; the command that makes the bucket a folder is named.
@@ -149,6 +148,8 @@ def os_errors(path: str | os.PathLike) -> Iterator[None]:
         return
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         is_foreign = type(error).__module__.split(".")[0] in _LIBRARIES
         if isinstance(error, OSError) and error.strerror and not is_foreign:

@@ -145,7 +145,7 @@ def restore_names(text: str) -> str:
 
 
 def _get_version(info: dict[str, Any]) -> tuple[Any, ...]:
-    """What changes whenever an object is written again."""
+    """Properties of an object that differ between any two versions of it."""
     return tuple(info.get(key) for key in ("size", "generation", "etag", "ETag", "updated", "LastModified"))
 
 

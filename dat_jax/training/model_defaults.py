@@ -7,10 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dat_jax.checkpoints.directory import fetch_weights
 from dat_jax.config.keys import DERIVED
 from dat_jax.errors import UserError
 from dat_jax.models.registry import create_model
+from dat_jax.storage import fetch
 
 
 def resolve_model(config: ConfigDict) -> ConfigDict:
@@ -58,7 +58,9 @@ def _resolve_image_size(config: ConfigDict, *, model_size: int) -> None:
 
 def _read_image_size(init_from: str) -> tuple[int | None, int | None]:
     """(image size, resize) that a run or an export records; None for what it does not record."""
-    path = fetch_weights(init_from) if init_from else pathlib.Path(".")
+    path = (
+        fetch(init_from, wanted=lambda name: name in ("model.json", "config.json")) if init_from else pathlib.Path(".")
+    )
     stored: Any = {}
     for file, group, resize in (("model.json", "options", "resize"), ("config.json", "data", "eval_resize")):
         if init_from and not stored:

@@ -1,7 +1,6 @@
 """The work directory of a run, on a disk or in a bucket."""
 
 import json
-import logging
 import os
 import pathlib
 import platform
@@ -15,7 +14,6 @@ from dat_jax.parallel import multihost
 from dat_jax.storage import Mirror, Path, atomic_write_text, check_writable, os_errors
 from dat_jax.training.monitoring.hooks import Hook
 
-logger = logging.getLogger(__name__)
 _OWNER = ".run.json"  # the run that writes to the directory
 
 

@@ -83,10 +83,7 @@ def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed:
         else:
             while running.poll() is None and not any((killed / "checkpoints").glob("*orbax-checkpoint-tmp*")):
                 time.sleep(0.001)
-        if running.poll() is not None:
-            raise RuntimeError(f"exited before it was killed:\n{running.communicate()[0]}")
-        running.kill()
-        printed = running.communicate()[0]
+        printed = _kill(running)
         moments[moment] += 1
         resumed += [int(step) for step in re.findall(r"Resumed at step (\d+) of", printed)]
         set_aside += printed.count("moved to")
@@ -98,6 +95,14 @@ def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed:
         "unfinished or damaged checkpoints, set aside": str(set_aside),
         "arrays of the last state equal, bit for bit": compare_states(killed, alone),
     }
+
+
+def _kill(running: subprocess.Popen) -> str:
+    """Kill a process that has not exited, and return what it printed."""
+    if running.poll() is not None:
+        raise RuntimeError(f"exited before it was killed:\n{running.communicate()[0]}")
+    running.kill()
+    return running.communicate()[0]
 
 
 def compare_states(first: pathlib.Path | str, second: pathlib.Path | str) -> str:
@@ -128,10 +133,7 @@ def run_bucket(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed
             else:
                 _wait_for_upload(running, storage, workdir, number=rng.randint(1, 2))
                 time.sleep(rng.uniform(0, 0.1))
-            if running.poll() is not None:
-                raise RuntimeError(f"exited before it was killed:\n{running.communicate()[0]}")
-            running.kill()
-            printed = running.communicate()[0]
+            printed = _kill(running)
             moments[moment] += 1
             resumed += [int(step) for step in re.findall(r"Resumed at step (\d+) of", printed)]
             set_aside += printed.count("moved to")
