@@ -64,6 +64,12 @@ def restore_newest(directory) -> tuple[int | None, list[str]]:
     return int(state.step), messages
 
 
+def test_a_relative_directory_is_restored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(pathlib.Path("runs/checkpoints"), {1: 0.2, 2: 0.9})
+    assert restore_newest(pathlib.Path("runs/checkpoints")) == (2, [])
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 0.2, 2: 0.9, 3: 0.5, 4: None, 5: 0.4, 6: None})
     (tmp_path / "7").mkdir()  # an empty folder is not a checkpoint
