@@ -10,10 +10,12 @@ import dat_jax
 from dat_jax import storage
 from dat_jax.errors import UserError
 from dat_jax.inference import load
+from dat_jax.parallel import sharding
 from dat_jax.training import loop
 from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.workdir import WorkDirectory
 from tests.helpers import tiny_config
+from tests.helpers.small_mesh import make_small_mesh
 
 
 def make_config(**values):
@@ -32,6 +34,7 @@ def assert_same(first, second):
 
 def test_a_run_in_a_bucket_is_that_on_a_disk_resumes_and_is_used_from_there(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sharding, "make_mesh", make_small_mesh)
     workdir = f"{bucket}/runs/1"
     config = make_config(init_from="")
     with pytest.raises(KeyboardInterrupt):
