@@ -32,7 +32,7 @@ def assert_same(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_a_run_in_a_bucket_is_that_on_a_disk_resumes_and_is_used_from_there(bucket, tmp_path, monkeypatch):
+def test_a_run_in_a_bucket_resumes_and_is_that_on_a_disk(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sharding, "make_mesh", make_small_mesh)
     workdir = f"{bucket}/runs/1"
@@ -56,9 +56,15 @@ def test_a_run_in_a_bucket_is_that_on_a_disk_resumes_and_is_used_from_there(buck
     assert any(name.startswith("tensorboard/") for name in names)
     assert f"--workdir={workdir}" in storage.fetch(f"{workdir}/summary.md").read_text()
 
-    assert loop.evaluate(config, workdir, quiet=True) == result
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_evaluated_predicted_and_fine_tuned_from_there(bucket, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", make_small_mesh)
+    workdir = f"{bucket}/runs/1"
+    result = loop.train(make_config(), workdir, quiet=True)
+    assert loop.evaluate(make_config(), workdir, quiet=True) == result
     image = np.zeros((40, 40, 3), np.uint8)
-    np.testing.assert_array_equal(load(workdir)(image), load(tmp_path / "local")(image))
+    np.testing.assert_array_equal(load(workdir)(image), load(storage.fetch(workdir))(image))
     further = loop.train(make_config(init_from=workdir, epochs=1), f"{bucket}/runs/2", quiet=True)
     assert further["top1"] > 80
 
