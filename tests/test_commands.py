@@ -17,6 +17,7 @@ import pytest
 
 import dat_jax
 from dat_jax.models.registry import VARIANTS
+from experiments.soak.bucket_server import make_bucket
 from tests.helpers import documents
 from tests.helpers.document_stand_ins import (
     SMALL_VARIANTS,
@@ -32,7 +33,8 @@ from tests.test_new_user import INSTALLS
 
 pytestmark = pytest.mark.slow
 
-# How the first of these that a command matches is executed; each is the name of a test below, but for "new user".
+# How the first of these that a command matches is executed; each is the name of a test below, but for "new user" and "program of
+# others", which is not executed.
 RULES = (
     (r"make (test|test-all|lint|docs)$", "ci"),
     (INSTALLS, "new user"),
@@ -50,6 +52,7 @@ RULES = (
     (r"python -m dat_jax\.", "small"),
     (r"python -m experiments\.", "experiment"),
     (r"python -c .*digit\.png", "small"),
+    (r"gcsfuse --implicit-dirs my-bucket /mnt/my-bucket$", "program of others"),
 )
 # Languages of fenced blocks that are neither commands nor executed.
 NOT_EXECUTED = {"text": "formulas, and the layout", "diff": "applied by the test of its page", "bibtex": "citations"}
@@ -88,8 +91,9 @@ def run_program(words, *, cwd, **changes):
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory):
-    """Commands are run in its folder."""
+def stand_ins(tmp_path_factory, bucket_server):
+    """Commands are run in its folder. The bucket that they name exists."""
+    make_bucket(bucket_server, "my-bucket")
     made = StandIns(tmp_path_factory.mktemp("documents"))
     with contextlib.chdir(made.root), kept_programs(tmp_path_factory.mktemp("programs")):
         yield made

@@ -73,7 +73,7 @@ _RUNS = {  # a work directory -> the configuration that it comes from
     "runs/upernet_dat_pp_s": "configs/upernet.py:dat_pp_s",
 }
 _OF_MAPS = "_of_maps"  # weights of the backbone that small segmentors and detectors have
-_PATHS = re.compile(r"^(/data/|data/|runs/|weights/|exported/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)")
+_PATHS = re.compile(r"^(/data/|/mnt/my-bucket/|data/|runs/|weights/|exported/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)")
 
 
 def parse_flags(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -174,7 +174,7 @@ class StandIns:
         (root / "configs").symlink_to(ROOT / "configs")
 
     def place(self, argument: str) -> str:
-        """Move /data/... of an argument below ``root``, and make the file or folder that it names."""
+        """Move /data/... and /mnt/... of an argument below ``root``, and make the file or folder that it names."""
         flag, equals, path = argument.rpartition("=")
         if not _PATHS.match(path):
             return argument
@@ -219,7 +219,7 @@ class StandIns:
             self._write_ade20k(where)
         elif path.endswith("/coco"):
             self._write_coco(where)
-        elif path.startswith("data/") and not path.endswith("_v2"):
+        elif path.startswith(("data/", "mnt/")) and not path.endswith("_v2"):
             for split in ("train", "val"):
                 self._write_classes(where / split)
         else:  # ILSVRC archives, flowers and other validation sets: folders of classes do as well
