@@ -7,6 +7,7 @@ import logging
 import math
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -27,11 +28,12 @@ from dat_jax.training.compilation import enable_cache
 from dat_jax.training.monitoring import sinks
 from dat_jax.training.monitoring.hooks import Hook
 from dat_jax.training.monitoring.input import ImageCounter, StallWarning
-from dat_jax.training.monitoring.metrics import MetricWriter, NullWriter
+from dat_jax.training.monitoring.metrics import METRICS, MetricWriter, NullWriter, read_records
 from dat_jax.training.monitoring.profiler import StepProfiler
 from dat_jax.training.monitoring.spikes import SpikeReport
 from dat_jax.training.monitoring.summary import SUMMARY, list_commands
 from dat_jax.training.monitoring.throughput import Progress, Throughput, Usage, format_duration
+from dat_jax.training.monitoring.time_shares import Clock, TimeShares, format_shares, name_metrics, read_earlier
 from dat_jax.training.optimizer import global_norm
 from dat_jax.training.preemption import Preemption
 from dat_jax.training.state import TrainState, copy_state
@@ -70,7 +72,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
 
 def _train(config, directory: WorkDirectory, *, console: Console, command_flags: str) -> dict[str, float]:
     """See ``train``."""
-    start_time = time.monotonic()
+    start_time, clock = time.monotonic(), Clock()
     _check_initial_weights(config, directory)
     trainer = Trainer(config)
     trainer.check_train_batch()
@@ -90,34 +92,40 @@ def _train(config, directory: WorkDirectory, *, console: Console, command_flags:
         state = restore_or_initialize(checkpoints, trainer.config, **_state_options(trainer))
         if int(state.step):
             logger.info("Resumed at step %d of %d.", int(state.step), trainer.plan.total_steps)
+        _add_earlier_calls(clock, directory.files, step=int(state.step))
         finished, ended_by = int(state.step) >= trainer.plan.total_steps, None
         if finished:
             unit = "steps" if trainer.config.steps else "epochs"
             logger.info("All %d %s are done; set --config.%s for more.", trainer.config[unit], unit, unit)
         else:
             state = copy_state(state)  # the only reference, so that its memory is free for the first step
-            state, ended_by = _run_steps(trainer, state, checkpoints, directory)
-            checkpoints.wait()
+            state, ended_by = _run_steps(trainer, state, checkpoints, directory, clock)
+            with clock.measure("saving"):
+                checkpoints.wait()
 
         step = int(state.step)
+        clock.switch("other")
         save_summary = functools.partial(
-            report.save_summary, trainer, directory, description=description, command_flags=command_flags
+            report.save_summary, trainer, directory, description=description, command_flags=command_flags, clock=clock
         )
         if ended_by is not None:
             command = next(iter(list_commands(str(directory), command_flags=command_flags).values()))
             _log_end(ended_by, step, checkpoints.latest_step(), directory, command)
             seconds = time.monotonic() - start_time
             save_summary(step=step, ended_by=ended_by, seconds=seconds)
+            _log_time_shares(clock)
             return {}
         if checkpoints.latest_step() is not None:  # otherwise no checkpoint could be saved, which was logged
             del state  # free its memory for the best one
             state = _restore_best(trainer, checkpoints)
-    evaluation = trainer.evaluate(state.eval_variables)
+    with clock.measure("evaluation"):
+        evaluation = trainer.evaluate(state.eval_variables)
     report.save_class_results(trainer, evaluation, directory.files)
     report.save_figures(trainer, state, directory.files)
     if not finished or not (directory.files / SUMMARY).exists():  # an existing summary has the duration of the training
         seconds = time.monotonic() - start_time
         save_summary(step=trainer.plan.total_steps, ended_by=None, seconds=seconds)
+        _log_time_shares(clock)
     report.print_result(
         console,
         evaluation,
@@ -204,11 +212,12 @@ def _check_initial_weights(config, directory: WorkDirectory) -> None:
 
 
 def _run_steps(
-    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, directory: WorkDirectory
+    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, directory: WorkDirectory, clock: Clock
 ) -> tuple[TrainState, str | None]:
     """Run the remaining steps. Returns the state, and the name of the signal that ended the run early, if any."""
     config, start = trainer.config, int(state.step)
-    hooks, throughput = _make_hooks(trainer, directory, start_step=start)
+    hooks, throughput = _make_hooks(trainer, directory, clock, start_step=start)
+    save = functools.partial(_save, trainer, checkpoints=checkpoints, clock=clock)
     pending = []  # metrics of the steps since the last log line, still on the devices
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(_make_writer(trainer, directory.files, resumed=start > 0))
@@ -234,39 +243,45 @@ def _run_steps(
             evaluation_due = step % trainer.plan.eval_steps == 0 or last
             if step % config.log_every == 0 or evaluation_due or stop:
                 values, pending = jax.device_get(pending), []
+                clock.switch("other")
                 measured = {}
                 for hook in hooks:
                     measured |= hook.on_log(step, values)
-                _check_skipped_steps(trainer, state, values, checkpoints)
+                _check_skipped_steps(trainer, state, values, checkpoints, save)
                 summary = _summarize(values)
                 writer.write(step, {**summary, **measured}, prefix="train")
                 _log_step(trainer, step, summary, throughput)
             if stop and not last:
-                _save(trainer, state, checkpoints)
+                save(state)
                 return state, preemption.signal_name
             checkpoint_due = config.checkpoint.every and step % config.checkpoint.every == 0
             if evaluation_due or checkpoint_due:
                 directory.check_owner()
             if evaluation_due:
                 try:
-                    metrics = trainer.evaluate(state.eval_variables).metrics
+                    with clock.measure("evaluation"):
+                        metrics = trainer.evaluate(state.eval_variables).metrics
                 except (
                     Exception
                 ):  # such as validation images that cannot be read: the steps since the last checkpoint are kept
-                    _save(trainer, state, checkpoints)
+                    save(state)
                     raise
                 _check_finite_evaluation(metrics, state, checkpoints)  # before anything is saved
                 writer.write(step, metrics, prefix="eval")
-                _save(trainer, state, checkpoints, metrics={trainer.task.metric: metrics[trainer.task.metric]})
+                save(state, metrics={trainer.task.metric: metrics[trainer.task.metric]})
                 logger.info("  evaluation: %s", report.format_metrics(metrics))
                 for hook in hooks:
                     hook.after_evaluation(step)
             elif checkpoint_due:
-                _save(trainer, state, checkpoints)
+                save(state)
+            if not pending:  # metrics were logged
+                writer.write(step, name_metrics(clock.read()), prefix="time")
     return state, None
 
 
-def _make_hooks(trainer: Trainer, directory: WorkDirectory, *, start_step: int) -> tuple[list[Hook], Throughput]:
+def _make_hooks(
+    trainer: Trainer, directory: WorkDirectory, clock: Clock, *, start_step: int
+) -> tuple[list[Hook], Throughput]:
     """Monitoring of the run, and of it the hook that measures throughput."""
     config, task, total_steps = trainer.config, trainer.task, trainer.plan.total_steps
 
@@ -277,6 +292,7 @@ def _make_hooks(trainer: Trainer, directory: WorkDirectory, *, start_step: int) 
     throughput = Throughput(make_progress, usage)
     spikes = directory.files / "loss_spikes.jsonl"
     hooks = [
+        TimeShares(clock, workers=config.data.workers),
         StallWarning(config.data.stall_seconds),
         throughput,
         ImageCounter(
@@ -292,16 +308,23 @@ def _make_hooks(trainer: Trainer, directory: WorkDirectory, *, start_step: int) 
     return hooks, throughput
 
 
-def _save(trainer: Trainer, state: TrainState, checkpoints: Checkpoints, *, metrics=None) -> None:
+def _save(trainer: Trainer, state: TrainState, *, checkpoints: Checkpoints, clock: Clock, metrics=None) -> None:
     """Save the state, unless its last steps were skipped: it would replace an older checkpoint that can be resumed."""
     if skipped := int(state.skipped_in_a_row):
         logger.warning("Step %d is not saved: it is one of %d skipped steps in a row.", int(state.step), skipped)
         return
     metadata = compatibility.describe(trainer.config, step=int(state.step), class_names=trainer.task.class_names)
-    checkpoints.save(state, metadata=metadata, metrics=metrics)
+    with clock.measure("saving"):
+        checkpoints.save(state, metadata=metadata, metrics=metrics)
 
 
-def _check_skipped_steps(trainer: Trainer, state: TrainState, values: list[dict], checkpoints: Checkpoints) -> None:
+def _check_skipped_steps(
+    trainer: Trainer,
+    state: TrainState,
+    values: list[dict],
+    checkpoints: Checkpoints,
+    save: Callable[[TrainState], None],
+) -> None:
     """End the run if too many steps in a row were skipped, with the state before them saved.
 
     Raises:
@@ -318,7 +341,7 @@ def _check_skipped_steps(trainer: Trainer, state: TrainState, values: list[dict]
             state, step=state.step - count, skipped=state.skipped - count, skipped_in_a_row=state.skipped_in_a_row * 0
         )
         if step not in checkpoints.steps() and step > 0:
-            _save(trainer, before, checkpoints)
+            save(before)
             checkpoints.wait()
         message += f", from step {step + 1} on. The checkpoint of step {step} has the state before them"
     raise UserError(f"{message}. {_LOWER_RATE}")
@@ -363,6 +386,19 @@ def _log_end(signal: str, step: int, saved: int | None, directory: WorkDirectory
     """Log what a run that a signal ended has saved, and the command that resumes it."""
     place = "Nothing is saved" if saved is None else f"Saved in {directory.checkpoints / str(saved)}"
     logger.warning("Ended by %s at step %d. %s. To resume, run the same command: %s", signal, step, place, command)
+
+
+def _add_earlier_calls(clock: Clock, files: pathlib.Path, *, step: int) -> None:
+    """Add the time of the earlier calls of a run that was resumed at a step."""
+    earlier = read_earlier(read_records(files / METRICS), step=step)
+    clock.add(earlier)
+    if earlier.get("lost"):
+        logger.info("Lost to restarts so far: %s.", format_duration(earlier["lost"]))
+
+
+def _log_time_shares(clock: Clock) -> None:
+    seconds = clock.read()
+    logger.info("Time of the run: %s; %s.", format_duration(sum(seconds.values())), format_shares(seconds))
 
 
 def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> TrainState:

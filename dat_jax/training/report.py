@@ -12,7 +12,8 @@ from dat_jax.evaluation import results
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.storage import atomic_write_text
 from dat_jax.training.monitoring import summary as summary_lib
-from dat_jax.training.monitoring.metrics import read_metrics
+from dat_jax.training.monitoring.metrics import METRICS, read_metrics
+from dat_jax.training.monitoring.time_shares import Clock
 from dat_jax.training.state import TrainState
 from dat_jax.training.trainer import Trainer
 from dat_jax.training.workdir import WorkDirectory
@@ -25,7 +26,7 @@ def save_figures(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> 
     """Save learning curves, by the first process, and the task's figures. A failure to write is logged as a warning."""
     try:
         if jax.process_index() == 0:
-            charts.save_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"))
+            charts.save_curves(workdir / "curves.png", read_metrics(workdir / METRICS))
         if jax.process_count() == 1:  # with several processes, none has all of the weights
             trainer.task.save_figures(trainer.objective.predict, jax.device_get(state.eval_variables), workdir)
     except OSError as error:
@@ -39,6 +40,7 @@ def save_summary(
     step: int,
     ended_by: str | None,
     seconds: float,
+    clock: Clock,
     description: Mapping[str, str],
     command_flags: str,
 ) -> None:
@@ -50,6 +52,7 @@ def save_summary(
       step: number of finished steps.
       ended_by: name of the signal that ended the run before its last step, or None.
       seconds: duration of this call.
+      clock: where the time of the run went.
       description: rows of the table at the start of the run.
       command_flags: command line flags of the configuration.
     """
@@ -63,9 +66,10 @@ def save_summary(
         total_steps=trainer.plan.total_steps,
         steps_per_epoch=trainer.plan.steps_per_epoch,
         ended_by=ended_by,
-        series=read_metrics(workdir / "metrics.jsonl"),
+        series=read_metrics(workdir / METRICS),
         metric=trainer.task.metric,
         seconds=seconds,
+        activities=clock.read(),
         figures=summary_lib.find_figures(workdir),
         commands=summary_lib.list_commands(str(directory), command_flags=command_flags),
     )

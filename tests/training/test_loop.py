@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import time
 
 import jax
 import pytest
@@ -18,7 +19,10 @@ from tests.helpers import tiny_config
 def finished(tmp_path_factory):
     """A work directory after two epochs, and what training returned."""
     directory = tmp_path_factory.mktemp("finished")
-    return directory, loop.train(tiny_config.get_config(), str(directory))
+    start = time.monotonic()
+    result = loop.train(tiny_config.get_config(), str(directory))
+    (directory / "seconds").write_text(str(time.monotonic() - start))
+    return directory, result
 
 
 def copy(finished, tmp_path):
@@ -50,6 +54,27 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert "All 20 steps are done." in summary
     assert f"| eval/top1 | {result['top1']:.4g} (" in summary
     assert {f"![{name}]({name}.png)" in summary for name in ("curves", "predictions", "sampled_points")} == {True}
+
+
+def read_seconds(directory):
+    """Activity -> {step: seconds} of a run."""
+    series = read_metrics(directory / "metrics.jsonl")
+    return {name.removeprefix("time/"): values for name, values in series.items() if name.startswith("time/")}
+
+
+def test_the_time_of_a_run_is_accounted_for(finished):
+    directory, _ = finished
+    seconds = read_seconds(directory)
+    assert {"start", "compilation", "steps", "input", "evaluation", "saving", "other"} == set(seconds)
+    logged = sum(values[20] for values in seconds.values())
+    assert sum(values[10] for values in seconds.values()) < logged
+    wall_time = float((directory / "seconds").read_text())
+    summary = (directory / "summary.md").read_text().partition("## Time of all calls")[2]
+    rows = re.findall(r"^\| [a-z].* \| (?:(\d+):)?(\d+):(\d+) \| ([\d.]+) \|$", summary, re.MULTILINE)
+    total = sum(3600 * int(hours or 0) + 60 * int(minutes) + int(seconds) for hours, minutes, seconds, _ in rows)
+    assert total == pytest.approx(wall_time, abs=0.5 * len(rows) + 0.5)  # each is rounded to a second
+    assert sum(float(percent) for *_, percent in rows) == pytest.approx(100, abs=0.05 * len(rows))
+    assert logged < wall_time
 
 
 @pytest.mark.slow
@@ -96,6 +121,10 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path, monk
     assert loop.train(tiny_config.get_config(), str(tmp_path)) == finished[1]
     whole, resumed = (read_metrics(path / "metrics.jsonl")["train/loss"] for path in (finished[0], tmp_path))
     assert resumed == whole
+    seconds = read_seconds(tmp_path)
+    assert seconds["lost"][15] > 0  # of step 15, which the first call has logged and not saved
+    assert seconds["lost"][20] == seconds["lost"][15]
+    assert seconds["steps"][20] > seconds["steps"][15]
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):

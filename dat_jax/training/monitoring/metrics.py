@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from dat_jax.training.monitoring.sinks import Sink, TensorBoardSink
 
 logger = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
 
 
 class MetricWriter:
@@ -23,7 +25,7 @@ class MetricWriter:
     """
 
     def __init__(self, directory: pathlib.Path, *, sinks: Sequence[Callable[[], Sink]] | None = None):
-        self._path, self._pending, self._warned = directory / "metrics.jsonl", "", False
+        self._path, self._pending, self._warned = directory / METRICS, "", False
         if self._path.exists():  # a killed run may have left an unfinished last line
             os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
         self._sinks = []
@@ -81,25 +83,31 @@ class NullWriter:
         """Do nothing."""
 
 
-def read_metrics(path: pathlib.Path) -> dict[str, dict[int, float]]:
-    """Read a metrics.jsonl.
+def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl in their order, {"step": step, "train/loss": loss, ...}; none if there is no such file.
 
-    Invalid lines, such as a killed run may leave, are ignored. Of a step that was repeated after a resume the last line
-    counts.
-
-    Returns:
-      {metric name: {step: value}}; {} if there is no such file.
+    Invalid lines, such as a killed run may leave, are ignored.
     """
     if not path.exists():
-        return {}
-    series: dict[str, dict[int, float]] = {}
+        return
     for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(record, dict) or not isinstance(step := record.pop("step", None), int):
-            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
+
+
+def read_metrics(path: pathlib.Path) -> dict[str, dict[int, float]]:
+    """Read a metrics.jsonl. Of a step that was repeated after a resume, the last line counts.
+
+    Returns:
+      {metric name: {step: value}}; {} if there is no such file.
+    """
+    series: dict[str, dict[int, float]] = {}
+    for record in read_records(path):
+        step = record.pop("step")
         for name, value in record.items():
             series.setdefault(name, {})[step] = value
     return series

@@ -11,6 +11,8 @@ import flax
 import jax
 
 from dat_jax.storage import atomic_write_text
+from dat_jax.training.monitoring.throughput import format_duration
+from dat_jax.training.monitoring.time_shares import ACTIVITIES
 
 SUMMARY = "summary.md"
 _FIGURES = (
@@ -87,6 +89,7 @@ def format_summary(
     series: Series,
     metric: str,
     seconds: float | None,
+    activities: Mapping[str, float],
     figures: list[str],
     commands: Mapping[str, str],
 ) -> str:
@@ -99,6 +102,7 @@ def format_summary(
       total_steps, steps_per_epoch: number of steps of the whole run, and per epoch.
       ended_by: name of the signal that ended the run before its last step, or None.
       series, metric, seconds: see ``measure`` and ``list_results``.
+      activities: seconds of each of ``time_shares.ACTIVITIES``, of all calls of the run.
       figures: names of image files beside the summary.
       commands: see ``list_commands``.
     """
@@ -113,6 +117,11 @@ def format_summary(
     lines += [f"| {key} | {_escape(value)} |" for key, value in rows.items()]
     lines += ["", "## Metrics", "", f"| | best {metric} (step) | last (step) |", "|---|---|---|"]
     lines += [f"| {key} | {best} | {last} |" for key, best, last in list_results(series, metric=metric)]
+    lines += ["", "## Time of all calls", "", "| | | % |", "|---|---|---|"]
+    total = sum(activities.values())
+    for name, value in activities.items():
+        if value > 0:
+            lines.append(f"| {ACTIVITIES[name]} | {format_duration(value)} | {100 * value / total:.1f} |")
     if figures:
         lines += ["", "## Figures", "", *(f"![{pathlib.Path(file).stem}]({file})" for file in figures)]
     lines += ["", "## Next commands", ""]

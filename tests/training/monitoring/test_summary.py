@@ -25,6 +25,7 @@ def format_one(**changes):
         series=SERIES,
         metric="top1",
         seconds=3723.4,
+        activities={"steps": 75.0, "input": 25.0, "lost": 0.0},
         figures=["curves.png"],
         commands={"To evaluate it": "python -m dat_jax.main --mode=eval"},
     )
@@ -45,6 +46,8 @@ def test_a_finished_run():
         "| eval/top1 | 80 (10) | 70 (20) |",
         "| eval/loss | 0.5 (10) | 0.25 (20) |",
         "| train/loss |  | 1.5 (10) |",
+        "| training steps | 1:15 | 75.0 |",
+        "| waiting for images, with idle devices | 0:25 | 25.0 |",
         "![curves](curves.png)",
         "    python -m dat_jax.main --mode=eval",
     ):

@@ -1,0 +1,214 @@
+"""Where the wall time of a run goes: how long the devices compute, wait for images, and everything else."""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from dat_jax.training.monitoring.hooks import Hook
+
+logger = logging.getLogger(__name__)
+# What the time of a run is spent on, in the order of the summary.
+ACTIVITIES = {
+    "start": "start: reading the data's index, building the model, restoring a checkpoint",
+    "compilation": "compilation of the training step",
+    "steps": "training steps",
+    "input": "waiting for images, with idle devices",
+    "evaluation": "evaluation, with the compilation of its programs",
+    "saving": "saving, as far as the training waits for it",
+    "other": "logging and figures",
+    "lost": "steps that a restart repeats, with all that was done between them",
+}
+_PREFIX = "time/"
+_MUCH_WAITING = 20.0  # percent of the time of the steps
+_LOGS_BEFORE_WARNING = 3  # in a row
+
+
+class Clock:
+    """Assigns the time since it was made to activities, exactly one at a time. It starts with the activity "start".
+
+    Attributes:
+      now: returns the time in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic):
+        self.now = now
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        self._activity, self._since = "start", now()
+
+    def switch(self, activity: str) -> str:
+        """Assign the time from now on to an activity. Returns the one before it."""
+        before, now = self._activity, self.now()
+        self._seconds[before] += now - self._since
+        self._activity, self._since = activity, now
+        return before
+
+    @contextlib.contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        """Assign the time of a block to an activity, and the time after it to the activity before it."""
+        before = self.switch(activity)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def move(self, seconds: float, *, source: str, target: str) -> None:
+        """Assign time that was assigned to ``source`` to ``target`` instead."""
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add the time of earlier calls, by activity."""
+        for activity, value in seconds.items():
+            self._seconds[activity] += value
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each activity, whose sum is the time since the clock was made and what was added."""
+        self.switch(self._activity)
+        return dict(self._seconds)
+
+
+class TimeShares(Hook):
+    """Tells the clock which activity the training loop is at, and warns if the devices often wait for images.
+
+    The loop runs a few steps ahead of the devices. While it waits for a batch, they may still compute an earlier step: only the
+    part of the wait after that step counts as "input", and the rest as "steps".
+
+    Args:
+      clock: the clock of the run.
+      workers: ``config.data.workers``, for the warning.
+    """
+
+    def __init__(self, clock: Clock, *, workers: int):
+        self._clock, self._workers = clock, workers
+        self._finished = _FinishTimes(clock.now)
+        self._wait_start = 0.0
+        self._before: dict[str, float] | None = None  # the clock at the last log
+        self._logs_with_much_waiting, self._warned = 0, False
+
+    def before_batch(self, step: int) -> None:
+        """The loop waits for images."""
+        del step
+        self._clock.switch("input")
+        self._wait_start = self._clock.now()
+
+    def on_batch(self, step: int, batch: dict[str, Any]) -> None:
+        """The loop waited for images; it compiles the first step, and dispatches the others."""
+        del step, batch
+        before = self._clock.switch("steps" if self._finished.count else "compilation")
+        assert before == "input"
+        end = self._clock.now()
+        idle = end - max(self._wait_start, min(self._finished.last(), end))
+        self._clock.move(end - self._wait_start - idle, source="input", target="steps")
+
+    def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The step is dispatched; from now on the loop waits for steps, if it waits at all."""
+        del step
+        self._finished.follow(metrics)
+        self._clock.switch("steps")
+
+    def on_log(self, step: int, metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
+        """{"input_wait": percent of the time since the last log in which the devices waited for images}.
+
+        Evaluations, saving and compilation are left out.
+        """
+        del step, metrics
+        now = self._clock.read()
+        before, self._before = self._before, now
+        if before is None:  # the first images take longer, because the pipeline starts
+            return {}
+        spent = {name: now[name] - before[name] for name in ("input", "steps")}
+        percent = 100 * spent["input"] / max(sum(spent.values()), 1e-9)
+        self._warn_if_much(percent)
+        return {"input_wait": percent}
+
+    def close(self) -> None:
+        """End the thread that follows the steps."""
+        self._finished.close()
+
+    def _warn_if_much(self, percent: float) -> None:
+        self._logs_with_much_waiting = self._logs_with_much_waiting + 1 if percent > _MUCH_WAITING else 0
+        if self._warned or self._logs_with_much_waiting < _LOGS_BEFORE_WARNING:
+            return
+        self._warned = True
+        logger.warning(
+            "The devices wait for images for %.0f %% of the time. Set a larger --config.data.workers than %d, up to the number "
+            "of cores of each host, and read the data from a faster disk.",
+            *(percent, self._workers),
+        )
+
+
+class _FinishTimes:
+    """Notes, in a thread, when the devices have finished the last step.
+
+    Attributes:
+      count: number of steps that were followed.
+    """
+
+    def __init__(self, now: Callable[[], float]):
+        self.count = 0
+        self._now = now
+        self._finished: tuple[int, float] = (0, 0.0)  # the last finished step, and when
+        self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def follow(self, outputs: Any) -> None:
+        """Follow a step with these outputs."""
+        self.count += 1
+        self._steps.put(outputs)
+
+    def last(self) -> float:
+        """When the last step was finished; infinity if it is not, 0 if there was none."""
+        count, moment = self._finished
+        return moment if count == self.count else float("inf")
+
+    def close(self) -> None:
+        self._steps.put(None)
+
+    def _run(self) -> None:
+        count = 0
+        while (outputs := self._steps.get()) is not None:
+            count += 1
+            with contextlib.suppress(Exception):  # the training loop gets the error, too
+                jax.block_until_ready(outputs)
+            self._finished = count, self._now()
+
+
+def name_metrics(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a clock's seconds, for "time" as their prefix, without activities that took none."""
+    return {activity: round(value, 3) for activity, value in seconds.items() if value > 0}
+
+
+def read_earlier(records: Iterable[Mapping[str, Any]], *, step: int) -> dict[str, float]:
+    """Seconds of each activity in earlier calls of a run that is resumed.
+
+    What was done after the step that was restored is "lost". The time between the last record and the end of the process is
+    unknown and left out.
+
+    Args:
+      records: those of metrics.jsonl, in the order of the file, see ``metrics.read_records``.
+      step: the step that was restored.
+    """
+    last: dict[str, float] = {}
+    kept: dict[str, float] = {}
+    for record in records:
+        seconds = {name: record[_PREFIX + name] for name in ACTIVITIES if _PREFIX + name in record}
+        if seconds:
+            last = seconds
+            if record["step"] <= step:
+                kept = seconds
+    lost = sum(last.values()) - sum(kept.values())
+    return {**kept, "lost": kept.get("lost", 0.0) + lost} if last else {}
+
+
+def format_shares(seconds: Mapping[str, float]) -> str:
+    """Format as "steps 71 %, compilation 20 %, ...", the largest share first, without those below 0.5 %."""
+    total = max(sum(seconds.values()), 1e-9)
+    shares = sorted(((100 * value / total, name) for name, value in seconds.items()), reverse=True)
+    return ", ".join(f"{name} {share:.0f} %" for share, name in shares if share >= 0.5)
