@@ -25,6 +25,11 @@ class Tool(NamedTuple):
 
 TOOLS = {
     "train": Tool("main", "train a model, or evaluate one", "--config=quickstart --workdir=runs/quickstart"),
+    "check": Tool(
+        "check",
+        "try every part of a training run on its machines, and estimate how long it takes",
+        "--config=quickstart --workdir=runs/quickstart",
+    ),
     "predict": Tool("predict", "classify, segment or detect objects in images", "runs/quickstart photo.jpg"),
     "visualize": Tool(
         "visualize", "draw what a model attends to", "runs/quickstart photo.jpg --output=attention --html"

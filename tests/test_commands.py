@@ -44,7 +44,8 @@ RULES = (
     ),
     (r"python -m pytest tests/ops/layers/test_pooling\.py|python -c .*NM|python -m .*configs/regression", "page"),
     (
-        r"python -m dat_jax\.(main|conversion|data\.(prepare|split)|compile_report|predict|visualize|export)( --steps=\w+)?$",
+        r"python -m dat_jax\.(main|conversion|data\.(prepare|split)|check|compile_report|predict|visualize|export)"
+        r"( --steps=\w+)?$",
         "help",
     ),
     (r"python -m dat_jax\.compile_report (?!.*--topology)", "help"),
@@ -193,6 +194,9 @@ def test_commands_run(command, stand_ins, capsys):
     if module == "dat_jax.main":
         result = stand_ins.train(arguments)
         assert result or "--print_config" in arguments
+    elif module == "dat_jax.check":
+        stand_ins.check(arguments)
+        assert "No problem was found" in capsys.readouterr().out
     elif module == "dat_jax.compile_report":
         stand_ins.report(arguments)
         assert ("eval.buckets" if "--evaluation" in arguments else "temporaries") in capsys.readouterr().out

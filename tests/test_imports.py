@@ -58,6 +58,11 @@ ALLOWED = {
         *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.storage", "dat_jax.tasks"),
         *("dat_jax.training", "jax", "ml_collections", "rich"),
     },
+    "dat_jax.preflight": {
+        *("dat_jax.preflight", "dat_jax.checkpoints", "dat_jax.cli.console", "dat_jax.config", "dat_jax.data.sources"),
+        *("dat_jax.errors", "dat_jax.parallel", "dat_jax.profiling", "dat_jax.storage", "dat_jax.training"),
+        *("jax", "ml_collections", "rich"),
+    },
     "dat_jax.visualization": {
         *("dat_jax.visualization", "dat_jax.cli.files", "dat_jax.data", "dat_jax.errors", "dat_jax.evaluation"),
         *("dat_jax.inference", "dat_jax.storage", "PIL", "matplotlib"),
@@ -69,6 +74,9 @@ ALLOWED = {
     "dat_jax.errors": set(),
     # Entry points
     "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.errors", "dat_jax.models.catalogue"},
+    "dat_jax.check": {
+        *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.parallel", "dat_jax.preflight", "absl"),
+    },
     "dat_jax.compile_report": {"dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "absl"},
     "dat_jax.predict": {"dat_jax.cli", "dat_jax.errors", "dat_jax.inference", "absl"},
     "dat_jax.export": {"dat_jax.cli", "dat_jax.errors", "dat_jax.exporting", "absl"},

@@ -49,7 +49,17 @@ def test_help_has_examples_and_does_not_import_jax(tool):
 
 @pytest.mark.parametrize(
     "tool",
-    ["main", "predict", "visualize", "export", "conversion.__main__", "data.prepare", "data.split", "compile_report"],
+    [
+        "main",
+        "check",
+        "predict",
+        "visualize",
+        "export",
+        "conversion.__main__",
+        "data.prepare",
+        "data.split",
+        "compile_report",
+    ],
 )
 def test_help_lists_every_flag(tool):
     module, values = importlib.import_module(f"dat_jax.{tool}"), flags.FlagValues()

@@ -98,6 +98,20 @@ def broadcast_text(text: str) -> str:
     return bytes(np.asarray(values, np.uint8)).decode()
 
 
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, in their order. All processes must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.array(len(encoded))))
+    padded = np.zeros(max(*lengths, 1), np.uint8)
+    padded[: len(encoded)] = encoded
+    rows = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
 def wait(name: str) -> None:
     """Wait until all processes have called this function with the same name."""
     if jax.process_count() > 1:

@@ -210,7 +210,7 @@ def _state_bytes(trainer, step) -> dict[str, int]:
 
 
 def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[str, Any]:  # only "available" can be None
-    """Memory by use. The peak is the sum of arguments, outputs that do not reuse their memory, temporaries and code.
+    """Memory by use, see ``peak_bytes`` for the peak.
 
     Args:
       stats: result of ``memory_analysis``.
@@ -225,13 +225,20 @@ def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[st
         "outputs_in_place": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "generated_code": stats.generated_code_size_in_bytes,
-        "peak": arguments
-        + outputs
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes,
+        "peak": peak_bytes(stats),
         "available": available,
     }
+
+
+def peak_bytes(stats: Any) -> int:
+    """Memory that a program needs at most: arguments, outputs that do not reuse their memory, temporaries and code.
+
+    Args:
+      stats: result of ``memory_analysis`` of a compiled program.
+    """
+    new_outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    other = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    return stats.argument_size_in_bytes + new_outputs + other
 
 
 def _cost(compiled, by_opcode, product_flops: float) -> dict[str, float | None]:

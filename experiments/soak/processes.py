@@ -20,6 +20,8 @@ def start(
     devices: int = DEVICES,
     xla_flags: str = "",
     folders: Sequence[pathlib.Path] | None = None,
+    module: str = "dat_jax.main",
+    flags: Sequence[str] = (),
 ) -> list[subprocess.Popen]:
     """Start the processes of a run on virtual CPU devices. Each has its output as one text stream.
 
@@ -31,16 +33,18 @@ def start(
       devices: Number of devices of all processes together.
       xla_flags: Further XLA flags.
       folders: Working folder of each process, which also gets its temporary files; the root of the repository by default.
+      module: Module that is run.
+      flags: Further flags of it.
     """
     with socket.socket() as free_socket:
         free_socket.bind(("localhost", 0))
         port = free_socket.getsockname()[1]
-    flags = f"{xla_flags} --xla_force_host_platform_device_count={devices // processes}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    xla_flags += f" --xla_force_host_platform_device_count={devices // processes}"
+    environment = os.environ | {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     if folders:
         config, environment = str(ROOT / config), environment | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-u", "-m", "dat_jax.main", f"--config={config}", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in values.items()]
+    command = [sys.executable, "-u", "-m", module, f"--config={config}", f"--workdir={workdir}"]
+    command += [*(f"--config.{key}={value}" for key, value in values.items()), *flags]
     if processes > 1:
         command += [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}"]
     return [

@@ -299,6 +299,15 @@ class StandIns:
         with mock.patch.object(sharding, "make_mesh", make_small_mesh):
             return (loop.evaluate if values.mode == "eval" else loop.train)(tiny, values.workdir, quiet=True)
 
+    def check(self, arguments: list[str]) -> None:
+        """Run ``python -m dat_jax.check`` likewise."""
+        from dat_jax.preflight import command
+
+        values, config = parse_config("check", arguments)
+        skip = [*values.skip, "evaluation", "checkpoint", "algorithms"]
+        with mock.patch.object(sharding, "make_mesh", make_small_mesh):
+            assert not command.check(shrink(config), values.workdir, seconds=0.1, skip=skip)
+
     def report(self, arguments: list[str]) -> None:
         """Run ``python -m dat_jax.compile_report`` likewise, with batches of at most 16, for the CPU if a compiler is missing."""
         from dat_jax import compile_report

@@ -1,0 +1,424 @@
+"""The parts of a check, in their order: what each process measures, and what it means."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import logging
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dat_jax.checkpoints.directory import find_complete_steps
+from dat_jax.cli.console import format_size
+from dat_jax.errors import UserError, name_some
+from dat_jax.preflight import measurements
+from dat_jax.preflight.estimate import Measured
+from dat_jax.storage import Path, as_path, download, is_in_bucket, upload
+from dat_jax.training.compilation import enable_cache
+from dat_jax.training.state import copy_state
+from dat_jax.training.trainer import Trainer
+from dat_jax.training.workdir import WorkDirectory
+
+logger = logging.getLogger(__name__)
+_PROBE_BYTES = 2**25
+_SAMPLES = 64  # examples of each split that a process reads
+_TOLERANCE = 1e-3  # relative difference of the gradient in float32; correct algorithms differ by 1e-6 to 1e-5
+_FULL_MEMORY = 0.95
+
+Values = Sequence[Mapping[str, Any]]  # what each process has measured
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a part of the check has found.
+
+    Attributes:
+      rows: measured values, for a table.
+      problems: what would end the run or spoil its results, in sentences.
+    """
+
+    rows: dict[str, str]
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+
+class Session:
+    """What the parts of a check share.
+
+    Args:
+      config: configuration of the run.
+      workdir: its work directory, to which nothing is written but ``scratch``.
+      scratch: a work directory of the check's own, inside ``workdir``.
+      seconds: for how long images are loaded.
+      expected_devices: number of devices that the user expects, or None.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: str, scratch: WorkDirectory, *, seconds: float, expected_devices: int | None
+    ):
+        self.config, self.workdir, self.scratch = config, as_path(workdir), scratch
+        self.seconds, self.expected_devices = seconds, expected_devices
+        self.values: dict[str, Values] = {}  # part -> what each process has measured
+        self.trainer: Any = None  # a Trainer, once the data were read
+        self.batch: Any = None  # a batch of this process, once images were loaded
+        self.step: Any = None  # the compiled training step
+        self.state: Any = None  # the state after some steps
+
+    def collect(self) -> Measured:
+        """What the estimate needs. All parts but "algorithms" must have succeeded."""
+        plan, config, first = self.trainer.plan, self.trainer.config, {}
+        for values in self.values.values():
+            first |= values[0]
+        steps_left = max(plan.total_steps - first["steps_done"], 0)
+        every = config.checkpoint.every or plan.eval_steps
+        return Measured(
+            devices=self.trainer.mesh.size,
+            processes=jax.process_count(),
+            batch_size=config.batch_size,
+            steps_left=steps_left,
+            evaluations_left=math.ceil(steps_left / plan.eval_steps),
+            steps_between_saves=min(every, plan.eval_steps),
+            step_seconds=first["step_seconds"],
+            compile_seconds=first["compile_seconds"],
+            evaluation_seconds=first["evaluation_seconds"],
+            save_seconds=first["save_seconds"],
+            input_rate=min(values["input_rate"] for values in self.values["input"]),
+            workers=config.data.workers,
+            cores=os.cpu_count() or 1,
+        )
+
+
+# Devices
+
+
+def measure_devices(session: Session) -> dict[str, Any]:
+    """Devices and versions of this process."""
+    devices = jax.local_devices()
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "orbax-checkpoint")]
+    text = session.config.to_json_best_effort(sort_keys=True)
+    return {
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "versions": ", ".join(versions),
+        "configuration": hashlib.sha256(text.encode()).hexdigest()[:8],
+    }
+
+
+def describe_devices(session: Session, values: Values) -> Outcome:
+    """All processes must have the same number of the same devices, the same versions and the same configuration."""
+    total = sum(value["devices"] for value in values)
+    problems = []
+    if session.expected_devices not in (None, total):
+        problems.append(
+            f"Expected {session.expected_devices} devices, and jax found {total} of kind {values[0]['kind']} in "
+            f"{len(values)} processes. Check that all processes were started, and that jax is installed for this platform."
+        )
+    for name, values_of_it in (
+        ("devices", "numbers of devices"),
+        ("kind", "kinds of devices"),
+        ("versions", "versions"),
+        ("configuration", "configurations"),
+    ):
+        found = list(dict.fromkeys(str(value[name]) for value in values))
+        if len(found) > 1:
+            problems.append(f"The processes have different {values_of_it}: {name_some(found)}.")
+    rows = {
+        "devices": f"{total} x {values[0]['kind']}",
+        "processes": str(len(values)),
+        "versions": values[0]["versions"],
+    }
+    return Outcome(rows, problems)
+
+
+# Storage
+
+
+def measure_storage(session: Session) -> dict[str, Any]:
+    """Become the run of the scratch directory, and write and read a file there."""
+    session.scratch.open_for_writing()
+    try:
+        write_seconds, read_seconds = _time_file(session.scratch.path / f"probe-{jax.process_index()}")
+    except OSError as error:
+        raise UserError(f"{session.workdir} cannot be used: {error.strerror}.") from error
+    cache = enable_cache(session.config.compilation_cache)
+    free = None if is_in_bucket(session.workdir) else shutil.disk_usage(session.scratch.path).free
+    return {
+        "write": _PROBE_BYTES / write_seconds,
+        "read": _PROBE_BYTES / read_seconds,
+        "free": free,
+        "cache": None if cache is None else str(cache),
+        "steps_done": max(find_complete_steps(session.workdir / "checkpoints"), default=0),
+    }
+
+
+def _time_file(path: Path) -> tuple[float, float]:
+    """Seconds to write and to read a file, which is removed afterwards.
+
+    Raises:
+      OSError: it cannot be written or read.
+      UserError: its content has changed.
+    """
+    with tempfile.TemporaryDirectory(prefix="dat_jax_") as folder:
+        source, copy = pathlib.Path(folder, "source", "data"), pathlib.Path(folder, "copy", "data")
+        source.parent.mkdir()
+        source.write_bytes(os.urandom(_PROBE_BYTES))
+        start = time.monotonic()
+        if is_in_bucket(path):
+            upload(source.parent, path)
+            written = time.monotonic()
+            download(path, copy.parent)
+        else:
+            shutil.copytree(source.parent, path)
+            written = time.monotonic()
+            shutil.copytree(path, copy.parent)
+        end = time.monotonic()
+        if copy.read_bytes() != source.read_bytes():
+            raise UserError(f"A file that was written to {path.parent.parent} has another content when it is read.")
+    return written - start, end - written
+
+
+def describe_storage(session: Session, values: Values) -> Outcome:
+    """Speeds of the slowest process."""
+    slowest = {name: min(value[name] for value in values) for name in ("write", "read")}
+    free, done = values[0]["free"], values[0]["steps_done"]
+    rows = {
+        "work directory": str(session.workdir) + (f", to be resumed at step {done}" if done else ""),
+        "a file of 32 MiB": f"written at {slowest['write'] / 1e6:,.0f} MB/s, read at {slowest['read'] / 1e6:,.0f} MB/s",
+        **({} if free is None else {"free": format_size(free)}),
+        "compiled programs": values[0]["cache"] or "not kept",
+    }
+    return Outcome(rows)
+
+
+# Data
+
+
+def measure_data(session: Session) -> dict[str, Any]:
+    """Build the run, and read some examples."""
+    trainer = session.trainer = Trainer(session.config)
+    trainer.check_train_batch()
+    trainer.task.check_data()
+    for sentence in trainer.plan.warnings:
+        logger.warning(sentence)
+    return {
+        "train": len(trainer.task.train_source),
+        "validation": len(trainer.task.eval_source),
+        "damaged": measurements.find_damaged(trainer, _SAMPLES),
+    }
+
+
+def describe_data(session: Session, values: Values) -> Outcome:
+    """All processes must see the same data."""
+    trainer: Trainer = session.trainer
+    described = trainer.describe()
+    problems = []
+    counts = list(dict.fromkeys(f"{value['train']:,} and {value['validation']:,}" for value in values))
+    if len(counts) > 1:
+        problems.append(f"The processes see different numbers of training and validation images: {name_some(counts)}.")
+    damaged = [reason for value in values for reason in value["damaged"]]
+    if damaged:
+        problems.append(f"{len(damaged)} of the examples that were read are damaged: {name_some(damaged)}")
+    read = sum(min(_SAMPLES, value[split]) for value in values for split in ("train", "validation"))
+    names = ("model", "data", "skipped or repaired", "mesh", "batch", "length")
+    rows = {name: described[name] for name in names if name in described}
+    return Outcome(rows | {"examples read": f"{read:,}, {len(damaged)} of them damaged"}, problems)
+
+
+# Input
+
+
+def measure_input(session: Session) -> dict[str, Any]:
+    """Load images."""
+    rate, session.batch = measurements.measure_input(session.trainer, session.seconds)
+    return {"input_rate": rate}
+
+
+def describe_input(session: Session, values: Values) -> Outcome:
+    """Rates of the processes."""
+    rates = [value["input_rate"] for value in values]
+    slowest = "" if len(rates) == 1 else f" by the slowest process, {max(rates):,.0f} by the fastest"
+    workers = session.config.data.workers
+    how = f"{workers} worker processes" if workers else "threads of the process"
+    return Outcome({"images/s loaded": f"{min(rates):,.0f}{slowest}, by {how} on {os.cpu_count()} cores"})
+
+
+# Compilation
+
+
+def measure_compilation(session: Session) -> dict[str, Any]:
+    """Compile the training step."""
+    step = session.step = measurements.compile_train_step(session.trainer)
+    return {"compile_seconds": step.seconds, "peak": step.peak, "available": step.available}
+
+
+def describe_compilation(session: Session, values: Values) -> Outcome:
+    """The step must fit."""
+    peak, available = (max(value[name] or 0 for value in values) for name in ("peak", "available"))
+    rows = {"compilation": f"{max(value['compile_seconds'] for value in values):.1f} s"}
+    rows["memory of a device"] = format_size(peak) + (f" of {format_size(available)}" if available else "")
+    problems = []
+    if available and peak > _FULL_MEMORY * available:
+        problems.append(
+            f"The training step needs {format_size(peak)} of the {format_size(available)} of a device: set "
+            "--config.accumulate_steps=2 or more, --config.model.remat=blocks, a smaller --config.batch_size, or a larger "
+            "--config.mesh.fsdp."
+        )
+    del session
+    return Outcome(rows, problems)
+
+
+# Steps
+
+
+def measure_steps(session: Session) -> dict[str, Any]:
+    """Run training steps with real images."""
+    state = copy_state(session.trainer.initialize())
+    seconds, loss, session.state = measurements.time_steps(session.trainer, session.step, state, session.batch)
+    return {"step_seconds": seconds, "loss": loss}
+
+
+def describe_steps(session: Session, values: Values) -> Outcome:
+    """The loss must be finite."""
+    seconds, loss = max(value["step_seconds"] for value in values), values[0]["loss"]
+    rate = session.trainer.config.batch_size / seconds
+    rows = {
+        "a step": f"{seconds:.4g} s, {rate:,.0f} images/s, median of three",
+        "images/s needed": f"{rate / len(values):,.0f} by each process",
+        "loss after four steps": f"{loss:.4g}",
+    }
+    problems = [] if math.isfinite(loss) else [f"The loss after four steps is {loss}."]
+    return Outcome(rows, problems)
+
+
+# Evaluation
+
+
+def measure_evaluation(session: Session) -> dict[str, Any]:
+    """Predict a batch."""
+    seconds = measurements.time_prediction(session.trainer, session.state.eval_variables)
+    batches = math.ceil(len(session.trainer.task.eval_source) / session.trainer.config.eval.batch_size)
+    return {
+        "evaluation_seconds": batches * seconds,
+        "evaluation_rate": session.trainer.config.eval.batch_size / seconds,
+    }
+
+
+def describe_evaluation(session: Session, values: Values) -> Outcome:
+    """Duration of an evaluation."""
+    rate, seconds = (values[0][name] for name in ("evaluation_rate", "evaluation_seconds"))
+    task = session.trainer.task
+    programs = len(task.count_eval_arrays(task.eval_buckets))
+    how = "" if programs == 1 else f", by {programs} programs that are compiled in the first one"
+    rows = {"an evaluation": f"about {seconds:,.1f} s, {rate:,.0f} images/s{how}"}
+    return Outcome(rows)
+
+
+# Communication
+
+
+def measure_communication(session: Session) -> dict[str, Any]:
+    """Sum an array over all devices."""
+    size, seconds = measurements.measure_reduction(session.trainer)
+    return {"bytes": size, "seconds": seconds}
+
+
+def describe_communication(session: Session, values: Values) -> Outcome:
+    """Bandwidth of a ring, whose devices send and receive the array almost twice."""
+    devices = session.trainer.mesh.size
+    if devices == 1:
+        return Outcome({"sum of the gradient": "not needed, there is one device"})
+    size, seconds = values[0]["bytes"], max(value["seconds"] for value in values)
+    sent = 2 * (devices - 1) / devices * size
+    return Outcome(
+        {"sum of the gradient": f"{size / 1e6:,.1f} MB in {1e3 * seconds:.1f} ms, {sent / seconds / 1e9:.3g} GB/s"}
+    )
+
+
+# Checkpoint
+
+
+def measure_checkpoint(session: Session) -> dict[str, Any]:
+    """Save and restore the state."""
+    place: Path = session.scratch.checkpoints
+    size, save, restore = measurements.measure_checkpoint(session.trainer, session.state, place)
+    return {"size": size, "save_seconds": save, "restore_seconds": restore}
+
+
+def describe_checkpoint(session: Session, values: Values) -> Outcome:
+    """Speed, and whether the disk can hold the checkpoints of the run."""
+    size = values[0]["size"]
+    save, restore = (max(value[name] for value in values) for name in ("save_seconds", "restore_seconds"))
+    rows = {
+        "checkpoint": f"{format_size(size)}, saved in {save:.1f} s ({size / save / 1e6:,.0f} MB/s), restored in {restore:.1f} s",
+        "arrays restored": "all as they were saved",
+    }
+    count = session.config.checkpoint.keep + 2  # the best one, and the one being written
+    free = session.values["storage"][0]["free"]
+    problems = []
+    if free is not None and count * size > free:
+        problems.append(
+            f"The disk of {session.workdir} has {format_size(free)} free, and the run needs up to {format_size(count * size)} "
+            f"for {count} checkpoints."
+        )
+    return Outcome(rows, problems)
+
+
+# Algorithms
+
+
+def measure_algorithms(session: Session) -> dict[str, Any]:
+    """Compare fast algorithms with plain ones."""
+    loss, gradient = measurements.compare_algorithms(session.trainer, session.batch)
+    return {"loss": loss, "gradient": gradient}
+
+
+def describe_algorithms(session: Session, values: Values) -> Outcome:
+    """They must agree."""
+    del session
+    loss, gradient = (max(value[name] for value in values) for name in ("loss", "gradient"))
+    rows = {
+        "fast and plain algorithms": f"differ by {loss:.1e} in the loss and {gradient:.1e} in the gradient (float32, relative)"
+    }
+    wrong = not gradient <= _TOLERANCE or not loss <= _TOLERANCE
+    problem = (
+        f"The fast algorithms give another loss or gradient on these devices than the plain ones: relative differences "
+        f"{loss:.1e} and {gradient:.1e}, expected at most {_TOLERANCE:g}. "
+        "Set --config.model.implementation=plain, and report this."
+    )
+    return Outcome(rows, [problem] if wrong else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of the check.
+
+    Attributes:
+      measure: called in every process; returns values that JSON can store.
+      describe: (session, values of all processes) -> Outcome.
+      needs: parts that must have succeeded.
+    """
+
+    measure: Callable[[Session], dict[str, Any]]
+    describe: Callable[[Session, Values], Outcome]
+    needs: tuple[str, ...] = ()
+
+
+PHASES = {
+    "devices": Phase(measure_devices, describe_devices),
+    "storage": Phase(measure_storage, describe_storage),
+    "data": Phase(measure_data, describe_data),
+    "input": Phase(measure_input, describe_input, ("data",)),
+    "compilation": Phase(measure_compilation, describe_compilation, ("data",)),
+    "steps": Phase(measure_steps, describe_steps, ("input", "compilation")),
+    "evaluation": Phase(measure_evaluation, describe_evaluation, ("steps",)),
+    "communication": Phase(measure_communication, describe_communication, ("data",)),
+    "checkpoint": Phase(measure_checkpoint, describe_checkpoint, ("storage", "steps")),
+    "algorithms": Phase(measure_algorithms, describe_algorithms, ("input",)),
+}
