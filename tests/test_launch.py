@@ -13,9 +13,10 @@ import tomllib
 import pytest
 import yaml
 
+from tests.helpers import documents
 from tests.helpers.document_stand_ins import parse_config
 from tests.helpers.documents import ROOT
-from tests.helpers.launch_stand_ins import LAUNCH, Machines, is_alive, wait_until
+from tests.helpers.launch_stand_ins import LAUNCH, LAUNCH_PROGRAMS, Machines, is_alive, wait_until
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 START = ("--config=configs/upernet.py:dat_pp_s", "--workdir=gs://bucket/our runs/s")
@@ -219,7 +220,7 @@ def test_a_host_is_set_up_with_python_the_package_and_the_bucket(machines):
     assert created[:1] + created[2:] == ["venv", ".venv"]
     assert tuple(map(int, created[1].removeprefix("--python=").split("."))) >= minimum
     for words in installed:
-        assert words[:-1] == ["pip", "install", "--quiet", "--python=.venv/bin/python"]
+        assert words[:-1] == ["pip", "install", "--quiet", "--python=.venv/bin/python", "--editable"]
         assert check_extras(words[-1]) == ["train", "tpu", "gcs"]
     assert len(installed) == len(machines.hosts)  # the environment of the second host is there
     installs = [words for words in machines.calls("sudo") if "install" in words]
@@ -283,7 +284,7 @@ def read_jobset():
 
 
 def test_gke_starts_one_process_per_host():
-    account, jobset, job = read_jobset()
+    account, _, job = read_jobset()
     assert job["parallelism"] == job["completions"] == 16 // 4  # chips of the slice, of a host
     pods = job["template"]["spec"]
     assert pods["serviceAccountName"] == account["metadata"]["name"]
@@ -354,3 +355,94 @@ def test_the_image_installs_extras_on_a_python_that_the_package_supports():
     for extras in (default, *examples):
         assert "train" in check_extras(f".[{extras}]")
     assert instructions["CMD"] == '["python", "-m", "dat_jax.main", "--help"]'
+
+
+# Commands of the documents
+
+COMMANDS = [shlex.split(line) for line in documents.commands() if re.match(LAUNCH_PROGRAMS, line)]
+# Flags of the subcommands in the documents, from the references of gcloud and the sources of xpk; "!" marks required ones.
+_XPK = "cluster! project zone"
+_FLAGS = {
+    "gcloud container node-pools create": "cluster location node-locations machine-type tpu-topology num-nodes spot",
+    "gcloud container node-pools delete": "cluster location",
+    "gcloud storage buckets add-iam-policy-binding": "member! role!",
+    "xpk storage attach": f"{_XPK} type! bucket mount-point! readonly! size auto-mount!",
+    "xpk workload create": f"{_XPK} workload! command! tpu-type! docker-image max-restarts restart-on-exit-codes env",
+    "xpk workload list": _XPK,
+    "xpk workload delete": f"{_XPK} workload",
+}
+
+
+def documented(*prefix):
+    """The commands that start with these words, without them."""
+    return [words[len(prefix) :] for words in COMMANDS if words[: len(prefix)] == list(prefix)]
+
+
+def read_flags(words):
+    """name -> value of --name=value."""
+    return dict(word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--"))
+
+
+def test_documented_commands_of_the_cloud_have_flags_of_its_programs():
+    cloud = [words for words in COMMANDS if words[0] in ("gcloud", "xpk")]
+    used = set()
+    for words in cloud:
+        (name,) = (name for name in _FLAGS if words[: len(name.split())] == name.split())
+        known = _FLAGS[name].split()
+        given = set(read_flags(words))
+        assert given <= {flag.rstrip("!") for flag in known}, words
+        assert {flag.rstrip("!") for flag in known if flag.endswith("!")} <= given, words
+        used.add(name)
+    assert used == set(_FLAGS)
+
+
+def test_documented_commands_of_a_pod_go_from_creating_to_deleting(machines):
+    prepare_setup(machines)
+    machines.add("tail", 'cat "${@: -1}"')
+    actions = documented("docs/launch/tpu_pod.sh")
+    assert [words[0] for words in actions] == ["create", "state", "setup", "start", "status", "logs", "stop", "delete"]
+    assert len({tuple(words[1:3]) for words in actions}) == 1
+    created, _, prepared, started, *_ = actions
+    page = (ROOT / "docs" / "many_hosts.md").read_text()
+    images = {
+        row[1].strip("`").split("-")[0]: row[2].strip("`") for row in _rows(page, "| chips | type | runtime version |")
+    }
+    assert images[created[3].split("-")[0]] == created[4]
+    _, config = check_main(["python", "-m", "dat_jax.main", *started[3:]])
+    assert config.data.directory.startswith(f"/mnt/{prepared[3]}/")
+    for words in actions[:5]:  # the stand-in of tail does not wait, as stop needs
+        result = machines.run("tpu_pod.sh", *words, REPOSITORY="https://example.org/dat_jax")
+        assert result.returncode == 0, result.stderr
+
+
+def _rows(page, header):
+    lines = page[page.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_documented_commands_of_xpk_mount_the_data_that_the_command_reads():
+    (attached,), (created,) = (documented("xpk", *names) for names in (("storage", "attach"), ("workload", "create")))
+    storage, workload = read_flags(attached), read_flags(created)
+    words = shlex.split(workload["command"])
+    values, config = check_main(words)
+    assert config.data.directory.startswith(f"{storage['mount-point']}/")
+    assert values.workdir.startswith(f"gs://{storage['bucket']}/")
+    assert words[0] == "docs/launch/restart.sh"
+    assert workload["env"] == "MAX_RESTARTS=0"
+
+
+def test_documented_commands_of_clusters_name_files_of_the_project(machines):
+    for words in documented("docker", "build"):
+        assert (ROOT / words[words.index("-f") + 1]).samefile(LAUNCH / "Dockerfile")
+        assert words[-1] == "."
+    for words in (*documented("kubectl", "apply"), *documented("kubectl", "delete")):
+        assert (ROOT / words[words.index("-f") + 1]).samefile(LAUNCH / "gke_jobset.yaml")
+    (logs,) = documented("kubectl", "logs")
+    account, jobset, _ = read_jobset()
+    assert f"jobset.sigs.k8s.io/jobset-name={jobset['metadata']['name']}" in read_flags(logs)["selector"].split(",")
+    (binding,) = documented("gcloud", "storage", "buckets", "add-iam-policy-binding")
+    assert read_flags(binding)["member"].endswith(f"/subject/ns/default/sa/{account['metadata']['name']}")
+    machines.add("srun")
+    ((script, *arguments),) = documented("sbatch")
+    assert machines.run(pathlib.Path(script).name, *arguments, SLURM_GPUS_ON_NODE="8").returncode == 0
+    check_main(machines.calls("srun")[0])

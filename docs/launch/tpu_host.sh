@@ -13,7 +13,7 @@ install_package() {
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh
   [[ -x .venv/bin/python ]] || uv venv --python=3.12 .venv # the images come with Python 3.10
-  uv pip install --quiet --python=.venv/bin/python '.[train,tpu,gcs]'
+  uv pip install --quiet --python=.venv/bin/python --editable '.[train,tpu,gcs]'
 }
 
 install_gcsfuse() {

@@ -11,8 +11,10 @@ import time
 from tests.helpers.documents import ROOT
 
 LAUNCH = ROOT / "docs" / "launch"
+# Commands of documents that tests/test_launch.py executes.
+LAUNCH_PROGRAMS = r"(docs/launch/\w+\.sh|docker|gcloud|kubectl|sbatch|xpk) "
 _RECORD = 'for word in "$@"; do printf "%s\\0" "$word"; done >> {calls}; echo >> {calls}\n'
-# Runs a command as `gcloud compute tpus tpu-vm ssh --worker=WORKER --command=COMMAND` does, on each host in a login folder of its own.
+# Runs a command as `gcloud compute tpus tpu-vm ssh --worker=WORKER --command=COMMAND` does, on each host with its own home.
 _GCLOUD = """
 for word in "$@"; do
   case $word in
