@@ -7,7 +7,7 @@
 #   docs/launch/tpu_pod.sh status|logs|stop|delete NAME ZONE
 # setup clones REPOSITORY, by default the origin of this clone, on every host, and mounts BUCKET at /mnt/BUCKET.
 # start returns at once. A crashed run is restarted up to MAX_RESTARTS times (default: 10), with PAUSE_SECONDS (120) in between.
-# Each command may be repeated.
+# All commands but create and delete may be repeated.
 set -euo pipefail
 if (($# < 3)); then
   echo "Expected one of create, state, setup, start, status, logs, stop, delete, with a name and a zone; see the head of $0" >&2
