@@ -28,13 +28,14 @@ from tests.helpers.document_stand_ins import (
     parse_flags,
 )
 from tests.helpers.documents import ROOT, WALKTHROUGHS
+from tests.helpers.launch_stand_ins import LAUNCH_PROGRAMS
 from tests.helpers.xla_flags import fast_compilation_flags
 from tests.test_new_user import INSTALLS
 
 pytestmark = pytest.mark.slow
 
-# How the first of these that a command matches is executed; each is the name of a test below, but for "new user" and "program of
-# others", which is not executed.
+# How the first of these that a command matches is executed; each is the name of a test below, but for "new user", "launch", which
+# test_launch.py executes, and "program of others", which is not executed.
 RULES = (
     (r"make (test|test-all|lint|docs)$", "ci"),
     (INSTALLS, "new user"),
@@ -53,6 +54,7 @@ RULES = (
     (r"python -m dat_jax\.", "small"),
     (r"python -m experiments\.", "experiment"),
     (r"python -c .*digit\.png", "small"),
+    (LAUNCH_PROGRAMS, "launch"),
     (r"gcsfuse --implicit-dirs my-bucket /mnt/my-bucket$", "program of others"),
 )
 # Languages of fenced blocks that are neither commands nor executed.
@@ -66,6 +68,7 @@ SMALL_EXPERIMENTS = {
     "compile_time": "--configs=tiny --topologies=cpu",
     "soak": "--parts=signal",
     "image_sizes": "--parts=plan",
+    "costs": "--configs=dat_pp_t",
 }
 
 

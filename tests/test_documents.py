@@ -15,10 +15,11 @@ import yaml
 
 import dat_jax
 from dat_jax.__main__ import TOOLS
-from dat_jax.config import TASKS, get_keys
+from dat_jax.config import TASKS, get_keys, load_config
 from dat_jax.conversion import backbone_settings, official
 from dat_jax.conversion.detector_settings import trace_detector
 from dat_jax.conversion.segmentors import trace_segmentor
+from dat_jax.training.schedule import plan_run
 from tests.helpers import documents, published_configs
 from tests.helpers.document_stand_ins import parse_config, parse_flags
 from tests.helpers.documents import DOCUMENTS, ROOT
@@ -222,3 +223,22 @@ def test_commands_are_read_as_modules():
     assert split("dat-jax models 'dat_pp*'") == ["python", "-m", "dat_jax", "models", "dat_pp*"]
     assert split("dat-jax") == ["python", "-m", "dat_jax"]
     assert split("# nothing") == []
+
+
+def test_the_table_of_batch_sizes_is_that_of_the_configuration():
+    rows = {
+        row[0]: row[1:] for row in documents.table_rows((ROOT / "docs/many_hosts.md").read_text(), "### Batch size")
+    }
+    config = load_config("dat_pp_s").unlock()
+    for column, batch_size in enumerate((1024, 4096)):
+        config.batch_size = batch_size
+        plan = plan_run(config, examples=1_281_167, parts=1)
+        warmup = round(config.schedule.warmup_epochs * plan.steps_per_epoch)
+        peak = max(float(plan.schedule(step)) for step in (warmup, warmup + 1))
+        cells = {name: cells[column] for name, cells in rows.items()}
+        assert float(cells["peak learning rate"]) == pytest.approx(peak, rel=0.02)  # the cosine is counted from step 0
+        assert cells["steps per epoch"] == f"{plan.steps_per_epoch:,}"
+        assert cells["steps of the run"] == f"{plan.total_steps:,}"
+        assert cells["warm-up, 20 epochs"] == f"{warmup:,} steps"
+        for chips in (64, 256):
+            assert cells[f"images per chip on {chips} chips"] == f"{batch_size // chips}"

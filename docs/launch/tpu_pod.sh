@@ -1,18 +1,49 @@
 #!/usr/bin/env bash
-# Train on all hosts of a TPU pod slice:
-#   REPOSITORY=ADDRESS docs/launch/tpu_pod.sh NAME ZONE CONFIG WORKDIR --config.data.directory=DATA [--config.KEY=VALUE ...]
-# REPOSITORY is what `git clone` gets, and NAME the TPU VM. WORKDIR is gs://BUCKET/NAME. DATA is an absolute path that is the same on all
-# hosts, such as a mounted bucket (gcsfuse) or Filestore. PYTHON is a Python of at least 3.11 on the hosts, whose images may come with an older one.
-# The run ends with this command: start it where it is not interrupted, for example in tmux.
+# Train on all hosts of a TPU slice, from creating the machines to deleting them. docs/many_hosts.md explains each step.
+#   docs/launch/tpu_pod.sh create NAME ZONE TYPE VERSION [--spot] [other flags of gcloud]
+#   docs/launch/tpu_pod.sh state NAME ZONE
+#   docs/launch/tpu_pod.sh setup NAME ZONE [BUCKET]
+#   docs/launch/tpu_pod.sh start NAME ZONE --config=CONFIG --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
+#   docs/launch/tpu_pod.sh status|logs|stop|delete NAME ZONE
+# setup clones REPOSITORY, by default the origin of this clone, on every host, and mounts BUCKET at /mnt/BUCKET.
+# start returns at once. A crashed run is restarted up to MAX_RESTARTS times (default: 10), with PAUSE_SECONDS (120) in between.
+# All commands but create and delete may be repeated.
 set -euo pipefail
-name=$1 zone=$2 config=$3 workdir=$4
-shift 4
-flags=""
-if (($#)); then flags=$(printf " %q" "$@"); fi
+if (($# < 3)); then
+  echo "Expected one of create, state, setup, start, status, logs, stop, delete, with a name and a zone; see the head of $0" >&2
+  exit 2
+fi
+action=$1 name=$2 zone=$3
+shift 3
 
-on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
+resource() { gcloud compute tpus queued-resources "$1" "$name" --zone="$zone" "${@:2}"; }
+on_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
+in_clone() { printf "cd dat_jax &&" && printf " %q" "$@"; } # a command with its words quoted for the shell of the hosts
+host=(bash docs/launch/tpu_host.sh)
+limits=("MAX_RESTARTS=${MAX_RESTARTS:-10}" "PAUSE_SECONDS=${PAUSE_SECONDS:-120}")
 
-on_all_hosts "test -d dat_jax || git clone --depth=1 ${REPOSITORY:?the address of this repository} dat_jax"
-on_all_hosts "cd dat_jax && ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install --quiet '.[train,tpu,gcs]'"
-# Every host runs the same command. With --distributed=on, jax gets the addresses of the other hosts from the TPU.
-on_all_hosts "cd dat_jax && .venv/bin/python -m dat_jax.main --distributed=on --config=$(printf %q "$config") --workdir=$(printf %q "$workdir")$flags"
+case $action in
+create)
+  resource create --node-id="$name" --accelerator-type="${1:?the type, such as v5litepod-64}" \
+    --runtime-version="${2:?the runtime version, such as v2-alpha-tpuv5-lite}" "${@:3}"
+  ;;
+state) resource describe --format="value(state.state)" ;;
+setup)
+  repository=${REPOSITORY-$(git -C "$(dirname "$0")" remote get-url origin 2>/dev/null || true)}
+  : "${repository:?set REPOSITORY to the address of this repository}"
+  quoted=$(printf %q "$repository")
+  on_hosts all "if test -d dat_jax; then git -C dat_jax pull --quiet; else git clone --quiet --depth=1 $quoted dat_jax; fi"
+  on_hosts all "$(in_clone "${host[@]}" setup "$@")"
+  ;;
+start)
+  : "${1:?the flags of dat_jax.main}"
+  on_hosts all "$(in_clone env "${limits[@]}" "${host[@]}" start "$@")"
+  ;;
+status | stop) on_hosts all "$(in_clone "${host[@]}" "$action")" ;;
+logs) on_hosts 0 "$(in_clone "${host[@]}" logs)" ;; # only the first process logs
+delete) resource delete --force --quiet ;;
+*)
+  echo "Unknown command $action: expected create, state, setup, start, status, logs, stop or delete" >&2
+  exit 2
+  ;;
+esac

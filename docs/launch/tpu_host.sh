@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Called by tpu_pod.sh on every host of a TPU slice, in a clone of the repository:
+#   tpu_host.sh setup [BUCKET] | start FLAG ... | status | logs | stop
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+log=$HOME/dat_jax.log pid_file=$HOME/dat_jax.pid
+
+is_running() {
+  [[ -s $pid_file ]] && grep -qs restart.sh "/proc/$(<"$pid_file")/cmdline" # after a reboot, another program may have this number
+}
+
+install_package() {
+  export PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh
+  [[ -x .venv/bin/python ]] || uv venv --python=3.12 .venv # the images come with Python 3.10
+  uv pip install --quiet --python=.venv/bin/python --editable '.[train,tpu,gcs]'
+}
+
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc address=https://packages.cloud.google.com/apt
+  curl --fail --silent --show-error "$address/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+  echo "deb [signed-by=$key] $address gcsfuse-$(lsb_release --codename --short) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get update -qq
+  sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 gcsfuse
+}
+
+mount_bucket() {
+  local place=/mnt/$1
+  if mountpoint -q "$place"; then return; fi
+  command -v gcsfuse >/dev/null || install_gcsfuse
+  sudo mkdir -p "$place"
+  sudo chown "$(id -u)" "$place"
+  gcsfuse -o ro --implicit-dirs "$1" "$place"
+}
+
+start() {
+  if is_running; then
+    echo "$HOSTNAME: already running"
+    return
+  fi
+  # Detached from the terminal and from this session, so that it survives both.
+  nohup setsid bash docs/launch/restart.sh .venv/bin/python -m dat_jax.main --distributed=on "$@" >>"$log" 2>&1 </dev/null &
+  echo $! >"$pid_file"
+  echo "$HOSTNAME: started, log in $log"
+}
+
+stop() {
+  if is_running; then
+    kill -TERM "$(<"$pid_file")"
+    tail --pid="$(<"$pid_file")" --sleep-interval=0.1 --follow /dev/null # until the run is saved
+  fi
+  echo "$HOSTNAME: stopped"
+}
+
+action=$1
+shift
+case $action in
+setup)
+  install_package
+  if (($#)); then mount_bucket "$1"; fi
+  ;;
+start) start "$@" ;;
+status)
+  echo "$HOSTNAME: $(is_running && echo running || echo not running); $(tail --lines=1 "$log" 2>/dev/null || true)"
+  ;;
+logs) exec tail --lines=50 --follow "$log" ;;
+stop) stop ;;
+esac

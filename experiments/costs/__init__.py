@@ -1,0 +1,1 @@
+"""Estimated chip-hours of the trainings."""
