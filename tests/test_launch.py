@@ -162,6 +162,18 @@ def test_all_hosts_of_a_pod_run_one_command(machines):
         assert words[:7] == ["compute", "tpus", "tpu-vm", "ssh", "our-pod", "--zone=us-east1-d", "--worker=all"]
 
 
+def test_all_hosts_of_a_pod_check_the_run_together(machines):
+    for host in machines.hosts:
+        program = host / "dat_jax" / ".venv" / "bin" / "python"
+        program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {shlex.quote(str(host))}/words; echo checked\n')
+    assert pod(machines, "check", *START) == "checked\n" * 2
+    for host in machines.hosts:
+        words = (host / "words").read_text().splitlines()
+        assert words == ["-m", "dat_jax.check", "--distributed=on", *START]
+        values, _ = parse_config("check", words[2:])
+        assert values.workdir == "gs://bucket/our runs/s"
+
+
 def test_a_crashed_run_of_a_pod_is_restarted(machines):
     for host in machines.hosts:
         (host / "statuses").write_text("1\n1\n1\n1\n")
@@ -200,15 +212,12 @@ def test_only_the_first_host_prints_its_log(machines):
 
 
 def prepare_setup(machines):
-    """Stand-ins of what the setup of a host calls. apt-get installs gcsfuse."""
+    """Stand-ins of what the setup of a host calls. apt-get installs the package of gcsfuse."""
     for program in ("git", "uv", "curl"):
         machines.add(program)
-    machines.add("lsb_release", "echo jammy")
     machines.add("mountpoint", "exit 1")
     folder = shlex.quote(str(machines._programs))
-    machines.add(
-        "sudo", f'[[ $1 == tee ]] && cat; [[ "$*" == *install*gcsfuse* ]] && cp {folder}/git {folder}/gcsfuse; true'
-    )
+    machines.add("sudo", f'[[ "$*" == *install*.deb ]] && cp {folder}/git {folder}/gcsfuse; true')
 
 
 def test_a_host_is_set_up_with_python_the_package_and_the_bucket(machines):
@@ -225,6 +234,9 @@ def test_a_host_is_set_up_with_python_the_package_and_the_bucket(machines):
     assert len(installed) == len(machines.hosts)  # the environment of the second host is there
     installs = [words for words in machines.calls("sudo") if "install" in words]
     assert [words[0] for words in installs] == ["apt-get"]
+    (download,) = machines.calls("curl")
+    assert download[download.index("--output") + 1] == installs[0][-1]
+    assert re.search(r"/gcsfuse/releases/download/v([\d.]+)/gcsfuse_\1_amd64.deb$", download[-1])
     mounts = [words for words in machines.calls("git") if "--implicit-dirs" in words]  # the copy of git records there
     assert mounts == [["-o", "ro", "--implicit-dirs", "our-bucket", "/mnt/our-bucket"]] * 2
     assert [words for words in machines.calls("git") if words[-1] == "--quiet"] == [
@@ -400,9 +412,11 @@ def test_documented_commands_of_a_pod_go_from_creating_to_deleting(machines):
     prepare_setup(machines)
     machines.add("tail", 'cat "${@: -1}"')
     actions = documented("docs/launch/tpu_pod.sh")
-    assert [words[0] for words in actions] == ["create", "state", "setup", "start", "status", "logs", "stop", "delete"]
+    names = ["create", "state", "setup", "check", "start", "status", "logs", "stop", "delete"]
+    assert [words[0] for words in actions] == names
     assert len({tuple(words[1:3]) for words in actions}) == 1
-    created, _, prepared, started, *_ = actions
+    created, _, prepared, checked, started, *_ = actions
+    assert set(checked[3:]) <= set(started[3:])
     page = (ROOT / "docs" / "many_hosts.md").read_text()
     images = {
         row[1].strip("`").split("-")[0]: row[2].strip("`") for row in _rows(page, "| chips | type | runtime version |")
@@ -410,7 +424,8 @@ def test_documented_commands_of_a_pod_go_from_creating_to_deleting(machines):
     assert images[created[3].split("-")[0]] == created[4]
     _, config = check_main(["python", "-m", "dat_jax.main", *started[3:]])
     assert config.data.directory.startswith(f"/mnt/{prepared[3]}/")
-    for words in actions[:5]:  # the stand-in of tail does not wait, as stop needs
+    # The stand-in of the program does not end by itself, and that of tail does not wait, as stop needs.
+    for words in (created, prepared, started):
         result = machines.run("tpu_pod.sh", *words, REPOSITORY="https://example.org/dat_jax")
         assert result.returncode == 0, result.stderr
 

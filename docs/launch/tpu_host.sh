@@ -11,18 +11,18 @@ is_running() {
 
 install_package() {
   export PATH=$HOME/.local/bin:$PATH
-  command -v uv >/dev/null || curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh
+  command -v uv >/dev/null || python3 -m pip install --quiet --user uv
   [[ -x .venv/bin/python ]] || uv venv --python=3.12 .venv # the images come with Python 3.10
   uv pip install --quiet --python=.venv/bin/python --editable '.[train,tpu,gcs]'
 }
 
 install_gcsfuse() {
-  local key=/usr/share/keyrings/cloud.google.asc address=https://packages.cloud.google.com/apt
-  curl --fail --silent --show-error "$address/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
-  echo "deb [signed-by=$key] $address gcsfuse-$(lsb_release --codename --short) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  sudo apt-get update -qq
-  sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 gcsfuse
+  local version=${GCSFUSE_VERSION:-3.4.0} package
+  package=$(mktemp --suffix=.deb)
+  curl --fail --silent --show-error --location --output "$package" \
+    "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$version/gcsfuse_${version}_amd64.deb"
+  chmod a+r "$package"
+  sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 "$package"
 }
 
 mount_bucket() {

@@ -3,6 +3,7 @@
 #   docs/launch/tpu_pod.sh create NAME ZONE TYPE VERSION [--spot] [other flags of gcloud]
 #   docs/launch/tpu_pod.sh state NAME ZONE
 #   docs/launch/tpu_pod.sh setup NAME ZONE [BUCKET]
+#   docs/launch/tpu_pod.sh check NAME ZONE --config=CONFIG --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
 #   docs/launch/tpu_pod.sh start NAME ZONE --config=CONFIG --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
 #   docs/launch/tpu_pod.sh status|logs|stop|delete NAME ZONE
 # setup clones REPOSITORY, by default the origin of this clone, on every host, and mounts BUCKET at /mnt/BUCKET.
@@ -10,7 +11,7 @@
 # All commands but create and delete may be repeated.
 set -euo pipefail
 if (($# < 3)); then
-  echo "Expected one of create, state, setup, start, status, logs, stop, delete, with a name and a zone; see the head of $0" >&2
+  echo "Expected one of create, state, setup, check, start, status, logs, stop, delete, with a name and a zone; see the head of $0" >&2
   exit 2
 fi
 action=$1 name=$2 zone=$3
@@ -35,6 +36,10 @@ setup)
   on_hosts all "if test -d dat_jax; then git -C dat_jax pull --quiet; else git clone --quiet --depth=1 $quoted dat_jax; fi"
   on_hosts all "$(in_clone "${host[@]}" setup "$@")"
   ;;
+check)
+  : "${1:?the flags of dat_jax.check}"
+  on_hosts all "$(in_clone .venv/bin/python -m dat_jax.check --distributed=on "$@")"
+  ;;
 start)
   : "${1:?the flags of dat_jax.main}"
   on_hosts all "$(in_clone env "${limits[@]}" "${host[@]}" start "$@")"
@@ -43,7 +48,7 @@ status | stop) on_hosts all "$(in_clone "${host[@]}" "$action")" ;;
 logs) on_hosts 0 "$(in_clone "${host[@]}" logs)" ;; # only the first process logs
 delete) resource delete --force --quiet ;;
 *)
-  echo "Unknown command $action: expected create, state, setup, start, status, logs, stop or delete" >&2
+  echo "Unknown command $action: expected create, state, setup, check, start, status, logs, stop or delete" >&2
   exit 2
   ;;
 esac

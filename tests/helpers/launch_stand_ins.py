@@ -29,8 +29,8 @@ fi
 """
 # In place of the Python of a host: runs until SIGTERM, or ends with the first of the statuses that are left in a file.
 _PYTHON = """
-printf "%s\\n" $$ >> "$HOME/processes"
 trap 'touch "$HOME/saved"; exit 0' TERM
+printf "%s\\n" $$ >> "$HOME/processes"
 if [[ -s $HOME/statuses ]]; then
   status=$(head --lines=1 "$HOME/statuses")
   sed --in-place 1d "$HOME/statuses"
