@@ -39,8 +39,9 @@ start() {
     echo "$HOSTNAME: already running"
     return
   fi
-  # Detached from the terminal and from this session, so that it survives both.
-  nohup setsid bash docs/launch/restart.sh .venv/bin/python -m dat_jax.main --distributed=on "$@" >>"$log" 2>&1 </dev/null &
+  # Detached from this session, so that it survives its end. Its terminal may be closed before setsid has run: hence the trap.
+  trap "" HUP
+  setsid bash docs/launch/restart.sh .venv/bin/python -m dat_jax.main --distributed=on "$@" >>"$log" 2>&1 </dev/null &
   echo $! >"$pid_file"
   echo "$HOSTNAME: started, log in $log"
 }
