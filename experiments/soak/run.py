@@ -1,11 +1,13 @@
 """Recovery of quickstart runs from kills, signals and a full disk; runs in a bucket; several processes; memory leaks.
 
-JAX_PLATFORMS=cpu python -m experiments.soak.run [--parts=kills,bucket,signal,processes,disk,memory] [--output=DIR]
+JAX_PLATFORMS=cpu python -m experiments.soak.run [--parts=kills,bucket,...] [--output=DIR]
 
 - **kills**: a run of 200 steps is killed at random times, some of them while it saves or starts, and is restarted each time. Its
   last state is compared bit for bit with that of an uninterrupted run.
 - **bucket**: as kills, with the work directory and the compilation cache in a bucket of a storage server on this machine, whose
   last state is compared with that of a run on the disk. Some kills are in the middle of an upload.
+- **bucket_processes**: the same with two processes of four virtual devices each, which have working and temporary folders of
+  their own. Each time, both are killed, one up to a second after the other.
 - **signal**: SIGTERM is sent to one of two processes.
 - **processes**: two processes with four virtual devices each, and one process with eight. The losses of 30 steps are compared,
   and both evaluations of a checkpoint that the other layout wrote.
@@ -25,14 +27,14 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from experiments import measure
 from experiments.soak import bucket_server, processes
 
-PARTS = ("kills", "bucket", "signal", "processes", "disk", "memory")
+PARTS = ("kills", "bucket", "bucket_processes", "signal", "processes", "disk", "memory")
 CONFIG = "configs/quickstart.py"
 ONE_EPOCH = {
     "epochs": 1,
@@ -41,7 +43,8 @@ ONE_EPOCH = {
     "checkpoint.every": 10,
     "schedule.warmup_epochs": 0.1,
 }  # 200 steps
-_WAIT_SECONDS = 900
+OF_TWO_PROCESSES = {**ONE_EPOCH, "batch_size": 40}  # 100 steps
+_WAIT_SECONDS = 1800
 
 
 def start(workdir: pathlib.Path | str, cache: pathlib.Path | str, values: dict, **options) -> list[subprocess.Popen]:
@@ -97,56 +100,81 @@ def run_kills(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed:
     }
 
 
-def _kill(running: subprocess.Popen) -> str:
-    """Kill a process that has not exited, and return what it printed."""
-    if running.poll() is not None:
-        raise RuntimeError(f"exited before it was killed:\n{running.communicate()[0]}")
-    running.kill()
-    return running.communicate()[0]
+def _kill(running: Sequence[subprocess.Popen], *, first: int = 0, delay: float = 0.0) -> str:
+    """Kill processes that have not exited.
+
+    Args:
+      running: processes of a run.
+      first: index of the one that is killed first.
+      delay: seconds until the others are killed.
+
+    Returns:
+      What the process with index 0 printed.
+    """
+    for process in running:
+        if process.poll() is not None:
+            raise RuntimeError(f"exited before it was killed:\n{process.communicate()[0]}")
+    running[first].kill()
+    time.sleep(delay)
+    for process in running:
+        process.kill()
+    printed, *_ = [process.communicate()[0] for process in running]
+    return printed
 
 
-def compare_states(first: pathlib.Path | str, second: pathlib.Path | str) -> str:
-    """Number of equal arrays of the last states of two runs, and of all arrays."""
+def compare_states(
+    first: pathlib.Path | str, second: pathlib.Path | str, *, values: dict = ONE_EPOCH, step: int = 200
+) -> str:
+    """Number of equal arrays of the states of two runs at a step, and of all arrays."""
     import jax
 
-    states = [jax.tree.leaves(read_state(path, ONE_EPOCH, 200)) for path in (first, second)]
+    states = [jax.tree.leaves(read_state(path, values, step)) for path in (first, second)]
     equal = sum(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(*states, strict=True))
     return f"{equal} of {len(states[0])}"
 
 
-def run_bucket(directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed: int) -> dict[str, str]:
-    """Kill and restart a run in a bucket, and compare its last state with that of a run on the disk."""
+def run_bucket(
+    directory: pathlib.Path, cache: pathlib.Path, *, kills: int, seed: int, count: int = 1
+) -> dict[str, str]:
+    """Kill and restart a run of ``count`` processes in a bucket, and compare its last state with that of a run on the disk."""
     from dat_jax import storage
 
     rng, moments, resumed, set_aside = random.Random(seed), collections.Counter(), [], 0
-    on_disk, workdir = directory / "on_disk", "gs://soak-bucket/runs/killed"
-    processes.finish(start(on_disk, cache, ONE_EPOCH, devices=1), seconds=_WAIT_SECONDS)
+    on_disk, workdir = directory / f"on_disk_{count}", "gs://soak-bucket/runs/killed"
+    values, steps, options = ONE_EPOCH, 200, {"devices": 1}
+    if count > 1:
+        values, steps, options = OF_TWO_PROCESSES, 100, {"processes": count}
+    processes.finish(start(on_disk, cache, values, **options), seconds=_WAIT_SECONDS)
+    if count > 1:
+        options["folders"] = [directory / f"host_{index}" for index in range(count)]
+        for folder in options["folders"]:
+            folder.mkdir()
     with bucket_server.run_server() as url:
         os.environ["STORAGE_EMULATOR_HOST"] = os.environ["TENSORSTORE_GCS_HTTP_URL"] = url
         bucket_server.make_bucket(url, "soak-bucket")
-        options = dict(cache="gs://soak-bucket/cache", values=ONE_EPOCH, devices=1)
+        start_again = functools.partial(start, workdir, "gs://soak-bucket/cache", values, **options)
         for number in range(kills):
-            (running,) = start(workdir, **options)
+            running = start_again()
             moment = ("during an upload", "during an upload", "at any time")[number % 3]
             if moment == "at any time":
-                time.sleep(rng.uniform(5, 14))
+                time.sleep(rng.uniform(5, 14) * count)
             else:
-                _wait_for_upload(running, storage, workdir, number=rng.randint(1, 2))
+                _wait_for_upload(running[0], storage, workdir, number=rng.randint(1, 2))
                 time.sleep(rng.uniform(0, 0.1))
-            printed = _kill(running)
+            printed = _kill(running, first=rng.randrange(count), delay=rng.uniform(0, 1) * (count > 1))
             moments[moment] += 1
             resumed += [int(step) for step in re.findall(r"Resumed at step (\d+) of", printed)]
             set_aside += printed.count("moved to")
-        (printed,) = processes.finish(start(workdir, **options), seconds=_WAIT_SECONDS)
+        printed, *_ = processes.finish(start_again(), seconds=_WAIT_SECONDS)
         set_aside += printed.count("moved to")
         series = read_series(storage.fetch(workdir))
         return {
             "kills": f"{kills}: " + ", ".join(f"{count} {moment}" for moment, count in moments.items()),
             "resumed at step": ", ".join(map(str, resumed)),
             "unfinished checkpoints, set aside": str(set_aside),
-            "steps whose loss is in the metrics": f"{len(series['train/loss'])} of 200",
+            "steps whose loss is in the metrics": f"{len(series['train/loss'])} of {steps}",
             "arrays of the last state equal to those of a run on the disk, bit for bit": compare_states(
-                workdir, on_disk
+                workdir, on_disk, values=values, step=steps
             ),
         }
 
@@ -300,6 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = {
         "kills": functools.partial(run_kills, kills=options.kills, seed=options.seed),
         "bucket": functools.partial(run_bucket, kills=options.kills // 2, seed=options.seed),
+        "bucket_processes": functools.partial(run_bucket, kills=options.kills // 2, seed=options.seed, count=2),
         "signal": run_signal,
         "processes": run_processes,
         "disk": run_disk,
