@@ -86,10 +86,12 @@ class Machines:
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
     def end_all(self) -> None:
-        """End what a failed test has left running."""
+        """End what tests have left running: the loop of each host with its command, and commands without it."""
         for host in self.hosts:
-            loop = host / "dat_jax.pid"
-            for pid in [*([int(loop.read_text())] if loop.exists() else []), *self.processes(host)]:
+            for kill in (os.killpg, os.kill):  # its process group, or itself if it has none yet
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    kill(int((host / "dat_jax.pid").read_text()), signal.SIGKILL)
+            for pid in self.processes(host):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
