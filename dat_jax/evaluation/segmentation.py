@@ -26,8 +26,8 @@ METRIC = "mIoU"  # the best checkpoint has the highest value of this metric
 IGNORED = 255
 _ROWS = 64  # rows that are classified at a time; the sides of tiles are multiples of it
 _LARGEST_TILE = 512
-# On CPU a program takes 600 of the 65,530 memory maps of a process, and XLA aborts the process if there are no more.
-_MOST_SHAPES = 64
+# Linux allows a process 65,530 memory maps. A program for a CPU takes about 600, and XLA crashes if there are no more.
+_MOST_MEMORY_MAPS = 30_000
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -345,18 +345,26 @@ def _make_forward(predict, *, flip, window, stride):
 
 
 def _make_discarding(programs):
-    """Make a function of the views of a batch that discards the programs if they were compiled for many other shapes."""
+    """Make a function of the views of a batch that discards the programs if those for other shapes take many memory maps."""
     used = set()
 
     def discard_programs(views):
         shapes = {images.shape for images in views}
-        if len(used | shapes) > _MOST_SHAPES:
+        if not shapes <= used and used and _count_memory_maps() > _MOST_MEMORY_MAPS:
             for program in programs:
                 program.clear_cache()
             used.clear()
         used.update(shapes)
 
     return discard_programs
+
+
+def _count_memory_maps() -> int:
+    """Number of memory maps of this process; 0 on systems other than Linux."""
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def _fill(maps):

@@ -1,5 +1,7 @@
 """mIoU and related metrics: a case by hand, a confusion matrix, and evaluation over views, windows and devices."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,7 +165,7 @@ def test_batches_of_many_sizes_equal_single_images(ratios, flip, batch_size):
 
 
 def test_programs_of_many_sizes_are_discarded(monkeypatch):
-    """On CPU, XLA aborts the process at about a hundred programs."""
+    """On CPU, XLA crashes at about a hundred programs, when the process has no memory maps left."""
     source, transform = make_source(SIZES), make_segmentation_eval_transform(scale=(96, 48), ratios=(1.0,))
     batches = list(make_sized_eval_batches(source, transform, batch_size=1))
     shapes = [batch["view_0"].shape for batch in batches]
@@ -175,9 +177,24 @@ def test_programs_of_many_sizes_are_discarded(monkeypatch):
         traced.append(batch["image"].shape)
         return predict(variables, batch)
 
-    monkeypatch.setattr(segmentation, "_MOST_SHAPES", 1)
+    monkeypatch.setattr(segmentation, "_MOST_MEMORY_MAPS", 0)
     assert segmentation.make_evaluator(count)({}, batches).metrics == metrics
     assert traced == [shape for index, shape in enumerate(shapes) if index == 0 or shape != shapes[index - 1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say how many memory maps a process has")
+def test_discarding_programs_returns_their_memory_maps():
+    before = segmentation._count_memory_maps()
+    program = jax.jit(lambda image: jnp.tanh(image) @ jnp.cos(image).T)
+    discard = segmentation._make_discarding([program])
+    for side in range(8, 40):
+        discard([np.zeros((side, side))])
+        program(np.zeros((side, side), np.float32))
+    assert segmentation._count_memory_maps() > before + 30
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "_MOST_MEMORY_MAPS", before)
+        discard([np.zeros((4, 4))])
+    assert segmentation._count_memory_maps() < before + 30
 
 
 def test_several_devices_count_each_image_once():
