@@ -1,4 +1,4 @@
-"""Checks a run on the machines that it will use, before it costs anything: python -m dat_jax.check --config=CONFIG --workdir=DIR
+"""Checks a run on the machines that it will use, in minutes: python -m dat_jax.check --config=CONFIG --workdir=DIR
 
 Every part of the run is tried: devices, storage, data, loading of images, compilation, training steps, evaluation, the sum of
 the gradient over the devices, saving and restoring a checkpoint, and the fast algorithms against the plain ones. Then it prints

@@ -164,7 +164,7 @@ def format_help(text: str, values: flags.FlagValues, *, groups: Mapping[str, Seq
 
 
 def _format_default(flag: flags.Flag) -> str:
-    if flag.default in (None, False, "", 0):
+    if flag.default in (None, False, "", 0, []):
         return ""
     return f" Default: {(flag.default_as_str or '').strip(chr(39))}."
 

@@ -62,7 +62,7 @@ def save_class_results(
 
 
 def describe_worst_classes(evaluation: Evaluation, *, class_names: Sequence[str], count: int = 3) -> str:
-    """Describe the classes with the lowest values of the first metric, as "dog 61.2, cat 70.4"; "" if none is lower than others.
+    """Describe the classes with the lowest values of the first metric, as "dog (61.2), cat (70.4)"; "" if all are equal.
 
     Args:
       evaluation: the result.
@@ -73,7 +73,7 @@ def describe_worst_classes(evaluation: Evaluation, *, class_names: Sequence[str]
     worst = [index for index in np.argsort(values, kind="stable") if np.isfinite(values[index])]
     if not worst or values[worst[0]] == values[worst[-1]]:
         return ""
-    return ", ".join(f"{class_names[index]} {values[index]:.4g}" for index in worst[:count])
+    return ", ".join(f"{class_names[index]} ({values[index]:.4g})" for index in worst[:count])
 
 
 def _format(value: float) -> str:

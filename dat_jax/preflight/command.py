@@ -23,7 +23,7 @@ from dat_jax.storage import as_path, exists, is_in_bucket, remove
 from dat_jax.training.monitoring import sinks
 from dat_jax.training.workdir import WorkDirectory
 
-_NEEDED_FOR_ESTIMATE = set(PHASES) - {"algorithms", "communication"}
+_NEEDED_FOR_ESTIMATE = ("storage", "input", "steps", "checkpoint")
 
 
 def check(
@@ -67,16 +67,21 @@ def check(
         problems = []
         for name, phase in PHASES.items():
             missing = [other for other in phase.needs if other not in session.values]
-            if name in skip or missing:
-                reason = "skipped" if name in skip else f"not checked, since {name_some(missing)} did not succeed"
-                console.print(f"{name}: {reason}")
-                continue
-            problems += _run_phase(name, phase, session, console)
+            if name in skip:
+                console.print(f"{name}: skipped")
+            elif missing:
+                console.print(f"{name}: not checked, because it needs {name_some(missing)}")
+            else:
+                found = _run_phase(name, phase, session, console)
+                _print_problems(found, console)
+                problems += found
         _print_estimate(session, console)
-    for problem in problems:
-        console.print(f"PROBLEM: {problem}")
-    verdict = f"{len(problems)} problem{'s' * (len(problems) != 1)} found" if problems else "No problem was found"
-    console.print(f"{verdict}, in {time.monotonic() - start:.0f} s.")
+    seconds = f"{time.monotonic() - start:.0f} s"
+    if problems:
+        console.print(f"{_count(len(problems))} found in {seconds}:")
+        _print_problems(problems, console)
+    else:
+        console.print(f"No problem was found, in {seconds}. To start the run, use the same flags with dat_jax.main.")
     return problems
 
 
@@ -93,11 +98,10 @@ def _run_phase(name: str, phase: Phase, session: Session, console: Console) -> l
     answers = [json.loads(text) for text in multihost.gather_texts(json.dumps({"values": values, "failure": failure}))]
     failures: dict[str, list[int]] = {}
     for process, answer in enumerate(answers):
-        if answer["failure"]:
-            failures.setdefault(answer["failure"], []).append(process)
+        if text := answer["failure"].replace(str(session.scratch), str(session.workdir)):
+            failures.setdefault(text, []).append(process)
     if failures:
         problems = [f"{_name_processes(processes, len(answers))}{text}" for text, processes in failures.items()]
-        print_table(console, "", {name: "failed, see below"})
         return [f"{name}: {problem}" for problem in problems]
     gathered = [answer["values"] for answer in answers]
     session.values[name] = gathered
@@ -106,20 +110,31 @@ def _run_phase(name: str, phase: Phase, session: Session, console: Console) -> l
     return [f"{name}: {problem}" for problem in outcome.problems]
 
 
+def _print_problems(problems: list[str], console: Console) -> None:
+    for problem in problems:
+        console.print(f"PROBLEM: {problem}")
+
+
+def _count(problems: int) -> str:
+    return f"{problems} problem{'s' * (problems != 1)}"
+
+
 def _name_processes(processes: list[int], count: int) -> str:
     return "" if len(processes) == count else f"process {name_some(list(map(str, processes)))} of {count}: "
 
 
 def _print_estimate(session: Session, console: Console) -> None:
-    if not set(session.values) >= _NEEDED_FOR_ESTIMATE:
-        console.print("There is no estimate, since parts of the check are missing.")
+    missing = [name for name in _NEEDED_FOR_ESTIMATE if name not in session.values]
+    if missing:
+        console.print(f"There is no estimate, because it needs {name_some(missing)}.")
         return
     measured = session.collect()
     if not measured.steps_left:
         console.print("The run in this work directory has done all its steps.")
         return
     estimate = estimate_run(measured)
-    print_table(console, "Estimate", estimate.describe())
+    without = "" if "evaluation" in session.values else ", without evaluations"
+    print_table(console, f"Estimate{without}", estimate.describe())
     for sentence in estimate.advice:
         console.print(f"Advice: {sentence}")
 

@@ -64,7 +64,7 @@ class Estimate:
         """Rows of a table."""
         return {
             "steps/s": f"{self.steps_per_second:.4g}",
-            "time to the end": format_duration(self.seconds),
+            "time to the end": f"{format_duration(self.seconds)} ({self.seconds / 3600:.3g} hours)",
             "device-hours": f"{self.device_hours:,.3g}",
             "limited by": self.limit,
         }

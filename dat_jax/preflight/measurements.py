@@ -58,7 +58,7 @@ def find_damaged(trainer: Trainer, count: int) -> list[str]:
     return found
 
 
-def measure_input(trainer: Trainer, seconds: float) -> tuple[float, dict]:
+def measure_input(trainer: Trainer, seconds: float) -> tuple[float, int, dict]:
     """Load training batches, while the devices do nothing.
 
     Args:
@@ -66,7 +66,7 @@ def measure_input(trainer: Trainer, seconds: float) -> tuple[float, dict]:
       seconds: for how long at least; longer until three batches were loaded, but not much longer than two minutes.
 
     Returns:
-      Images per second of this process, and the last batch of this process (numpy).
+      Images per second of this process, the number of batches, and the last batch of this process (numpy).
     """
     with contextlib.closing(trainer.train_batches(start_step=0)) as batches:  # pyright: ignore[reportArgumentType] (a generator)
         batch = next(batches)
@@ -78,7 +78,7 @@ def measure_input(trainer: Trainer, seconds: float) -> tuple[float, dict]:
             if spent > _MAX_INPUT_SECONDS or (spent > seconds and count >= _MIN_INPUT_BATCHES):
                 break
     names = trainer.task.example_batch(1).keys()  # the others are counts of damaged images
-    return count * len(batch["image"]) / spent, {name: batch[name] for name in names}
+    return count * len(batch["image"]) / spent, count, {name: batch[name] for name in names}
 
 
 def compile_train_step(trainer: Trainer) -> CompiledStep:

@@ -72,7 +72,7 @@ class Session:
         self.state: Any = None  # the state after some steps
 
     def collect(self) -> Measured:
-        """What the estimate needs. All parts but "algorithms" must have succeeded."""
+        """What the estimate needs. The parts "storage", "input", "steps" and "checkpoint" must have succeeded."""
         plan, config, first = self.trainer.plan, self.trainer.config, {}
         for values in self.values.values():
             first |= values[0]
@@ -87,7 +87,7 @@ class Session:
             steps_between_saves=min(every, plan.eval_steps),
             step_seconds=first["step_seconds"],
             compile_seconds=first["compile_seconds"],
-            evaluation_seconds=first["evaluation_seconds"],
+            evaluation_seconds=first.get("evaluation_seconds", 0.0),
             save_seconds=first["save_seconds"],
             input_rate=min(values["input_rate"] for values in self.values["input"]),
             workers=config.data.workers,
@@ -118,7 +118,8 @@ def describe_devices(session: Session, values: Values) -> Outcome:
     if session.expected_devices not in (None, total):
         problems.append(
             f"Expected {session.expected_devices} devices, and jax found {total} of kind {values[0]['kind']} in "
-            f"{len(values)} processes. Check that all processes were started, and that jax is installed for this platform."
+            f"{len(values)} process{'es' * (len(values) != 1)}. "
+            "Check that all processes were started, and that jax is installed for this platform."
         )
     for name, values_of_it in (
         ("devices", "numbers of devices"),
@@ -176,12 +177,21 @@ def _time_file(path: Path) -> tuple[float, float]:
             download(path, copy.parent)
         else:
             shutil.copytree(source.parent, path)
+            _drop_from_cache(path / "data")
             written = time.monotonic()
             shutil.copytree(path, copy.parent)
         end = time.monotonic()
         if copy.read_bytes() != source.read_bytes():
             raise UserError(f"A file that was written to {path.parent.parent} has another content when it is read.")
     return written - start, end - written
+
+
+def _drop_from_cache(path: pathlib.Path) -> None:
+    """Wait until a file is on the disk, and remove it from the memory of the operating system where that is possible."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def describe_storage(session: Session, values: Values) -> Outcome:
@@ -191,7 +201,7 @@ def describe_storage(session: Session, values: Values) -> Outcome:
     rows = {
         "work directory": str(session.workdir) + (f", to be resumed at step {done}" if done else ""),
         "a file of 32 MiB": f"written at {slowest['write'] / 1e6:,.0f} MB/s, read at {slowest['read'] / 1e6:,.0f} MB/s",
-        **({} if free is None else {"free": format_size(free)}),
+        **({} if free is None else {"free on the disk": format_size(free)}),
         "compiled programs": values[0]["cache"] or "not kept",
     }
     return Outcome(rows)
@@ -236,8 +246,8 @@ def describe_data(session: Session, values: Values) -> Outcome:
 
 def measure_input(session: Session) -> dict[str, Any]:
     """Load images."""
-    rate, session.batch = measurements.measure_input(session.trainer, session.seconds)
-    return {"input_rate": rate}
+    rate, count, session.batch = measurements.measure_input(session.trainer, session.seconds)
+    return {"input_rate": rate, "batches": count}
 
 
 def describe_input(session: Session, values: Values) -> Outcome:
@@ -246,7 +256,9 @@ def describe_input(session: Session, values: Values) -> Outcome:
     slowest = "" if len(rates) == 1 else f" by the slowest process, {max(rates):,.0f} by the fastest"
     workers = session.config.data.workers
     how = f"{workers} worker processes" if workers else "threads of the process"
-    return Outcome({"images/s loaded": f"{min(rates):,.0f}{slowest}, by {how} on {os.cpu_count()} cores"})
+    count = min(value["batches"] for value in values)
+    text = f"{min(rates):,.0f}{slowest}, by {how} on {os.cpu_count()} cores, measured with {count} batches"
+    return Outcome({"images/s loaded": text})
 
 
 # Compilation
@@ -262,7 +274,7 @@ def describe_compilation(session: Session, values: Values) -> Outcome:
     """The step must fit."""
     peak, available = (max(value[name] or 0 for value in values) for name in ("peak", "available"))
     rows = {"compilation": f"{max(value['compile_seconds'] for value in values):.1f} s"}
-    rows["memory of a device"] = format_size(peak) + (f" of {format_size(available)}" if available else "")
+    rows["memory needed by a device"] = format_size(peak) + (f" of {format_size(available)}" if available else "")
     problems = []
     if available and peak > _FULL_MEMORY * available:
         problems.append(
@@ -290,8 +302,8 @@ def describe_steps(session: Session, values: Values) -> Outcome:
     rate = session.trainer.config.batch_size / seconds
     rows = {
         "a step": f"{seconds:.4g} s, {rate:,.0f} images/s, median of three",
-        "images/s needed": f"{rate / len(values):,.0f} by each process",
-        "loss after four steps": f"{loss:.4g}",
+        "images/s to load": f"{rate / len(values):,.0f} in each process, to keep its devices busy",
+        "loss after four steps": f"{loss:.4g}, from new weights",
     }
     problems = [] if math.isfinite(loss) else [f"The loss after four steps is {loss}."]
     return Outcome(rows, problems)

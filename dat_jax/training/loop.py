@@ -390,15 +390,17 @@ def _log_end(signal: str, step: int, saved: int | None, directory: WorkDirectory
 
 def _add_earlier_calls(clock: Clock, files: pathlib.Path, *, step: int) -> None:
     """Add the time of the earlier calls of a run that was resumed at a step."""
-    earlier = read_earlier(read_records(files / METRICS), step=step)
+    records = list(read_records(files / METRICS))
+    earlier = read_earlier(records, step=step)
     clock.add(earlier)
     if earlier.get("lost"):
-        logger.info("Lost to restarts so far: %s.", format_duration(earlier["lost"]))
+        repeated = f"Step {step + 1} and later ones are repeated, of which {records[-1]['step'] - step} were logged."
+        logger.info("%s Lost to restarts so far: %s.", repeated, format_duration(earlier["lost"]))
 
 
 def _log_time_shares(clock: Clock) -> None:
     seconds = clock.read()
-    logger.info("Time of the run: %s; %s.", format_duration(sum(seconds.values())), format_shares(seconds))
+    logger.info("Time of all calls: %s; %s.", format_duration(sum(seconds.values())), format_shares(seconds))
 
 
 def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> TrainState:

@@ -56,7 +56,7 @@ def test_a_thousand_classes_are_drawn(tmp_path):
 
 
 def test_the_worst_classes_are_named_and_those_without_examples_left_out(evaluation):
-    assert describe_worst_classes(evaluation, class_names=NAMES) == 'a "quoted" name 0, cat, tabby 75'
+    assert describe_worst_classes(evaluation, class_names=NAMES) == 'a "quoted" name (0), cat, tabby (75)'
     assert describe_worst_classes(Evaluation({}), class_names=NAMES) == ""
 
 

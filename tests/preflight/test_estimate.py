@@ -36,7 +36,7 @@ def test_the_devices_limit_a_run():
     assert (result.limit, result.advice) == ("the devices", ())
     assert result.describe() == {
         "steps/s": "2",
-        "time to the end": "1:02:00",
+        "time to the end": "1:02:00 (1.03 hours)",
         "device-hours": "8.27",
         "limited by": "the devices",
     }
