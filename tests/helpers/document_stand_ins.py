@@ -73,7 +73,9 @@ _RUNS = {  # a work directory -> the configuration that it comes from
     "runs/upernet_dat_pp_s": "configs/upernet.py:dat_pp_s",
 }
 _OF_MAPS = "_of_maps"  # weights of the backbone that small segmentors and detectors have
-_PATHS = re.compile(r"^(/data/|/mnt/my-bucket/|data/|runs/|weights/|exported/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)")
+_PATHS = re.compile(
+    r"^(/data/|/mnt/my-bucket/|data/|runs/|weights/|exported/|photo|digit|flowers/|ILSVRC|[\w]+\.(pth|yaml)$)"
+)
 
 
 def parse_flags(tool: str, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -306,7 +308,7 @@ class StandIns:
         values["config"].value = shrink(config)
         compiler = "jax_cuda12_plugin" if values.topology == "h100" else "libtpu"
         if importlib.util.find_spec(compiler) is None:
-            values.topology = "cpu"
+            values.topology, values.slices = "cpu", 1
         with (
             kept_programs(None),
             mock.patch.object(flags, "FLAGS", values),
