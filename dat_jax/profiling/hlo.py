@@ -94,6 +94,7 @@ class Instruction:
       trip_count: number of iterations of a loop according to the compiler, or None.
       devices: text of the groups, or pairs, of devices of a collective, or "".
       transfer: (kind of the collective, its name) of a "send" or "recv" to other slices, or empty.
+      chain: number that the pieces of one collective in several fusions share, or "".
     """
 
     name: str
@@ -107,6 +108,7 @@ class Instruction:
     trip_count: int | None = None
     devices: str = ""
     transfer: tuple[str, ...] = ()
+    chain: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +163,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
     target = re.search(r'custom_call_target="([^"]*)"', attributes)
     trips = re.search(r"known_trip_count\W+n\W+(\d+)", attributes)
     devices = _DEVICES.search(attributes)
+    chain = re.search(r'\bchain_id="(\d+)"', attributes)
     transfer = _TRANSFER.search(attributes) if opcode in ("send", "recv") else None
     return Instruction(
         name=name,
@@ -177,6 +180,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
         literal=text[opening + 1 : closing - 1] if opcode == "constant" else "",
         trip_count=int(trips[1]) if trips else None,
         devices=devices[1] if devices else "",
+        chain=chain[1] if chain else "",
         transfer=(transfer[2].lower().replace("_", "-"), transfer[1]) if transfer else (),
     )
 
@@ -249,7 +253,8 @@ def collectives(
 ) -> dict[str, dict[str, int]]:
     """Collective ops of a module by kind.
 
-    A pair of "-start" and "-done" instructions counts once. A collective in a loop also counts once, whatever the number of
+    A pair of "-start" and "-done" instructions counts once, and so does a collective that the TPU compiler distributes over
+    several fusions to overlap it with their computation. A collective in a loop also counts once, whatever the number of
     iterations.
 
     Args:
@@ -259,10 +264,11 @@ def collectives(
     Returns:
       Kind -> {"count": number of ops, "bytes": the larger of operands and results, "in_loops": number of ops in loops}.
     """
-    in_loops, table = loops(module), {}
+    in_loops, table, chains = loops(module), {}, set()
     for name, instruction in module:
         kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES and select(instruction):
+        if kind in COLLECTIVES and select(instruction) and (kind, instruction.chain) not in chains:
+            chains |= {(kind, instruction.chain)} if instruction.chain else set()
             row = table.setdefault(kind, {"count": 0, "bytes": 0, "in_loops": 0})
             row["count"] += 1
             row["bytes"] += collective_bytes(instruction, module.computations[name])

@@ -11,6 +11,8 @@ from dat_jax.errors import UserError
 from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo, step_report
 from dat_jax.profiling.slices import split_collectives
+from dat_jax.training import loop
+from dat_jax.training.monitoring.metrics import read_metrics
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
 
@@ -170,3 +172,16 @@ def test_training_on_two_slices_gives_the_losses_of_one_device(losses_of_one_dev
     assert ("all-gather" in inside) == (fsdp > 1), inside
     parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(trainer.abstract_state.params))
     assert 0 < sum(row["bytes"] for row in between.values()) <= 1.05 * parameters
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_slices_is_evaluated_and_resumed_on_one(tmp_path):
+    config = tiny_config.get_config(stages=("D",), dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
+    config.epochs = 1
+    config.mesh.update(slices=2, fsdp=2)
+    result = loop.train(config, str(tmp_path))
+    config.mesh.update(slices=-1, fsdp=1)
+    assert loop.evaluate(config, str(tmp_path)) == pytest.approx(result, rel=1e-5)
+    config.epochs = 2
+    loop.train(config, str(tmp_path))
+    assert list(read_metrics(tmp_path / "metrics.jsonl")["eval/top1"]) == [10, 20]
