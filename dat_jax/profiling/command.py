@@ -25,6 +25,7 @@ FLOPs, bytes accessed: the compiler's estimates, which count each loop body once
 FLOPs of products: counted in the traced program, with all iterations of loops
 operands and results: counted in the compiled program, with all iterations of loops; of a slice the part that is taken
 collectives, gathers, scatters: each counts once, also in a loop; a dynamic slice is neither a gather nor a scatter"""
+_SLICE_NOTES = "between slices: bytes that one chip sends or receives, over the network of the data center for TPUs"
 _COSTS = {
     "flops": "FLOPs",
     "product_flops": "FLOPs of products",
@@ -178,6 +179,8 @@ def print_report(console: Console, report: dict) -> None:
                 table.add_row(row["name"], f"{row['ops']:,}", *sizes)
             console.print(table, soft_wrap=False)
     console.print(_NOTES, style="dim")
+    if report["slices"] > 1:
+        console.print(_SLICE_NOTES, style="dim")
 
 
 def _make_column(part: dict) -> dict[str, str]:
