@@ -9,6 +9,11 @@ in an evaluation:
   python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=h100 --find_batch
   python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=v5e:2x2 --steps=eval --top=20
 
+Collectives inside and between four slices of 256 chips, which the network of the data center connects:
+
+  python -m dat_jax.compile_report --config=configs/dat_pp_t.py --topology=v5e:16x16 --slices=4 --steps=train \\
+      --config.batch_size=8192
+
 The number of programs that an evaluation of images of many sizes needs, and how long they take to compile:
 
   python -m dat_jax.compile_report --config=configs/upernet.py:dat_pp_t --topology=v5e:2x2 --evaluation \\
@@ -25,7 +30,7 @@ from dat_jax.config.files import define_config_flag
 from dat_jax.errors import UserError
 
 _FLAGS = {
-    "Steps and device": ("config=CONFIG", "topology=NAME", "steps=train,eval", "find_batch", "evaluation"),
+    "Steps and device": ("config=CONFIG", "topology=NAME", "slices=N", "steps=train,eval", "find_batch", "evaluation"),
     "Output": ("json=FILE", "top=ROWS"),
     "Data set and GPU description": ("classes=N", "examples=N", "target_config=FILE"),
 }
@@ -36,6 +41,8 @@ def define_flags(values: flags.FlagValues) -> None:
     define_config_flag(values)
     help_text = "Devices to compile for: v5e:2x2, v6e:2x2, v5p:2x2x1 or other sizes of these, h100, or cpu."
     flags.DEFINE_string("topology", None, help_text, flag_values=values)
+    help_text = "Number of slices of this TPU topology, which the network of the data center connects."
+    flags.DEFINE_integer("slices", 1, help_text, lower_bound=1, flag_values=values)
     flags.DEFINE_list("steps", ["train", "eval"], "Steps to compile: train, eval or both.", flag_values=values)
     help_text = "Find the largest batch size per chip that fits, compiling once per batch size."
     flags.DEFINE_bool("find_batch", False, help_text, flag_values=values)
@@ -66,6 +73,8 @@ def main(_: list[str]) -> None:
         fail("Expected --config=CONFIG --topology=NAME, such as --config=dat_pp_t --topology=v5e:2x2.")
     if values.evaluation and values.find_batch:
         fail("--evaluation and --find_batch cannot be combined.")
+    if values.evaluation and values.slices > 1:
+        fail("--evaluation and --slices cannot be combined.")
     from dat_jax.profiling import command  # imports jax, which takes seconds
 
     try:
@@ -77,6 +86,7 @@ def main(_: list[str]) -> None:
         command.report_steps(
             values.config,
             topology=values.topology,
+            slices=values.slices,
             steps=values.steps,
             find_batch=values.find_batch,
             json_file=values.json,

@@ -143,11 +143,22 @@ KEYS: dict[str, Any] = {
         "clip_norm": Key(float, 5.0, "Largest global norm of the gradient; 0 disables clipping.", minimum=0),
     },
     "mesh": {
-        "data": Key(int, -1, "Devices that split the batch only; -1: all remaining ones.", minimum=1, or_value=-1),
+        "slices": Key(
+            int,
+            -1,
+            "Slices of TPUs, which the network of the data center connects; -1: those that the devices belong to. Each slice "
+            "has a copy of the `data` x `fsdp` mesh and processes an equal part of the batch. Devices other than TPUs have no "
+            "slices, so -1 means 1; a larger number groups consecutive devices.",
+            minimum=1,
+            or_value=-1,
+        ),
+        "data": Key(
+            int, -1, "Devices per slice that split the batch only; -1: all remaining ones.", minimum=1, or_value=-1
+        ),
         "fsdp": Key(
             int,
             1,
-            "Devices that also split large parameters and their optimizer state; -1: all remaining ones.",
+            "Devices per slice that also split large parameters and their optimizer state; -1: all remaining ones.",
             minimum=1,
             or_value=-1,
         ),

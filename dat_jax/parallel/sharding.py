@@ -1,10 +1,13 @@
 """The device mesh, and the sharding of batches and training state over it. No other module names the axes of the mesh.
 
-Axes: "data" splits the batch. "fsdp" splits the batch too, and large parameters with their optimizer state.
+Axes: "data" splits the batch. "fsdp" splits the batch too, and large parameters with their optimizer state. A mesh over several
+slices, groups of devices that only the network of the data center connects, has a first axis "slice", which splits the batch.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from dat_jax.errors import UserError
 from dat_jax.ops.dispatch import split_batch
 
 AXES = ("data", "fsdp")
+SLICE_AXIS = "slice"
 MIN_SHARDED_SIZE = 2**16  # elements; gathering a smaller array costs more than sharding it saves
 
 
@@ -22,29 +26,46 @@ def make_mesh(
     *,
     data: int,
     fsdp: int,
+    slices: int = -1,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (jaxlib has no annotations)
 ) -> Mesh:
     """Make the mesh over all devices.
 
     In a run of several processes the devices of an fsdp group belong to one process where possible: the parameters that fsdp
-    gathers in every layer stay within a host, and only gradients are sent between hosts.
+    gathers in every layer stay within a host, and only gradients are sent between hosts. An fsdp group never has devices of
+    several slices.
 
     Args:
-      data: size of the axis "data"; -1 for the number of devices divided by ``fsdp``.
-      fsdp: size of the axis "fsdp"; -1 for the number of devices divided by ``data``.
+      data: size of the axis "data"; -1 for the number of devices of a slice divided by ``fsdp``.
+      fsdp: size of the axis "fsdp"; -1 for the number of devices of a slice divided by ``data``.
+      slices: number of slices; -1 for the slices of the devices. Devices other than TPUs belong to no slices; consecutive ones
+        make up a slice. The mesh has an axis "slice" if it has several slices.
       devices: devices of the mesh; by default all devices of the default platform.
 
     Raises:
-      UserError: the product of the sizes is not the number of devices, or an fsdp group would contain part of the devices
-        of a process.
+      UserError: the product of the sizes is not the number of devices, the devices do not make up ``slices`` slices of the
+        same size, or an fsdp group or a slice would contain part of the devices of a process.
     """
-    devices = jax.devices() if devices is None else devices
+    groups = _split_slices(jax.devices() if devices is None else devices, slices)
+    count = len(groups[0])
     if data == -1:
-        data = len(devices) // fsdp
+        data = count // fsdp
     elif fsdp == -1:
-        fsdp = len(devices) // data
-    if data * fsdp != len(devices):
-        raise UserError(f"A mesh of data={data} x fsdp={fsdp} does not make up {len(devices)} devices.")
+        fsdp = count // data
+    if data * fsdp != count:
+        if len(groups) == 1:
+            raise UserError(f"A mesh of data={data} x fsdp={fsdp} does not make up {count} devices.")
+        raise UserError(
+            f"A mesh of data={data} x fsdp={fsdp} does not make up the {count} devices of each of {len(groups)} slices."
+        )
+    if len(groups) == 1:
+        return _make_slice_mesh(groups[0], data, fsdp)
+    arrays = [_make_slice_mesh(group, data, fsdp).devices for group in groups]
+    return Mesh(np.stack(arrays), (SLICE_AXIS, *AXES), axis_types=(AxisType.Auto,) * 3)
+
+
+def _make_slice_mesh(devices: Sequence[Any], data: int, fsdp: int) -> Mesh:
+    """The mesh of ``data`` x ``fsdp`` devices that belong to one slice."""
     types = (AxisType.Auto,) * 2
     hosts = len({device.process_index for device in devices})
     local = len(devices) // hosts
@@ -55,13 +76,62 @@ def make_mesh(
             f"A mesh with fsdp={fsdp} does not fit {hosts} processes of {local} devices: expected a divisor or a multiple "
             f"of {local}."
         )
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(ordered).reshape(data, fsdp), AXES, axis_types=types)
+    return Mesh(np.array(_in_order(devices)).reshape(data, fsdp), AXES, axis_types=types)
+
+
+def _split_slices(devices: Sequence[Any], slices: int) -> list[Sequence[Any]]:
+    """The devices of each slice."""
+    if devices[0].platform != "tpu":  # a GPU also has an index of its "slice", a part of the network of NVLink
+        return [devices] if slices in (-1, 1) else _split_evenly(devices, slices)
+    indices = [getattr(device, "slice_index", 0) for device in devices]
+    sizes = Counter(indices)
+    if slices not in (-1, len(sizes)):
+        raise UserError(
+            f"config.mesh.slices is {slices}, but the devices belong to {_count(len(sizes), 'slice')}: expected "
+            f"{len(sizes)}, or -1 to use the slices of the devices."
+        )
+    if len(sizes) == 1:
+        return [devices]
+    if len(set(sizes.values())) > 1:
+        numbers = ", ".join(str(sizes[index]) for index in sorted(sizes))
+        raise UserError(f"The slices have {numbers} devices: expected the same number of devices in each.")
+    return [
+        [device for device, index in zip(devices, indices, strict=True) if index == number] for number in sorted(sizes)
+    ]
+
+
+def _split_evenly(devices: Sequence[Any], slices: int) -> list[Sequence[Any]]:
+    """Groups of consecutive devices, for devices that have no slices."""
+    if len(devices) % slices:
+        raise UserError(f"config.mesh.slices {slices} is not a divisor of the number of devices, {len(devices)}.")
+    size = len(devices) // slices
+    hosts = len({device.process_index for device in devices})
+    local = len(devices) // hosts
+    if local % size and size % local:
+        raise UserError(
+            f"config.mesh.slices {slices} does not fit {hosts} processes of {local} devices: expected a divisor or a multiple "
+            f"of {hosts}."
+        )
+    ordered = _in_order(devices)
+    return [ordered[start : start + size] for start in range(0, len(devices), size)]
+
+
+def _in_order(devices: Sequence[Any]) -> list[Any]:
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
+def count_slices(mesh: Mesh) -> int:
+    """Number of slices of a mesh."""
+    return mesh.shape.get(SLICE_AXIS, 1)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose first axis is the batch: over both axes of the mesh."""
-    return NamedSharding(mesh, P(AXES))
+    """Sharding of an array whose first axis is the batch: over all axes of the mesh."""
+    return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def with_split_kernels(function: Callable, mesh: Mesh) -> Callable:
@@ -69,7 +139,7 @@ def with_split_kernels(function: Callable, mesh: Mesh) -> Callable:
 
     @functools.wraps(function)
     def split(*arguments):
-        with split_batch(mesh, AXES):
+        with split_batch(mesh, mesh.axis_names):
             return function(*arguments)
 
     return split

@@ -76,12 +76,12 @@ def check(
                 _print_problems(found, console)
                 problems += found
         _print_estimate(session, console)
-    seconds = f"{time.monotonic() - start:.0f} s"
+    duration = f"{time.monotonic() - start:.0f} s"
     if problems:
-        console.print(f"{_count(len(problems))} found in {seconds}:")
+        console.print(f"{_count(len(problems))} found in {duration}:")
         _print_problems(problems, console)
     else:
-        console.print(f"No problem was found, in {seconds}. To start the run, use the same flags with dat_jax.main.")
+        console.print(f"No problem was found, in {duration}. To start the run, use the same flags with dat_jax.main.")
     return problems
 
 

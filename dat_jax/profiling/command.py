@@ -25,6 +25,7 @@ FLOPs, bytes accessed: the compiler's estimates, which count each loop body once
 FLOPs of products: counted in the traced program, with all iterations of loops
 operands and results: counted in the compiled program, with all iterations of loops; of a slice the part that is taken
 collectives, gathers, scatters: each counts once, also in a loop; a dynamic slice is neither a gather nor a scatter"""
+_SLICE_NOTES = "between slices: bytes that one chip sends or receives, over the network of the data center for TPUs"
 _COSTS = {
     "flops": "FLOPs",
     "product_flops": "FLOPs of products",
@@ -39,6 +40,7 @@ def report_steps(
     config: ConfigDict,
     *,
     topology: str,
+    slices: int = 1,
     steps: Sequence[str],
     find_batch: bool = False,
     json_file: str | None = None,
@@ -53,7 +55,7 @@ def report_steps(
 
     Args:
       config: configuration of a run.
-      topology: see ``find_devices``.
+      topology, slices: see ``find_devices``.
       steps: one or more of ``step_report.STEPS``.
       find_batch: whether to find the largest batch size that fits, instead of using that of the configuration.
       json_file: file for the report, or None.
@@ -69,6 +71,7 @@ def report_steps(
     report = _make_report(
         config,
         topology=topology,
+        slices=slices,
         steps=steps,
         find_batch=find_batch,
         top=top,
@@ -122,14 +125,18 @@ def _configure() -> None:
     configure_logging()
 
 
-def _make_report(config, *, topology, steps, find_batch, top, classes, examples, target_config) -> dict[str, Any]:
+def _make_report(
+    config, *, topology, slices, steps, find_batch, top, classes, examples, target_config
+) -> dict[str, Any]:
     if not steps or not set(steps) <= set(step_report.STEPS):
         choices = ", ".join(step_report.STEPS)
         raise UserError(f"--steps must be one or more of {choices}, got {','.join(steps) or 'none'}.")
     validate(config)
-    find_devices(topology, target_config=target_config)  # reports errors before data are read
+    find_devices(topology, slices=slices, target_config=target_config)  # reports errors before data are read
     sources = step_report.make_sources(config, classes=classes, examples=examples)
-    options: dict[str, Any] = dict(topology=topology, sources=sources, target_config=target_config, top=top)
+    options: dict[str, Any] = dict(
+        topology=topology, slices=slices, sources=sources, target_config=target_config, top=top
+    )
     if not find_batch:
         return step_report.compile_report(config, steps=steps, **options)
     reports = [step_report.find_batch(config, step, **options) for step in steps]
@@ -149,8 +156,9 @@ def write_json(path: str | pathlib.Path, report: dict) -> None:
 def print_report(console: Console, report: dict) -> None:
     """Print a report of ``step_report.compile_report`` as tables, with one column per step."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
     console.print(
-        f"{report['model']}, {report['images']}, {report['dtype']}, for {report['chips']} x {report['device']}"
+        f"{report['model']}, {report['images']}, {report['dtype']}, for {report['chips']} x {report['device']}{slices}"
     )
     console.print(f"Compiled with {versions}. Every number is per chip and per step.")
     columns = {step: _make_column(part) for step, part in report["steps"].items()}
@@ -171,6 +179,8 @@ def print_report(console: Console, report: dict) -> None:
                 table.add_row(row["name"], f"{row['ops']:,}", *sizes)
             console.print(table, soft_wrap=False)
     console.print(_NOTES, style="dim")
+    if report["slices"] > 1:
+        console.print(_SLICE_NOTES, style="dim")
 
 
 def _make_column(part: dict) -> dict[str, str]:
@@ -199,14 +209,28 @@ def _make_column(part: dict) -> dict[str, str]:
 
 def _make_program_rows(part: dict) -> dict[str, str]:
     """Rows that describe the ops of the compiled program."""
-    collectives = (
-        f"{kind} {row['count']}, {row['bytes'] / 1e6:.1f} MB" + f", {row['in_loops']} in loops" * (row["in_loops"] > 0)
-        for kind, row in part["collectives"].items()
-    )
-    rows = {"collectives": "\n".join(collectives)}
+    inside, between = part["collectives"], part.get("collectives_between_slices")
+    if between is None:
+        rows = {"collectives": _list_collectives(inside)}
+    else:
+        executed = (row["executed_bytes"] for row in between.values())
+        rows = {
+            "collectives inside a slice": _list_collectives(inside),
+            "collectives between slices": _list_collectives(between),
+            "between slices, with all iterations": f"{sum(row['executions'] for row in between.values())}, "
+            f"{sum(executed) / 1e6:.2f} MB",
+        }
     for kind in ("gather", "scatter"):
         row = part[kind]
         rows[f"{kind}s"] = f"{row['count']}" + f", largest {row['largest']}" * (row["count"] > 0)
     by_trips = sorted(Counter(part["loops"]).items(), key=lambda item: item[0] or 0)
     rows["loops"] = ", ".join(f"{loops} x {trips or 'unknown'} iterations" for trips, loops in by_trips)
     return rows
+
+
+def _list_collectives(table: dict[str, dict[str, int]]) -> str:
+    """One line per kind."""
+    return "\n".join(
+        f"{kind} {row['count']}, {row['bytes'] / 1e6:.1f} MB" + f", {row['in_loops']} in loops" * (row["in_loops"] > 0)
+        for kind, row in table.items()
+    )

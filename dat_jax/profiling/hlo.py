@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 COLLECTIVES = (
@@ -27,6 +27,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")  # dtype[dims]{order:layout}
 _REFERENCE = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(\w+)=(?:%([\w.\-]+)|\{(%[^{}]*)\})")
+_DEVICES = re.compile(r"\b(?:replica_groups|source_target_pairs)=(mesh\[[^{]*\{[^}]*\}|\S+?)(?:,?\s|,?$)")
+_TRANSFER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)".*_xla_megascale_transfer_type="([^"]*)"')
 _STRUCTURE = {
     "while",
     "body",
@@ -90,6 +92,9 @@ class Instruction:
       target: target of a custom call, or "".
       literal: text of the value of a constant, or "".
       trip_count: number of iterations of a loop according to the compiler, or None.
+      devices: text of the groups, or pairs, of devices of a collective, or "".
+      transfer: (kind of the collective, its name) of a "send" or "recv" to other slices, or empty.
+      chain: number that the pieces of one collective in several fusions share, or "".
     """
 
     name: str
@@ -101,6 +106,9 @@ class Instruction:
     target: str = ""
     literal: str = ""
     trip_count: int | None = None
+    devices: str = ""
+    transfer: tuple[str, ...] = ()
+    chain: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +118,12 @@ class Module:
     Attributes:
       computations: name of a computation -> its instructions by name.
       entry: name of the computation where execution starts.
+      partitions: number of devices that run the module.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
+    partitions: int = 1
 
     def __iter__(self) -> Iterator[tuple[str, Instruction]]:
         """Pairs (name of the computation, instruction) of all computations, including those of fusions."""
@@ -139,7 +149,8 @@ def parse(text: str) -> Module:
             current[match[1]] = _parse_instruction(match[1], line[match.end() :])
     if entry is None:
         raise ValueError("The text has no ENTRY computation.")
-    return Module(computations, entry)
+    partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+    return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
@@ -151,6 +162,9 @@ def _parse_instruction(name: str, text: str) -> Instruction:
     op_name = re.search(r'op_name="([^"]*)"', attributes)
     target = re.search(r'custom_call_target="([^"]*)"', attributes)
     trips = re.search(r"known_trip_count\W+n\W+(\d+)", attributes)
+    devices = _DEVICES.search(attributes)
+    chain = re.search(r'\bchain_id="(\d+)"', attributes)
+    transfer = _TRANSFER.search(attributes) if opcode in ("send", "recv") else None
     return Instruction(
         name=name,
         opcode=opcode,
@@ -165,6 +179,9 @@ def _parse_instruction(name: str, text: str) -> Instruction:
         target=target[1] if target else "",
         literal=text[opening + 1 : closing - 1] if opcode == "constant" else "",
         trip_count=int(trips[1]) if trips else None,
+        devices=devices[1] if devices else "",
+        chain=chain[1] if chain else "",
+        transfer=(transfer[2].lower().replace("_", "-"), transfer[1]) if transfer else (),
     )
 
 
@@ -231,26 +248,38 @@ def loops(module: Module) -> set[str]:
     return names
 
 
-def collectives(module: Module) -> dict[str, dict[str, int]]:
+def collectives(
+    module: Module, *, select: Callable[[Instruction], bool] = lambda instruction: True
+) -> dict[str, dict[str, int]]:
     """Collective ops of a module by kind.
 
-    A pair of "-start" and "-done" instructions counts once. A collective in a loop also counts once, whatever the number of
+    A pair of "-start" and "-done" instructions counts once, and so does a collective that the TPU compiler distributes over
+    several fusions to overlap it with their computation. A collective in a loop also counts once, whatever the number of
     iterations.
+
+    Args:
+      module: the module.
+      select: whether a collective counts; by default all do.
 
     Returns:
       Kind -> {"count": number of ops, "bytes": the larger of operands and results, "in_loops": number of ops in loops}.
     """
-    in_loops, table = loops(module), {}
+    in_loops, table, chains = loops(module), {}, set()
     for name, instruction in module:
         kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            computation = module.computations[name]
+        if kind in COLLECTIVES and select(instruction) and (kind, instruction.chain) not in chains:
+            chains |= {(kind, instruction.chain)} if instruction.chain else set()
             row = table.setdefault(kind, {"count": 0, "bytes": 0, "in_loops": 0})
             row["count"] += 1
-            sides = operand_shapes(instruction, computation), result_shapes(instruction, computation)
-            row["bytes"] += max(sum(shape.bytes for shape in shapes) for shapes in sides)
+            row["bytes"] += collective_bytes(instruction, module.computations[name])
             row["in_loops"] += name in in_loops
     return table
+
+
+def collective_bytes(instruction: Instruction, computation: Mapping[str, Instruction]) -> int:
+    """Bytes of the operands or of the results of a collective, whichever are more."""
+    sides = operand_shapes(instruction, computation), result_shapes(instruction, computation)
+    return max(sum(shape.bytes for shape in shapes) for shapes in sides)
 
 
 def count_indexed(module: Module, opcode: str) -> dict:

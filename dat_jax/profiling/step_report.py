@@ -23,6 +23,7 @@ from dat_jax.ops.dispatch import compiling_for, compute_dtype
 from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo
 from dat_jax.profiling.flops import count_product_flops
+from dat_jax.profiling.slices import split_collectives
 from dat_jax.profiling.topologies import TARGET_CONFIG, Chip, find_devices, first_line
 from dat_jax.tasks.registry import get_task_class, make_task
 from dat_jax.training.compilation import known_options
@@ -66,6 +67,7 @@ def compile_report(
     config: ConfigDict,
     *,
     topology: str,
+    slices: int = 1,
     steps: Sequence[str] = STEPS,
     sources: tuple[Any, Any] | None = None,
     target_config: str | pathlib.Path = TARGET_CONFIG,
@@ -75,7 +77,7 @@ def compile_report(
 
     Args:
       config: configuration of the run. Its batch sizes are totals over all chips.
-      topology: see ``find_devices``.
+      topology, slices: see ``find_devices``. Batch sizes are totals over all slices.
       steps: "train", "eval" or both. The "eval" step is the prediction for a batch, which dominates the time of an
         evaluation.
       sources: training and validation data, such as StandIns; by default those that ``config.data`` names.
@@ -83,12 +85,13 @@ def compile_report(
       top: number of rows in the tables of bytes by op and by module.
 
     Returns:
-      {"topology", "chips", "device", "model", "images", "dtype", "versions", "steps": step -> report}, see ``report_step``.
+      {"topology", "slices", "chips": number in all slices, "device", "model", "images", "dtype", "versions", "steps": step ->
+      report}, see ``report_step``.
 
     Raises:
       UserError: settings do not fit together, or compilation fails for another reason than memory.
     """
-    chip, devices = find_devices(topology, target_config=target_config)
+    chip, devices = find_devices(topology, slices=slices, target_config=target_config)
     config = _without_files(config)
     validate(config)
     with compiling_for(chip.platform):
@@ -97,6 +100,7 @@ def compile_report(
             trainer.check_train_batch()
         return {
             "topology": topology,
+            "slices": sharding.count_slices(trainer.mesh),
             "chips": len(devices),
             "device": devices[0].device_kind,
             "model": config.model.name,
@@ -128,7 +132,8 @@ def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dic
         "memory": sizes by use, in bytes.
         "cost": FLOPs and bytes by the compiler's estimate, by the traced program, and by the compiled program.
         "roofline": lower bounds of the time per step, empty for an unknown chip.
-        "collectives", "gather", "scatter": see ``hlo.collectives`` and ``hlo.count_indexed``.
+        "collectives", "gather", "scatter": see ``hlo.collectives`` and ``hlo.count_indexed``. On several slices, "collectives"
+          are those inside a slice, and "collectives_between_slices" the others, see ``slices.split_collectives``.
         "loops": trip count of each loop, None if it is unknown.
         "top": tables of bytes by op and by module, if ``top`` is not 0.
       If the compiled program cannot be read, "unread" is the reason, the keys from "roofline" on are missing, and "cost"
@@ -167,12 +172,20 @@ def report_step(trainer: Trainer, step: str, *, chip: Chip, top: int = 0) -> dic
     by_opcode, by_path = hlo.traffic(module)
     report["cost"] = _cost(compiled, by_opcode, product_flops)
     report["roofline"] = _roofline(report["cost"], chip, report["batch_size_per_chip"])
-    report["collectives"] = hlo.collectives(module)
+    report |= _collectives(module, trainer.mesh)
     report |= {opcode: hlo.count_indexed(module, opcode) for opcode in ("gather", "scatter")}
     report["loops"] = [hlo.trip_count(module, i) for _, i in module if i.opcode == "while"]
     if top:
         report["top"] = {"op": _largest(by_opcode, top), "module": _largest(by_path, top)}
     return report
+
+
+def _collectives(module: hlo.Module, mesh: jax.sharding.Mesh) -> dict[str, dict]:
+    slices = sharding.count_slices(mesh)
+    if slices == 1:
+        return {"collectives": hlo.collectives(module)}
+    inside, between = split_collectives(module, mesh.size // slices)
+    return {"collectives": inside, "collectives_between_slices": between}
 
 
 def step_function(trainer: Trainer, step: str):
@@ -294,7 +307,9 @@ def largest_that_fits(fits: Callable[[int], bool], *, unit: int, limit: int) -> 
     return low
 
 
-def find_batch(config: ConfigDict, step: str, *, topology: str, sources: tuple[Any, Any], **options) -> dict[str, Any]:
+def find_batch(
+    config: ConfigDict, step: str, *, topology: str, slices: int = 1, sources: tuple[Any, Any], **options
+) -> dict[str, Any]:
     """Report of a step with the largest batch size that fits. Every batch size that is tried is logged.
 
     The batch size per chip is a multiple of 8, for the train step of 8 times ``accumulate_steps``.
@@ -302,14 +317,15 @@ def find_batch(config: ConfigDict, step: str, *, topology: str, sources: tuple[A
     Args:
       config: see ``compile_report``.
       step: "train" or "eval".
-      topology: see ``compile_report``.
+      topology, slices: see ``compile_report``.
       sources: data whose class names are used; the number of examples is replaced by a sufficient one.
       **options: other arguments of ``compile_report``.
 
     Raises:
       UserError: the smallest batch size does not fit.
     """
-    chips = len(find_devices(topology, target_config=options.get("target_config", TARGET_CONFIG))[1])
+    target_config = options.get("target_config", TARGET_CONFIG)
+    chips = len(find_devices(topology, slices=slices, target_config=target_config)[1])
     train_source, eval_source = (StandIn(_LARGEST_BATCH * chips, source.class_names) for source in sources)
     sources = (train_source, eval_source)
     reports: dict[int, dict] = {}
@@ -318,7 +334,9 @@ def find_batch(config: ConfigDict, step: str, *, topology: str, sources: tuple[A
         candidate = ConfigDict(config.to_dict())
         candidate.batch_size = batch * chips
         candidate.eval.batch_size = batch * chips
-        reports[batch] = compile_report(candidate, topology=topology, steps=(step,), sources=sources, **options)
+        reports[batch] = compile_report(
+            candidate, topology=topology, slices=slices, steps=(step,), sources=sources, **options
+        )
         report = reports[batch]["steps"][step]
         verdict = f"fits, peak {format_size(report['memory']['peak'])}" if report["fits"] else "does not fit"
         logger.info("%s: batch size %d per chip %s.", step, batch, verdict)
@@ -327,7 +345,8 @@ def find_batch(config: ConfigDict, step: str, *, topology: str, sources: tuple[A
     unit = _BATCH_UNIT * (config.accumulate_steps if step == "train" else 1)
     largest = largest_that_fits(fits, unit=unit, limit=_LARGEST_BATCH)
     if not largest:
-        raise UserError(f"The {step} step does not fit on {topology} even with a batch size of {unit} per chip.")
+        name = f"{slices} x {topology}" if slices > 1 else topology
+        raise UserError(f"The {step} step does not fit on {name} even with a batch size of {unit} per chip.")
     return reports[largest]
 
 

@@ -52,18 +52,21 @@ def find_chip(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
-def find_devices(topology: str, *, target_config: str | pathlib.Path = TARGET_CONFIG) -> tuple[Chip, Sequence[Any]]:
+def find_devices(
+    topology: str, *, slices: int = 1, target_config: str | pathlib.Path = TARGET_CONFIG
+) -> tuple[Chip, Sequence[Any]]:
     """Find the devices to compile for.
 
     Args:
       topology: TPU topology such as "v5e:2x2", "h100" for one GPU, or "cpu" for the (virtual) CPU devices of this machine.
+      slices: number of TPU slices of this topology, which the network of the data center connects.
       target_config: file that describes the GPU to its compiler.
 
     Returns:
       The chip and the devices; devices of a topology can be compiled for, but not used.
 
     Raises:
-      UserError: the topology is unknown, its compiler is not installed, or the compiler does not support it.
+      UserError: the topology is unknown or has no slices, its compiler is not installed, or the compiler does not support it.
     """
     family, _, layout = topology.partition(":")
     if family not in CHIPS or not re.fullmatch(_layout_pattern(family), layout):
@@ -72,20 +75,26 @@ def find_devices(topology: str, *, target_config: str | pathlib.Path = TARGET_CO
             "of three numbers), h100, or cpu."
         )
     chip = CHIPS[family]
+    if slices > 1 and chip.platform != "tpu":
+        raise UserError(
+            f"--slices={slices} needs a TPU topology such as v5e:2x2, got {topology}. --config.mesh.slices groups other devices."
+        )
     if chip.platform == "cpu":
         return chip, jax.devices("cpu")
     _require("libtpu" if chip.platform == "tpu" else "jax_cuda12_plugin", chip.platform)
     try:
         if chip.platform == "tpu":
             _describe_host(family, math.prod(map(int, layout.split("x"))))
-            return chip, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+            several: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+            return chip, topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
         description = pathlib.Path(target_config).read_text()
         options = dict(topology_name="", topology="1x1x1", target_config=description)
         return chip, topologies.get_topology_desc(platform="cuda", **options).devices
     except OSError as error:
         raise UserError(f"--target_config {target_config} cannot be read: {error.strerror}.") from error
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"The compiler does not support the topology {topology}: {first_line(error)}") from error
+        name = f"{slices} x {topology}" if slices > 1 else topology
+        raise UserError(f"The compiler does not support the topology {name}: {first_line(error)}") from error
 
 
 def _layout_pattern(family: str) -> str:

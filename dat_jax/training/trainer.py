@@ -63,7 +63,9 @@ class Trainer:
         """
         validate(config)
         config = resolve_model(config)
-        self.mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+        self.mesh = sharding.make_mesh(
+            data=config.mesh.data, fsdp=config.mesh.fsdp, slices=config.mesh.slices, devices=devices
+        )
         self.task = make_task(config, sources=sources)
 
         parts = self.mesh.size * config.accumulate_steps

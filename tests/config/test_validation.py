@@ -86,6 +86,7 @@ def test_values_that_a_key_accepts(key, phrase, accepted, refused):
         ("eval.checkpoint", "newest", "config.eval.checkpoint must be one of best, latest, got 'newest'"),
         ("task", "tracking", "config.task must be one of classification, segmentation, detection, got 'tracking'"),
         ("mesh.data", 0, "config.mesh.data must be an integer of at least 1, or -1, got 0"),
+        ("mesh.slices", 0, "config.mesh.slices must be an integer of at least 1, or -1, got 0"),
         ("profile", -1, "config.profile must be an integer of at least 0, got -1"),
         ("compilation_cache", 1, "config.compilation_cache must be a string, got 1"),
         ("seed", -1, "config.seed must be an integer of at least 0, got -1"),
@@ -100,7 +101,7 @@ def test_values_that_a_key_accepts(key, phrase, accepted, refused):
         ("schedule.base_lr", float("inf"), "config.schedule.base_lr must be a number of at least 0, or -1, got inf"),
         (
             "mesh",
-            {"data": -1, "fsdp": -1},
+            {"slices": -1, "data": -1, "fsdp": -1},
             "config.mesh.data or config.mesh.fsdp must be a number of devices, got -1 for both",
         ),
         ("schedule.kind", "exponential", "config.schedule.kind must be one of cosine, poly, step, got 'exponential'"),

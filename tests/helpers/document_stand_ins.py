@@ -317,7 +317,7 @@ class StandIns:
         values["config"].value = shrink(config)
         compiler = "jax_cuda12_plugin" if values.topology == "h100" else "libtpu"
         if importlib.util.find_spec(compiler) is None:
-            values.topology = "cpu"
+            values.topology, values.slices = "cpu", 1
         with (
             kept_programs(None),
             mock.patch.object(flags, "FLAGS", values),

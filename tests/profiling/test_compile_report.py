@@ -170,6 +170,8 @@ def test_unknown_topologies_and_missing_compilers_are_reported(monkeypatch, tmp_
     for name in ("v5e", "v5e:2", "v5e:2x2x1", "v5p:2x2", "v4:2x2x1", "h100:2", "cpu:8", "v5e:0x2", ""):
         with pytest.raises(UserError, match=f"Unknown topology '{name}'; choose v5e:2x2"):
             topologies.find_devices(name)
+    with pytest.raises(UserError, match=r"--slices=2 needs a TPU topology such as v5e:2x2, got cpu\."):
+        topologies.find_devices("cpu", slices=2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: pip install libtpu\.$"):
         topologies.find_devices("v5e:2x2")
@@ -185,6 +187,11 @@ def test_unknown_topologies_and_missing_compilers_are_reported(monkeypatch, tmp_
     [
         (["--config=configs/quickstart.py", "--find-batch"], "--topology=NAME"),
         (["--config=configs/dat_pp_t.py", "--topology=cpu", "--config.batch_size=60"], "60 is not a multiple of 8"),
+        (["--config=configs/dat_pp_t.py", "--topology=h100", "--slices=2"], "--slices=2 needs a TPU topology"),
+        (
+            ["--config=configs/quickstart_segmentation.py", "--topology=v5e:2x2", "--slices=2", "--evaluation"],
+            "--evaluation and --slices cannot be combined",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments, message):

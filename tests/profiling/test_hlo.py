@@ -133,6 +133,17 @@ def test_asynchronous_collectives_count_once():
     assert hlo.collectives(hlo.parse(CPU)) == {}
 
 
+def test_the_pieces_of_a_collective_in_several_fusions_count_once():
+    piece = """%{0} (p.{0}: f32[2,8]) -> f32[8,8] {{
+  %p.{0} = f32[2,8]{{1,0}} parameter(0)
+  ROOT %g.{0} = f32[8,8]{{1,0}} all-gather(%p.{0}), channel_id=3, dimensions={{0}}, frontend_attributes={{chain_id="{1}"}}
+}}
+"""
+    pieces = "".join(piece.format(name, chain) for name, chain in (("a", 0), ("b", 0), ("c", 0), ("d", 1), ("e", 1)))
+    counted = hlo.collectives(hlo.parse(TPU.replace("%region_0.1", pieces + "%region_0.1", 1)))["all-gather"]
+    assert counted == {"count": 3, "bytes": 256 * 32 * 2 + 2 * 8 * 8 * 4, "in_loops": 1}
+
+
 def test_gathers_in_fusions_count_and_scatters_have_the_size_of_their_updates():
     gathers = hlo.count_indexed(hlo.parse(TPU), "gather")
     assert (gathers["count"], gathers["largest"], gathers["bytes"]) == (1, "bf16[5,32]", 320)

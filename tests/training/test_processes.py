@@ -46,8 +46,9 @@ def whole(tmp_path_factory):
     return directory
 
 
-def test_two_processes_give_the_losses_and_the_evaluation_of_one(whole, tmp_path):
-    first, second = finish(start(tmp_path, processes=2, values={"mesh.fsdp": 4}))
+@pytest.mark.parametrize("mesh", [{"mesh.fsdp": 4}, {"mesh.slices": 2, "mesh.fsdp": 2}], ids=["processes", "slices"])
+def test_two_processes_give_the_losses_and_the_evaluation_of_one(whole, tmp_path, mesh):
+    first, second = finish(start(tmp_path, processes=2, values=mesh))
     assert "Result" in first
     assert "step" not in second  # one of them speaks
     got, wanted = series(tmp_path), series(whole)
@@ -117,6 +118,8 @@ def test_processes_that_are_named_in_part_are_refused():
         ({"SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "4"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"MEGASCALE_NUM_SLICES": "1"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"JOBSET_NAME": "a", "JOB_COMPLETION_INDEX": "0"}, True),

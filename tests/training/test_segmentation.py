@@ -82,7 +82,7 @@ def test_batch_norm_is_of_the_whole_batch_on_every_mesh(head):
     found = {}
     for devices, mesh in ((1, {"data": 1, "fsdp": 1}), (8, {"data": 4, "fsdp": 2})):
         config = tiny_segmentation.get_config(head).unlock()
-        config.mesh = mesh
+        config.mesh.update(mesh)
         trainer = Trainer(config, devices=jax.devices()[:devices])
         state, losses = trainer.initialize(), []
         for batch in itertools.islice(trainer.train_batches(start_step=0), 3):

@@ -24,7 +24,7 @@ from tests.helpers import tiny_config
 def losses_on(mesh: dict[str, int], devices, monkeypatch) -> tuple[list[float], object]:
     monkeypatch.setattr(jax, "devices", lambda: devices)
     config = tiny_config.get_config(stages=("D",), dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
-    config.mesh = mesh
+    config.mesh.update(mesh)
     recipe = get_classification_config().augmentation  # what is drawn must not depend on the mesh either
     for name in ("erasing_probability", "mixup_alpha", "cutmix_alpha"):
         config.augmentation[name] = recipe[name]
@@ -193,7 +193,7 @@ def test_the_step_of_every_configuration_has_consistent_shapes(name):
 def test_devices_exchange_parameters_and_gradients_only(data, fsdp):
     """Left to itself the partitioner gathers activations where parameters are split."""
     config = tiny_config.get_config(dim_stem=128, dims=(128,), num_heads=(4,), num_groups=(2,)).unlock()
-    config.mesh = {"data": data, "fsdp": fsdp}
+    config.mesh.update(data=data, fsdp=fsdp)
     config.batch_size = 64  # so that activations are larger than parameters
     trainer = Trainer(config)
     where = sharding.batch_sharding(trainer.mesh)
