@@ -61,7 +61,8 @@ def main(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     from dat_jax.parallel import multihost  # imports jax, which takes seconds
     from dat_jax.preflight.command import check
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written is removed
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was written is removed
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         multihost.start(
             mode=values.distributed,

@@ -1,5 +1,6 @@
 """The recipes of docs/launch, with stand-ins for the clouds' and schedulers' programs: what each host would run."""
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -8,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 import tomllib
 
 import pytest
@@ -69,16 +71,42 @@ def test_the_number_of_restarts_is_limited(machines):
     assert (result.returncode, runs) == (7, 3)
 
 
+def test_a_loop_without_a_command_or_with_wrong_numbers_does_not_start(machines):
+    for variables in (
+        {"MAX_RESTARTS": "08"},
+        {"MAX_RESTARTS": "10x"},
+        {"PAUSE_SECONDS": "-1"},
+        {"PAUSE_SECONDS": "1 1"},
+    ):
+        result, runs = run_loop(machines, [1, 1], **variables)
+        assert (result.returncode, runs) == (2, 0)
+        assert f"({next(iter(variables.values()))})" in result.stderr
+    assert machines.run("restart.sh").returncode == 2
+
+
+def test_ctrl_c_reaches_the_command_once(machines):
+    """A terminal sends the signal to the whole process group of the script. A second signal would end a run without saving."""
+    count = machines.hosts[0] / "dat_jax" / ".venv" / "bin" / "python"
+    text = count.read_text()
+    count.write_text(text.replace("exit 0' TERM", "sleep 0.5; exit 0' TERM\ntrap 'touch \"$HOME/again\"' INT"))
+    with running_loop(machines, start_new_session=True) as (loop, host):
+        os.killpg(loop.pid, signal.SIGINT)
+        assert loop.wait(timeout=60) == 128 + signal.SIGTERM
+        assert (host / "saved").exists()
+        assert not (host / "again").exists()
+
+
 def test_a_command_without_restarts_passes_its_status_on(machines):
     assert run_loop(machines, [7], MAX_RESTARTS="0")[0].returncode == 7
 
 
 @contextlib.contextmanager
-def running_loop(machines, **variables):
+def running_loop(machines, *, start_new_session=False, **variables):
     host = machines.hosts[0]
     command = ["bash", "docs/launch/restart.sh", ".venv/bin/python"]
     environment = {**os.environ, "HOME": str(host), **variables}
-    with subprocess.Popen(command, cwd=host / "dat_jax", env=environment, stderr=subprocess.PIPE, text=True) as loop:
+    options = dict(stderr=subprocess.PIPE, text=True, start_new_session=start_new_session)
+    with subprocess.Popen(command, cwd=host / "dat_jax", env=environment, **options) as loop:
         wait_until(lambda: machines.processes(host))
         yield loop, host
 
@@ -172,6 +200,35 @@ def test_all_hosts_of_a_pod_check_the_run_together(machines):
         assert words == ["-m", "dat_jax.check", "--distributed=on", *START]
         values, _ = parse_config("check", words[2:])
         assert values.workdir == "gs://bucket/our runs/s"
+
+
+def test_a_host_starts_one_run_and_none_that_it_cannot_stop(machines):
+    host = machines.hosts[0]
+    script, options = ["bash", "docs/launch/tpu_host.sh"], dict(cwd=host / "dat_jax", HOME=str(host))
+    assert machines.run_command([*script, "strat"], **options).returncode == 2
+    assert machines.run_command(script, **options).returncode == 2
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        starts = [pool.submit(machines.run_command, [*script, "start", *START], **options) for _ in range(4)]
+    said = "".join(start.result().stdout for start in starts)
+    assert (said.count("started, log"), said.count("already running")) == (1, 3)
+    wait_until(lambda: machines.processes(host))
+    machines.run_command([*script, "stop"], **options)
+    (host / "dat_jax.pid").unlink()
+    (host / "dat_jax.pid").symlink_to("/dev/full")
+    assert machines.run_command([*script, "start", *START], **options).returncode == 1
+    (host / "dat_jax.pid").unlink()
+    time.sleep(0.3)
+    assert not any(is_alive(pid) for pid in machines.processes(host)[1:])
+
+
+def test_wrong_arguments_of_the_recipes_touch_nothing(machines):
+    assert machines.run("tpu_pod.sh", "start", "our-pod", "--config=a", "--workdir=b").returncode == 2
+    for bucket in ("gs://our-bucket", ""):
+        assert "without gs://" in machines.run("tpu_pod.sh", "setup", "our-pod", "zone", bucket).stderr
+    assert machines.calls("gcloud") == []
+    machines.add("srun")
+    assert machines.run("slurm.sh", "--config=a", "--workdir=b", SLURM_GPUS_ON_NODE="8").returncode == 2
+    assert machines.calls("srun") == []
 
 
 def test_a_crashed_run_of_a_pod_is_restarted(machines):

@@ -20,7 +20,7 @@ def make_console(*, quiet: bool = False) -> Console:
     In a notebook it writes plain lines, which form one output of the cell, instead of one HTML element per line.
     """
     make = functools.partial(
-        Console,
+        _Console,
         quiet=quiet,
         highlight=False,
         markup=False,
@@ -32,6 +32,12 @@ def make_console(*, quiet: bool = False) -> Console:
     )
     console = make()
     return console if console.is_terminal else make(width=_UNLIMITED_WIDTH)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the error to ``cli.flags.run_interruptible``; by default, rich ends the program with status 1."""
+        raise
 
 
 class ConsoleHandler(logging.Handler):

@@ -2,11 +2,14 @@
 
 import contextlib
 import json
-import pathlib
+import logging
+import os
 import shutil
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -19,10 +22,11 @@ from dat_jax.errors import UserError, name_some
 from dat_jax.parallel import multihost
 from dat_jax.preflight.estimate import estimate_run
 from dat_jax.preflight.phases import PHASES, Outcome, Phase, Session
-from dat_jax.storage import as_path, exists, is_in_bucket, remove
+from dat_jax.storage import Path, as_path, exists, is_in_bucket, remove
 from dat_jax.training.monitoring import sinks
 from dat_jax.training.workdir import WorkDirectory
 
+logger = logging.getLogger(__name__)
 _NEEDED_FOR_ESTIMATE = ("storage", "input", "steps", "checkpoint")
 
 
@@ -144,17 +148,42 @@ def _make_scratch(workdir: str) -> Iterator[WorkDirectory]:
     """A directory inside the work directory, which is removed at the end, with the parents that were missing."""
     name = multihost.broadcast_text(f".check-{uuid.uuid4().hex}")
     path = as_path(workdir) / name
-    missing = [] if is_in_bucket(path) else [parent for parent in path.parents if not parent.exists()]
+    missing = [] if is_in_bucket(path) else [parent for parent in path.parents if not os.path.exists(parent)]
     try:
         with WorkDirectory(str(path)) as scratch:
             yield scratch
         multihost.wait("check")
     finally:
-        with contextlib.suppress(OSError):
-            if isinstance(path, pathlib.PosixPath) and not is_in_bucket(path):
-                shutil.rmtree(path, ignore_errors=True)
-            elif jax.process_index() == 0 and exists(path):
+        with _without_signals():
+            _remove_scratch(path, missing)
+
+
+def _remove_scratch(path: Path, missing: Sequence[Path]) -> None:
+    """Remove a folder and the parents that were missing before. A failure is logged as a warning."""
+    try:
+        if is_in_bucket(path):
+            if jax.process_index() == 0 and exists(path):
                 remove(path)
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+            return
+        if os.path.exists(path):
+            shutil.rmtree(path, ignore_errors=jax.process_count() > 1)  # several processes remove the same files
+    except OSError as error:
+        logger.warning("%s could not be removed: %s. Please delete it.", path, error.strerror or error)
+    for parent in missing:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+@contextlib.contextmanager
+def _without_signals() -> Iterator[None]:
+    """Context in which SIGINT, SIGTERM and SIGHUP do nothing."""
+    if threading.current_thread() is not threading.main_thread():  # which gets no signals
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -17,7 +17,7 @@ class Measured:
       batch_size: images of a step, over all devices.
       steps_left: steps until the end of the run.
       evaluations_left: evaluations until its end.
-      steps_between_saves: steps from one checkpoint to the next.
+      steps_between_saves: steps from one checkpoint to the next, on average.
       step_seconds: a training step.
       compile_seconds: compilation of the step.
       evaluation_seconds: an evaluation of all validation images, without compilation.
@@ -32,7 +32,7 @@ class Measured:
     batch_size: int
     steps_left: int
     evaluations_left: int
-    steps_between_saves: int
+    steps_between_saves: float
     step_seconds: float
     compile_seconds: float
     evaluation_seconds: float
@@ -65,7 +65,7 @@ class Estimate:
         return {
             "steps/s": f"{self.steps_per_second:.4g}",
             "time to the end": f"{format_duration(self.seconds)} ({self.seconds / 3600:.3g} hours)",
-            "device-hours": f"{self.device_hours:,.3g}",
+            "device-hours": f"{self.device_hours:.3g}" if self.device_hours < 100 else f"{self.device_hours:,.0f}",
             "limited by": self.limit,
         }
 
@@ -89,8 +89,8 @@ def estimate_run(measured: Measured) -> Estimate:
     if save_seconds > max(measured.step_seconds, input_seconds):
         between = math.ceil(measured.save_seconds / max(measured.step_seconds, input_seconds))
         advice.append(
-            f"A checkpoint takes {measured.save_seconds:.1f} s, longer than the {measured.steps_between_saves} steps from one to "
-            f"the next: save every {between} steps or more rarely (config.checkpoint.every, config.eval.every)."
+            f"A checkpoint takes {measured.save_seconds:.1f} s, longer than the {measured.steps_between_saves:.0f} steps from "
+            f"one to the next: save every {between} steps or more rarely (config.checkpoint.every, config.eval.every)."
         )
     if evaluations > _LARGE_SHARE * total:
         advice.append(
@@ -114,7 +114,7 @@ def _advise_input(measured: Measured) -> str:
         f"{measured.cores} cores and config.data.workers={measured.workers}."
     )
     if measured.workers >= measured.cores:
-        return f"{facts} All cores are busy: use machines with more cores, or a smaller config.augmentation.rand_augment_count."
+        return f"{facts} All cores are busy: use machines with more cores, or less augmentation."
     workers = min(
         measured.cores, max(measured.workers + 1, math.ceil(measured.workers * needed / measured.input_rate), 2)
     )

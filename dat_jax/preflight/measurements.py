@@ -24,7 +24,8 @@ from dat_jax.training.trainer import Trainer
 
 _TIMED = 3  # repetitions; the median counts
 _MAX_INPUT_SECONDS = 120.0
-_MIN_INPUT_BATCHES = 3
+_MIN_INPUT_BATCHES = 5
+_BUFFERED_BATCHES = 5  # that the loader has loaded ahead, besides two of each worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,19 @@ def measure_input(trainer: Trainer, seconds: float) -> tuple[float, int, dict]:
 
     Args:
       trainer: the run.
-      seconds: for how long at least; longer until three batches were loaded, but not much longer than two minutes.
+      seconds: for how long at least; longer until five batches were loaded, but not much longer than two minutes. Before that,
+        the batches that were loaded ahead are taken, for the same time at most.
 
     Returns:
       Images per second of this process, the number of batches, and the last batch of this process (numpy).
     """
     with contextlib.closing(trainer.train_batches(start_step=0)) as batches:  # pyright: ignore[reportArgumentType] (a generator)
         batch = next(batches)
+        start = time.monotonic()
+        for _ in range(_BUFFERED_BATCHES + 2 * trainer.config.data.workers):
+            if time.monotonic() - start > max(seconds, 1.0):
+                break
+            batch = next(batches)
         start, count = time.monotonic(), 0
         while True:
             batch = next(batches)

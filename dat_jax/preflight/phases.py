@@ -16,14 +16,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dat_jax.checkpoints.directory import find_complete_steps
+from dat_jax.checkpoints import compatibility
+from dat_jax.checkpoints.directory import find_complete_steps, read_meta
+from dat_jax.checkpoints.loading import check_exists
+from dat_jax.checkpoints.manager import Checkpoints
+from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.cli.console import format_size
 from dat_jax.errors import UserError, name_some
 from dat_jax.preflight import measurements
 from dat_jax.preflight.estimate import Measured
-from dat_jax.storage import Path, as_path, download, is_in_bucket, upload
+from dat_jax.storage import Path, as_path, download, is_in_bucket, os_errors, remove, upload
 from dat_jax.training.compilation import enable_cache
-from dat_jax.training.state import copy_state
+from dat_jax.training.state import TrainState, copy_state
 from dat_jax.training.trainer import Trainer
 from dat_jax.training.workdir import WorkDirectory
 
@@ -32,6 +36,12 @@ _PROBE_BYTES = 2**25
 _SAMPLES = 64  # examples of each split that a process reads
 _TOLERANCE = 1e-3  # relative difference of the gradient in float32; correct algorithms differ by 1e-6 to 1e-5
 _FULL_MEMORY = 0.95
+
+
+def count_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 Values = Sequence[Mapping[str, Any]]  # what each process has measured
 
@@ -71,27 +81,35 @@ class Session:
         self.step: Any = None  # the compiled training step
         self.state: Any = None  # the state after some steps
 
+    @property
+    def steps_done(self) -> int:
+        """Step of the newest checkpoint in the work directory, 0 without one."""
+        return self.values["storage"][0]["steps_done"] if "storage" in self.values else 0
+
     def collect(self) -> Measured:
         """What the estimate needs. The parts "storage", "input", "steps" and "checkpoint" must have succeeded."""
         plan, config, first = self.trainer.plan, self.trainer.config, {}
         for values in self.values.values():
             first |= values[0]
-        steps_left = max(plan.total_steps - first["steps_done"], 0)
-        every = config.checkpoint.every or plan.eval_steps
+        total, done = plan.total_steps, self.steps_done
+        evaluations = total // plan.eval_steps - done // plan.eval_steps + (total % plan.eval_steps > 0)
+        saves = math.ceil(
+            plan.eval_steps / (config.checkpoint.every or plan.eval_steps)
+        )  # from one evaluation to the next
         return Measured(
             devices=self.trainer.mesh.size,
             processes=jax.process_count(),
             batch_size=config.batch_size,
-            steps_left=steps_left,
-            evaluations_left=math.ceil(steps_left / plan.eval_steps),
-            steps_between_saves=min(every, plan.eval_steps),
+            steps_left=max(total - done, 0),
+            evaluations_left=evaluations + 1,  # the last one is that of the best checkpoint
+            steps_between_saves=plan.eval_steps / saves,
             step_seconds=first["step_seconds"],
             compile_seconds=first["compile_seconds"],
             evaluation_seconds=first.get("evaluation_seconds", 0.0),
             save_seconds=first["save_seconds"],
             input_rate=min(values["input_rate"] for values in self.values["input"]),
             workers=config.data.workers,
-            cores=os.cpu_count() or 1,
+            cores=count_cores(),
         )
 
 
@@ -147,7 +165,12 @@ def measure_storage(session: Session) -> dict[str, Any]:
     try:
         write_seconds, read_seconds = _time_file(session.scratch.path / f"probe-{jax.process_index()}")
     except OSError as error:
-        raise UserError(f"{session.workdir} cannot be used: {error.strerror}.") from error
+        raise UserError(f"{session.workdir} cannot be used: {error.strerror or error}.") from error
+    checkpoints = session.workdir / "checkpoints"
+    with os_errors(checkpoints):
+        complete = find_complete_steps(checkpoints) if checkpoints.is_dir() else []
+        if not checkpoints.is_dir() and checkpoints.exists():
+            raise UserError(f"{checkpoints} is a file: expected the folder of the checkpoints, or nothing.")
     cache = enable_cache(session.config.compilation_cache)
     free = None if is_in_bucket(session.workdir) else shutil.disk_usage(session.scratch.path).free
     return {
@@ -155,7 +178,8 @@ def measure_storage(session: Session) -> dict[str, Any]:
         "read": _PROBE_BYTES / read_seconds,
         "free": free,
         "cache": None if cache is None else str(cache),
-        "steps_done": max(find_complete_steps(session.workdir / "checkpoints"), default=0),
+        "steps_done": max(complete, default=0),
+        "checkpoints": len(complete),
     }
 
 
@@ -169,17 +193,20 @@ def _time_file(path: Path) -> tuple[float, float]:
     with tempfile.TemporaryDirectory(prefix="dat_jax_") as folder:
         source, copy = pathlib.Path(folder, "source", "data"), pathlib.Path(folder, "copy", "data")
         source.parent.mkdir()
+        copy.parent.mkdir()
         source.write_bytes(os.urandom(_PROBE_BYTES))
         start = time.monotonic()
         if is_in_bucket(path):
             upload(source.parent, path)
             written = time.monotonic()
             download(path, copy.parent)
+            remove(path)
         else:
-            shutil.copytree(source.parent, path)
-            _drop_from_cache(path / "data")
+            shutil.copyfile(source, path)
+            _drop_from_cache(path)
             written = time.monotonic()
-            shutil.copytree(path, copy.parent)
+            shutil.copyfile(path, copy)
+            path.unlink()
         end = time.monotonic()
         if copy.read_bytes() != source.read_bytes():
             raise UserError(f"A file that was written to {path.parent.parent} has another content when it is read.")
@@ -217,11 +244,25 @@ def measure_data(session: Session) -> dict[str, Any]:
     trainer.task.check_data()
     for sentence in trainer.plan.warnings:
         logger.warning(sentence)
+    _check_start(session)
     return {
         "train": len(trainer.task.train_source),
         "validation": len(trainer.task.eval_source),
         "damaged": measurements.find_damaged(trainer, _SAMPLES),
     }
+
+
+def _check_start(session: Session) -> None:
+    """Raise a UserError if the run in the work directory has another model or other data, or the initial weights are missing."""
+    trainer: Trainer = session.trainer
+    if step := session.steps_done:
+        metadata = read_meta(session.workdir / "checkpoints" / str(step)).get("metadata", {})
+        compatibility.check(metadata, trainer.config, class_names=trainer.task.class_names)
+    elif trainer.config.init_from:
+        try:
+            check_exists(trainer.config.init_from)
+        except UserError as error:
+            raise UserError(f"config.init_from: {error}") from None
 
 
 def describe_data(session: Session, values: Values) -> Outcome:
@@ -257,7 +298,7 @@ def describe_input(session: Session, values: Values) -> Outcome:
     workers = session.config.data.workers
     how = f"{workers} worker processes" if workers else "threads of the process"
     count = min(value["batches"] for value in values)
-    text = f"{min(rates):,.0f}{slowest}, by {how} on {os.cpu_count()} cores, measured with {count} batches"
+    text = f"{min(rates):,.0f}{slowest}, by {how} on {count_cores()} cores, measured with {count} batches"
     return Outcome({"images/s loaded": text})
 
 
@@ -291,9 +332,28 @@ def describe_compilation(session: Session, values: Values) -> Outcome:
 
 def measure_steps(session: Session) -> dict[str, Any]:
     """Run training steps with real images."""
-    state = copy_state(session.trainer.initialize())
+    state = copy_state(_make_state(session))
     seconds, loss, session.state = measurements.time_steps(session.trainer, session.step, state, session.batch)
     return {"step_seconds": seconds, "loss": loss}
+
+
+def _make_state(session: Session) -> TrainState:
+    """The state that the run would start from."""
+    trainer: Trainer = session.trainer
+    config, class_names = trainer.config, trainer.task.class_names
+    if step := session.steps_done:
+        directory = session.workdir / "checkpoints"
+        with Checkpoints(directory, metric=trainer.task.metric, read_only=True) as checkpoints:
+            return checkpoints.restore(step, trainer.abstract_state)[0]
+    return initialize_state(
+        config, class_names=class_names, abstract_state=trainer.abstract_state, initialize=trainer.initialize
+    )
+
+
+def _describe_start(session: Session) -> str:
+    if session.steps_done:
+        return f"from the checkpoint of step {session.steps_done}"
+    return f"from the weights of {session.config.init_from}" if session.config.init_from else "from new weights"
 
 
 def describe_steps(session: Session, values: Values) -> Outcome:
@@ -303,7 +363,7 @@ def describe_steps(session: Session, values: Values) -> Outcome:
     rows = {
         "a step": f"{seconds:.4g} s, {rate:,.0f} images/s, median of three",
         "images/s to load": f"{rate / len(values):,.0f} in each process, to keep its devices busy",
-        "loss after four steps": f"{loss:.4g}, from new weights",
+        "loss after four steps": f"{loss:.4g}, {_describe_start(session)}",
     }
     problems = [] if math.isfinite(loss) else [f"The loss after four steps is {loss}."]
     return Outcome(rows, problems)
@@ -371,13 +431,14 @@ def describe_checkpoint(session: Session, values: Values) -> Outcome:
         "checkpoint": f"{format_size(size)}, saved in {save:.1f} s ({size / save / 1e6:,.0f} MB/s), restored in {restore:.1f} s",
         "arrays restored": "all as they were saved",
     }
-    count = session.config.checkpoint.keep + 2  # the best one, and the one being written
-    free = session.values["storage"][0]["free"]
+    storage = session.values["storage"][0]
+    # The best one and the one being written are added. Those that are there already take no further memory.
+    count = max(session.config.checkpoint.keep + 2 - storage["checkpoints"], 1)
     problems = []
-    if free is not None and count * size > free:
+    if storage["free"] is not None and count * size > storage["free"]:
         problems.append(
-            f"The disk of {session.workdir} has {format_size(free)} free, and the run needs up to {format_size(count * size)} "
-            f"for {count} checkpoints."
+            f"The disk of {session.workdir} has {format_size(storage['free'])} free, and the run needs up to "
+            f"{format_size(count * size)} for {count} more checkpoints."
         )
     return Outcome(rows, problems)
 

@@ -126,6 +126,7 @@ def _train(config, directory: WorkDirectory, *, console: Console, command_flags:
         seconds = time.monotonic() - start_time
         save_summary(step=trainer.plan.total_steps, ended_by=None, seconds=seconds)
         _log_time_shares(clock)
+        report.append_time(clock, trainer.plan.total_steps, directory.files)
     report.print_result(
         console,
         evaluation,
@@ -253,6 +254,7 @@ def _run_steps(
                 _log_step(trainer, step, summary, throughput)
             if stop and not last:
                 save(state)
+                writer.write(step, name_metrics(clock.read()), prefix="time")
                 return state, preemption.signal_name
             checkpoint_due = config.checkpoint.every and step % config.checkpoint.every == 0
             if evaluation_due or checkpoint_due:

@@ -12,8 +12,8 @@ from dat_jax.evaluation import results
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.storage import atomic_write_text
 from dat_jax.training.monitoring import summary as summary_lib
-from dat_jax.training.monitoring.metrics import METRICS, read_metrics
-from dat_jax.training.monitoring.time_shares import Clock
+from dat_jax.training.monitoring.metrics import METRICS, MetricWriter, read_metrics
+from dat_jax.training.monitoring.time_shares import Clock, name_metrics
 from dat_jax.training.state import TrainState
 from dat_jax.training.trainer import Trainer
 from dat_jax.training.workdir import WorkDirectory
@@ -77,6 +77,13 @@ def save_summary(
         summary_lib.write_summary(workdir, text)
     except OSError as error:
         logger.warning("The summary could not be written in %s: %s.", directory, error.strerror)
+
+
+def append_time(clock: Clock, step: int, workdir: pathlib.Path) -> None:
+    """Append where the time of the run went to metrics.jsonl, by the first process."""
+    if jax.process_index() == 0:
+        with MetricWriter(workdir, sinks=[]) as writer:
+            writer.write(step, name_metrics(clock.read()), prefix="time")
 
 
 def save_class_results(trainer: Trainer, evaluation: Evaluation, workdir: pathlib.Path, *, name: str = "") -> None:

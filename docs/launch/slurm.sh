@@ -12,6 +12,10 @@
 # The checkout and the data must be on a file system that is visible to all nodes. WORKDIR is a directory there, or gs://BUCKET/RUN if the
 # nodes have access to it. jax reads the nodes from SLURM's variables.
 set -euo pipefail
+if (($# < 2)) || [[ $1 == -* || $2 == -* ]]; then
+  echo "Expected CONFIG WORKDIR [--config.KEY=VALUE ...], such as configs/dat_pp_s.py /shared/runs/dat_pp_s" >&2
+  exit 2
+fi
 # In a SLURM task, jax uses only one GPU unless it is told which ones.
 export JAX_LOCAL_DEVICE_IDS
 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:?start this script with sbatch} - 1)))

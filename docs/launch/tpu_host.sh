@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 log=$HOME/dat_jax.log pid_file=$HOME/dat_jax.pid
 
-is_running() {
-  [[ -s $pid_file ]] && grep -qs restart.sh "/proc/$(<"$pid_file")/cmdline" # after a reboot, another program may have this number
+is_running() { # after a reboot, another program may have the number in the file
+  [[ -s $pid_file ]] && tr "\0" " " 2>/dev/null <"/proc/$(<"$pid_file")/cmdline" | grep -q "restart.sh .*dat_jax.main"
 }
 
 install_package() {
@@ -35,14 +35,20 @@ mount_bucket() {
 }
 
 start() {
+  exec 9>>"$log.lock"
+  flock 9 # another start at the same time waits
   if is_running; then
     echo "$HOSTNAME: already running"
     return
   fi
   # Detached from this session, so that it survives its end. Its terminal may be closed before setsid has run: hence the trap.
   trap "" HUP
-  setsid bash docs/launch/restart.sh .venv/bin/python -m dat_jax.main --distributed=on "$@" >>"$log" 2>&1 </dev/null &
-  echo $! >"$pid_file"
+  setsid bash docs/launch/restart.sh .venv/bin/python -m dat_jax.main --distributed=on "$@" >>"$log" 2>&1 </dev/null 9>&- &
+  if ! echo $! >"$pid_file"; then
+    kill -KILL $!
+    exit 1
+  fi
+  until is_running || ! kill -0 $! 2>/dev/null; do sleep 0.1; done # so that another start finds it
   echo "$HOSTNAME: started, log in $log"
 }
 
@@ -54,8 +60,8 @@ stop() {
   echo "$HOSTNAME: stopped"
 }
 
-action=$1
-shift
+action=${1-}
+shift || true
 case $action in
 setup)
   install_package
@@ -67,4 +73,8 @@ status)
   ;;
 logs) exec tail --lines=50 --follow "$log" ;;
 stop) stop ;;
+*)
+  echo "Expected setup, start, status, logs or stop, got ${action:-nothing}" >&2
+  exit 2
+  ;;
 esac

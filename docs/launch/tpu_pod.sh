@@ -16,6 +16,10 @@ if (($# < 3)); then
 fi
 action=$1 name=$2 zone=$3
 shift 3
+if [[ $name == -* || $zone == -* ]]; then
+  echo "Expected $action NAME ZONE, got $name $zone" >&2
+  exit 2
+fi
 
 resource() { gcloud compute tpus queued-resources "$1" "$name" --zone="$zone" "${@:2}"; }
 on_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
@@ -30,6 +34,10 @@ create)
   ;;
 state) resource describe --format="value(state.state)" ;;
 setup)
+  if (($#)) && ! [[ $1 =~ ^[a-z0-9][a-z0-9._-]+$ ]]; then
+    echo "Expected the name of a bucket without gs://, got $1" >&2
+    exit 2
+  fi
   repository=${REPOSITORY-$(git -C "$(dirname "$0")" remote get-url origin 2>/dev/null || true)}
   : "${repository:?set REPOSITORY to the address of this repository}"
   quoted=$(printf %q "$repository")

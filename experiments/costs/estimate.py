@@ -9,14 +9,14 @@ python -m experiments.costs.estimate [--configs=dat_pp_t,upernet:dat_pp_b] [--ou
 - **GFLOPs per image**: model FLOPs of a training step, three times the matrix products and convolutions of the forward pass,
   counted in the traced model (`Trainer.count_model_flops`). Recomputation (`remat`) is not counted. For detectors the image has
   the largest shape that the configuration trains with, so their figures are upper bounds.
-- **v5e**, **v6e**, **H100**: chip-hours at 30, 50 and 70 % utilization: images x FLOPs per image / (utilization x peak FLOP/s in
+- **v5e**, **v6e**, **H100**: chip-hours at 10, 30, 50 and 70 % utilization: images x FLOPs per image / (utilization x peak FLOP/s in
   bfloat16). The utilization is the share of peak FLOP/s, which runs log as model FLOPs utilization.
 - **evaluations**: additional FLOPs of the evaluations during the training, for the 50,000 validation images of ImageNet-1k.
 
 The second table has what memory bandwidth permits, for the configurations whose training step was compiled. GB per image are the
 compiler's figures of `docs/benchmarks.md` and `docs/many_hosts.md`. They may be too high, because they include memory on the
-chip, or too low, because each loop body counts once. The speed is at most the bandwidth divided by them, which gives the
-utilization and the chip-hours.
+chip, or too low, because each loop body counts once. If a figure is right, the speed is at most the bandwidth divided by it,
+which gives the images/s, the utilization and the chip-hours.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from experiments import measure
 
 CHIPS = ("v5e", "v6e", "h100")
 _LABELS = {"h100": "H100"}
-UTILIZATIONS = (0.3, 0.5, 0.7)
+UTILIZATIONS = (0.1, 0.3, 0.5, 0.7)
 TRAIN_IMAGES = {"classification": 1_281_167, "segmentation": 20_210, "detection": 117_266}
 _EVAL_IMAGES = 50_000
 _SMALL = ("finetune", "quickstart", "tiny")  # configurations for other data
@@ -147,7 +147,7 @@ def format_limit(name: str, chip: str, gigabytes: float, source: str, result: di
         "chip": _LABELS.get(chip, chip),
         "GB per image": f"{gigabytes:.2g}" if gigabytes < 10 else f"{gigabytes:.0f}",
         "figure": source,
-        "at most, images/s": measure.format_number(speed),
+        "images/s": measure.format_number(speed),
         "utilization": f"{100 * share:.0f} %",
         "chip-hours": format_hours(result["images"] / speed / 3600),
     }
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(("python", "-m", "experiments.costs.estimate", *flags))
     sections = {
         "": f"`{command}`\n\n{explanation}",
-        "Chip-hours at 30 / 50 / 70 % utilization": measure.format_table(
+        "Chip-hours at 10 / 30 / 50 / 70 % utilization": measure.format_table(
             [format_row(*item) for item in results.items()]
         ),
     }

@@ -1,7 +1,9 @@
 """python -m dat_jax.check: what it prints, that it leaves nothing behind, and each failure that it finds."""
 
 import dataclasses
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from dat_jax.preflight.phases import PHASES, Session
 from dat_jax.training import loop
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
+from tests.helpers.logs import collect_logs
 from tests.helpers.small_mesh import make_small_mesh
 
 
@@ -62,12 +65,28 @@ def test_a_run_without_problems(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_that_is_there_is_not_disturbed(tmp_path, capsys):
     loop.train(make_config(epochs=1), str(tmp_path), quiet=True)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = read_files(tmp_path)
     assert check(tmp_path, only=("devices", "storage", "data")) == []
     assert "to be resumed at step 10" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
     check(tmp_path, config=make_config(epochs=1))
-    assert "has done all its steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "from the checkpoint of step 10" in printed
+    assert "has done all its steps" in printed
+    (problem,) = check(
+        tmp_path, only=("storage", "data"), config=make_config(**{"model.dim_stem": 32, "model.dims": (32,)})
+    )
+    assert problem.startswith("data: The checkpoint is of another model: model.dim_stem 16, now 32")
+    assert read_files(tmp_path) == before
+    state = max((tmp_path / "checkpoints" / "10" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    problem = check(tmp_path, only=("storage", "data", "input", "compilation", "steps"))[-1]
+    assert problem.startswith(f"steps: The checkpoint {tmp_path / 'checkpoints' / '10'} is damaged")
+
+
+def read_files(directory):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
@@ -115,17 +134,57 @@ def test_a_work_directory_that_cannot_be_written(tmp_path):
 
 
 def test_storage_that_changes_what_it_stores(tmp_path, monkeypatch):
-    copy = shutil.copytree
+    copy = shutil.copyfile
 
     def damage(source, target):
         copy(source, target)
-        with (target / "data").open("r+b") as file:
+        with target.open("r+b") as file:
             file.write(b"damaged")
 
-    monkeypatch.setattr(shutil, "copytree", damage)
+    monkeypatch.setattr(shutil, "copyfile", damage)
     (problem,) = check(tmp_path, only=("storage",))
     assert problem == f"storage: A file that was written to {tmp_path} has another content when it is read."
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_that_are_a_file(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    (problem,) = check(tmp_path, only=("storage",))
+    assert (
+        problem == f"storage: {tmp_path / 'checkpoints'} is a file: expected the folder of the checkpoints, or nothing."
+    )
+
+
+def test_initial_weights_that_are_not_there(tmp_path):
+    (problem,) = check(tmp_path, only=("storage", "data"), config=make_config(init_from=str(tmp_path / "weights")))
+    assert problem.startswith("data: config.init_from: Expected a folder of weights")
+    assert str(tmp_path / "weights") in problem
+
+
+def test_a_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(command.shutil, "rmtree", fail)
+    with collect_logs() as messages:
+        check(tmp_path, only=("devices",))
+        check(tmp_path, only=("storage",))
+    (message,) = messages
+    assert ".check-" in message
+    assert message.endswith("could not be removed: Device or resource busy. Please delete it.")
+
+
+def test_signals_during_the_removal_are_ignored(tmp_path, monkeypatch):
+    remove = command._remove_scratch
+
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        remove(*arguments)
+
+    monkeypatch.setattr(command, "_remove_scratch", interrupt)
+    assert check(tmp_path / "run", only=("storage",)) == []
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def write_images(directory, *, damaged=0):
@@ -239,11 +298,14 @@ def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints():
-    session = make_session(values={"storage": [{"free": 10 * 2**20}]})
+    storage = {"free": 10 * 2**20, "checkpoints": 0}
+    session = make_session(values={"storage": [storage]})
     values = [{"size": 2**20, "save_seconds": 1.0, "restore_seconds": 1.0}]
     assert phases.describe_checkpoint(session, values).problems == []
     (problem,) = phases.describe_checkpoint(session, [{**values[0], "size": 3 * 2**20}]).problems
-    assert "has 10.00 MiB free, and the run needs up to 12.00 MiB for 4 checkpoints" in problem
+    assert "has 10.00 MiB free, and the run needs up to 12.00 MiB for 4 more checkpoints" in problem
+    session = make_session(values={"storage": [{**storage, "checkpoints": 3}]})
+    assert phases.describe_checkpoint(session, [{**values[0], "size": 3 * 2**20}]).problems == []
 
 
 def test_algorithms_that_are_wrong_on_a_device(monkeypatch):

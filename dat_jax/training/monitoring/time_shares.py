@@ -1,5 +1,6 @@
 """Where the wall time of a run goes: how long the devices compute, wait for images, and everything else."""
 
+import collections
 import contextlib
 import logging
 import queue
@@ -25,8 +26,12 @@ ACTIVITIES = {
     "lost": "steps that a restart repeats, with all that was done between them",
 }
 _PREFIX = "time/"
+_MOST_SECONDS = 1e10  # of an activity, 300 years
 _MUCH_WAITING = 20.0  # percent of the time of the steps
-_LOGS_BEFORE_WARNING = 3  # in a row
+_LOGS_BEFORE_WARNING, _LOGS_FOR_WARNING = (
+    5,
+    10,
+)  # fewest and most log lines that are looked at; batches may come in bursts
 
 
 class Clock:
@@ -89,7 +94,8 @@ class TimeShares(Hook):
         self._finished = _FinishTimes(clock.now)
         self._wait_start = 0.0
         self._before: dict[str, float] | None = None  # the clock at the last log
-        self._logs_with_much_waiting, self._warned = 0, False
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_LOGS_FOR_WARNING)
+        self._warned = False
 
     def before_batch(self, step: int) -> None:
         """The loop waits for images."""
@@ -122,18 +128,19 @@ class TimeShares(Hook):
         before, self._before = self._before, now
         if before is None:  # the first images take longer, because the pipeline starts
             return {}
-        spent = {name: now[name] - before[name] for name in ("input", "steps")}
-        percent = 100 * spent["input"] / max(sum(spent.values()), 1e-9)
-        self._warn_if_much(percent)
-        return {"input_wait": percent}
+        waited, computed = (now[name] - before[name] for name in ("input", "steps"))
+        self._recent.append((waited, waited + computed))
+        self._warn_if_much()
+        return {"input_wait": 100 * waited / max(waited + computed, 1e-9)}
 
     def close(self) -> None:
         """End the thread that follows the steps."""
         self._finished.close()
 
-    def _warn_if_much(self, percent: float) -> None:
-        self._logs_with_much_waiting = self._logs_with_much_waiting + 1 if percent > _MUCH_WAITING else 0
-        if self._warned or self._logs_with_much_waiting < _LOGS_BEFORE_WARNING:
+    def _warn_if_much(self) -> None:
+        waited, total = (sum(values) for values in zip(*self._recent, strict=True))
+        percent = 100 * waited / max(total, 1e-9)
+        if self._warned or len(self._recent) < _LOGS_BEFORE_WARNING or percent <= _MUCH_WAITING:
             return
         self._warned = True
         logger.warning(
@@ -198,13 +205,18 @@ def read_earlier(records: Iterable[Mapping[str, Any]], *, step: int) -> dict[str
     last: dict[str, float] = {}
     kept: dict[str, float] = {}
     for record in records:
-        seconds = {name: record[_PREFIX + name] for name in ACTIVITIES if _PREFIX + name in record}
+        seconds = {name: record[_PREFIX + name] for name in ACTIVITIES if _is_duration(record.get(_PREFIX + name))}
         if seconds:
             last = seconds
             if record["step"] <= step:
                 kept = seconds
-    lost = sum(last.values()) - sum(kept.values())
+    lost = max(sum(last.values()) - sum(kept.values()), 0.0)
     return {**kept, "lost": kept.get("lost", 0.0) + lost} if last else {}
+
+
+def _is_duration(value: Any) -> bool:
+    """Whether a value of a file, which may have been edited, can be a number of seconds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST_SECONDS
 
 
 def format_shares(seconds: Mapping[str, float]) -> str:

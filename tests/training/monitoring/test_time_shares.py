@@ -147,13 +147,14 @@ def test_a_run_that_waits_for_images_is_warned_once():
         log(steps=1.0, waited=9.0)  # the pipeline starts
         for _ in range(2):
             log(steps=3.0, waited=1.0)
-        log(steps=9.0, waited=1.0)
+            log(steps=9.0, waited=1.0)
         assert messages == []
-        for _ in range(5):
-            log(steps=3.0, waited=1.0)
-    assert measured == [None, 25, 25, 10, *[25] * 5]
+        for _ in range(2):  # a burst
+            log(steps=1.0, waited=9.0)
+            log(steps=10.0, waited=0.0)
+    assert measured == [None, 25, 10, 25, 10, 90, 0, 90, 0]
     (message,) = messages
-    assert "wait for images for 25 % of the time" in message
+    assert "wait for images for 34 % of the time" in message  # 13 of 38 seconds
     assert "--config.data.workers than 3" in message
     hook.close()
 
@@ -173,3 +174,13 @@ def test_time_of_earlier_calls():
     assert read_earlier(resumed, step=20) == {"start": 4.0, "steps": 20.0, "saving": 1.0, "lost": 17.0}
     assert read_earlier([{"step": 10, "train/loss": 1.0}], step=10) == {}
     assert np.isclose(sum(read_earlier(resumed, step=20).values()), 42.0)
+
+
+def test_edited_files_of_metrics_do_not_hurt():
+    for value in (None, "x", [1.0], True, float("nan"), float("inf"), -1.0, 10**400):
+        assert read_earlier([{"step": 10, "time/steps": value, "time/start": 1.0}], step=10) == {
+            "start": 1.0,
+            "lost": 0.0,
+        }
+    fewer = [{"step": 5, "time/steps": 100.0}, {"step": 10, "time/steps": 50.0}]
+    assert read_earlier(fewer, step=7) == {"steps": 100.0, "lost": 0.0}
