@@ -20,6 +20,8 @@ from tests.helpers.document_stand_ins import parse_config
 from tests.helpers.documents import ROOT
 from tests.helpers.launch_stand_ins import LAUNCH, LAUNCH_PROGRAMS, Machines, is_alive, wait_until
 
+pytestmark = pytest.mark.slow
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 START = ("--config=configs/upernet.py:dat_pp_s", "--workdir=gs://bucket/our runs/s")
 

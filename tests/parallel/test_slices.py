@@ -158,9 +158,8 @@ def losses_of_one_device():
     return train(jax.devices()[:1])[0]
 
 
-@pytest.mark.parametrize(
-    ("data", "fsdp"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (4, 1), (1, 4)])
 def test_training_on_two_slices_gives_the_losses_of_one_device(losses_of_one_device, data, fsdp):
     losses, state, trainer, text = train(jax.devices(), slices=2, data=data, fsdp=fsdp)
     np.testing.assert_allclose(losses, losses_of_one_device, rtol=1e-5)

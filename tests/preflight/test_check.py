@@ -308,6 +308,7 @@ def test_a_disk_that_is_too_small_for_the_checkpoints():
     assert phases.describe_checkpoint(session, [{**values[0], "size": 3 * 2**20}]).problems == []
 
 
+@pytest.mark.slow
 def test_algorithms_that_are_wrong_on_a_device(monkeypatch):
     trainer = Trainer(make_config())
     batch = next(trainer.train_batches(start_step=0))
