@@ -18,6 +18,7 @@ from dat_jax.errors import UserError
 Shape = tuple[int, int]  # (height, width) in pixels
 
 MAX_WASTE = 0.12  # share of the pixels of all buckets that is not image
+MAX_SIDE = 2**14  # pixels of a bucket
 MULTIPLE = 32  # of the sides of the ladder, like the largest stride of the backbones
 _LADDER_STEP = 1.25
 # Images that follow each other in one of these orders share buckets.
@@ -111,7 +112,8 @@ def check_sizes(sizes: Iterable[Sequence[int]], *, min_side: int = 1) -> list[Sh
         is_whole = all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in sides)
         if len(sides) != 2 or not is_whole or min(sides) < min_side:
             raise UserError(
-                f"Expected (height, width) of each image, whole numbers of at least {min_side}, got {size!r}."
+                f"Expected (height, width) of each image, whole numbers of at least {min_side}, got {size!r}. "
+                "Pass a list such as [(480, 640)]."
             )
         checked.append((int(sides[0]), int(sides[1])))
     return checked
@@ -125,13 +127,17 @@ def parse_buckets(text: str, *, key: str = "buckets") -> list[Shape]:
       key: what an error calls them.
 
     Raises:
-      UserError: the text has another format.
+      UserError: the text has another format, or a side is longer than ``MAX_SIDE``.
     """
     matches = [re.fullmatch(r"\s*([1-9]\d{0,4})x([1-9]\d{0,4})\s*", part) for part in text.split(",")]
     parts = [match for match in matches if match]
     if len(parts) < len(matches):
-        raise UserError(f'{key}: expected heights and widths such as "608x832,832x608", got {text!r}.')
-    return [(int(part[1]), int(part[2])) for part in parts]
+        choices = ', or one of "auto" and "exact" where these are offered' if text.strip().isalpha() else ""
+        raise UserError(f'{key}: expected heights and widths such as "608x832,832x608"{choices}, got {text!r}.')
+    buckets = [(int(part[1]), int(part[2])) for part in parts]
+    if max(map(max, buckets)) > MAX_SIDE:
+        raise UserError(f"{key}: sides must be at most {MAX_SIDE} pixels, got {text!r}.")
+    return buckets
 
 
 def plan_shapes(

@@ -7,6 +7,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from dat_jax.data.buckets import MAX_SIDE
 from dat_jax.errors import UserError
 from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
 from dat_jax.models.dat import MIN_IMAGE_SIDE
@@ -18,7 +19,6 @@ PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # name i
 PREPROCESSING = ("inside", "outside")
 SYMBOLIC = "symbolic"
 BATCH = "b"  # name of a symbolic batch size in shapes
-_MAX_SIDE = 2**14
 _MAX_BATCH = 2**16
 
 
@@ -110,8 +110,8 @@ def check_program(
         raise UserError(f"{name} must be at least {MIN_IMAGE_SIDE} pixels per side, got {height} x {width}.")
     if isinstance(predictor, Classifier) and height != width and not is_bucket:
         raise UserError(f"image_size must be a single SIDE for a classifier, got {height} x {width}.")
-    if max(image_shape) > _MAX_SIDE:
-        raise UserError(f"{name} must be at most {_MAX_SIDE} pixels per side, got {height} x {width}.")
+    if max(image_shape) > MAX_SIDE:
+        raise UserError(f"{name} must be at most {MAX_SIDE} pixels per side, got {height} x {width}.")
     if is_bucket and isinstance(predictor, ObjectDetector):
         multiple = predictor.options["multiple"]
         if height % multiple or width % multiple:

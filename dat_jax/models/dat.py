@@ -431,7 +431,14 @@ class DAT(MeshModule):
         )
 
     def map_sizes(self, sizes: jax.Array, *, stage: int) -> jax.Array:
-        """Int (B, 2), the sizes of the maps of a stage for images of these sizes."""
+        """Int (B, 2), the sizes of the maps of a stage, from 0, for images of these sizes.
+
+        Raises:
+          ValueError: there is no such stage.
+        """
+        if stage not in range(len(self.stages)):
+            raise ValueError(f"Expected a stage from 0 to {len(self.stages) - 1}, got {stage}.")
+        sizes = jnp.asarray(sizes)
         stride = 4 * 2**stage
         return -(-sizes // stride) if self.conv_patches else sizes // stride
 

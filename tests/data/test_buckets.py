@@ -90,3 +90,7 @@ def test_buckets_are_parsed_or_refused():
     for text in ("608", "608x832,", "608x832x3", "608*832", "axb", "0x32", " ", "", "-32x32", "9" * 5000 + "x32"):
         with pytest.raises(UserError, match=r"config.eval.buckets: expected heights and widths such as"):
             buckets.parse_buckets(text, key="config.eval.buckets")
+    with pytest.raises(UserError, match="one of .auto. and .exact. where these are offered, got 'Exact'"):
+        buckets.parse_buckets("Exact")
+    with pytest.raises(UserError, match="sides must be at most 16384 pixels, got '99999x64'"):
+        buckets.parse_buckets("99999x64")

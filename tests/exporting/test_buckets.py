@@ -34,7 +34,7 @@ def fill(sizes, bucket):
     return arrays
 
 
-@pytest.mark.parametrize("make", [random_segmentor, slow(random_classifier)])
+@pytest.mark.parametrize("make", [slow(random_segmentor), random_classifier])
 def test_images_of_mixed_sizes_get_the_logits_of_each_alone(make, tmp_path, capsys):
     model, variables = make()
     export_model(tmp_path / "trained", model=model, variables=variables)

@@ -50,6 +50,7 @@ def test_sizes_may_be_arrays_or_lists():
         assert ArrayShapes().plan(transform, sizes) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_sizes", [SIZES[:2], slow(SIZES)])
 def test_a_segmentor_gives_the_labels_of_each_image_alone(tmp_path, image_sizes):
     model, variables = tiny_segmentation.random_segmentor()

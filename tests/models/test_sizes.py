@@ -138,3 +138,11 @@ def test_logits_of_segmentors_are_those_of_the_image_alone(x64, head, image_size
         assert model.logits_sizes(sizes)[index].tolist() == list(alone["logits"].shape[1:3])
     with pytest.raises(ValueError, match="trained with images that fill their arrays"):
         model.apply(variables, images, sizes=sizes, train=True, rngs={"dropout": jax.random.key(0)}, mutable=True)
+
+
+def test_sizes_of_the_maps_of_a_stage_that_does_not_exist_are_refused():
+    model = make_small(**VARIANTS["ND"])
+    assert model.map_sizes([[64, 96]], stage=1).tolist() == [[8, 12]]
+    for stage in (-1, 2):
+        with pytest.raises(ValueError, match=f"Expected a stage from 0 to 1, got {stage}"):
+            model.map_sizes(jnp.array([[64, 96]]), stage=stage)
