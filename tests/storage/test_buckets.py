@@ -248,6 +248,7 @@ def test_weights_can_be_in_s3(monkeypatch):
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # of other tests, which have no credentials
         s3fs.S3FileSystem().mkdir("test-bucket")
         write_export("s3://test-bucket/export")
         assert storage.list_objects(storage.as_path("s3://test-bucket/export")) == ["model.json", "params/a"]
