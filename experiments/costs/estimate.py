@@ -9,8 +9,8 @@ python -m experiments.costs.estimate [--configs=dat_pp_t,upernet:dat_pp_b] [--ou
 - **GFLOPs per image**: model FLOPs of a training step, three times the matrix products and convolutions of the forward pass,
   counted in the traced model (`Trainer.count_model_flops`). Recomputation (`remat`) is not counted. For detectors the image has
   the largest shape that the configuration trains with, so their figures are upper bounds.
-- **v5e**, **v6e**, **H100**: chip-hours at 10, 30, 50 and 70 % utilization: images x FLOPs per image / (utilization x peak FLOP/s in
-  bfloat16). The utilization is the share of peak FLOP/s, which runs log as model FLOPs utilization.
+- **v5e**, **v6e**, **H100**: chip-hours at 10, 30, 50 and 70 % utilization: images x FLOPs per image / (utilization x peak
+  FLOP/s in bfloat16). The utilization is the share of peak FLOP/s, which runs log as model FLOPs utilization.
 - **evaluations**: additional FLOPs of the evaluations during the training, for the 50,000 validation images of ImageNet-1k.
 
 The second table has what memory bandwidth permits, for the configurations whose training step was compiled. GB per image are the
