@@ -102,15 +102,23 @@ def test_a_command_without_restarts_passes_its_status_on(machines):
     assert run_loop(machines, [7], MAX_RESTARTS="0")[0].returncode == 7
 
 
+def _default_sigint():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running_loop(machines, *, start_new_session=False, **variables):
     host = machines.hosts[0]
     command = ["bash", "docs/launch/restart.sh", ".venv/bin/python"]
     environment = {**os.environ, "HOME": str(host), **variables}
-    options = dict(stderr=subprocess.PIPE, text=True, start_new_session=start_new_session)
+    # A shell ignores SIGINT in what it starts in the background, such as these tests, and bash would inherit that.
+    options = dict(stderr=subprocess.PIPE, text=True, start_new_session=start_new_session, preexec_fn=_default_sigint)
     with subprocess.Popen(command, cwd=host / "dat_jax", env=environment, **options) as loop:
-        wait_until(lambda: machines.processes(host))
-        yield loop, host
+        try:
+            wait_until(lambda: machines.processes(host))
+            yield loop, host
+        finally:
+            loop.kill()
 
 
 def test_a_signal_is_passed_on_and_the_saved_run_counts_as_unfinished(machines):

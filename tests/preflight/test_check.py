@@ -182,9 +182,13 @@ def test_signals_during_the_removal_are_ignored(tmp_path, monkeypatch):
         remove(*arguments)
 
     monkeypatch.setattr(command, "_remove_scratch", interrupt)
-    assert check(tmp_path / "run", only=("storage",)) == []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert check(tmp_path / "run", only=("storage",)) == []
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def write_images(directory, *, damaged=0):
