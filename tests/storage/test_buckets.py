@@ -239,6 +239,7 @@ def test_a_mirror_of_a_local_folder_is_that_folder(tmp_path):
 
 def test_weights_can_be_in_s3(monkeypatch):
     import s3fs
+    from etils.epath import backend
 
     with run_s3_server() as url:
         for name, value in {
@@ -248,7 +249,9 @@ def test_weights_can_be_in_s3(monkeypatch):
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()  # of other tests, which have no credentials
+        # Other tests may have left file systems without credentials.
+        s3fs.S3FileSystem.clear_instance_cache()
+        type(backend.fsspec_backend)._get_filesystem.cache_clear()
         s3fs.S3FileSystem().mkdir("test-bucket")
         write_export("s3://test-bucket/export")
         assert storage.list_objects(storage.as_path("s3://test-bucket/export")) == ["model.json", "params/a"]
