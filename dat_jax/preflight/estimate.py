@@ -10,7 +10,7 @@ _LARGE_SHARE = 0.2  # of the time of a run, for what is neither a step nor small
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a check has measured.
+    """Measurements of a check that the estimate of a run is computed from.
 
     Attributes:
       devices, processes: their numbers.

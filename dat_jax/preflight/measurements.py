@@ -1,4 +1,4 @@
-"""What is measured before a run: input, compilation, steps, communication, checkpoints, and the results of fast algorithms."""
+"""Measurements before a run: speed of input, compilation, steps, communication and checkpoints, and errors of fast algorithms."""
 
 import contextlib
 import dataclasses

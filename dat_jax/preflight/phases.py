@@ -48,7 +48,7 @@ Values = Sequence[Mapping[str, Any]]  # what each process has measured
 
 @dataclasses.dataclass
 class Outcome:
-    """What a part of the check has found.
+    """Result of one part of a check: values for a table, and problems.
 
     Attributes:
       rows: measured values, for a table.
@@ -60,7 +60,7 @@ class Outcome:
 
 
 class Session:
-    """What the parts of a check share.
+    """State that the parts of a check share, such as the model, a batch and the values that were measured so far.
 
     Args:
       config: configuration of the run.
@@ -87,22 +87,20 @@ class Session:
         return self.values["storage"][0]["steps_done"] if "storage" in self.values else 0
 
     def collect(self) -> Measured:
-        """What the estimate needs. The parts "storage", "input", "steps" and "checkpoint" must have succeeded."""
+        """Collect the measurements for the estimate of the run, from the parts "storage", "input", "steps" and "checkpoint"."""
         plan, config, first = self.trainer.plan, self.trainer.config, {}
         for values in self.values.values():
             first |= values[0]
         total, done = plan.total_steps, self.steps_done
         evaluations = total // plan.eval_steps - done // plan.eval_steps + (total % plan.eval_steps > 0)
-        saves = math.ceil(
-            plan.eval_steps / (config.checkpoint.every or plan.eval_steps)
-        )  # from one evaluation to the next
+        saves_per_evaluation = math.ceil(plan.eval_steps / (config.checkpoint.every or plan.eval_steps))
         return Measured(
             devices=self.trainer.mesh.size,
             processes=jax.process_count(),
             batch_size=config.batch_size,
             steps_left=max(total - done, 0),
             evaluations_left=evaluations + 1,  # the last one is that of the best checkpoint
-            steps_between_saves=plan.eval_steps / saves,
+            steps_between_saves=plan.eval_steps / saves_per_evaluation,
             step_seconds=first["step_seconds"],
             compile_seconds=first["compile_seconds"],
             evaluation_seconds=first.get("evaluation_seconds", 0.0),

@@ -44,7 +44,7 @@ ONE_EPOCH = {
     "schedule.warmup_epochs": 0.1,
 }  # 200 steps
 OF_TWO_PROCESSES = {**ONE_EPOCH, "batch_size": 40}  # 100 steps
-_WAIT_SECONDS = 1800
+_WAIT_SECONDS = 900
 
 
 def start(workdir: pathlib.Path | str, cache: pathlib.Path | str, values: dict, **options) -> list[subprocess.Popen]:
@@ -169,7 +169,7 @@ def run_bucket(
         set_aside += printed.count("moved to")
         series = read_series(storage.fetch(workdir))
         return {
-            "kills": f"{kills}: " + ", ".join(f"{count} {moment}" for moment, count in moments.items()),
+            "kills": f"{kills}: " + ", ".join(f"{times} {moment}" for moment, times in moments.items()),
             "resumed at step": ", ".join(map(str, resumed)),
             "unfinished checkpoints, set aside": str(set_aside),
             "steps whose loss is in the metrics": f"{len(series['train/loss'])} of {steps}",
