@@ -17,15 +17,14 @@ import sys
 from absl import flags
 
 from dat_jax.cli.flags import fail, run_tool
+from dat_jax.cli.process_flags import PROCESS_FLAGS, define_process_flags, read_process_options
 from dat_jax.config.files import define_config_flag
 from dat_jax.errors import UserError
 
 _FLAGS = {
     "Run": ("config=CONFIG", "workdir=DIR"),
     "Check": ("devices=N", "seconds=SECONDS", "skip=PART,..."),
-    "Several processes": (
-        *("distributed=auto|on|off", "coordinator_address=HOST:PORT", "num_processes=N", "process_id=N"),
-    ),
+    "Several processes": PROCESS_FLAGS,
 }
 
 
@@ -42,14 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "algorithms. Parts that need them are left out, too."
     )
     flags.DEFINE_list("skip", [], help_text, flag_values=values)
-    help_text = "Whether this is one of several processes, see dat_jax.main."
-    flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], help_text, flag_values=values)
-    help_text = "HOST:PORT of process 0, if jax cannot detect it."
-    flags.DEFINE_string("coordinator_address", "", help_text, flag_values=values)
-    help_text = "Number of processes, if jax cannot detect it."
-    flags.DEFINE_integer("num_processes", None, help_text, flag_values=values)
-    help_text = "Index of this process, from 0, if jax cannot detect it."
-    flags.DEFINE_integer("process_id", None, help_text, flag_values=values)
+    define_process_flags(values)
 
 
 def main(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -64,12 +56,7 @@ def main(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was written is removed
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        multihost.start(
-            mode=values.distributed,
-            coordinator_address=values.coordinator_address,
-            num_processes=values.num_processes,
-            process_id=values.process_id,
-        )
+        multihost.start(**read_process_options(values))
         options = dict(seconds=values.seconds, expected_devices=values.devices, skip=values.skip)
         if check(values.config, values.workdir, **options):
             sys.exit(1)

@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dat_jax.cli.flags import HELP_FLAGS, expand_home, fail, run_tool
+from dat_jax.cli.process_flags import PROCESS_FLAGS, define_process_flags, read_process_options
 from dat_jax.config import validate
 from dat_jax.config.files import add_recorded_config, define_config_flag
 from dat_jax.errors import UserError
@@ -28,25 +29,14 @@ _CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of checkpoints, metrics and figures. A run in it is resumed."
 )
-_DISTRIBUTED = flags.DEFINE_enum(
-    "distributed",
-    "auto",
-    ["auto", "on", "off"],
-    "Whether this is one of several processes. on: jax detects the others, as on a TPU pod; auto: decided by environment "
-    "variables.",
-)
-_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, if jax cannot detect it.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, if jax cannot detect it.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0, if jax cannot detect it.")
+define_process_flags(flags.FLAGS)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint of the work directory.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Check the configuration, print it as YAML and exit.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print only warnings, errors and the result.", short_name="q")
 _FLAGS = {
     "Run": ("config=CONFIG", "workdir=DIR", "mode=train|eval"),
     "Output": ("quiet", "print_config"),
-    "Several processes": (
-        *("distributed=auto|on|off", "coordinator_address=HOST:PORT", "num_processes=N", "process_id=N"),
-    ),
+    "Several processes": PROCESS_FLAGS,
 }
 _PRINT_FORMS = ("--config.print", "-config.print", "--config.print=True", "--config.print=true")
 
@@ -86,12 +76,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     from dat_jax.parallel import multihost
     from dat_jax.training import loop
 
-    multihost.start(
-        mode=_DISTRIBUTED.value,
-        coordinator_address=_COORDINATOR.value,
-        num_processes=_PROCESSES.value,
-        process_id=_PROCESS.value,
-    )
+    multihost.start(**read_process_options(flags.FLAGS))
     if _MODE.value == "eval":
         loop.evaluate(config, workdir, quiet=_QUIET.value)
         return
