@@ -53,6 +53,7 @@ TOOLS = {
         "memory, FLOPs and bytes of a step on a TPU or GPU that is not attached",
         "--config=dat_pp_t --topology=v5e:2x2",
     ),
+    "tune": Tool("tune", "compare the implementations of each op of a run on this device", "--config=dat_pp_t"),
     "models": Tool("", "list models with their sizes and published accuracies", "'dat_pp*'"),
 }
 

@@ -33,6 +33,7 @@ _FLAGS = {
     "Steps and device": ("config=CONFIG", "topology=NAME", "slices=N", "steps=train,eval", "find_batch", "evaluation"),
     "Output": ("json=FILE", "top=ROWS"),
     "Data set and GPU description": ("classes=N", "examples=N", "target_config=FILE"),
+    "Implementations of ops": ("choices=FILE",),
 }
 
 
@@ -62,6 +63,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("classes", None, help_text, lower_bound=1, flag_values=values)
     help_text = "Number of training examples, if config.data.directory names a data set."
     flags.DEFINE_integer("examples", 1_281_167, help_text, lower_bound=1, flag_values=values)
+    help_text = "File of choices of implementations of ops, as `dat-jax tune` writes them; by default none are chosen."
+    flags.DEFINE_string("choices", None, help_text, flag_values=values)
     help_text = "File that describes a GPU to its compiler (by default an H100)."
     flags.DEFINE_string("target_config", None, help_text, flag_values=values)
 
@@ -73,6 +76,8 @@ def main(_: list[str]) -> None:
         fail("Expected --config=CONFIG --topology=NAME, such as --config=dat_pp_t --topology=v5e:2x2.")
     if values.evaluation and values.find_batch:
         fail("--evaluation and --find_batch cannot be combined.")
+    if values.evaluation and values.choices:
+        fail("--evaluation and --choices cannot be combined.")
     if values.evaluation and values.slices > 1:
         fail("--evaluation and --slices cannot be combined.")
     from dat_jax.profiling import command  # imports jax, which takes seconds
@@ -94,6 +99,7 @@ def main(_: list[str]) -> None:
             classes=values.classes,
             examples=values.examples,
             target_config=values.target_config,
+            choices_file=values.choices,
         )
     except UserError as error:
         fail(str(error))

@@ -45,7 +45,7 @@ RULES = (
     ),
     (r"python -m pytest tests/ops/layers/test_pooling\.py|python -c .*NM|python -m .*configs/regression", "page"),
     (
-        r"python -m dat_jax\.(main|conversion|data\.(prepare|split)|check|compile_report|predict|visualize|export)"
+        r"python -m dat_jax\.(main|conversion|data\.(prepare|split)|check|tune|compile_report|predict|visualize|export)"
         r"( --steps=\w+)?$",
         "help",
     ),
@@ -69,6 +69,7 @@ SMALL_EXPERIMENTS = {
     "soak": "--parts=signal",
     "image_sizes": "--parts=plan",
     "costs": "--configs=dat_pp_t",
+    "tuning": "--parts=differences --model=quickstart",
 }
 
 
@@ -200,6 +201,9 @@ def test_commands_run(command, stand_ins, capsys):
     elif module == "dat_jax.check":
         stand_ins.check(arguments)
         assert "No problem was found" in capsys.readouterr().out
+    elif module == "dat_jax.tune":
+        stand_ins.tune(arguments)
+        assert "use another implementation than the default" in capsys.readouterr().out
     elif module == "dat_jax.compile_report":
         stand_ins.report(arguments)
         assert ("eval.buckets" if "--evaluation" in arguments else "temporaries") in capsys.readouterr().out

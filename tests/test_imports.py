@@ -39,8 +39,8 @@ ALLOWED = {
     },
     "dat_jax.training": {
         *("dat_jax.training", "dat_jax.checkpoints", "dat_jax.cli.console", "dat_jax.config", "dat_jax.errors"),
-        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.profiling", "dat_jax.storage"),
-        *("dat_jax.evaluation.results", "dat_jax.tasks", "dat_jax.visualization"),
+        *("dat_jax.models", "dat_jax.ops.calls", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.profiling"),
+        *("dat_jax.evaluation.results", "dat_jax.storage", "dat_jax.tasks", "dat_jax.tuning", "dat_jax.visualization"),
         *("flax", "jax", "ml_collections", "optax", "rich", "tensorboardX", "wandb"),
     },
     "dat_jax.inference": {
@@ -56,7 +56,11 @@ ALLOWED = {
     "dat_jax.profiling": {
         *("dat_jax.profiling", "dat_jax.cli", "dat_jax.config", "dat_jax.data", "dat_jax.errors"),
         *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.storage", "dat_jax.tasks"),
-        *("dat_jax.training", "jax", "ml_collections", "rich"),
+        *("dat_jax.training", "dat_jax.tuning.choices", "jax", "ml_collections", "rich"),
+    },
+    "dat_jax.tuning": {
+        *("dat_jax.tuning", "dat_jax.__version__", "dat_jax.cli.console", "dat_jax.config", "dat_jax.errors"),
+        *("dat_jax.ops", "dat_jax.profiling", "dat_jax.storage", "dat_jax.training", "jax", "ml_collections", "rich"),
     },
     "dat_jax.preflight": {
         *("dat_jax.preflight", "dat_jax.checkpoints", "dat_jax.cli.console", "dat_jax.config", "dat_jax.data.sources"),
@@ -78,6 +82,7 @@ ALLOWED = {
         *("dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.parallel", "dat_jax.preflight", "absl"),
     },
     "dat_jax.compile_report": {"dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.profiling", "absl"},
+    "dat_jax.tune": {"dat_jax.cli", "dat_jax.config", "dat_jax.errors", "dat_jax.tuning", "absl"},
     "dat_jax.predict": {"dat_jax.cli", "dat_jax.errors", "dat_jax.inference", "absl"},
     "dat_jax.export": {"dat_jax.cli", "dat_jax.errors", "dat_jax.exporting", "absl"},
     "dat_jax.visualize": {"dat_jax.cli", "dat_jax.errors", "dat_jax.visualization", "absl"},

@@ -59,6 +59,7 @@ def test_help_has_examples_and_does_not_import_jax(tool):
         "data.prepare",
         "data.split",
         "compile_report",
+        "tune",
     ],
 )
 def test_help_lists_every_flag(tool):

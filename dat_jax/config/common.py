@@ -72,6 +72,12 @@ KEYS: dict[str, Any] = {
         "JAX_COMPILATION_CACHE_DIR, else dat_jax in the user's cache (XDG_CACHE_HOME, ~/.cache). Nothing is removed "
         "from the directory automatically; it can be deleted at any time.",
     ),
+    "tune": Key(
+        bool,
+        True,
+        "On TPUs and GPUs, compare the implementations of each op with the plain one before the first step, and use the fastest "
+        "that agrees. The choices are kept in `compilation_cache`. False: the defaults, as on CPUs.",
+    ),
     "model": OpenGroup(
         {
             "name": Key(str, "dat_pp_tiny", "A model of dat_jax.list_models()."),
@@ -93,7 +99,7 @@ KEYS: dict[str, Any] = {
         },
         required=("name", "dtype"),
         help="Name and attributes of the model. Any attribute of dat_jax.DAT can be added: remat='blocks' (less memory), "
-        "scan_blocks=True (faster compilation), implementation='pallas' (kernels for TPUs, not yet timed on a device).",
+        "scan_blocks=True (faster compilation), implementation='pallas' (kernels for TPUs without a comparison).",
     ),
     "init_from": Key(
         str,

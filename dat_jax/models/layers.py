@@ -304,12 +304,14 @@ class Mlp(nn.Module):
     def __call__(self, x, sizes: jax.Array | None = None):
         channels, hidden = x.shape[-1], self.expansion * x.shape[-1]
         fuses = self.depthwise and sizes is None
-        if fuses and uses_pallas(x.shape, hidden, self.implementation):  # one op, with the parameters below
+        if fuses and uses_pallas(
+            x.shape, hidden, dtype=self.dtype, implementation=self.implementation
+        ):  # one op, with the parameters below
             linear1 = KernelAndBias((channels, hidden), channels, name="linear1")()
             convolution = KernelAndBias((3, 3, 1, hidden), 9, name="dwc")()
             linear2 = KernelAndBias((hidden, channels), hidden, name="linear2")()
             x = x.astype(self.dtype)
-            return conv_mlp(x, *linear1, *convolution, *linear2, implementation=self.implementation)
+            return conv_mlp(x, *linear1, *convolution, *linear2, implementation="pallas")
         x = Linear(hidden, name="linear1", dtype=self.dtype)(x)
         if self.depthwise:
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x, sizes)

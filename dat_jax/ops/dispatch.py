@@ -2,10 +2,11 @@
 
 An op with several algorithms takes ``implementation=``:
 
-* "auto": the fastest known on this platform.
+* "auto": the implementation that ``dat_jax.tuning`` chose for the call by measuring it, see ``calls``; without such a choice
+  the fastest known on this platform.
 * "plain": the obvious algorithm, the reference that the others are tested against.
 * "pallas": the TPU kernel of ops that have one (``ops.pallas``); "auto" for other ops, and for maps too large for VMEM. No
-  kernel has run on a device yet, so "auto" never selects one.
+  kernel has run on a device yet, so "auto" selects one only by measurement.
 * the name of an algorithm of the op, see ``IMPLEMENTATIONS``.
 
 Ops without that argument use the algorithms of ``ops.cpu`` on CPUs, see ``uses_cpu_algorithms``.
@@ -145,6 +146,11 @@ def split_batch(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Iterator[None
         _BATCH_SPLIT.reset(token)
 
 
+def has_kernel(op: str, map_shape: tuple[int, ...]) -> bool:
+    """Whether an op has a Pallas kernel for a map of (H, W)."""
+    return "pallas" in IMPLEMENTATIONS[op] and math.prod(map_shape) <= _MAX_KERNEL_PIXELS
+
+
 def choose(op: str, implementation: str, *, map_shape: tuple[int, ...], table_fits: bool = False) -> str:
     """Name of the algorithm to run.
 
@@ -157,9 +163,7 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, ...], table_fi
     Raises:
       ValueError: the op has no such implementation.
     """
-    if implementation == "pallas" and not (
-        "pallas" in IMPLEMENTATIONS[op] and math.prod(map_shape) <= _MAX_KERNEL_PIXELS
-    ):
+    if implementation == "pallas" and not has_kernel(op, map_shape):
         implementation = "auto"
     if implementation == "auto":
         return _fastest(op, map_shape, table_fits)

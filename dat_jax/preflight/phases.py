@@ -10,11 +10,10 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from dat_jax.checkpoints import compatibility
 from dat_jax.checkpoints.directory import find_complete_steps, read_meta
@@ -24,91 +23,18 @@ from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.cli.console import format_size
 from dat_jax.errors import UserError, name_some
 from dat_jax.preflight import measurements
-from dat_jax.preflight.estimate import Measured
-from dat_jax.storage import Path, as_path, download, is_in_bucket, os_errors, remove, upload
+from dat_jax.preflight.session import Outcome, Session, Values, count_cores
+from dat_jax.storage import Path, download, is_in_bucket, os_errors, remove, upload
 from dat_jax.training.compilation import enable_cache
+from dat_jax.training.implementations import choose_implementations, list_choices
 from dat_jax.training.state import TrainState, copy_state
 from dat_jax.training.trainer import Trainer
-from dat_jax.training.workdir import WorkDirectory
 
 logger = logging.getLogger(__name__)
 _PROBE_BYTES = 2**25
 _SAMPLES = 64  # examples of each split that a process reads
 _TOLERANCE = 1e-3  # relative difference of the gradient in float32; correct algorithms differ by 1e-6 to 1e-5
 _FULL_MEMORY = 0.95
-
-
-def count_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-Values = Sequence[Mapping[str, Any]]  # what each process has measured
-
-
-@dataclasses.dataclass
-class Outcome:
-    """Result of one part of a check: values for a table, and problems.
-
-    Attributes:
-      rows: measured values, for a table.
-      problems: what would end the run or spoil its results, in sentences.
-    """
-
-    rows: dict[str, str]
-    problems: list[str] = dataclasses.field(default_factory=list)
-
-
-class Session:
-    """State that the parts of a check share, such as the model, a batch and the values that were measured so far.
-
-    Args:
-      config: configuration of the run.
-      workdir: its work directory, to which nothing is written but ``scratch``.
-      scratch: a work directory of the check's own, inside ``workdir``.
-      seconds: for how long images are loaded.
-      expected_devices: number of devices that the user expects, or None.
-    """
-
-    def __init__(
-        self, config: ConfigDict, workdir: str, scratch: WorkDirectory, *, seconds: float, expected_devices: int | None
-    ):
-        self.config, self.workdir, self.scratch = config, as_path(workdir), scratch
-        self.seconds, self.expected_devices = seconds, expected_devices
-        self.values: dict[str, Values] = {}  # part -> what each process has measured
-        self.trainer: Any = None  # a Trainer, once the data were read
-        self.batch: Any = None  # a batch of this process, once images were loaded
-        self.step: Any = None  # the compiled training step
-        self.state: Any = None  # the state after some steps
-
-    @property
-    def steps_done(self) -> int:
-        """Step of the newest checkpoint in the work directory, 0 without one."""
-        return self.values["storage"][0]["steps_done"] if "storage" in self.values else 0
-
-    def collect(self) -> Measured:
-        """Collect the measurements for the estimate of the run, from the parts "storage", "input", "steps" and "checkpoint"."""
-        plan, config, first = self.trainer.plan, self.trainer.config, {}
-        for values in self.values.values():
-            first |= values[0]
-        total, done = plan.total_steps, self.steps_done
-        evaluations = total // plan.eval_steps - done // plan.eval_steps + (total % plan.eval_steps > 0)
-        saves_per_evaluation = math.ceil(plan.eval_steps / (config.checkpoint.every or plan.eval_steps))
-        return Measured(
-            devices=self.trainer.mesh.size,
-            processes=jax.process_count(),
-            batch_size=config.batch_size,
-            steps_left=max(total - done, 0),
-            evaluations_left=evaluations + 1,  # the last one is that of the best checkpoint
-            steps_between_saves=plan.eval_steps / saves_per_evaluation,
-            step_seconds=first["step_seconds"],
-            compile_seconds=first["compile_seconds"],
-            evaluation_seconds=first.get("evaluation_seconds", 0.0),
-            save_seconds=first["save_seconds"],
-            input_rate=min(values["input_rate"] for values in self.values["input"]),
-            workers=config.data.workers,
-            cores=count_cores(),
-        )
 
 
 # Devices
@@ -169,7 +95,7 @@ def measure_storage(session: Session) -> dict[str, Any]:
         complete = find_complete_steps(checkpoints) if checkpoints.is_dir() else []
         if not checkpoints.is_dir() and checkpoints.exists():
             raise UserError(f"{checkpoints} is a file: expected the folder of the checkpoints, or nothing.")
-    cache = enable_cache(session.config.compilation_cache)
+    cache = session.cache = enable_cache(session.config.compilation_cache)
     free = None if is_in_bucket(session.workdir) else shutil.disk_usage(session.scratch.path).free
     return {
         "write": _PROBE_BYTES / write_seconds,
@@ -304,9 +230,11 @@ def describe_input(session: Session, values: Values) -> Outcome:
 
 
 def measure_compilation(session: Session) -> dict[str, Any]:
-    """Compile the training step."""
+    """Choose implementations of ops as the run will, and compile the training step."""
+    choose_implementations(session.trainer, "train", cache=session.cache)
     step = session.step = measurements.compile_train_step(session.trainer)
-    return {"compile_seconds": step.seconds, "peak": step.peak, "available": step.available}
+    choices = list_choices(session.trainer, "train")
+    return {"compile_seconds": step.seconds, "peak": step.peak, "available": step.available, "choices": choices}
 
 
 def describe_compilation(session: Session, values: Values) -> Outcome:
@@ -315,6 +243,7 @@ def describe_compilation(session: Session, values: Values) -> Outcome:
     rows = {"compilation": f"{max(value['compile_seconds'] for value in values):.1f} s"}
     rows["memory needed by a device"] = format_size(peak) + (f" of {format_size(available)}" if available else "")
     problems = []
+    rows["implementations of ops"] = values[0]["choices"]
     if available and peak > _FULL_MEMORY * available:
         problems.append(
             f"The training step needs {format_size(peak)} of the {format_size(available)} of a device: set "

@@ -18,6 +18,7 @@ from dat_jax.errors import UserError
 from dat_jax.profiling import evaluation_report, step_report
 from dat_jax.profiling.topologies import TARGET_CONFIG, find_devices
 from dat_jax.storage import atomic_path
+from dat_jax.tuning.choices import get_names, read_choices
 
 _NOTES = """\
 peak: arguments, outputs that do not reuse the memory of arguments, temporaries and code
@@ -48,6 +49,7 @@ def report_steps(
     classes: int | None = None,
     examples: int,
     target_config: str | None = None,
+    choices_file: str | None = None,
 ) -> None:
     """Compile the steps of a configuration, print the report, and write it as JSON.
 
@@ -63,6 +65,7 @@ def report_steps(
       classes: see ``step_report.make_sources``.
       examples: see ``step_report.make_sources``.
       target_config: file that describes the GPU to its compiler, by default that of an H100.
+      choices_file: file of choices of implementations of ops, see ``tuning.choices``, or None.
 
     Raises:
       UserError: an argument or the configuration is impossible, compilation fails, or the file cannot be written.
@@ -78,6 +81,7 @@ def report_steps(
         classes=classes,
         examples=examples,
         target_config=target_config or TARGET_CONFIG,
+        choices={} if choices_file is None else get_names(read_choices(choices_file)),
     )
     print_report(make_console(), report)  # before writing, which may fail after minutes of compilation
     if json_file:
@@ -126,7 +130,7 @@ def _configure() -> None:
 
 
 def _make_report(
-    config, *, topology, slices, steps, find_batch, top, classes, examples, target_config
+    config, *, topology, slices, steps, find_batch, top, classes, examples, target_config, choices
 ) -> dict[str, Any]:
     if not steps or not set(steps) <= set(step_report.STEPS):
         choices = ", ".join(step_report.STEPS)
@@ -135,7 +139,7 @@ def _make_report(
     find_devices(topology, slices=slices, target_config=target_config)  # reports errors before data are read
     sources = step_report.make_sources(config, classes=classes, examples=examples)
     options: dict[str, Any] = dict(
-        topology=topology, slices=slices, sources=sources, target_config=target_config, top=top
+        topology=topology, slices=slices, sources=sources, target_config=target_config, top=top, choices=choices
     )
     if not find_batch:
         return step_report.compile_report(config, steps=steps, **options)

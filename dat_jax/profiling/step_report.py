@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,7 @@ def compile_report(
     sources: tuple[Any, Any] | None = None,
     target_config: str | pathlib.Path = TARGET_CONFIG,
     top: int = 0,
+    choices: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Compile the steps of a run and collect the compiler's report. Every number is per chip.
 
@@ -83,6 +84,7 @@ def compile_report(
       sources: training and validation data, such as StandIns; by default those that ``config.data`` names.
       target_config: see ``find_devices``.
       top: number of rows in the tables of bytes by op and by module.
+      choices: implementations of calls of ops, see ``Trainer.choices``; by default none are chosen.
 
     Returns:
       {"topology", "slices", "chips": number in all slices, "device", "model", "images", "dtype", "versions", "steps": step ->
@@ -96,6 +98,7 @@ def compile_report(
     validate(config)
     with compiling_for(chip.platform):
         trainer = Trainer(config, devices=devices, sources=sources)
+        trainer.choices = choices or {}
         if "train" in steps:
             trainer.check_train_batch()
         return {

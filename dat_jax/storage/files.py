@@ -6,10 +6,12 @@ the local disk and then uploaded, its descriptions last: without them it counts 
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -174,7 +176,9 @@ def _uploaded_at_end(path: Path, *, is_new: bool) -> Iterator[pathlib.Path]:
 def _rename_at_end(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Context with a temporary path that becomes ``path`` at the end, or is removed after a failure."""
     with contextlib.suppress(FileNotFoundError):
-        path.lstat()  # raises an OSError before any work is done if the system refuses the name
+        # It raises an OSError before any work is done if the system refuses the name.
+        if stat.S_ISDIR(path.lstat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = _temporary_name(path)
     try:
         yield temporary

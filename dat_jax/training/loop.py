@@ -25,6 +25,7 @@ from dat_jax.parallel import multihost
 from dat_jax.storage import exists
 from dat_jax.training import report
 from dat_jax.training.compilation import enable_cache
+from dat_jax.training.implementations import choose_implementations
 from dat_jax.training.monitoring import sinks
 from dat_jax.training.monitoring.hooks import Hook
 from dat_jax.training.monitoring.input import ImageCounter, StallWarning
@@ -87,6 +88,7 @@ def _train(config, directory: WorkDirectory, *, console: Console, command_flags:
         "compiled programs": "not kept" if cache is None else f"kept in {cache}",
     }
     print_table(console, "dat_jax", description)
+    choose_implementations(trainer, "train", cache=cache)
 
     with _open_checkpoints(trainer, directory) as checkpoints:
         state = restore_or_initialize(checkpoints, trainer.config, **_state_options(trainer))
@@ -161,7 +163,7 @@ def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str
     """See ``evaluate``."""
     _check_initial_weights(config, directory)
     trainer = Trainer(config)
-    enable_cache(trainer.config.compilation_cache)
+    cache = enable_cache(trainer.config.compilation_cache)
     directory.open_for_reading()
     if _has_checkpoints(directory):
         with _open_checkpoints(trainer, directory, read_only=True) as checkpoints:
@@ -176,6 +178,7 @@ def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str
             f"There are no checkpoints in {directory}. Train first, name another --workdir, or name weights with "
             "--config.init_from."
         )
+    choose_implementations(trainer, "eval", cache=cache)
     evaluation = trainer.evaluate(state.eval_variables)
     report.save_class_results(trainer, evaluation, directory.files)
     metrics = dict(evaluation.metrics)

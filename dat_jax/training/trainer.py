@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dat_jax.config import validate
 from dat_jax.errors import UserError
 from dat_jax.evaluation.results import Evaluation
+from dat_jax.ops.calls import OpCall, chosen_implementations, recorded_calls
 from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
@@ -42,6 +43,7 @@ class Trainer:
       state_sharding: placement of the training state, with the structure of a TrainState.
       abstract_state: shapes, dtypes and placement of the training state (ShapeDtypeStructs).
       extra_eval_sets: further evaluation sets, name -> (source, indices of its classes or None for all).
+      choices: implementations of calls of ops, see ``ops.calls.chosen_implementations``; set them before the first step.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Trainer:
         """
         validate(config)
         config = resolve_model(config)
+        self.choices: Mapping[str, str] = {}
         self.mesh = sharding.make_mesh(
             data=config.mesh.data, fsdp=config.mesh.fsdp, slices=config.mesh.slices, devices=devices
         )
@@ -93,9 +96,8 @@ class Trainer:
             sharding.with_whole_params(function, self.state_sharding.params, self.mesh)
             for function in (objective.predict, objective.loss)
         )
-        self.objective = dataclasses.replace(
-            objective, predict=sharding.with_split_kernels(predict, self.mesh), loss=loss
-        )
+        predict = self._with_choices(sharding.with_split_kernels(predict, self.mesh), differentiated=False)
+        self.objective = dataclasses.replace(objective, predict=predict, loss=loss)
         self.extra_eval_sets = self.task.load_extra_eval_sets()
 
     def initialize(self) -> TrainState:
@@ -125,7 +127,8 @@ class Trainer:
         # On one CPU device jax 0.7.2 computes other losses from the second step on if the state is donated.
         donate = () if on_cpu and jax.__version_info__ < (0, 9, 1) else 0
         return jax.jit(
-            sharding.with_split_kernels(step, self.mesh),  # around the step, since the backward pass is traced in it
+            # Around the step, since the backward pass is traced in it.
+            self._with_choices(sharding.with_split_kernels(step, self.mesh), differentiated=True),
             in_shardings=(self.state_sharding, sharding.batch_sharding(self.mesh)),
             out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
             donate_argnums=donate,
@@ -188,6 +191,33 @@ class Trainer:
                 f"config.batch_size {config.batch_size} is not a multiple of {parts}: {self.mesh.size} devices times "
                 f"{config.accumulate_steps} accumulated steps."
             )
+
+    def list_op_calls(self, step: str) -> dict[str, OpCall]:
+        """The calls of ops in a step whose implementation can be chosen, by their keys, as one device executes them.
+
+        Args:
+          step: "train" or "eval".
+        """
+        train, config = step == "train", self.config
+        size = config.batch_size // config.accumulate_steps if train else config.eval.batch_size
+        batch = self.task.example_batch(max(size // self.mesh.size, 1), train=train)
+        objective, variables = self.task.make_objective(), self.abstract_state.eval_variables
+        with recorded_calls(differentiated=train) as calls:
+            if train:
+                jax.eval_shape(objective.loss, variables, batch, jax.random.key(0))
+            else:
+                jax.eval_shape(objective.predict, variables, batch)
+        return calls
+
+    def _with_choices(self, function: Callable, *, differentiated: bool) -> Callable:
+        """The function, with the implementations of ``choices`` in it."""
+
+        @functools.wraps(function)
+        def with_choices(*arguments):
+            with chosen_implementations(self.choices, differentiated=differentiated):
+                return function(*arguments)
+
+        return with_choices
 
     def count_model_flops(self) -> float:
         """Count the FLOPs of a training step per image as model FLOPs utilization (MFU) does.

@@ -10,6 +10,7 @@ from jax import lax
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention import position_bias
 from dat_jax.ops.attention.multi_head import attention_weights, multi_head_attention
+from dat_jax.ops.calls import tunable
 from dat_jax.ops.pallas import deformable as pallas_deformable
 
 FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_points`` and ``key_positions``
@@ -104,6 +105,7 @@ def key_positions(
     return reference + jnp.tanh(offsets) * (step * range_factor).reshape(-1, 1, 1, 1, 2)
 
 
+@tunable("deformable_attention", batched=("query", "key", "value", "points", "bias", "sizes", "key_mask"))
 def deformable_attention(
     query: jax.Array,
     key: jax.Array,
@@ -163,7 +165,7 @@ def deformable_attention(
         attention = functools.partial(pallas_deformable.deformable_attention, queries, key, value, num_heads=num_heads)
         tile_bias = None
         if table is not None and points is not None:
-            fits = position_bias.table_fits(table, map_shape=map_shape, query_grid=query_grid)
+            fits = position_bias.table_fits(table.shape, map_shape=map_shape, query_grid=query_grid)
             if fits and points_inside and tile.shape == map_shape and pallas_deformable.table_fits(table.shape):
                 return attention(points=points, table=table)
             tile_bias = position_bias.table_position_bias_by_key(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dat_jax.ops import dispatch
+from dat_jax.ops.calls import tunable
 from dat_jax.ops.pallas import sampling as pallas_sampling
 
 
@@ -56,6 +57,7 @@ def linear_weights(positions: jax.Array, size: int) -> jax.Array:
     return jnp.where(pixels == lower, 1 - fraction, zero) + jnp.where(pixels == lower + 1, fraction, zero)
 
 
+@tunable("grid_sample", batched=("features", "points"))
 def grid_sample(features: jax.Array, points: jax.Array, *, implementation: str = "auto") -> jax.Array:
     """Samples each group of channels bilinearly at its own points, zero outside the map.
 

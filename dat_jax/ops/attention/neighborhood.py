@@ -10,10 +10,12 @@ from dat_jax.ops import dispatch
 from dat_jax.ops.attention import neighborhood_tiles
 from dat_jax.ops.attention.multi_head import attention_weights, multi_head_attention
 from dat_jax.ops.attention.neighborhood_tiles import tile_line, tile_side, window_starts
+from dat_jax.ops.calls import tunable
 from dat_jax.ops.cpu import neighborhood_rows
 from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
 
 
+@tunable("neighborhood_attention", batched=("query", "key", "value", "sizes"))
 def neighborhood_attention(
     query: jax.Array,
     key: jax.Array,

@@ -86,7 +86,7 @@ def table_position_bias(
     tile = Tile((0, 0), map_shape) if tile is None else tile
     dtype = jnp.promote_types(points.dtype, jnp.float32)
     points, table = points.astype(dtype), table.astype(dtype)
-    fits = sizes is None and table_fits(table, map_shape=map_shape, query_grid=query_grid)
+    fits = sizes is None and table_fits(table.shape, map_shape=map_shape, query_grid=query_grid)
     implementation = dispatch.choose("position_bias", implementation, map_shape=map_shape, table_fits=fits)
     if implementation == "slice" and (query_grid == "centers" or sizes is not None):
         implementation = "matmul"
@@ -105,9 +105,9 @@ def table_position_bias(
     return _bias_pairwise(table, rows, columns, implementation)
 
 
-def table_fits(table: jax.Array, *, map_shape: tuple[int, int], query_grid: str) -> bool:
+def table_fits(table_shape: tuple[int, ...], *, map_shape: tuple[int, ...], query_grid: str) -> bool:
     """Whether one step between queries of the map is one row or column of the table, as "slice" requires."""
-    return query_grid == "corners" and table.shape[1:] == tuple(2 * size - 1 for size in map_shape)
+    return query_grid == "corners" and table_shape[1:] == tuple(2 * size - 1 for size in map_shape)
 
 
 def _table_coordinates(

@@ -4,9 +4,11 @@ import jax
 from jax import lax
 
 from dat_jax.ops import dispatch
+from dat_jax.ops.calls import tunable
 from dat_jax.ops.cpu import depthwise as cpu_depthwise
 
 
+@tunable("depthwise_conv", batched=("x",))
 def depthwise_conv(
     x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, implementation: str = "auto"
 ) -> jax.Array:

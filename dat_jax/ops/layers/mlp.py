@@ -1,26 +1,44 @@
 """The MLP of DAT++: linear, a depthwise 3 x 3 convolution added, GELU, linear."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from dat_jax.ops import dispatch
+from dat_jax.ops.calls import choose_call, tunable
 from dat_jax.ops.layers.activation import gelu_linear
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.pallas import mlp as pallas_mlp
 
 
-def uses_pallas(shape: tuple[int, ...], hidden: int, implementation: str) -> bool:
-    """Whether ``conv_mlp`` runs as a Pallas kernel: if ``dispatch`` selects it and the weights fit in VMEM.
+def uses_pallas(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32, implementation: str = "auto") -> bool:
+    """Whether ``conv_mlp`` runs as a Pallas kernel: if it was chosen (see ``calls``) and the weights fit in VMEM.
 
     Args:
       shape: (B, H, W, C), the shape of the input.
       hidden: E, the hidden width.
+      dtype: of the input. The parameters are float32.
       implementation: see ``conv_mlp``.
     """
-    fits = shape[-1] * hidden <= pallas_mlp.MAX_WEIGHTS
-    return fits and dispatch.choose("conv_mlp", implementation, map_shape=tuple(shape[1:3])) == "pallas"
+    if not fits_kernel(shape, hidden):
+        return False
+    if implementation == "auto":
+        channels = shape[-1]
+        shapes = ((channels, hidden), (hidden,), (3, 3, 1, hidden), (hidden,), (hidden, channels), (channels,))
+        names = ("kernel1", "bias1", "taps", "taps_bias", "kernel2", "bias2")
+        arguments = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in zip(names, shapes, strict=True)}
+        arguments = {"x": jax.ShapeDtypeStruct(shape, dtype), **arguments}
+        implementation = choose_call("conv_mlp", conv_mlp, frozenset({"x"}), arguments)
+    return dispatch.choose("conv_mlp", implementation, map_shape=tuple(shape[1:3])) == "pallas"
 
 
+def fits_kernel(shape: tuple[int, ...], hidden: int) -> bool:
+    """Whether the Pallas kernel can hold the weights of an MLP for (B, H, W, C) with ``hidden`` channels."""
+    return shape[-1] * hidden <= pallas_mlp.MAX_WEIGHTS
+
+
+@tunable("conv_mlp", batched=("x",))
 def conv_mlp(
     x: jax.Array,
     kernel1: jax.Array,

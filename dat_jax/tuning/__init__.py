@@ -1,0 +1,1 @@
+"""Choice of the implementations of ops by measurement, on the device that executes them."""

@@ -1,0 +1,89 @@
+"""The implementations that are compared for a call of an op, and how much they may differ from the plain one."""
+
+from dat_jax.ops import dispatch
+from dat_jax.ops.attention.position_bias import table_fits
+from dat_jax.ops.calls import OpCall
+from dat_jax.ops.layers.mlp import fits_kernel
+
+_MAX_DENSE_SIDE = 32  # pixels; the scores of "dense" attention grow with the fourth power of the side
+_MAX_MATMUL_PIXELS = 2**14  # the matrix of "matmul" sampling has a column for each
+
+# Largest difference of a result or gradient from the plain implementation in float32, relative to the largest absolute value of
+# that array. They are about four times the differences of the implementations that are known to be right, see
+# experiments/tuning. Products of float32 are rounded on TPUs and GPUs, by default, so "rounded" also applies to float32 there.
+TOLERANCES = {
+    "grid_sample": {"exact": 1e-4, "rounded": 0.03},
+    "neighborhood_attention": {"exact": 1e-4, "rounded": 0.03},
+    "deformable_attention": {"exact": 1e-4, "rounded": 0.03},
+    "conv_mlp": {"exact": 1e-4, "rounded": 0.03},
+    "depthwise_conv": {"exact": 1e-4, "rounded": 0.03},
+}
+
+
+def list_candidates(call: OpCall) -> list[str]:
+    """The implementations to compare, the default first.
+
+    Implementations whose memory grows with queries times keys on large maps are left out, and so are kernels where they cannot
+    run: see ``dispatch.has_kernel``.
+    """
+    shape, _ = call.main_array
+    map_shape, shapes = shape[1:3], {name: shape for name, shape, _ in call.arrays}
+    names = _ALGORITHMS[call.op](map_shape, shapes, dict(call.options))
+    runs_kernels = dispatch.target_platform() == "tpu" or dispatch.interprets_kernels()
+    fits = call.op != "conv_mlp" or fits_kernel(shape, shapes["kernel1"][1])
+    if runs_kernels and fits and dispatch.has_kernel(call.op, map_shape) and not {"sizes", "key_mask"} & set(shapes):
+        names = [*names, "pallas"]
+    default = find_default(call)
+    return [default, *(name for name in names if name != default)]
+
+
+def find_default(call: OpCall) -> str:
+    """The implementation that "auto" is without a choice."""
+    shape, _ = call.main_array
+    shapes = {name: shape for name, shape, _ in call.arrays}
+    if call.op == "deformable_attention" and "table" in shapes:  # its "auto" is the one of the table lookup
+        fits = _has_fitting_table(shape[1:3], shapes, dict(call.options))
+        return dispatch.choose("position_bias", "auto", map_shape=shape[1:3], table_fits=fits)
+    return dispatch.choose(call.op, "auto", map_shape=shape[1:3])
+
+
+def get_tolerance(call: OpCall) -> float:
+    """Largest relative difference from the plain implementation, see ``TOLERANCES``."""
+    exact = call.main_array[1] != "bfloat16" and dispatch.target_platform() == "cpu"
+    return TOLERANCES[call.op]["exact" if exact else "rounded"]
+
+
+def _list_neighborhood(map_shape, shapes, options):
+    del options
+    names = ["tiles"]
+    if max(map_shape) <= _MAX_DENSE_SIDE:
+        names.append("dense")
+    if dispatch.target_platform() == "cpu" and "sizes" not in shapes:
+        names.append("rows")
+    return names
+
+
+def _list_deformable(map_shape, shapes, options):
+    if "table" not in shapes:
+        return ["products"]
+    uses_slices = dispatch.target_platform() != "tpu" and _has_fitting_table(map_shape, shapes, options)
+    return ["matmul", "slice"] if uses_slices else ["matmul"]
+
+
+def _has_fitting_table(map_shape, shapes, options) -> bool:
+    query_grid = options.get("query_grid", "corners")
+    return "sizes" not in shapes and table_fits(shapes["table"], map_shape=map_shape, query_grid=query_grid)
+
+
+def _list_sampling(map_shape, shapes, options):
+    del shapes, options
+    return ["gather", "matmul"] if map_shape[0] * map_shape[1] <= _MAX_MATMUL_PIXELS else ["gather"]
+
+
+_ALGORITHMS = {
+    "neighborhood_attention": _list_neighborhood,
+    "deformable_attention": _list_deformable,
+    "grid_sample": _list_sampling,
+    "conv_mlp": lambda map_shape, shapes, options: ["products"],
+    "depthwise_conv": lambda map_shape, shapes, options: ["conv", "shifts"],
+}

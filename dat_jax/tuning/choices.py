@@ -1,0 +1,142 @@
+"""The choices of a device: which implementation each call of an op uses, and what was measured. A JSON file for each device."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dat_jax import __version__
+from dat_jax.errors import UserError
+from dat_jax.storage import Path, as_path, atomic_write_text, os_errors
+from dat_jax.tuning.measurement import Measurement
+
+logger = logging.getLogger(__name__)
+_FORMAT = 1
+_COMPILERS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The implementation of a call.
+
+    Attributes:
+      chosen: its name.
+      default: the implementation without a choice.
+      measured: name -> what was measured, of every implementation that was compared.
+    """
+
+    chosen: str
+    default: str
+    measured: Mapping[str, Measurement]
+
+
+Choices = dict[str, Choice]  # by the key of a call, see ``ops.calls.OpCall``
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions that a choice depends on: dat_jax, jax, and the compiler of the device."""
+    versions = {"dat_jax": __version__}
+    for package in ("jax", "jaxlib", *_COMPILERS):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def choices_file(folder: str | os.PathLike, device_kind: str) -> Path:
+    """The file of a kind of device in a folder, for the installed versions.
+
+    Args:
+      folder: that of compiled programs.
+      device_kind: ``jax.Device.device_kind``.
+    """
+    described = json.dumps(describe_versions(), sort_keys=True)
+    digest = hashlib.sha256(described.encode()).hexdigest()[:8]
+    name = re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
+    return as_path(folder) / "choices" / f"{name}-{digest}.json"
+
+
+def write_choices(path: str | os.PathLike, choices: Choices, *, device_kind: str) -> None:
+    """Write a file of choices.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    content = {
+        "format": _FORMAT,
+        "device": device_kind,
+        "versions": describe_versions(),
+        "calls": {key: dataclasses.asdict(choice) for key, choice in sorted(choices.items())},
+    }
+    path = as_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_choices(path: str | os.PathLike) -> Choices:
+    """Read a file of choices.
+
+    Raises:
+      UserError: it cannot be read, or is not a file of choices.
+    """
+    try:
+        with os_errors(path):
+            text = as_path(path).read_text()
+        return parse_choices(text)
+    except OSError as error:
+        raise UserError(f"The file of choices {path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a file of choices, as `dat-jax tune --output=FILE` writes them.") from error
+
+
+def parse_choices(text: str) -> Choices:
+    """Choices from the text of a file.
+
+    Raises:
+      ValueError, TypeError, KeyError, AttributeError: it is not the text of a file of choices.
+    """
+    content = json.loads(text)
+    if content["format"] != _FORMAT:
+        raise ValueError(f"unknown format {content['format']}")
+    return {key: _parse_choice(value) for key, value in content["calls"].items()}
+
+
+def _parse_choice(value: Mapping[str, Any]) -> Choice:
+    measured = {str(name): Measurement(**values) for name, values in value["measured"].items()}
+    if value["chosen"] not in measured:
+        raise ValueError(f"{value['chosen']!r} was not measured")
+    return Choice(chosen=value["chosen"], default=str(value["default"]), measured=measured)
+
+
+def read_stored_choices(folder: str | os.PathLike | None, device_kind: str) -> Choices:
+    """The choices in the folder of compiled programs; {} if there are none, or with a warning if they cannot be read."""
+    if folder is None:
+        return {}
+    path = choices_file(folder, device_kind)
+    try:
+        return read_choices(path) if path.exists() else {}
+    except (UserError, OSError) as error:
+        logger.warning("Stored choices of implementations are not used. %s", error)
+        return {}
+
+
+def store_choices(folder: str | os.PathLike | None, choices: Choices, *, device_kind: str) -> None:
+    """Add choices to those in the folder of compiled programs. A failure is logged as a warning."""
+    if folder is None or not choices:
+        return
+    path = choices_file(folder, device_kind)
+    try:
+        write_choices(path, {**read_stored_choices(folder, device_kind), **choices}, device_kind=device_kind)
+    except OSError as error:
+        logger.warning("Choices of implementations are not kept in %s: %s.", path, error.strerror or error)
+
+
+def get_names(choices: Choices) -> dict[str, str]:
+    """Key of a call -> name of its implementation, for ``ops.calls.chosen_implementations``."""
+    return {key: choice.chosen for key, choice in choices.items()}

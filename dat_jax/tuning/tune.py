@@ -1,0 +1,74 @@
+"""Choice of an implementation for every call of a model."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from dat_jax.ops.calls import OpCall, chosen_implementations
+from dat_jax.tuning.candidates import find_default, list_candidates
+from dat_jax.tuning.choices import Choice, Choices, get_names
+from dat_jax.tuning.measurement import Measurement, measure
+
+logger = logging.getLogger(__name__)
+_LEAST_GAIN = 0.03  # of the time of the default; less may be noise
+
+Measure = Callable[[OpCall, Sequence[str]], dict[str, Measurement]]
+
+
+def tune(calls: Mapping[str, OpCall], *, known: Choices | None = None, measure: Measure = measure) -> Choices:
+    """Choose an implementation for each call by comparing all of them on the device.
+
+    An implementation that cannot be compiled or disagrees with the plain one is not used, and one line says so. Of the others
+    the fastest is used.
+
+    Args:
+      calls: calls of a model by their keys, see ``ops.calls.recorded_calls``.
+      known: choices that are there already; their calls are not measured.
+      measure: what compares the implementations of a call.
+
+    Returns:
+      The choices of the calls that were not known.
+    """
+    known = known or {}
+    found: Choices = {}
+    pending = [call for key, call in calls.items() if key not in known]
+    # The MLP contains a convolution, so that it comes after it.
+    for number, call in enumerate(sorted(pending, key=lambda call: call.op == "conv_mlp"), 1):
+        names = list_candidates(call)
+        if len(names) == 1:
+            found[call.key] = Choice(names[0], names[0], {names[0]: Measurement()})
+            continue
+        logger.info("Comparing implementations, %d of %d: %s", number, len(pending), call.key)
+        with chosen_implementations(get_names({**known, **found}), differentiated=call.differentiated):
+            measured = measure(call, names)
+        found[call.key] = choice = choose(measured, find_default(call))
+        for sentence in explain(call, choice):
+            logger.warning(sentence)
+    return found
+
+
+def choose(measured: Mapping[str, Measurement], default: str) -> Choice:
+    """The fastest implementation without a problem, or the default if it is almost as fast or all have problems."""
+    costs = {name: value.seconds or value.bytes for name, value in measured.items() if not value.problem}
+    costs = {name: cost for name, cost in costs.items() if cost is not None}
+    chosen = min(costs, key=lambda name: costs[name], default=default)
+    if default in costs and costs[default] * (1 - _LEAST_GAIN) <= costs[chosen]:
+        chosen = default
+    return Choice(chosen, default, dict(measured))
+
+
+def explain(call: OpCall, choice: Choice) -> list[str]:
+    """Sentences about implementations that have problems, and about kernels that are slower than what is used."""
+    sentences = []
+    used = choice.measured[choice.chosen]
+    for name, value in choice.measured.items():
+        if value.problem:
+            sentences.append(f"{call.key}: {name} is not used, because {value.problem}.")
+        elif name == "pallas" != choice.chosen and value.seconds and used.seconds:
+            ratio = value.seconds / used.seconds
+            reason = f"it takes {ratio:.2f} times as long as {choice.chosen}"
+            sentences.append(f"{call.key}: the kernel is not used, because {reason}.")
+    if used.problem:
+        sentences.append(
+            f"{call.key}: every implementation has a problem; {choice.chosen} is used, as without a comparison."
+        )
+    return sentences

@@ -1,0 +1,1 @@
+"""Implementations of the ops of a model, compared."""

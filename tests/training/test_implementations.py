@@ -1,0 +1,144 @@
+"""Implementations of ops that a run chooses by measurement, with interpreted kernels."""
+
+import logging
+
+import jax
+import pytest
+
+from dat_jax.ops import dispatch
+from dat_jax.parallel import multihost
+from dat_jax.training import implementations, loop
+from dat_jax.training.implementations import choose_implementations, list_choices
+from dat_jax.training.trainer import Trainer
+from dat_jax.tuning import choices as choices_module
+from dat_jax.tuning import tune as tune_module
+from dat_jax.tuning.measurement import Measurement
+from tests.helpers import tiny_config
+
+OPS = {"grid_sample", "neighborhood_attention", "deformable_attention", "conv_mlp", "depthwise_conv"}
+
+
+class FakeMeasure:
+    """Finds that the kernel is the fastest, or else the default, and counts the calls that it measures."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, call, names):
+        self.calls.append(call)
+        seconds = {name: 1.0 + index for index, name in enumerate(names)}
+        if "pallas" in names:
+            seconds["pallas"] = 0.1
+        return {name: Measurement(seconds=value, error=0.0) for name, value in seconds.items()}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    fake = FakeMeasure()
+    monkeypatch.setattr(
+        implementations, "tune", lambda calls, known: tune_module.tune(calls, known=known, measure=fake)
+    )
+    with dispatch.interpreted_kernels():
+        yield fake
+
+
+@pytest.fixture
+def make_trainer():
+    def make(**settings):
+        config = tiny_config.get_config().unlock()
+        config.update(settings)
+        return Trainer(config)
+
+    return make
+
+
+def count_kernels(trainer):
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in trainer.task.example_batch(trainer.config.batch_size).items()
+    }
+    return str(trainer.train_step.trace(trainer.abstract_state, batch).jaxpr).count("pallas_call")
+
+
+def test_kernels_that_are_faster_are_in_the_step_and_are_chosen_once(tmp_path, measured, make_trainer, caplog):
+    caplog.set_level(logging.INFO)
+    trainer = make_trainer()
+    calls = trainer.list_op_calls("train")
+    assert {call.op for call in calls.values()} == OPS
+    assert all(call.main_array[0][0] == 2 and call.differentiated for call in calls.values())  # 16 images, 8 devices
+    choose_implementations(trainer, "train", cache=tmp_path)
+    assert trainer.choices.keys() == calls.keys()
+    assert len(measured.calls) == len(calls)
+    assert count_kernels(trainer) > 0
+    assert "1 x neighborhood_attention pallas" in list_choices(trainer, "train") in caplog.text
+
+    again = make_trainer()
+    choose_implementations(again, "train", cache=tmp_path)
+    assert again.choices == trainer.choices
+    assert len(measured.calls) == len(calls)
+
+
+def test_another_version_and_another_folder_measure_again(tmp_path, measured, make_trainer, monkeypatch):
+    choose_implementations(make_trainer(), "train", cache=tmp_path)
+    count = len(measured.calls)
+    versions = choices_module.describe_versions()
+    monkeypatch.setattr(choices_module, "describe_versions", lambda: {**versions, "jax": "99"})
+    choose_implementations(make_trainer(), "train", cache=tmp_path)
+    assert len(measured.calls) == 2 * count
+    choose_implementations(make_trainer(), "train", cache=None)
+    assert len(measured.calls) == 3 * count
+
+
+@pytest.mark.parametrize("settings", [{"tune": False}, {"model": {"implementation": "plain"}}])
+def test_nothing_is_measured_where_it_is_not_wanted(tmp_path, measured, make_trainer, settings):
+    trainer = make_trainer(**settings)
+    choose_implementations(trainer, "train", cache=tmp_path)
+    assert trainer.choices == {}
+    assert measured.calls == []
+    assert list(tmp_path.iterdir()) == []
+    assert list_choices(trainer, "train") == "the defaults for cpu"
+
+
+def test_nothing_is_measured_on_cpus(tmp_path, make_trainer):
+    trainer = make_trainer()
+    choose_implementations(trainer, "train", cache=tmp_path)
+    assert trainer.choices == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_that_fails_ends_with_the_defaults(tmp_path, measured, make_trainer, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr(implementations, "tune", fail)
+    trainer = make_trainer()
+    choose_implementations(trainer, "train", cache=tmp_path)
+    assert trainer.choices == {}
+    assert count_kernels(trainer) == 0
+    assert "could not be compared, so the defaults are used: no space" in caplog.text
+
+
+def test_all_processes_take_the_choices_of_the_first(measured, make_trainer, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost, "gather_texts", lambda text: ['{"a()": "pallas"}', text])
+    trainer = make_trainer()
+    choose_implementations(trainer, "train", cache=None)
+    assert trainer.choices == {"a()": "pallas"}
+    assert measured.calls == []
+
+
+def test_an_evaluation_has_choices_of_its_own(tmp_path, measured, make_trainer):
+    trainer = make_trainer()
+    choose_implementations(trainer, "eval", cache=tmp_path)
+    assert trainer.choices
+    assert not any(key.startswith("gradient of") for key in trainer.choices)
+
+
+def test_a_run_with_chosen_kernels_has_the_losses_of_one_without(tmp_path, measured):
+    config = tiny_config.get_config()
+    config.steps, config.compilation_cache = 3, ""
+    first = loop.train(config, str(tmp_path / "chosen"), quiet=True)
+    assert {call.op for call in measured.calls} == OPS
+    config.tune = False
+    second = loop.train(config, str(tmp_path / "defaults"), quiet=True)
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)

@@ -1,0 +1,78 @@
+"""python -m dat_jax.tune: the table it prints, the file it writes, and the report that uses it."""
+
+import json
+
+import pytest
+
+from dat_jax.errors import UserError
+from dat_jax.ops import dispatch
+from dat_jax.profiling import step_report
+from dat_jax.profiling.command import report_steps
+from dat_jax.tuning import command
+from dat_jax.tuning.choices import get_names, read_choices
+from tests.helpers import tiny_config
+
+
+@pytest.fixture
+def config():
+    config = tiny_config.get_config()
+    config.compilation_cache = ""
+    return config
+
+
+def test_the_table_has_times_and_differences_of_every_implementation(config, tmp_path, capsys):
+    with dispatch.interpreted_kernels():
+        choices = command.tune_run(config, steps=["eval"], output=tmp_path / "choices.json")
+    assert read_choices(tmp_path / "choices.json") == choices
+    lines = capsys.readouterr().out.splitlines()
+    (title,) = [line for line in lines if line.startswith("Implementations of")]
+    assert title == f"Implementations of {len(choices)} calls of ops, measured on cpu"
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["neighborhood_attention"]]
+    assert row[1:5] == ["float32[4,", "8,", "8,", "16]"]
+    assert row[5:7] == ["dense", "(default)"]
+    assert float(row[7]) > 0
+    assert float(row[8]) < 1e-5
+    kernels = [line for line in lines if line.split()[:1] == ["pallas"]]
+    assert len(kernels) == sum(not key.startswith("depthwise_conv") for key in choices) == 4
+    assert lines[-1].endswith(f"of {len(choices)} calls use another implementation than the default.")
+
+
+def test_for_a_device_that_is_not_attached_bytes_are_counted_and_nothing_runs(config, tmp_path, capsys):
+    file = tmp_path / "choices.json"
+    choices = command.tune_run(config, topology="cpu", output=file)
+    printed = capsys.readouterr().out
+    assert "bytes by the compiler, without running, for cpu" in printed
+    assert "time, ms" not in printed
+    for choice in choices.values():
+        for measured in choice.measured.values():
+            assert measured.seconds is None
+            assert measured.error is None
+    compared = [choice for choice in choices.values() if len(choice.measured) > 1]
+    assert compared
+    assert all(m.bytes > 0 for choice in compared for m in choice.measured.values())
+    assert json.loads(file.read_text())["device"] == "cpu"
+
+
+def test_the_compile_report_uses_choices(config, tmp_path, monkeypatch):
+    file, seen = tmp_path / "choices.json", []
+    choices = command.tune_run(config, topology="cpu", output=file)
+    monkeypatch.setattr(step_report, "report_step", lambda trainer, step, **_: seen.append(trainer.choices) or {})
+    monkeypatch.setattr("dat_jax.profiling.command.print_report", lambda *_: None)
+    report_steps(config, topology="cpu", steps=["train"], examples=160, choices_file=str(file))
+    assert seen == [get_names(choices)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(steps=["test"]), r"--steps must be one or more of train, eval, got test"),
+        (dict(steps=[]), r"got none"),
+        (dict(topology="v5e"), r"Unknown topology 'v5e'"),
+        (dict(output="."), r"\. cannot be written: Is a directory"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_compiled(config, monkeypatch, options, message, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "tune", None)
+    with pytest.raises(UserError, match=message):
+        command.tune_run(config, **options)
