@@ -1,6 +1,8 @@
 """Compilation: the cache of compiled programs, and compiler options that differ between versions of jax."""
 
+import ctypes
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -83,6 +85,20 @@ def enable_cache(setting: str) -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(directory))
     return directory
+
+
+def release_unused_memory() -> None:
+    """Return memory that this process has freed to the system.
+
+    The C library keeps it for later. After the compilation of a training step that is gigabytes, which the process would hold
+    while it trains: 1.2 GB for dat_pp_tiny on a CPU. Nothing happens where the C library is not glibc.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        return
+    gc.collect()
+    trim(0)
 
 
 def _default_directory() -> pathlib.Path:

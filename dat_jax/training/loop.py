@@ -237,7 +237,10 @@ def _run_steps(
             batch = next(batches)
             for hook in hooks:
                 hook.on_batch(step, batch)
-            state, metrics = trainer.train_step(state, trainer.put_batch(batch))
+            batch = trainer.put_batch(batch)
+            if step == start + 1:
+                trainer.compile_train_step(state, batch)
+            state, metrics = trainer.train_step(state, batch)
             for hook in hooks:
                 hook.after_step(step, metrics)
             pending.append(metrics)

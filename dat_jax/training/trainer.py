@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.registry import make_task
-from dat_jax.training.compilation import known_options
+from dat_jax.training.compilation import known_options, release_unused_memory
 from dat_jax.training.model_defaults import resolve_model
 from dat_jax.training.monitoring.input import without_damaged
 from dat_jax.training.optimizer import make_optimizer
@@ -110,7 +109,7 @@ class Trainer:
         return init(key)
 
     @functools.cached_property
-    def train_step(self) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    def train_step(self) -> jax.stages.Wrapped:
         """The jitted training step on the mesh: (state, batch) -> (state, metrics). It donates the state's memory."""
         config = self.config
         step = make_train_step(
@@ -134,6 +133,11 @@ class Trainer:
             donate_argnums=donate,
             compiler_options=known_options(options),
         )
+
+    def compile_train_step(self, state: TrainState, batch: dict) -> None:
+        """Compile the training step for its arguments, so that the memory of the compiler is free before the first step."""
+        self.train_step.lower(state, batch).compile()
+        release_unused_memory()
 
     def train_batches(self, *, start_step: int) -> Iterator[dict]:
         """Endless training batches of this process (numpy), after ``start_step`` finished steps."""
@@ -175,7 +179,7 @@ class Trainer:
         evaluation = self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
         # JAX releases the arrays of the host that it has used at a garbage collection. Those of data workers are in shared
         # memory, and Python warns of a leak if they are still there at its end.
-        gc.collect()
+        release_unused_memory()  # collects garbage
         return evaluation
 
     @functools.cached_property

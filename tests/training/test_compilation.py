@@ -1,5 +1,6 @@
 """The cache of compiled programs, and compiler options that a version of XLA may not have."""
 
+import ctypes
 import os
 import pathlib
 import subprocess
@@ -8,7 +9,9 @@ import sys
 import jax
 import pytest
 
-from dat_jax.training.compilation import enable_cache, known_options
+from dat_jax.training.compilation import enable_cache, known_options, release_unused_memory
+from dat_jax.training.trainer import Trainer
+from tests.helpers import tiny_config
 from tests.helpers.logs import collect_logs
 from tests.helpers.xla_flags import is_known
 
@@ -100,3 +103,40 @@ def test_a_wrong_value_of_a_known_option_is_an_error():
 def test_flags_are_tried_in_another_process_before_they_are_set():
     assert is_known("--xla_backend_optimization_level=0")
     assert not is_known("--xla_no_version_has_this_flag=true")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_is_returned_to_the_system():
+    def read_resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytearray(2**16) for _ in range(2000)]  # small enough for the heap, 131 MB
+    kept = [bytearray(2**16) for _ in range(2)]  # at the end of the heap, which otherwise shrinks by itself
+    del blocks
+    before = read_resident()
+    release_unused_memory()
+    assert before - read_resident() > 60e6
+    assert len(kept) == 2
+
+
+def test_without_glibc_nothing_is_released(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    release_unused_memory()
+
+
+def test_a_step_that_was_compiled_ahead_is_not_compiled_again(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    trainer = Trainer(tiny_config.get_config())
+    state, batch = trainer.initialize(), trainer.put_batch(next(trainer.train_batches(start_step=0)))
+    trainer.compile_train_step(state, batch)
+    compiled = []
+
+    def record(name, seconds, **_):
+        compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        jax.block_until_ready(trainer.train_step(state, batch))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+    assert not [name for name in compiled if "compile" in name]
