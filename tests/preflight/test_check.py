@@ -259,7 +259,7 @@ def test_a_step_that_cannot_be_compiled(tmp_path, monkeypatch, message, expected
 
 
 def test_a_step_that_needs_all_the_memory():
-    values = [{"compile_seconds": 1.0, "peak": 15 * 2**30, "available": 16 * 2**30}]
+    values = [{"compile_seconds": 1.0, "peak": 15 * 2**30, "available": 16 * 2**30, "choices": "none"}]
     outcome = phases.describe_compilation(make_session(), values)
     assert outcome.rows["memory needed by a device"] == "15.00 GiB of 16.00 GiB"
     assert outcome.problems == []
