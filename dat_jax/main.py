@@ -14,6 +14,7 @@ evaluation has the configuration of the run in DIR, from its config.json; --conf
 
 import shlex
 import sys
+import time
 
 import yaml
 from absl import flags
@@ -25,6 +26,7 @@ from dat_jax.config import validate
 from dat_jax.config.files import add_recorded_config, define_config_flag
 from dat_jax.errors import UserError
 
+_STARTED = time.monotonic()  # before jax is loaded, which takes seconds
 _CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of checkpoints, metrics and figures. A run in it is resumed."
@@ -83,7 +85,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     flag = flags.FLAGS["config"]
     file = flag.config_filename  # pyright: ignore[reportAttributeAccessIssue] (a flag of config_flags)
     command_flags = format_command_flags(file, config_flags.get_override_values(flag))
-    loop.train(config, workdir, quiet=_QUIET.value, command_flags=command_flags)
+    loop.train(config, workdir, quiet=_QUIET.value, command_flags=command_flags, started=_STARTED)
 
 
 if __name__ == "__main__":

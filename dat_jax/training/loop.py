@@ -45,7 +45,9 @@ logger = logging.getLogger(__name__)
 _LOWER_RATE = "Lower config.schedule.base_lr, or lengthen the warm-up."
 
 
-def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--config=FILE") -> dict[str, float]:
+def train(
+    config, workdir: str, *, quiet: bool = False, command_flags: str = "--config=FILE", started: float | None = None
+) -> dict[str, float]:
     """Train as configured, or resume the run of the work directory.
 
     Writes to the work directory: checkpoints/, config.json, classes.txt, for detectors categories.json, metrics.jsonl, the
@@ -56,6 +58,7 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
       workdir: the work directory; made if missing.
       quiet: print only warnings and the result.
       command_flags: command line flags of the configuration, for the printed commands that resume or evaluate the run.
+      started: when the program started, by ``time.monotonic()``; the time since then belongs to the run. By default now.
 
     Returns:
       Evaluation metrics of the best checkpoint; {} if a signal ended the run before its last step.
@@ -68,12 +71,14 @@ def train(config, workdir: str, *, quiet: bool = False, command_flags: str = "--
     sinks.check_sinks(config.get("logs", ()))
     console = _configure_console(quiet)
     with WorkDirectory(workdir) as directory:
-        return _train(config, directory, console=console, command_flags=command_flags)
+        return _train(config, directory, console=console, command_flags=command_flags, started=started)
 
 
-def _train(config, directory: WorkDirectory, *, console: Console, command_flags: str) -> dict[str, float]:
+def _train(
+    config, directory: WorkDirectory, *, console: Console, command_flags: str, started: float | None
+) -> dict[str, float]:
     """See ``train``."""
-    start_time, clock = time.monotonic(), Clock()
+    start_time, clock = time.monotonic(), Clock(started=started)
     _check_initial_weights(config, directory)
     trainer = Trainer(config)
     trainer.check_train_batch()

@@ -16,7 +16,7 @@ from dat_jax.training.monitoring.hooks import Hook
 logger = logging.getLogger(__name__)
 # What the time of a run is spent on, in the order of the summary.
 ACTIVITIES = {
-    "start": "start: reading the data's index, building the model, restoring a checkpoint",
+    "start": "start: loading libraries, reading the data's index, building the model, restoring a checkpoint",
     "compilation": "compilation of the training step",
     "steps": "training steps",
     "input": "waiting for images, with idle devices",
@@ -35,16 +35,20 @@ _LOGS_BEFORE_WARNING, _LOGS_FOR_WARNING = (
 
 
 class Clock:
-    """Assigns the time since it was made to activities, exactly one at a time. It starts with the activity "start".
+    """Assigns time to activities, exactly one at a time. It starts with the activity "start".
+
+    Args:
+      now: returns the time in seconds.
+      started: the time at which it starts; by default now.
 
     Attributes:
       now: returns the time in seconds.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic):
+    def __init__(self, now: Callable[[], float] = time.monotonic, *, started: float | None = None):
         self.now = now
         self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
-        self._activity, self._since = "start", now()
+        self._activity, self._since = "start", now() if started is None else started
 
     def switch(self, activity: str) -> str:
         """Assign the time from now on to an activity. Returns the one before it."""
