@@ -76,8 +76,8 @@ def main(_: list[str]) -> None:
         fail("Expected --config=CONFIG --topology=NAME, such as --config=dat_pp_t --topology=v5e:2x2.")
     if values.evaluation and values.find_batch:
         fail("--evaluation and --find_batch cannot be combined.")
-    if values.evaluation and values.choices:
-        fail("--evaluation and --choices cannot be combined.")
+    if values.choices and (values.evaluation or values.find_batch):
+        fail("--choices are for one batch size, and cannot be combined with --evaluation or --find_batch.")
     if values.evaluation and values.slices > 1:
         fail("--evaluation and --slices cannot be combined.")
     from dat_jax.profiling import command  # imports jax, which takes seconds

@@ -203,7 +203,7 @@ def test_commands_run(command, stand_ins, capsys):
         assert "No problem was found" in capsys.readouterr().out
     elif module == "dat_jax.tune":
         stand_ins.tune(arguments)
-        assert "use another implementation than the default" in capsys.readouterr().out
+        assert "another implementation than the default is the best" in capsys.readouterr().out
     elif module == "dat_jax.compile_report":
         stand_ins.report(arguments)
         assert ("eval.buckets" if "--evaluation" in arguments else "temporaries") in capsys.readouterr().out

@@ -54,6 +54,11 @@ class OpCall:
         return self.arrays[0][1:]
 
 
+def get_op(key: str) -> str:
+    """Name of the op in the key of a call."""
+    return key.partition("(")[0].removeprefix("gradient of ")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tracing:
     """What is done with the calls that are traced.

@@ -26,7 +26,7 @@ from dat_jax.preflight import measurements
 from dat_jax.preflight.session import Outcome, Session, Values, count_cores
 from dat_jax.storage import Path, download, is_in_bucket, os_errors, remove, upload
 from dat_jax.training.compilation import enable_cache
-from dat_jax.training.implementations import choose_implementations, list_choices
+from dat_jax.training.implementations import choose_implementations
 from dat_jax.training.state import TrainState, copy_state
 from dat_jax.training.trainer import Trainer
 
@@ -231,9 +231,8 @@ def describe_input(session: Session, values: Values) -> Outcome:
 
 def measure_compilation(session: Session) -> dict[str, Any]:
     """Choose implementations of ops as the run will, and compile the training step."""
-    choose_implementations(session.trainer, "train", cache=session.cache)
+    choices = choose_implementations(session.trainer, "train", cache=session.cache)
     step = session.step = measurements.compile_train_step(session.trainer)
-    choices = list_choices(session.trainer, "train")
     return {"compile_seconds": step.seconds, "peak": step.peak, "available": step.available, "choices": choices}
 
 

@@ -18,7 +18,6 @@ from dat_jax.errors import UserError
 from dat_jax.profiling import evaluation_report, step_report
 from dat_jax.profiling.topologies import TARGET_CONFIG, find_devices
 from dat_jax.storage import atomic_path
-from dat_jax.tuning.choices import get_names, read_choices
 
 _NOTES = """\
 peak: arguments, outputs that do not reuse the memory of arguments, temporaries and code
@@ -81,7 +80,7 @@ def report_steps(
         classes=classes,
         examples=examples,
         target_config=target_config or TARGET_CONFIG,
-        choices={} if choices_file is None else get_names(read_choices(choices_file)),
+        choices_file=choices_file,
     )
     print_report(make_console(), report)  # before writing, which may fail after minutes of compilation
     if json_file:
@@ -130,7 +129,7 @@ def _configure() -> None:
 
 
 def _make_report(
-    config, *, topology, slices, steps, find_batch, top, classes, examples, target_config, choices
+    config, *, topology, slices, steps, find_batch, top, classes, examples, target_config, choices_file
 ) -> dict[str, Any]:
     if not steps or not set(steps) <= set(step_report.STEPS):
         choices = ", ".join(step_report.STEPS)
@@ -139,7 +138,12 @@ def _make_report(
     find_devices(topology, slices=slices, target_config=target_config)  # reports errors before data are read
     sources = step_report.make_sources(config, classes=classes, examples=examples)
     options: dict[str, Any] = dict(
-        topology=topology, slices=slices, sources=sources, target_config=target_config, top=top, choices=choices
+        topology=topology,
+        slices=slices,
+        sources=sources,
+        target_config=target_config,
+        top=top,
+        choices_file=choices_file,
     )
     if not find_batch:
         return step_report.compile_report(config, steps=steps, **options)

@@ -63,10 +63,7 @@ def report_evaluation(
 def _compile(trainer: Trainer, shape: Shape, *, platform: str) -> dict[str, float]:
     """Compile the prediction of a batch in arrays of (height, width)."""
     size, where = trainer.config.eval.batch_size, sharding.batch_sharding(trainer.mesh)
-    example = trainer.task.example_batch(size, train=False)
-    example["image"] = jax.ShapeDtypeStruct((size, *shape, 3), example["image"].dtype)
-    if trainer.task.eval_buckets is not None:
-        example["sizes"] = jax.ShapeDtypeStruct((size, 2), "int32")
+    example = trainer.task.eval_example(size, shape)
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in example.items()}
     start = time.perf_counter()
     lowered = jax.jit(trainer.objective.predict).lower(trainer.abstract_state.eval_variables, batch)

@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from dat_jax.profiling.topologies import TARGET_CONFIG, Chip, find_devices, firs
 from dat_jax.tasks.registry import get_task_class, make_task
 from dat_jax.training.compilation import known_options
 from dat_jax.training.trainer import Trainer
+from dat_jax.tuning.choices import get_names, read_choices
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def compile_report(
     sources: tuple[Any, Any] | None = None,
     target_config: str | pathlib.Path = TARGET_CONFIG,
     top: int = 0,
-    choices: Mapping[str, str] | None = None,
+    choices_file: str | None = None,
 ) -> dict[str, Any]:
     """Compile the steps of a run and collect the compiler's report. Every number is per chip.
 
@@ -84,7 +85,7 @@ def compile_report(
       sources: training and validation data, such as StandIns; by default those that ``config.data`` names.
       target_config: see ``find_devices``.
       top: number of rows in the tables of bytes by op and by module.
-      choices: implementations of calls of ops, see ``Trainer.choices``; by default none are chosen.
+      choices_file: file of choices of implementations of ops, see ``tuning.choices``, or None.
 
     Returns:
       {"topology", "slices", "chips": number in all slices, "device", "model", "images", "dtype", "versions", "steps": step ->
@@ -98,7 +99,8 @@ def compile_report(
     validate(config)
     with compiling_for(chip.platform):
         trainer = Trainer(config, devices=devices, sources=sources)
-        trainer.choices = choices or {}
+        if choices_file is not None:
+            trainer.choices = _read_choices(choices_file, trainer, steps)
         if "train" in steps:
             trainer.check_train_batch()
         return {
@@ -112,6 +114,19 @@ def compile_report(
             "versions": _versions(chip.platform),
             "steps": {step: report_step(trainer, step, chip=chip, top=top) for step in steps},
         }
+
+
+def _read_choices(path: str, trainer: Trainer, steps: Sequence[str]) -> dict[str, str]:
+    """Names of the chosen implementations. It is said for how many of the calls of the steps there are choices."""
+    choices = get_names(read_choices(path, device_kind=trainer.mesh.devices.ravel()[0].device_kind))
+    calls = {key for step in steps for key in trainer.list_op_calls(step, every_shape=False)}
+    found = len(calls & choices.keys())
+    if not found:
+        raise UserError(
+            f"{path} has no choice for any of the {len(calls)} calls of ops in this run: `dat-jax tune` needs the same flags."
+        )
+    logger.info("%s has choices for %d of the %d calls of ops.", path, found, len(calls))
+    return choices
 
 
 def _without_files(config: ConfigDict) -> ConfigDict:

@@ -100,6 +100,18 @@ class Task(abc.ABC):
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of ``size`` examples for training, or for prediction."""
 
+    def train_examples(self, size: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """``example_batch`` of a training, for each shape of its images."""
+        return [self.example_batch(size)]
+
+    def eval_example(self, size: int, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
+        """``example_batch`` of an evaluation, with images in arrays of (height, width), see ``count_eval_arrays``."""
+        example = self.example_batch(size, train=False)
+        example["image"] = jax.ShapeDtypeStruct((size, *shape, 3), example["image"].dtype)
+        if self.eval_buckets is not None:
+            example["sizes"] = jax.ShapeDtypeStruct((size, 2), "int32")
+        return example
+
     @property
     def eval_buckets(self) -> Sequence[Shape] | None:
         """Shapes of the arrays that evaluation images are put into; None if each image fills its array. See ``data.buckets``."""

@@ -69,7 +69,7 @@ def enable_cache(setting: str) -> Path | None:
     if not setting or not options.jax_enable_compilation_cache:  # JAX_ENABLE_COMPILATION_CACHE=false
         return None
     if setting == "auto" and options.jax_compilation_cache_dir:
-        return pathlib.Path(options.jax_compilation_cache_dir)
+        return as_path(options.jax_compilation_cache_dir)
     try:
         directory = _default_directory() if setting == "auto" else as_path(setting)
         directory = directory if is_in_bucket(directory) else directory.expanduser()

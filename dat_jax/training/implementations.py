@@ -4,9 +4,11 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import jax
 
+from dat_jax.ops.calls import OpCall
 from dat_jax.ops.dispatch import interprets_kernels, target_platform
 from dat_jax.parallel import multihost
 from dat_jax.storage import Path
@@ -17,7 +19,7 @@ from dat_jax.tuning.tune import tune
 logger = logging.getLogger(__name__)
 
 
-def choose_implementations(trainer: Trainer, step: str, *, cache: Path | None) -> None:
+def choose_implementations(trainer: Trainer, step: str, *, cache: Path | None) -> str:
     """Set ``trainer.choices``. All processes must call it; the first one decides, on one of its devices.
 
     Calls whose choices are stored for this kind of device and these versions are not measured again. On CPUs nothing is done:
@@ -27,17 +29,23 @@ def choose_implementations(trainer: Trainer, step: str, *, cache: Path | None) -
       trainer: the run, before its first step.
       step: the step whose calls are measured, "train" or "eval". Stored choices are used in both.
       cache: folder of compiled programs, where choices are stored, or None.
+
+    Returns:
+      How often each implementation is used in the step by choice, or that the defaults are used, in words.
     """
     if not is_tuned(trainer):
-        return
-    names: dict[str, str] = {}
+        return f"the defaults for {target_platform()}"
+    names, described = {}, "the defaults"
     if jax.process_index() == 0:
         try:
-            names = get_names(_choose(trainer, step, cache))
+            calls = trainer.list_op_calls(step)
+            choices = _choose(calls, cache)
+            names, described = get_names(choices), _describe(choices, calls)
         except Exception as error:  # the defaults are always there, and the other processes wait for an answer
             logger.warning("Implementations of ops could not be compared, so the defaults are used: %s", error)
-    trainer.choices = json.loads(multihost.gather_texts(json.dumps(names))[0])
-    logger.info("Implementations of ops: %s.", list_choices(trainer, step))
+    trainer.choices, described = json.loads(multihost.gather_texts(json.dumps([names, described]))[0])
+    logger.info("Implementations of ops: %s.", described)
+    return described
 
 
 def is_tuned(trainer: Trainer) -> bool:
@@ -47,36 +55,19 @@ def is_tuned(trainer: Trainer) -> bool:
     return config.tune and has_choices and config.model.get("implementation", "auto") == "auto"
 
 
-def _choose(trainer: Trainer, step: str, cache: Path | None) -> Choices:
+def _choose(calls: Mapping[str, OpCall], cache: Path | None) -> Choices:
+    """The stored choices of this device, and those of the calls that had none."""
     device = jax.local_devices()[0].device_kind
     start, known = time.monotonic(), read_stored_choices(cache, device)
-    calls = trainer.list_op_calls(step)
     found = tune(calls, known=known)
     store_choices(cache, found, device_kind=device)
-    choices = {**known, **found}
     if found:
         where = "not kept" if cache is None else f"kept in {choices_file(cache, device)}"
-        logger.info(
-            "Compared the implementations of %d calls of ops in %.0f s; %s.",
-            len(found),
-            time.monotonic() - start,
-            where,
-        )
-    return choices
+        seconds = time.monotonic() - start
+        logger.info("Compared the implementations of %d calls of ops in %.0f s; %s.", len(found), seconds, where)
+    return {**known, **found}
 
 
-def list_choices(trainer: Trainer, step: str) -> str:
-    """How often each implementation is used in a step by choice, or that the defaults are used.
-
-    Args:
-      trainer: the run, after ``choose_implementations``.
-      step: "train" or "eval".
-    """
-    if not is_tuned(trainer):
-        return f"the defaults for {target_platform()}"
-    counts = Counter(
-        f"{call.op} {trainer.choices[key]}"
-        for key, call in trainer.list_op_calls(step).items()
-        if key in trainer.choices
-    )
+def _describe(choices: Choices, calls: Mapping[str, OpCall]) -> str:
+    counts = Counter(f"{call.op} {choices[key].chosen}" for key, call in calls.items() if key in choices)
     return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items())) or "the defaults"

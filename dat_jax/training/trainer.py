@@ -26,6 +26,7 @@ from dat_jax.training.schedule import plan_run
 from dat_jax.training.state import TrainState, init_state
 from dat_jax.training.step import make_train_step
 
+_MOST_SHAPES = 8  # of images in an evaluation, whose ops are listed
 _INIT_STREAM = 0  # random keys: fold_in(seed, stream)
 
 
@@ -196,21 +197,32 @@ class Trainer:
                 f"{config.accumulate_steps} accumulated steps."
             )
 
-    def list_op_calls(self, step: str) -> dict[str, OpCall]:
+    def list_op_calls(self, step: str, *, every_shape: bool = True) -> dict[str, OpCall]:
         """The calls of ops in a step whose implementation can be chosen, by their keys, as one device executes them.
 
         Args:
           step: "train" or "eval".
+          every_shape: for an evaluation, whether the sizes of the images are read, for the shapes of their arrays; of more than
+            eight shapes, those with the most images are used.
         """
         train, config = step == "train", self.config
-        size = config.batch_size // config.accumulate_steps if train else config.eval.batch_size
-        batch = self.task.example_batch(max(size // self.mesh.size, 1), train=train)
-        objective, variables = self.task.make_objective(), self.abstract_state.eval_variables
+        size = (config.batch_size // config.accumulate_steps if train else config.eval.batch_size) // self.mesh.size
+        if train:
+            batches = self.task.train_examples(size)
+        elif every_shape:
+            counts = self.task.count_eval_arrays(self.task.eval_buckets)
+            shapes = sorted(counts, key=lambda shape: -counts[shape])[:_MOST_SHAPES]
+            batches = [self.task.eval_example(size, shape) for shape in shapes]
+        else:
+            batches = [self.task.example_batch(size, train=False)]
+        variables = self.abstract_state.eval_variables
         with recorded_calls(differentiated=train) as calls:
-            if train:
-                jax.eval_shape(objective.loss, variables, batch, jax.random.key(0))
-            else:
-                jax.eval_shape(objective.predict, variables, batch)
+            for batch in batches:
+                objective = self.task.make_objective()  # a new one, since jax keeps what it has traced
+                if train:
+                    jax.eval_shape(objective.loss, variables, batch, jax.random.key(0))
+                else:
+                    jax.eval_shape(objective.predict, variables, batch)
         return calls
 
     def _with_choices(self, function: Callable, *, differentiated: bool) -> Callable:

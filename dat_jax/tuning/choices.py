@@ -12,6 +12,8 @@ from typing import Any
 
 from dat_jax import __version__
 from dat_jax.errors import UserError
+from dat_jax.ops.calls import get_op
+from dat_jax.ops.dispatch import IMPLEMENTATIONS
 from dat_jax.storage import Path, as_path, atomic_write_text, os_errors
 from dat_jax.tuning.measurement import Measurement
 
@@ -36,6 +38,7 @@ class Choice:
 
 
 Choices = dict[str, Choice]  # by the key of a call, see ``ops.calls.OpCall``
+_NOT_CHOICES = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def describe_versions() -> dict[str, str]:
@@ -79,38 +82,47 @@ def write_choices(path: str | os.PathLike, choices: Choices, *, device_kind: str
     atomic_write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_choices(path: str | os.PathLike) -> Choices:
+def read_choices(path: str | os.PathLike, *, device_kind: str | None = None) -> Choices:
     """Read a file of choices.
 
+    Args:
+      path: the file.
+      device_kind: the device that the choices are needed for, or None for any.
+
     Raises:
-      UserError: it cannot be read, or is not a file of choices.
+      UserError: it cannot be read, is not a file of choices, or has those of another device.
     """
     try:
         with os_errors(path):
             text = as_path(path).read_text()
-        return parse_choices(text)
+        found, choices = parse_choices(text)
     except OSError as error:
         raise UserError(f"The file of choices {path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except _NOT_CHOICES as error:
         raise UserError(f"{path} is not a file of choices, as `dat-jax tune --output=FILE` writes them.") from error
+    if device_kind not in (None, found):
+        raise UserError(f"The choices in {path} are for {found}, expected {device_kind}.")
+    return choices
 
 
-def parse_choices(text: str) -> Choices:
-    """Choices from the text of a file.
+def parse_choices(text: str) -> tuple[str, Choices]:
+    """Kind of the device, and its choices, from the text of a file.
 
     Raises:
-      ValueError, TypeError, KeyError, AttributeError: it is not the text of a file of choices.
+      ValueError, TypeError, KeyError, AttributeError, RecursionError: it is not the text of a file of choices.
     """
     content = json.loads(text)
     if content["format"] != _FORMAT:
         raise ValueError(f"unknown format {content['format']}")
-    return {key: _parse_choice(value) for key, value in content["calls"].items()}
+    return content["device"], {key: _parse_choice(key, value) for key, value in content["calls"].items()}
 
 
-def _parse_choice(value: Mapping[str, Any]) -> Choice:
+def _parse_choice(key: str, value: Mapping[str, Any]) -> Choice:
     measured = {str(name): Measurement(**values) for name, values in value["measured"].items()}
-    if value["chosen"] not in measured:
-        raise ValueError(f"{value['chosen']!r} was not measured")
+    op = get_op(key)
+    known = {*IMPLEMENTATIONS[op], *(IMPLEMENTATIONS["position_bias"] if op == "deformable_attention" else ())}
+    if value["chosen"] not in measured or not measured.keys() <= known:
+        raise ValueError(f"{value['chosen']!r} was not measured, or the op has no such implementation")
     return Choice(chosen=value["chosen"], default=str(value["default"]), measured=measured)
 
 
@@ -133,8 +145,10 @@ def store_choices(folder: str | os.PathLike | None, choices: Choices, *, device_
     path = choices_file(folder, device_kind)
     try:
         write_choices(path, {**read_stored_choices(folder, device_kind), **choices}, device_kind=device_kind)
-    except OSError as error:
-        logger.warning("Choices of implementations are not kept in %s: %s.", path, error.strerror or error)
+    except (OSError, UserError) as error:
+        logger.warning(
+            "Choices of implementations are not kept in %s: %s.", path, getattr(error, "strerror", None) or error
+        )
 
 
 def get_names(choices: Choices) -> dict[str, str]:

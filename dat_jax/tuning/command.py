@@ -54,6 +54,8 @@ def tune_run(
     if not steps or not set(steps) <= set(STEPS):
         raise UserError(f"--steps must be one or more of {', '.join(STEPS)}, got {','.join(steps) or 'none'}.")
     validate(config)
+    if (implementation := config.model.get("implementation", "auto")) != "auto":
+        raise UserError(f"Nothing is compared with config.model.implementation={implementation}; set it to auto.")
     if topology is not None:
         jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
     configure_logging()
@@ -92,7 +94,10 @@ def _make_sources(config: ConfigDict):
 
 
 def _list_calls(trainer: Trainer, steps: Sequence[str]) -> dict[str, OpCall]:
-    return {key: call for step in steps for key, call in trainer.list_op_calls(step).items()}
+    if "train" in steps:
+        trainer.check_train_batch()
+    # The sizes of the images of an evaluation are only known from its data, which are not read.
+    return {key: call for step in steps for key, call in trainer.list_op_calls(step, every_shape=False).items()}
 
 
 def print_choices(
@@ -109,11 +114,15 @@ def print_choices(
     """
     title = "time, ms" if executed else "GB in device memory"
     box = HEAVY_HEAD if console.is_terminal else None
-    table = Table("op", "first array", "implementation", title, "difference", "use", box=box)
+    table = Table("op", "first array and options", "implementation", title, "difference", "", box=box)
     for key, call in calls.items():
         shape, dtype = call.main_array
-        name, array = "gradient of " * call.differentiated + call.op, f"{dtype}{list(shape)}"
-        choice = choices[key]
+        options = [f"{option}={value}" for option, value in call.options]
+        name, array = "gradient of " * call.differentiated + call.op, " ".join([f"{dtype}{list(shape)}", *options])
+        choice = choices.get(key)
+        if choice is None:
+            table.add_row(name, array, "cannot be compared", "-", "-", "")
+            continue
         for implementation, measured in choice.measured.items():
             cost = measured.seconds and 1e3 * measured.seconds if executed else measured.bytes and measured.bytes / 1e9
             default = " (default)" if implementation == choice.default else ""
@@ -123,11 +132,12 @@ def print_choices(
                 implementation + default,
                 "-" if cost is None else f"{cost:.4g}",
                 "-" if measured.error is None else f"{measured.error:.1e}",
-                "used" if implementation == choice.chosen else "has a problem" if measured.problem else "",
+                "has a problem" if measured.problem else "best" if implementation == choice.chosen else "",
             )
             name = array = ""
     how = "measured on" if executed else "bytes by the compiler, without running, for"
     console.print(f"Implementations of {len(calls)} calls of ops, {how} {device}")
     console.print(table, soft_wrap=False)
-    changed = sum(choices[key].chosen != choices[key].default for key in calls)
-    console.print(f"{changed} of {len(calls)} calls use another implementation than the default.")
+    changed = sum(choice.chosen != choice.default for choice in choices.values())
+    whose = "" if executed and target_platform() != "cpu" else " Runs do not use this table."
+    console.print(f"For {changed} of {len(calls)} calls another implementation than the default is the best.{whose}")

@@ -10,8 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dat_jax.ops.calls import OpCall
+from dat_jax.ops.dispatch import target_platform
 from dat_jax.profiling import hlo
+from dat_jax.profiling.step_report import COMPILER_OPTIONS
 from dat_jax.profiling.topologies import first_line
+from dat_jax.training.compilation import known_options
 from dat_jax.tuning.measurement import Measurement
 from dat_jax.tuning.programs import make_program
 
@@ -31,16 +34,17 @@ def make_compiled_measure(devices: Sequence[Any]) -> Callable[..., dict[str, Mea
 
 def _measure(call: OpCall, implementations: Sequence[str], *, where: NamedSharding) -> dict[str, Measurement]:
     arrays = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, shape, dtype in call.arrays}
-    return {name: _compile(call, name, arrays, where) for name in implementations}
+    options = COMPILER_OPTIONS.get(target_platform(), {})
+    return {name: _compile(call, name, arrays, where, options) for name in implementations}
 
 
-def _compile(call: OpCall, implementation: str, arrays, where: NamedSharding) -> Measurement:
+def _compile(call: OpCall, implementation: str, arrays, where: NamedSharding, options: dict[str, Any]) -> Measurement:
     program = make_program(call, implementation)
     try:
         forward = make_program(dataclasses.replace(call, differentiated=False), implementation)
         result = jax.eval_shape(forward, arrays, None)["result"]
         gradient = jax.ShapeDtypeStruct(result.shape, result.dtype, sharding=where)
-        compiled = jax.jit(program).lower(arrays, gradient).compile()
+        compiled = jax.jit(program).lower(arrays, gradient).compile(known_options(options))
         by_opcode, _ = hlo.traffic(hlo.parse(compiled.as_text() or ""))
     except Exception as error:  # compilers raise exceptions of many types
         return Measurement(problem=f"it cannot be compiled: {first_line(error)}")

@@ -16,9 +16,17 @@ import numpy as np
 
 from dat_jax.ops.calls import OpCall
 from dat_jax.tuning.candidates import get_tolerance
-from dat_jax.tuning.programs import Arrays, make_arrays, make_gradient, make_program, take_examples
+from dat_jax.tuning.programs import (
+    Arrays,
+    count_examples,
+    expect_whole_batch,
+    make_arrays,
+    make_gradient,
+    make_program,
+    take_examples,
+)
 
-_COMPARED_EXAMPLES = 2  # the plain implementation may not fit in memory with the whole batch
+_ZERO = 1e-5  # an array with smaller values is zero but for rounding, as the gradient of the only key of a query
 _REPETITIONS = 5  # the median counts
 _MAX_RUNS = 10  # at a time, whose results are in memory
 _SECONDS = 0.02  # of one repetition
@@ -44,6 +52,9 @@ class Measurement:
 def measure(call: OpCall, implementations: Sequence[str]) -> dict[str, Measurement]:
     """Compare implementations of a call with the plain one, and time those that agree.
 
+    The batch repeats two examples, or another small divisor of its size: the plain implementation may not fit in memory with all
+    of them, and so its results are known for all of them.
+
     Args:
       call: the call.
       implementations: their names.
@@ -51,12 +62,13 @@ def measure(call: OpCall, implementations: Sequence[str]) -> dict[str, Measureme
     Returns:
       The measurement of each.
     """
-    arrays = make_arrays(call)
-    count = min(_COMPARED_EXAMPLES, call.main_array[0][0])
+    count = count_examples(call.main_array[0][0])
+    arrays = make_arrays(call, examples=count)
     forward = make_program(dataclasses.replace(call, differentiated=False), "plain")
     result = jax.eval_shape(forward, arrays, None)["result"]
     gradient = make_gradient(call, result, examples=count)
     expected = _compute_reference(call, take_examples(call, arrays, count), gradient[:count])
+    expected = expect_whole_batch(call, expected, count)
     on_device = jax.device_put((arrays, gradient))
     programs = _compile_all(call, implementations, on_device)
     measured = {}
@@ -65,7 +77,7 @@ def measure(call: OpCall, implementations: Sequence[str]) -> dict[str, Measureme
             measured[name] = Measurement(problem=f"it cannot be compiled: {_first_line(program)}")
             continue
         try:
-            measured[name] = _measure_program(call, program, on_device, expected, count)
+            measured[name] = _measure_program(call, program, on_device, expected)
         except Exception as error:  # whatever a kernel does on the device, the others are still there
             measured[name] = Measurement(problem=f"it fails: {_first_line(error)}")
     return measured
@@ -97,24 +109,22 @@ def _compile_all(call: OpCall, implementations: Sequence[str], inputs: Any) -> d
         return {name: future.result() for name, future in futures.items()}
 
 
-def _measure_program(call: OpCall, program: Any, inputs: Any, expected: Arrays, count: int) -> Measurement:
-    results = program(*inputs)
-    errors = {
-        name: _relative_difference(array, expected[name])
-        for name, array in jax.device_get(take_examples(call, results, count)).items()
-    }
-    del results
+def _measure_program(call: OpCall, program: Any, inputs: Any, expected: Arrays) -> Measurement:
+    results = jax.device_get(program(*inputs))
+    errors = {name: _relative_difference(array, expected[name]) for name, array in results.items()}
     worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     error, tolerance = errors[worst], get_tolerance(call)
     if not error <= tolerance:  # also if it is NaN
         what = "its result" if worst == "result" else f"its gradient of {worst}"
-        return Measurement(error=error, problem=f"{what} differs by {error:.2g} (at most {tolerance:g} is allowed)")
+        problem = f"{what} differs by {error:.2g} (at most {tolerance:g} is allowed)"
+        return Measurement(error=error if math.isfinite(error) else None, problem=problem)
     return Measurement(seconds=time_program(program, inputs), error=error)
 
 
 def _relative_difference(array: Any, expected: np.ndarray) -> float:
     difference = np.abs(np.asarray(array, np.float64) - np.asarray(expected, np.float64)).max(initial=0.0)
-    return float(difference / (np.abs(expected.astype(np.float64)).max(initial=0.0) or 1.0))
+    largest = np.abs(expected.astype(np.float64)).max(initial=0.0)
+    return float(difference / (largest if largest > _ZERO else 1.0))
 
 
 def time_program(program: Any, inputs: Any) -> float:

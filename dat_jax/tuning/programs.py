@@ -11,6 +11,7 @@ import numpy as np
 from dat_jax.ops.calls import OpCall
 
 Arrays = dict[str, Any]
+_MARGIN = 1.5  # pixels that points may lie beyond the map, where they count as zero
 
 
 def make_program(call: OpCall, implementation: str) -> Callable[[Arrays, Any], Arrays]:
@@ -39,18 +40,25 @@ def make_program(call: OpCall, implementation: str) -> Callable[[Arrays, Any], A
     return execute_and_differentiate
 
 
-def make_arrays(call: OpCall) -> Arrays:
-    """Random arrays (numpy) of the shapes and dtypes of a call, always the same."""
+def make_arrays(call: OpCall, *, examples: int) -> Arrays:
+    """Random arrays (numpy) of the shapes and dtypes of a call, always the same.
+
+    Args:
+      call: the call.
+      examples: number of different examples, a divisor of the batch size; the batch repeats them.
+    """
     rng = np.random.default_rng(0)
-    return {name: _make_array(name, shape, call, rng).astype(jnp.dtype(dtype)) for name, shape, dtype in call.arrays}
+    arrays = {name: _make_array(name, shape, call, rng).astype(jnp.dtype(dtype)) for name, shape, dtype in call.arrays}
+    return repeat_examples(call, take_examples(call, arrays, examples), examples)
 
 
 def _make_array(name: str, shape: tuple[int, ...], call: OpCall, rng: np.random.Generator) -> np.ndarray:
     map_shape = call.main_array[0][1:3]
-    if name == "points":  # inside the map, or inside the map that the table was made for
+    if name == "points":  # of the map, or of the map that the table was made for
         tables = [shape for other, shape, _ in call.arrays if other == "table"]
-        sides = [(side - 1) // 2 for side in tables[0][1:]] if tables else [side - 1 for side in map_shape]
-        return rng.uniform(0, 1, shape) * np.reshape(sides, (1,) * (len(shape) - 1) + (2,))
+        last = np.array([(side - 1) // 2 for side in tables[0][1:]] if tables else [side - 1 for side in map_shape])
+        margin = 0.0 if dict(call.options).get("points_inside") else _MARGIN
+        return rng.uniform(-margin, last + margin, shape)
     if name == "sizes":  # whole maps: results beyond the size of an example mean nothing and cannot be compared
         return np.broadcast_to(np.array(map_shape), shape)
     if name == "key_mask":
@@ -62,16 +70,39 @@ def _make_array(name: str, shape: tuple[int, ...], call: OpCall, rng: np.random.
 
 
 def make_gradient(call: OpCall, result: jax.ShapeDtypeStruct, *, examples: int) -> np.ndarray:
-    """A random gradient with respect to the result of a call, zero after the first ``examples``."""
-    gradient = np.random.default_rng(1).standard_normal(result.shape)
-    gradient[examples:] = 0
-    return gradient.astype(jnp.dtype(result.dtype))
+    """A random gradient with respect to the result of a call, which repeats ``examples`` as ``make_arrays`` does."""
+    gradient = np.random.default_rng(1).standard_normal(result.shape).astype(jnp.dtype(result.dtype))
+    return repeat_examples(call, {"result": gradient[:examples]}, examples)["result"]
 
 
-def take_examples(call: OpCall, arrays: Arrays, count: int) -> Arrays:
-    """The first ``count`` examples of arrays with a batch, and the other arrays whole."""
+def take_examples(call: OpCall, arrays: Arrays, examples: int) -> Arrays:
+    """The first examples of arrays with a batch, and the other arrays whole."""
+    names = _find_batched(call)
+    return {name: array[:examples] if name in names else array for name, array in arrays.items()}
+
+
+def repeat_examples(call: OpCall, arrays: Arrays, examples: int) -> Arrays:
+    """Arrays of the batch size of the call, which repeat their ``examples``; arrays without a batch stay as they are."""
+    names, times = _find_batched(call), call.main_array[0][0] // examples
+    return {name: np.concatenate([array] * times) if name in names else array for name, array in arrays.items()}
+
+
+def expect_whole_batch(call: OpCall, results: Arrays, examples: int) -> Arrays:
+    """What ``make_program`` returns for a batch that repeats some examples, from what it returns for these examples alone.
+
+    The gradient with respect to an array without a batch is the sum over all examples.
+    """
+    names, times = _find_batched(call), call.main_array[0][0] // examples
+    summed = {name: array if name in names else times * array for name, array in results.items()}
+    return repeat_examples(call, summed, examples)
+
+
+def count_examples(batch: int) -> int:
+    """Number of different examples in a batch that repeats them: its smallest divisor above 1."""
+    return next((count for count in range(2, batch + 1) if batch % count == 0), 1)
+
+
+def _find_batched(call: OpCall) -> set[str]:
+    """Names of the arrays with a batch, and of the result. A bias may have a first axis of 1 for all examples."""
     batch = call.main_array[0][0]
-    return {
-        name: array[:count] if name in {*call.batched, "result"} and array.shape[0] == batch else array
-        for name, array in arrays.items()
-    }
+    return {"result", *(name for name, shape, _ in call.arrays if name in call.batched and shape[0] == batch)}

@@ -26,20 +26,24 @@ def tune(calls: Mapping[str, OpCall], *, known: Choices | None = None, measure: 
       measure: what compares the implementations of a call.
 
     Returns:
-      The choices of the calls that were not known.
+      The choices of the calls that were not known, without those that cannot be compared.
     """
     known = known or {}
     found: Choices = {}
-    pending = [call for key, call in calls.items() if key not in known]
+    names = {key: list_candidates(call) for key, call in calls.items()}
+    names = {key: those for key, those in names.items() if key not in known or known[key].chosen not in those}
+    found |= {key: Choice(only[0], only[0], {only[0]: Measurement()}) for key, only in names.items() if len(only) == 1}
+    pending = [calls[key] for key in names if key not in found]
     # The MLP contains a convolution, so that it comes after it.
     for number, call in enumerate(sorted(pending, key=lambda call: call.op == "conv_mlp"), 1):
-        names = list_candidates(call)
-        if len(names) == 1:
-            found[call.key] = Choice(names[0], names[0], {names[0]: Measurement()})
-            continue
         logger.info("Comparing implementations, %d of %d: %s", number, len(pending), call.key)
-        with chosen_implementations(get_names({**known, **found}), differentiated=call.differentiated):
-            measured = measure(call, names)
+        try:
+            with chosen_implementations(get_names({**known, **found}), differentiated=call.differentiated):
+                measured = measure(call, names[call.key])
+        except Exception as error:  # such as a plain implementation that does not fit in memory
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("%s: its implementations cannot be compared, so the default is used: %s", call.key, reason)
+            continue
         found[call.key] = choice = choose(measured, find_default(call))
         for sentence in explain(call, choice):
             logger.warning(sentence)
@@ -66,6 +70,8 @@ def explain(call: OpCall, choice: Choice) -> list[str]:
         elif name == "pallas" != choice.chosen and value.seconds and used.seconds:
             ratio = value.seconds / used.seconds
             reason = f"it takes {ratio:.2f} times as long as {choice.chosen}"
+            if ratio <= 1:
+                reason = f"it is less than {100 * _LEAST_GAIN:g} % faster than {choice.chosen}"
             sentences.append(f"{call.key}: the kernel is not used, because {reason}.")
     if used.problem:
         sentences.append(

@@ -5,15 +5,16 @@ import logging
 import jax
 import pytest
 
-from dat_jax.ops import dispatch
-from dat_jax.parallel import multihost
+from dat_jax.ops import calls, dispatch
+from dat_jax.parallel import multihost, sharding
 from dat_jax.training import implementations, loop
-from dat_jax.training.implementations import choose_implementations, list_choices
+from dat_jax.training.implementations import choose_implementations
 from dat_jax.training.trainer import Trainer
 from dat_jax.tuning import choices as choices_module
 from dat_jax.tuning import tune as tune_module
 from dat_jax.tuning.measurement import Measurement
-from tests.helpers import tiny_config
+from tests.helpers import tiny_config, tiny_detection, tiny_segmentation
+from tests.helpers.small_mesh import make_small_mesh
 
 OPS = {"grid_sample", "neighborhood_attention", "deformable_attention", "conv_mlp", "depthwise_conv"}
 
@@ -66,11 +67,12 @@ def test_kernels_that_are_faster_are_in_the_step_and_are_chosen_once(tmp_path, m
     calls = trainer.list_op_calls("train")
     assert {call.op for call in calls.values()} == OPS
     assert all(call.main_array[0][0] == 2 and call.differentiated for call in calls.values())  # 16 images, 8 devices
-    choose_implementations(trainer, "train", cache=tmp_path)
+    described = choose_implementations(trainer, "train", cache=tmp_path)
     assert trainer.choices.keys() == calls.keys()
     assert len(measured.calls) == len(calls)
     assert count_kernels(trainer) > 0
-    assert "1 x neighborhood_attention pallas" in list_choices(trainer, "train") in caplog.text
+    assert "1 x neighborhood_attention pallas" in described
+    assert f"Implementations of ops: {described}." in caplog.text
 
     again = make_trainer()
     choose_implementations(again, "train", cache=tmp_path)
@@ -92,11 +94,10 @@ def test_another_version_and_another_folder_measure_again(tmp_path, measured, ma
 @pytest.mark.parametrize("settings", [{"tune": False}, {"model": {"implementation": "plain"}}])
 def test_nothing_is_measured_where_it_is_not_wanted(tmp_path, measured, make_trainer, settings):
     trainer = make_trainer(**settings)
-    choose_implementations(trainer, "train", cache=tmp_path)
+    assert choose_implementations(trainer, "train", cache=tmp_path) == "the defaults for cpu"
     assert trainer.choices == {}
     assert measured.calls == []
     assert list(tmp_path.iterdir()) == []
-    assert list_choices(trainer, "train") == "the defaults for cpu"
 
 
 def test_nothing_is_measured_on_cpus(tmp_path, make_trainer):
@@ -120,7 +121,7 @@ def test_a_comparison_that_fails_ends_with_the_defaults(tmp_path, measured, make
 
 def test_all_processes_take_the_choices_of_the_first(measured, make_trainer, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(multihost, "gather_texts", lambda text: ['{"a()": "pallas"}', text])
+    monkeypatch.setattr(multihost, "gather_texts", lambda text: ['[{"a()": "pallas"}, "x"]', text])
     trainer = make_trainer()
     choose_implementations(trainer, "train", cache=None)
     assert trainer.choices == {"a()": "pallas"}
@@ -132,6 +133,42 @@ def test_an_evaluation_has_choices_of_its_own(tmp_path, measured, make_trainer):
     choose_implementations(trainer, "eval", cache=tmp_path)
     assert trainer.choices
     assert not any(key.startswith("gradient of") for key in trainer.choices)
+
+
+def trace_evaluation(trainer, monkeypatch):
+    """Return the keys of the calls of ops in an evaluation as it runs."""
+    keys, variables = set(), trainer.initialize().eval_variables
+    real = calls.choose_call
+
+    def record(op, function, batched, arguments):
+        with (
+            calls.recorded_calls(differentiated=False) as found,
+            dispatch.split_batch(trainer.mesh, trainer.mesh.axis_names),
+        ):
+            choice = real(op, function, batched, arguments)
+        keys.update(found)
+        return choice
+
+    for module in ("calls", "layers.mlp"):
+        monkeypatch.setattr(f"dat_jax.ops.{module}.choose_call", record)
+    trainer.choices = {"none": "of these"}
+    trainer.evaluate(variables)
+    return keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", [tiny_config, tiny_segmentation, tiny_detection])
+def test_the_calls_that_are_listed_are_those_of_an_evaluation(tiny, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", make_small_mesh)
+    trainer = Trainer(tiny.get_config())
+    listed = trainer.list_op_calls("eval").keys()
+    assert trace_evaluation(trainer, monkeypatch) == listed
+
+
+def test_a_detector_has_calls_for_every_shape_of_its_images():
+    task = Trainer(tiny_detection.get_config()).task
+    shapes = [batch["image"].shape[1:3] for batch in task.train_examples(2)]
+    assert shapes == list(task._buckets())
 
 
 def test_a_run_with_chosen_kernels_has_the_losses_of_one_without(tmp_path, measured):

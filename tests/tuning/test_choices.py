@@ -18,12 +18,14 @@ from dat_jax.tuning.choices import (
 from dat_jax.tuning.measurement import Measurement
 
 CHOICES = {
-    "a(x=float32[2])": Choice(
+    "neighborhood_attention(query=float32[2])": Choice(
         "pallas",
         "tiles",
         {"tiles": Measurement(seconds=2.0, error=1e-6), "pallas": Measurement(seconds=1.0, error=2e-6)},
     ),
-    "b()": Choice("gather", "gather", {"gather": Measurement(bytes=3.0), "matmul": Measurement(problem="it fails: x")}),
+    "grid_sample()": Choice(
+        "gather", "gather", {"gather": Measurement(bytes=3.0), "matmul": Measurement(problem="it fails: x")}
+    ),
 }
 
 
@@ -33,7 +35,7 @@ def test_a_file_keeps_choices_and_what_was_measured(tmp_path):
     content = json.loads((tmp_path / "new" / "choices.json").read_text())
     assert content["device"] == "TPU v5 lite"
     assert {"dat_jax", "jax", "jaxlib"} <= set(content["versions"])
-    assert get_names(CHOICES) == {"a(x=float32[2])": "pallas", "b()": "gather"}
+    assert get_names(CHOICES) == {"neighborhood_attention(query=float32[2])": "pallas", "grid_sample()": "gather"}
 
 
 def test_stored_choices_are_added_and_are_of_one_device_and_version(tmp_path, monkeypatch):
@@ -59,6 +61,8 @@ def test_stored_choices_are_added_and_are_of_one_device_and_version(tmp_path, mo
         '{"format": 1, "calls": {"a": {"chosen": "x", "default": "x", "measured": {}}}}',
         '{"format": 1, "calls": {"a": {"chosen": "x", "default": "x", "measured": {"x": {"speed": 1}}}}}',
         '{"format": 1, "calls": []}',
+        '{"format": 1, "device": "gpu", "calls": {"grid_sample()": {"chosen": "x", "default": "x", "measured": {"x": {}}}}}',
+        "[" * 200_000,
     ],
 )
 def test_a_damaged_file_is_refused_by_name_and_a_stored_one_is_not_used(tmp_path, caplog, text):
@@ -71,6 +75,13 @@ def test_a_damaged_file_is_refused_by_name_and_a_stored_one_is_not_used(tmp_path
     assert "Stored choices of implementations are not used" in caplog.text
     store_choices(tmp_path, CHOICES, device_kind="gpu")
     assert read_stored_choices(tmp_path, "gpu") == CHOICES
+
+
+def test_choices_of_another_device_are_refused(tmp_path):
+    write_choices(tmp_path / "choices.json", CHOICES, device_kind="TPU v5 lite")
+    assert read_choices(tmp_path / "choices.json", device_kind="TPU v5 lite") == CHOICES
+    with pytest.raises(UserError, match=r"are for TPU v5 lite, expected cpu\.$"):
+        read_choices(tmp_path / "choices.json", device_kind="cpu")
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):

@@ -29,12 +29,12 @@ def test_the_table_has_times_and_differences_of_every_implementation(config, tmp
     assert title == f"Implementations of {len(choices)} calls of ops, measured on cpu"
     (row,) = [line.split() for line in lines if line.split()[:1] == ["neighborhood_attention"]]
     assert row[1:5] == ["float32[4,", "8,", "8,", "16]"]
-    assert row[5:7] == ["dense", "(default)"]
-    assert float(row[7]) > 0
-    assert float(row[8]) < 1e-5
+    assert row[5:9] == ["kernel_size=3", "num_heads=2", "dense", "(default)"]
+    assert float(row[9]) > 0
+    assert float(row[10]) < 1e-5
     kernels = [line for line in lines if line.split()[:1] == ["pallas"]]
     assert len(kernels) == sum(not key.startswith("depthwise_conv") for key in choices) == 4
-    assert lines[-1].endswith(f"of {len(choices)} calls use another implementation than the default.")
+    assert f"of {len(choices)} calls another implementation than the default is the best. Runs do not use" in lines[-1]
 
 
 def test_for_a_device_that_is_not_attached_bytes_are_counted_and_nothing_runs(config, tmp_path, capsys):
@@ -60,6 +60,23 @@ def test_the_compile_report_uses_choices(config, tmp_path, monkeypatch):
     monkeypatch.setattr("dat_jax.profiling.command.print_report", lambda *_: None)
     report_steps(config, topology="cpu", steps=["train"], examples=160, choices_file=str(file))
     assert seen == [get_names(choices)]
+
+
+def test_choices_of_another_batch_are_refused(config, tmp_path):
+    file = tmp_path / "choices.json"
+    command.tune_run(config, topology="cpu", output=file)
+    config.batch_size = 32
+    with pytest.raises(UserError, match=r"has no choice for any of the 7 calls of ops in this run"):
+        report_steps(config, topology="cpu", steps=["train"], examples=160, choices_file=str(file))
+
+
+def test_settings_with_which_nothing_can_be_compared_are_refused(config):
+    config.batch_size = 12  # on eight devices
+    with pytest.raises(UserError, match=r"config\.batch_size 12 is not a multiple of 8"):
+        command.tune_run(config, topology="cpu")
+    config.unlock().model.implementation = "plain"
+    with pytest.raises(UserError, match=r"Nothing is compared with config\.model\.implementation=plain"):
+        command.tune_run(config, topology="cpu")
 
 
 @pytest.mark.parametrize(

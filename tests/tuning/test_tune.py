@@ -16,8 +16,9 @@ from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.layers.mlp import conv_mlp
 from dat_jax.ops.pallas import sampling
 from dat_jax.tuning.candidates import find_default, list_candidates
+from dat_jax.tuning.choices import Choice
 from dat_jax.tuning.measurement import Measurement, measure
-from dat_jax.tuning.programs import make_arrays, take_examples
+from dat_jax.tuning.programs import count_examples, expect_whole_batch, make_arrays
 from dat_jax.tuning.tune import choose, explain, tune
 
 ones = jnp.ones
@@ -79,6 +80,58 @@ def test_a_kernel_with_a_wrong_gradient_is_left_out(monkeypatch, caplog):
     assert "pallas is not used, because its gradient of points differs by 1 (at most 0.0001 is allowed)" in caplog.text
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_kernel_that_is_wrong_for_the_last_example_is_left_out(monkeypatch, differentiated):
+    plant(monkeypatch, lambda features, points, kernel: kernel(features, points).at[-1, 3].multiply(1.2))
+    choice = tune_sampling(differentiated=differentiated)
+    assert "differs by" in choice.measured["pallas"].problem
+
+
+def test_a_kernel_that_is_wrong_outside_the_map_is_left_out(monkeypatch):
+    def clamp(features, points, kernel):
+        return kernel(
+            features, jnp.clip(points, 0, jnp.array(features.shape[1:3], jnp.float32).reshape(1, 1, 1, 2) - 1)
+        )
+
+    plant(monkeypatch, clamp)
+    assert "its result differs by" in tune_sampling().measured["pallas"].problem
+
+
+def test_the_gradient_of_an_only_key_is_zero_and_agrees():
+    table = ones((2, 17, 15))
+    with dispatch.interpreted_kernels():
+        calls = record(
+            lambda q, k, v, p, t: deformable_attention(q, k, v, points=p, table=t, num_heads=2, points_inside=True),
+            *(MAP, ones((3, 1, 4)), ones((3, 1, 4)), ones((3, 1, 1, 2)), table),
+        )
+        call = next(iter(calls.values()))
+        measured = measure(call, list_candidates(call))
+    assert [value.problem for value in measured.values()] == [""] * 3
+
+
+def test_a_call_that_cannot_be_compared_leaves_the_others_alone(caplog):
+    first, second = record_sampling(), record_sampling(differentiated=True)
+
+    def fail_for_gradients(call, names):
+        if call.differentiated:
+            raise RuntimeError("RESOURCE_EXHAUSTED: too large\nmore")
+        return {name: Measurement(seconds=1.0, error=0.0) for name in names}
+
+    assert tune({**second, **first}, measure=fail_for_gradients).keys() == first.keys()
+    assert (
+        "its implementations cannot be compared, so the default is used: RESOURCE_EXHAUSTED: too large" in caplog.text
+    )
+
+
+def test_a_known_choice_that_cannot_run_here_is_measured_again():
+    calls = record_sampling()
+    (key,) = calls
+    with dispatch.interpreted_kernels():
+        known = {key: Choice("pallas", "gather", {"pallas": Measurement(seconds=1.0, error=0.0)})}
+        assert tune(calls, known=known) == {}
+    assert tune(calls, known=known).keys() == {key}
+
+
 def test_nan_is_a_difference(monkeypatch):
     plant(monkeypatch, lambda features, points, kernel: kernel(features, points).at[0, 3].set(jnp.nan))
     assert "its result differs by nan" in tune_sampling().measured["pallas"].problem
@@ -128,13 +181,16 @@ def test_a_kernel_that_fails_while_it_runs_is_left_out(monkeypatch):
 def test_known_choices_are_not_measured_again():
     calls = record_sampling()
 
-    def refuse(call, names):
-        raise AssertionError(f"{call.key} was measured")
+    measured = []
 
-    known = tune(calls)
-    assert tune(calls, known=known, measure=refuse) == {}
-    with pytest.raises(AssertionError, match="was measured"):
-        tune(calls, measure=refuse)
+    def count(call, names):
+        measured.append(call.key)
+        return {name: Measurement(seconds=1.0, error=0.0) for name in names}
+
+    known = tune(calls, measure=count)
+    assert measured == list(calls) == list(known)
+    assert tune(calls, known=known, measure=count) == {}
+    assert measured == list(calls)
 
 
 def test_the_fastest_without_a_problem_is_chosen_unless_the_default_is_as_fast():
@@ -220,19 +276,34 @@ def test_kernels_are_candidates_only_where_they_can_run():
 
 
 def test_arrays_are_valid_and_always_the_same():
-    call = record(*CALLS["deformable with sizes"][:1], *CALLS["deformable with sizes"][1], num_heads=2)
-    (call,) = call.values()
-    arrays = make_arrays(call)
+    calls = record(*CALLS["deformable with sizes"][:1], *CALLS["deformable with sizes"][1], num_heads=2)
+    (call,) = calls.values()
+    arrays = make_arrays(call, examples=3)
     assert {name: array.shape for name, array in arrays.items()} == {name: shape for name, shape, _ in call.arrays}
-    points, sizes = arrays["points"], arrays["sizes"]
+    points = arrays["points"]
+    assert points.min() < 0
+    assert (points.max((0, 1, 2)) > [8, 7]).any()
+    assert (arrays["sizes"] == [9, 8]).all()
+    assert arrays["key_mask"][:, 0].all()
+    for name, array in make_arrays(call, examples=3).items():
+        np.testing.assert_array_equal(array, arrays[name])
+    inside = next(iter(record(*CALLS["deformable"][:1], *CALLS["deformable"][1], **CALLS["deformable"][2]).values()))
+    points = make_arrays(inside, examples=3)["points"]
     assert points.min() >= 0
     assert (points.max((0, 1, 2)) <= [8, 7]).all()
-    assert np.ptp(points) > 3
-    assert (sizes == [9, 8]).all()
-    assert arrays["key_mask"][:, 0].all()
-    for name, array in make_arrays(call).items():
-        np.testing.assert_array_equal(array, arrays[name])
-    assert {name: len(array) for name, array in take_examples(call, arrays, 2).items()} == {
-        **dict.fromkeys(arrays, 2),
-        "table": 2,
+
+
+def test_a_batch_repeats_examples_and_what_is_expected_of_it_is_known():
+    assert [count_examples(batch) for batch in (1, 2, 3, 4, 7, 9, 128)] == [1, 2, 3, 2, 7, 3, 2]
+    x, kernel = ones((4, 5, 5, 2)), ones((3, 3, 1, 2))
+    (call,) = record(depthwise_conv, x, kernel, padding=1).values()
+    arrays = make_arrays(call, examples=2)
+    np.testing.assert_array_equal(arrays["x"][2:], arrays["x"][:2])
+    assert (arrays["x"][0] != arrays["x"][1]).any()
+    results = {"result": np.array([1, 2]), "x": np.array([3, 4]), "kernel": np.array([5, 6])}
+    whole = expect_whole_batch(call, results, 2)
+    assert {name: array.tolist() for name, array in whole.items()} == {
+        "result": [1, 2, 1, 2],
+        "x": [3, 4, 3, 4],
+        "kernel": [10, 12],
     }

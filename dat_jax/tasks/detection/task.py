@@ -139,7 +139,14 @@ class DetectionTask(Task):
 
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
         """See ``Task``. The shape is that of the largest bucket."""
-        height, width = max(self._buckets(), key=np.prod)
+        return self._make_example(size, max(self._buckets(), key=np.prod), train=train)
+
+    def train_examples(self, size: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """See ``Task``. There is a shape for each bucket."""
+        return [self._make_example(size, bucket, train=True) for bucket in self._buckets()]
+
+    def _make_example(self, size: int, bucket: Shape, *, train: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        height, width = bucket
         count = self.config.data.max_boxes
         shapes = {"image": ((height, width, 3), "uint8"), "valid": ((2,), "int32")}
         if train:
