@@ -121,6 +121,7 @@ def _train(
             seconds = time.monotonic() - start_time
             save_summary(step=step, ended_by=ended_by, seconds=seconds)
             _log_time_shares(clock)
+            report.append_time(clock, step, directory.files)
             return {}
         if checkpoints.latest_step() is not None:  # otherwise no checkpoint could be saved, which was logged
             del state  # free its memory for the best one
