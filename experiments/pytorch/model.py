@@ -54,21 +54,21 @@ class NeighborhoodAttention(nn.Module):
         self.rpb = nn.Parameter(torch.zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
         self.proj = nn.Linear(channels, channels)
         side = map_size if map_size <= 16 else tile_side(map_size)  # as this project
-        self.first, self.index = tile_line(map_size, side, kernel_size)  # (T,), (T, side, halo), -1 outside the window
-        self.tile, self.halo = self.index.shape[1:]
-        rows, columns = self.index[:, None, :, None, :, None], self.index[None, :, None, :, None, :]
+        first, index = tile_line(map_size, side, kernel_size)  # (T,), (T, side, halo), -1 outside the window
+        self.count, self.tile, self.halo = index.shape
+        rows, columns = index[:, None, :, None, :, None], index[None, :, None, :, None, :]
         inside = (rows >= 0) & (columns >= 0)  # (T, T, side, side, halo, halo)
         flat = np.where(inside, rows * (2 * kernel_size - 1) + columns, 0)
-        pairs = (len(self.first) ** 2, self.tile**2, self.halo**2)
+        pairs = (self.count**2, self.tile**2, self.halo**2)
         self.register_buffer("bias_index", torch.from_numpy(flat.reshape(pairs)), persistent=False)
         self.register_buffer("outside", torch.from_numpy(~inside.reshape(pairs)), persistent=False)
-        lines = torch.from_numpy((self.first[:, None] + np.arange(self.halo)).reshape(-1))
+        lines = torch.from_numpy((first[:, None] + np.arange(self.halo)).reshape(-1))
         self.register_buffer("lines", lines, persistent=False)
 
     def forward(self, x):
         """(B, C, H, W) -> (B, C, H, W)."""
         batch, channels, height, width = x.shape
-        count, width_of_head = len(self.first), channels // self.heads
+        count, width_of_head = self.count, channels // self.heads
         qkv = self.qkv(x.permute(0, 2, 3, 1)).reshape(batch, height, width, 3, self.heads, width_of_head)
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)  # (B, M, H, W, D)
         pad = count * self.tile - height
@@ -85,7 +85,7 @@ class NeighborhoodAttention(nn.Module):
 
     def _gather_halo(self, x):
         batch, heads, _, _, width = x.shape
-        count = len(self.first)
+        count = self.count
         x = x.index_select(2, self.lines).index_select(3, self.lines)
         x = x.reshape(batch, heads, count, self.halo, count, self.halo, width).permute(0, 1, 2, 4, 3, 5, 6)
         return x.reshape(batch, heads, count**2, self.halo**2, width)

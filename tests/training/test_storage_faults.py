@@ -45,11 +45,17 @@ def check(workdir, *, last):
     assert list(read_metrics(storage.fetch(workdir) / "metrics.jsonl")["train/loss"]) == list(range(5, last + 1, 5))
 
 
-def test_some_requests_fail(proxy, bucket):
-    rng = random.Random(0)
-    proxy.choose_fault = lambda method, path: rng.choice(["503", "429", "cut", "lost"]) if rng.random() < 0.05 else None
+def test_some_requests_fail_and_some_are_slow(proxy, bucket):
+    """Of all requests 5 % fail, and 2 % are answered after five seconds."""
+    rng, failures = random.Random(0), ["503", "429", "cut", "lost"]
+
+    def choose(method, path):
+        draw = rng.random()
+        return rng.choice(failures) if draw < 0.05 else "stall" if draw < 0.07 else None
+
+    proxy.choose_fault = choose
     (printed,) = soak.finish(start(f"{bucket}/run"), seconds=500)
-    assert len(set(proxy.faults)) == 4
+    assert set(proxy.faults) == {*failures, "stall"}
     assert "step 20/20" in printed
     check(f"{bucket}/run", last=20)
 
@@ -60,13 +66,30 @@ def test_nothing_answers_for_a_while(proxy, bucket):
     def fail_for_a_while(method, path):
         if "checkpoints%2F10" in path and not begin:
             begin.append(time.monotonic())
-        return "503" if begin and time.monotonic() < begin[0] + 45 else None
+        return "503" if begin and time.monotonic() < begin[0] + 60 else None
 
     proxy.choose_fault = fail_for_a_while
     (printed,) = soak.finish(start(f"{bucket}/run", epochs=3), seconds=500)
     assert proxy.faults
     assert re.search(r"Step 10 could not be saved: .*503.* The checkpoint of step 5 is untouched", printed)
     check(f"{bucket}/run", last=30)
+
+
+def test_the_server_is_gone_for_good(proxy, bucket):
+    """From the second checkpoint on, every request fails."""
+    gone = []
+
+    def fail(method, path):
+        if "checkpoints%2F10" in path:
+            gone.append(path)
+        return "503" if gone else None
+
+    proxy.choose_fault = fail
+    (running,) = start(f"{bucket}/run", **{"checkpoint.every": 10})
+    printed, _ = running.communicate(timeout=900)
+    assert "step 20/20" in printed
+    assert re.search(r"[Ss]tep 10 could not be saved", printed)
+    assert running.returncode != 0
 
 
 def test_a_kill_in_the_middle_of_an_upload_leaves_nothing_that_is_taken_for_whole(proxy, bucket):
