@@ -10,6 +10,7 @@ import pathlib
 import uuid
 
 from experiments.soak.bucket_server import make_bucket, run_server
+from tests.helpers.logs import collect_logs
 from tests.helpers.xla_flags import fast_compilation_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -30,6 +31,13 @@ jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 gc.set_threshold(50_000, 50, 100)  # a quarter of the time of tracing is otherwise spent on looking for garbage
+
+
+@pytest.fixture
+def logs():
+    """The messages that the package logs during a test."""
+    with collect_logs() as messages:
+        yield messages
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Implementations of ops that a run chooses by measurement, with interpreted kernels."""
 
-import logging
-
 import jax
 import pytest
 
@@ -61,8 +59,7 @@ def count_kernels(trainer):
     return str(trainer.train_step.trace(trainer.abstract_state, batch).jaxpr).count("pallas_call")
 
 
-def test_kernels_that_are_faster_are_in_the_step_and_are_chosen_once(tmp_path, measured, make_trainer, caplog):
-    caplog.set_level(logging.INFO)
+def test_kernels_that_are_faster_are_in_the_step_and_are_chosen_once(tmp_path, measured, make_trainer, logs):
     trainer = make_trainer()
     calls = trainer.list_op_calls("train")
     assert {call.op for call in calls.values()} == OPS
@@ -72,7 +69,7 @@ def test_kernels_that_are_faster_are_in_the_step_and_are_chosen_once(tmp_path, m
     assert len(measured.calls) == len(calls)
     assert count_kernels(trainer) > 0
     assert "1 x neighborhood_attention pallas" in described
-    assert f"Implementations of ops: {described}." in caplog.text
+    assert f"Implementations of ops: {described}." in "\n".join(logs)
 
     again = make_trainer()
     choose_implementations(again, "train", cache=tmp_path)
@@ -107,7 +104,7 @@ def test_nothing_is_measured_on_cpus(tmp_path, make_trainer):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_comparison_that_fails_ends_with_the_defaults(tmp_path, measured, make_trainer, monkeypatch, caplog):
+def test_a_comparison_that_fails_ends_with_the_defaults(tmp_path, measured, make_trainer, monkeypatch, logs):
     def fail(*_, **__):
         raise OSError("no space")
 
@@ -116,7 +113,7 @@ def test_a_comparison_that_fails_ends_with_the_defaults(tmp_path, measured, make
     choose_implementations(trainer, "train", cache=tmp_path)
     assert trainer.choices == {}
     assert count_kernels(trainer) == 0
-    assert "could not be compared, so the defaults are used: no space" in caplog.text
+    assert "could not be compared, so the defaults are used: no space" in "\n".join(logs)
 
 
 def test_all_processes_take_the_choices_of_the_first(measured, make_trainer, monkeypatch):
@@ -171,6 +168,7 @@ def test_a_detector_has_calls_for_every_shape_of_its_images():
     assert shapes == list(task._buckets())
 
 
+@pytest.mark.slow
 def test_a_run_with_chosen_kernels_has_the_losses_of_one_without(tmp_path, measured):
     config = tiny_config.get_config()
     config.steps, config.compilation_cache = 3, ""

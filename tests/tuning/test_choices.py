@@ -65,14 +65,14 @@ def test_stored_choices_are_added_and_are_of_one_device_and_version(tmp_path, mo
         "[" * 200_000,
     ],
 )
-def test_a_damaged_file_is_refused_by_name_and_a_stored_one_is_not_used(tmp_path, caplog, text):
+def test_a_damaged_file_is_refused_by_name_and_a_stored_one_is_not_used(tmp_path, logs, text):
     path = choices_file(tmp_path, "gpu")
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(UserError, match=r"\.json is not a file of choices"):
         read_choices(path)
     assert read_stored_choices(tmp_path, "gpu") == {}
-    assert "Stored choices of implementations are not used" in caplog.text
+    assert "Stored choices of implementations are not used" in "\n".join(logs)
     store_choices(tmp_path, CHOICES, device_kind="gpu")
     assert read_stored_choices(tmp_path, "gpu") == CHOICES
 
@@ -89,7 +89,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         read_choices(tmp_path / "missing.json")
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, logs):
     (tmp_path / "file").write_text("")
     store_choices(tmp_path / "file", CHOICES, device_kind="gpu")
-    assert "Choices of implementations are not kept in" in caplog.text
+    assert "Choices of implementations are not kept in" in "\n".join(logs)
