@@ -9,9 +9,9 @@ _MAX_DENSE_SIDE = 32  # pixels; the scores of "dense" attention grow with the fo
 _MAX_MATMUL_PIXELS = 2**14  # the matrix of "matmul" sampling has a column for each
 
 # Largest difference of a result or gradient from the plain implementation in float32, relative to the largest absolute value of
-# that array: two to three times what was measured of the implementations that are there (experiments/tuning). Products of float32
-# are rounded on TPUs and GPUs, by default, so "rounded" also applies to float32 there. In the MLP, the gradients of biases are sums
-# of many rounded numbers, most of which cancel.
+# that array: two to three times what was measured of the implementations that are there (experiments/tuning). Products of
+# float32 are rounded on TPUs and GPUs, by default, so "rounded" also applies to float32 there. In the MLP, the gradients of
+# biases are sums of many rounded numbers, most of which cancel.
 TOLERANCES = {
     "grid_sample": {"exact": 1e-4, "rounded": 0.03},
     "neighborhood_attention": {"exact": 1e-4, "rounded": 0.03},
