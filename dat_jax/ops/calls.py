@@ -61,7 +61,7 @@ def get_op(key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Tracing:
-    """What is done with the calls that are traced.
+    """How calls of ops with "auto" are traced: whether they are recorded, and which implementations they use.
 
     Attributes:
       differentiated: whether gradients of the calls are computed.

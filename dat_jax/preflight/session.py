@@ -1,4 +1,4 @@
-"""What the parts of a check share."""
+"""The state that the parts of a check share, and the form of their results."""
 
 import dataclasses
 import math

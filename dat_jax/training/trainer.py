@@ -180,7 +180,7 @@ class Trainer:
         evaluation = self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
         # JAX releases the arrays of the host that it has used at a garbage collection. Those of data workers are in shared
         # memory, and Python warns of a leak if they are still there at its end.
-        release_unused_memory()  # collects garbage
+        release_unused_memory()
         return evaluation
 
     @functools.cached_property

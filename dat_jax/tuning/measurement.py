@@ -34,7 +34,7 @@ _SECONDS = 0.02  # of one repetition
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What was measured of an implementation.
+    """Time and error of one implementation of a call, or why it is not used.
 
     Attributes:
       seconds: of one execution of the call, with its gradient if it is differentiated (median); None with a problem.

@@ -88,7 +88,7 @@ def repeat_examples(call: OpCall, arrays: Arrays, examples: int) -> Arrays:
 
 
 def expect_whole_batch(call: OpCall, results: Arrays, examples: int) -> Arrays:
-    """What ``make_program`` returns for a batch that repeats some examples, from what it returns for these examples alone.
+    """Results and gradients of a whole batch that repeats some examples, from those of ``make_program`` for these examples.
 
     The gradient with respect to an array without a batch is the sum over all examples.
     """
