@@ -120,5 +120,5 @@ def _describe_host(family: str, chips: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """First line of a compiler's error message."""
-    return str(error).strip().partition("\n")[0]
+    """First line of an error message, or the type of an error without a message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.ops.calls import OpCall
+from dat_jax.profiling.topologies import first_line
 from dat_jax.tuning.candidates import get_tolerance
 from dat_jax.tuning.programs import (
     Arrays,
@@ -74,12 +75,12 @@ def measure(call: OpCall, implementations: Sequence[str]) -> dict[str, Measureme
     measured = {}
     for name, program in programs.items():
         if isinstance(program, Exception):
-            measured[name] = Measurement(problem=f"it cannot be compiled: {_first_line(program)}")
+            measured[name] = Measurement(problem=f"it cannot be compiled: {first_line(program)}")
             continue
         try:
             measured[name] = _measure_program(call, program, on_device, expected)
         except Exception as error:  # whatever a kernel does on the device, the others are still there
-            measured[name] = Measurement(problem=f"it fails: {_first_line(error)}")
+            measured[name] = Measurement(problem=f"it fails: {first_line(error)}")
     return measured
 
 
@@ -137,7 +138,3 @@ def time_program(program: Any, inputs: Any) -> float:
 
     count = min(max(math.ceil(_SECONDS / run(1)), 1), _MAX_RUNS)
     return statistics.median(run(count) for _ in range(_REPETITIONS))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from dat_jax.ops.calls import OpCall, chosen_implementations
+from dat_jax.profiling.topologies import first_line
 from dat_jax.tuning.candidates import find_default, list_candidates
 from dat_jax.tuning.choices import Choice, Choices, get_names
 from dat_jax.tuning.measurement import Measurement, measure
@@ -41,8 +42,8 @@ def tune(calls: Mapping[str, OpCall], *, known: Choices | None = None, measure: 
             with chosen_implementations(get_names({**known, **found}), differentiated=call.differentiated):
                 measured = measure(call, names[call.key])
         except Exception as error:  # such as a plain implementation that does not fit in memory
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            logger.warning("%s: its implementations cannot be compared, so the default is used: %s", call.key, reason)
+            problem = first_line(error)
+            logger.warning("%s: its implementations cannot be compared, so the default is used: %s", call.key, problem)
             continue
         found[call.key] = choice = choose(measured, find_default(call))
         for sentence in explain(call, choice):
