@@ -10,6 +10,7 @@ import pathlib
 import uuid
 
 from experiments.soak.bucket_server import make_bucket, run_server
+from tests.helpers.launch_stand_ins import Machines
 from tests.helpers.logs import collect_logs
 from tests.helpers.xla_flags import fast_compilation_flags
 
@@ -31,6 +32,14 @@ jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 gc.set_threshold(50_000, 50, 100)  # a quarter of the time of tracing is otherwise spent on looking for garbage
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Stand-ins for the hosts of a run and for the programs that start them."""
+    made = Machines(tmp_path)
+    yield made
+    made.end_all()
 
 
 @pytest.fixture
