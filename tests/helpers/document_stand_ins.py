@@ -34,7 +34,7 @@ from dat_jax.data import segmentation_sources
 from dat_jax.models.registry import VARIANTS, create_segmentor
 from dat_jax.parallel import sharding
 from dat_jax.training import loop
-from dat_jax.tuning.choices import write_choices
+from dat_jax.tuning import command as tuning_command
 from tests.helpers import coco_files, tiny_config, tiny_detection, tiny_segmentation
 from tests.helpers.documents import ROOT
 from tests.helpers.photographs import photographs
@@ -320,7 +320,10 @@ class StandIns:
         if importlib.util.find_spec(compiler) is None:
             values.topology, values.slices = "cpu", 1
         if values.choices:
-            write_choices(values.choices, {}, device_kind="cpu")
+            with kept_programs(None):
+                tuning_command.tune_run(
+                    values["config"].value, steps=values.steps, topology=values.topology, output=values.choices
+                )
         with (
             kept_programs(None),
             mock.patch.object(flags, "FLAGS", values),
@@ -330,14 +333,12 @@ class StandIns:
 
     def tune(self, arguments: list[str]) -> None:
         """Run ``python -m dat_jax.tune`` likewise."""
-        from dat_jax.tuning import command
-
         values, config = parse_config("tune", arguments)
         topology = values.topology
         if topology and importlib.util.find_spec("libtpu") is None:
             topology = "cpu"
         with kept_programs(None), mock.patch.object(sharding, "make_mesh", make_small_mesh):
-            command.tune_run(shrink(config), steps=values.steps, topology=topology, output=values.output)
+            tuning_command.tune_run(shrink(config), steps=values.steps, topology=topology, output=values.output)
 
     def clear(self, *paths: str) -> None:
         """Remove outputs that another command wrote too, since commands never overwrite files."""
