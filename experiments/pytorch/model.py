@@ -191,7 +191,7 @@ class DatPlusPlus(nn.Module):
         self.stages, self.down_projs = nn.ModuleList(), nn.ModuleList()
         for index, kinds in enumerate(model.stages):
             side = model.image_size // 2 ** (index + 2)
-            attentions = [_make_attention(model, index, kind, side) for kind in kinds]
+            attentions = [make_attention(model, index, kind, side) for kind in kinds]
             self.stages.append(Stage(dims[index], attentions, [next(rates) for _ in kinds]))
         for width, next_width in itertools.pairwise(dims):
             self.down_projs.append(
@@ -209,7 +209,18 @@ class DatPlusPlus(nn.Module):
         return self.cls_head(self.cls_norm(x).mean((2, 3)))
 
 
-def _make_attention(model, index: int, kind: str, side: int) -> nn.Module:
+def make_attention(model, index: int, kind: str, side: int) -> nn.Module:
+    """The attention of a block, with the settings of a stage of the flax model.
+
+    Args:
+      model: the flax model.
+      index: of the stage, from 0.
+      kind: "N" or "D".
+      side: of the square map.
+
+    Raises:
+      ValueError: the block has another type of attention.
+    """
     channels, heads = model.dims[index], model.num_heads[index]
     if kind == "N":
         kernel_size = model.neighborhood_sizes[index]

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dat_jax.ops.cpu.sums import sum_over_rows
 from dat_jax.ops.layers.reduction import sum_over_positions
 
 
@@ -22,20 +23,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int
     """
     if stride == 1 and padding < kernel.shape[0]:
         return _convolve_stride_one(x, kernel, padding)
-    # The windows overlap, so that together they are larger than x: the backward pass stacks them again.
-    return jax.checkpoint(_sum_over_windows, static_argnums=(2, 3))(x, kernel, stride, padding)
-
-
-def _sum_over_windows(x, kernel, stride, padding):
-    """Multiplies stacked windows. With a stride there are few, and the program grows with their number along a side instead
-    of with the K * K taps.
-    """
-    size = kernel.shape[0]
-    x = _pad(x, padding)
-    rows, columns = (range(0, side - size + 1, stride) for side in x.shape[1:3])
-    x = jnp.stack([x[:, row : row + size] for row in rows], axis=1)  # (B, Hk, K, W, C)
-    x = jnp.stack([x[:, :, :, column : column + size] for column in columns], axis=2)  # (B, Hk, Wk, K, K, C)
-    return (x * kernel[None, None, None, :, :, 0]).sum(axis=(3, 4))
+    return _convolve_strided(x, kernel, stride, padding)
 
 
 def _sum_of_taps(x, kernel, padding):
@@ -73,3 +61,63 @@ def _backward(padding, residuals, gradient):
 
 
 _convolve_stride_one.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve_strided(x, kernel, stride, padding):
+    """The sum of the K * K taps, each of which reads every ``stride``-th pixel."""
+    size, x = kernel.shape[0], _pad(x, padding)
+    last_row, last_column = (side - size for side in x.shape[1:3])
+    return sum(
+        x[:, dy : dy + last_row + 1 : stride, dx : dx + last_column + 1 : stride] * kernel[dy, dx][None, None]
+        for dy in range(size)
+        for dx in range(size)
+    )
+
+
+def _strided_forward(x, kernel, stride, padding):
+    return _convolve_strided(x, kernel, stride, padding), (x, kernel)
+
+
+def _strided_backward(stride, padding, residuals, gradient):
+    """Both gradients work on cells of stride * stride pixels. A window covers n x n cells, n = ceil(K / stride).
+
+    For all pixels of a cell at once, the gradient of the input is a sum of n * n shifted products, and that of the kernel one
+    sum over the positions for each of the n * n cells: elementwise expressions, which XLA vectorizes. JAX's own gradients of
+    strided slices scatter into the map: 28 ms instead of 1 for a 7 x 7 kernel with stride 4 on (8, 28, 28, 128) (2 CPU cores).
+    """
+    x, kernel = residuals
+    (_, height, width, channels), (_, rows, columns, _) = x.shape, gradient.shape
+    size = kernel.shape[0]
+    n = -(-size // stride)
+    cells = [(a, b) for a in range(n) for b in range(n)]
+
+    weights = jnp.pad(kernel[:, :, 0], ((0, n * stride - size), (0, n * stride - size), (0, 0)))
+    weights = weights.reshape(n, stride, n, stride, channels)
+    around = _pad(gradient, n - 1)
+    to_input = sum(
+        around[:, n - 1 - a :, n - 1 - b :][:, : rows + n - 1, None, : columns + n - 1, None]
+        * weights[a, :, b][None, None, :, None]
+        for a, b in cells
+    )
+    to_input = to_input.reshape(x.shape[0], (rows + n - 1) * stride, -1, channels)  # pyright: ignore[reportAttributeAccessIssue]
+    to_input = _fit(to_input, height + padding, width + padding)[:, padding:, padding:]
+
+    maps = _fit(_pad(x, padding), (rows + n - 1) * stride, (columns + n - 1) * stride)
+    maps = maps.reshape(-1, rows + n - 1, stride, columns + n - 1, stride, channels)
+    products = [
+        maps[:, a : a + rows, :, b : b + columns] * gradient[:, :, None, :, None] for a, b in cells
+    ]  # each (B, Hk, stride, Wk, stride, C)
+    sums = [sum_over_rows(sum_over_rows(y.reshape(1, -1, *y.shape[2:]))[0]) for y in products]
+    to_kernel = jnp.stack(sums).reshape(n, n, stride, stride, channels).swapaxes(1, 2)
+    to_kernel = to_kernel.reshape(n * stride, n * stride, 1, channels)[:size, :size]
+    return to_input, to_kernel.astype(kernel.dtype)
+
+
+_convolve_strided.defvjp(_strided_forward, _strided_backward)
+
+
+def _fit(x, height, width):
+    """Cuts the map at the bottom and on the right, or pads it with zeros, to the given size."""
+    x = x[:, :height, :width]
+    return jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
