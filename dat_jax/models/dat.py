@@ -15,6 +15,7 @@ from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.deformable import FORMS, key_grid_shape
 from dat_jax.ops.layers.activation import gelu
+from dat_jax.ops.memory import store_on_cpu
 from dat_jax.ops.sizes import clear, convolved, inside
 
 STAGE_TYPES = {
@@ -81,7 +82,7 @@ class DownProjection(nn.Module):
 
     @nn.compact
     def __call__(self, x, sizes: jax.Array | None = None):
-        x = clear(x, sizes)
+        x = store_on_cpu(clear(x, sizes))
         kernel_size, padding = (3, 1) if self.conv_patches else (2, 0)
         window = dict(kernel_size=kernel_size, stride=2, padding=padding)
         x = conv(self.features, x.shape[-1], **window, use_bias=False, name="conv", dtype=self.dtype)(x)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dat_jax.ops.cpu.sums import sum_over_rows
 from dat_jax.ops.layers.reduction import sum_over_positions
@@ -87,6 +88,8 @@ def _strided_backward(stride, padding, residuals, gradient):
     strided slices scatter into the map: 28 ms instead of 1 for a 7 x 7 kernel with stride 4 on (8, 28, 28, 128) (2 CPU cores).
     """
     x, kernel = residuals
+    # Every cell reads the gradient. Fused into that, its computation (a transpose, in offset networks) was most of the time.
+    gradient = lax.optimization_barrier(gradient)
     (_, height, width, channels), (_, rows, columns, _) = x.shape, gradient.shape
     size = kernel.shape[0]
     n = -(-size // stride)

@@ -24,7 +24,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     Source: Layer Normalization (1607.06450).
     """
     if dispatch.uses_custom_gradients():
-        return _layer_norm(x, scale, bias, epsilon)
+        return memory.store_on_cpu(_layer_norm(x, scale, bias, epsilon))
     return _normalize(x, scale, bias, epsilon)[0]
 
 
