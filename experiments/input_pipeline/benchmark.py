@@ -22,6 +22,7 @@ from dat_jax.data import batching, images, transforms
 from dat_jax.data.randaugment import OPERATIONS, apply_operation, draw_operations
 
 ROUNDS = 15
+FED_BATCHES = 40
 SETTINGS = dict(
     image_size=224,
     min_crop_area=0.08,
@@ -192,6 +193,32 @@ def measure_batches(files: list[bytes]) -> None:
     table(f"loading, {os.cpu_count()} cores | images/s", rows)
 
 
+def measure_feeding(files: list[bytes]) -> None:
+    """Measure whether the loader keeps up with devices that take batches of 128 at a fixed rate, in images/s per core.
+
+    A host of eight chips has 16 cores or more for them. At 1,000 images/s a chip, a core must load 500. The devices are replaced
+    by pauses, in which the loader has all cores.
+    """
+    rows, cores = {}, os.cpu_count()
+    for per_core in (400, 500, 600, 700):
+        period = 128 / (per_core * cores)
+        batches = batching.make_train_batches(
+            _Files(files), transforms.make_train_transform(**SETTINGS), batch_size=128, seed=0, workers=0
+        )
+        for _ in itertools.islice(batches, 8):  # skip prefetched batches
+            pass
+        start, waited = time.perf_counter(), 0.0
+        for _ in range(FED_BATCHES):
+            asked = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - asked
+            time.sleep(period)
+        seconds = time.perf_counter() - start
+        rows[str(per_core)] = (f"{FED_BATCHES * 128 / seconds / cores:.0f}", f"{100 * waited / seconds:.1f}")
+        del batches
+    table("images/s per core, wanted | delivered | time spent waiting, %", rows)
+
+
 def main() -> None:
     """Print all tables."""
     photographs = load_photographs()
@@ -201,6 +228,7 @@ def main() -> None:
     measure_resizing(photographs)
     measure_operations(photographs)
     measure_batches(files)
+    measure_feeding(files)
 
 
 if __name__ == "__main__":
