@@ -88,9 +88,7 @@ def _strided_backward(stride, padding, residuals, gradient):
     strided slices scatter into the map: 28 ms instead of 1 for a 7 x 7 kernel with stride 4 on (8, 28, 28, 128) (2 CPU cores).
     """
     x, kernel = residuals
-    # Every cell reads the gradient. Fused into that, its computation (a transpose, in offset networks) was most of the time.
-    gradient = lax.optimization_barrier(gradient)
-    (_, height, width, channels), (_, rows, columns, _) = x.shape, gradient.shape
+    (batch, height, width, channels), (_, rows, columns, _) = x.shape, gradient.shape
     size = kernel.shape[0]
     n = -(-size // stride)
     cells = [(a, b) for a in range(n) for b in range(n)]
@@ -103,16 +101,22 @@ def _strided_backward(stride, padding, residuals, gradient):
         * weights[a, :, b][None, None, :, None]
         for a, b in cells
     )
-    to_input = to_input.reshape(x.shape[0], (rows + n - 1) * stride, -1, channels)  # pyright: ignore[reportAttributeAccessIssue]
+    to_input = to_input.reshape(batch, (rows + n - 1) * stride, -1, channels)  # pyright: ignore[reportAttributeAccessIssue]
     to_input = _fit(to_input, height + padding, width + padding)[:, padding:, padding:]
 
     maps = _fit(_pad(x, padding), (rows + n - 1) * stride, (columns + n - 1) * stride)
-    maps = maps.reshape(-1, rows + n - 1, stride, columns + n - 1, stride, channels)
-    products = [
-        maps[:, a : a + rows, :, b : b + columns] * gradient[:, :, None, :, None] for a, b in cells
-    ]  # each (B, Hk, stride, Wk, stride, C)
-    sums = [sum_over_rows(sum_over_rows(y.reshape(1, -1, *y.shape[2:]))[0]) for y in products]
-    to_kernel = jnp.stack(sums).reshape(n, n, stride, stride, channels).swapaxes(1, 2)
+    maps = maps.reshape(batch, rows + n - 1, stride, columns + n - 1, stride, channels)
+
+    def sum_over_windows(cell):  # (2,): row and column of a cell in its window -> (stride, stride, C)
+        pixels = lax.dynamic_slice(
+            maps, (0, cell[0], 0, cell[1], 0, 0), (batch, rows, stride, columns, stride, channels)
+        )
+        products = pixels * gradient[:, :, None, :, None]
+        return sum_over_rows(sum_over_rows(products.reshape(1, -1, *products.shape[2:]))[0])
+
+    # A loop, so that the gradient is stored. Otherwise XLA fuses its computation into the sum of each cell.
+    to_kernel = lax.map(sum_over_windows, jnp.asarray(cells))
+    to_kernel = to_kernel.reshape(n, n, stride, stride, channels).swapaxes(1, 2)
     to_kernel = to_kernel.reshape(n * stride, n * stride, 1, channels)[:size, :size]
     return to_input, to_kernel.astype(kernel.dtype)
 
