@@ -70,6 +70,8 @@ SMALL_EXPERIMENTS = {
     "image_sizes": "--parts=plan",
     "costs": "--configs=dat_pp_t",
     "tuning": "--parts=differences --model=quickstart",
+    "pytorch.benchmark": f"--batches=1 --steps=eval --memory-batch=0 {_FAST}",
+    "pytorch.parts": f"--batch=1 --no-compile {_FAST}",
 }
 
 
@@ -170,20 +172,24 @@ def test_experiments_run(command, tmp_path, monkeypatch, capsys):
         assert "23,962,876" in capsys.readouterr().out
     elif folder == "input_pipeline":
         monkeypatch.setattr(module, "ROUNDS", 1)
+        monkeypatch.setattr(module, "FED_BATCHES", 1)
         module.main()
         assert "| decode, crop, flip, RandAugment |" in capsys.readouterr().out
     else:
+        if folder == "pytorch":
+            pytest.importorskip("torch")
         if folder == "soak":
             monkeypatch.setattr(module, "CONFIG", "configs/tiny.py")
             monkeypatch.setattr(module, "ONE_EPOCH", {"steps": 200, "log_every": 1, "checkpoint.every": 10})
             quickly = functools.partial(module.processes.start, xla_flags=" ".join(fast_compilation_flags()))
             monkeypatch.setattr(module.processes, "start", quickly)
-        module.main([*shlex.split(command)[3:], *SMALL_EXPERIMENTS.get(folder, "").split(), f"--output={tmp_path}"])
+        small = SMALL_EXPERIMENTS.get(folder, SMALL_EXPERIMENTS.get(f"{folder}.{name}", ""))
+        module.main([*shlex.split(command)[3:], *small.split(), f"--output={tmp_path}"])
         written = sorted(path.name for path in tmp_path.iterdir())
         if folder == "attention_pictures":
             assert written == sorted(path.name for path in (ROOT / "docs").glob("attention_*.png"))
         else:
-            assert any(name in written for name in ("results.md", "profile.md"))
+            assert any(name in written for name in ("results.md", "profile.md", "parts.md"))
 
 
 @commands_of("small")
