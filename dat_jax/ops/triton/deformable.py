@@ -1,0 +1,374 @@
+"""Deformable attention for GPUs: blocks of queries, with all sampled keys in blocks.
+
+One program is one block of one head of one example:
+
+* Forward and gradient of the query: 64 queries, which pass over all keys.
+* Gradients of key and value: a block of keys, which passes over a range of the queries. There are few keys, so several programs
+  share the queries of a block of keys, and their results are summed afterward.
+
+Scores stay in registers. The softmax is computed in one pass, with a running maximum. The backward pass recomputes the weights
+from the logarithms of their sums. No two programs write the same element, so results do not depend on their order.
+
+The bias is an array, or is looked up in a table inside the kernels, four entries per pair. The backward pass writes its gradient
+as an array (B, M, Q, N) in both cases. The gradients of a table and of the points follow from that by matrix products, see
+``ops.attention.position_bias``. Within the kernels they would need four atomic additions per pair, to a small array.
+
+Source: FlashAttention (2205.14135), algorithms 1 and 4.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from dat_jax.ops.attention.position_bias import Tile, table_position_bias
+from dat_jax.ops.triton.call import Result, block_side, channels, check, clamp, dot, kernel_call, load, store
+
+_QUERIES = 64  # per block
+_MAX_KEYS = 64  # per block
+_LOWEST = -1e30  # first value of the running maximum; finite, so that a row without a finite logit has no NaN
+_PROGRAMS = 1024  # that the backward pass aims at for the keys: several for each of the 132 multiprocessors of an H100
+
+
+class TableBias(NamedTuple):
+    """A bias that is looked up in a table, see ``ops.attention.position_bias``. The static arguments of the lookup.
+
+    Attributes:
+      map_shape: (H, W).
+      tile_shape: (height, width) of the tile of queries.
+      query_grid: "corners" or "centers".
+      table_shape: (rows, columns).
+      heads_per_group: M / G.
+    """
+
+    map_shape: tuple[int, int]
+    tile_shape: tuple[int, int]
+    query_grid: str
+    table_shape: tuple[int, int]
+    heads_per_group: int
+
+    def position(self, line: jax.Array, point: jax.Array, axis: int) -> jax.Array:
+        """Row (axis 0) or column (axis 1) of the table, for queries on a line of the map and keys at a coordinate."""
+        size, center = self.map_shape[axis], (self.table_shape[axis] - 1) // 2
+        if self.query_grid == "centers":
+            return (line + 0.5) * (center / size) - point + center
+        return (line - point) * (center / (size - 1) if size > 1 else 1.0) + center
+
+
+class Layout(NamedTuple):
+    """The static arguments of a call.
+
+    Attributes:
+      queries: Q.
+      keys: N.
+      num_heads: M.
+      width: D, channels per head.
+      bias: "none"; "array" for an array (B, M, Q, N); "shared" for an array (1, M, Q, N); or a ``TableBias``.
+    """
+
+    queries: int
+    keys: int
+    num_heads: int
+    width: int
+    bias: str | TableBias
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits, 1 / sqrt(D)."""
+        return 1 / math.sqrt(self.width)
+
+    @property
+    def key_block(self) -> int:
+        """Number of keys per block."""
+        return min(_MAX_KEYS, block_side(self.keys))
+
+    @property
+    def query_blocks(self) -> int:
+        """Number of blocks of queries."""
+        return pl.cdiv(self.queries, _QUERIES)
+
+    @property
+    def key_blocks(self) -> int:
+        """Number of blocks of keys."""
+        return pl.cdiv(self.keys, self.key_block)
+
+
+def deformable_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    num_heads: int,
+    bias: jax.Array | None = None,
+    points: jax.Array | None = None,
+    table: jax.Array | None = None,
+    map_shape: tuple[int, int],
+    tile: Tile,
+    query_grid: str = "corners",
+) -> jax.Array:
+    """Attention of every pixel of a tile to the N sampled keys.
+
+    Args:
+      query: (B, h, w, C), the tile.
+      key: (B, N, C).
+      value: (B, N, C).
+      num_heads: M.
+      bias: (B | 1, M, h * w, N), or None for no bias; instead of it ``points`` and ``table``:
+      points: (B, G, N, 2), see ``position_bias.table_position_bias``.
+      table: (M, 2 * H0 - 1, 2 * W0 - 1).
+      map_shape: (H, W) of the map.
+      tile: the part of the map that ``query`` is.
+      query_grid: see ``position_bias.table_position_bias``.
+
+    Returns:
+      (B, h, w, C), of the dtype of ``value``.
+
+    Raises:
+      ValueError: see ``call.check``.
+    """
+    check(query, key, value)
+    shape, (batch, _, _, all_channels) = query.shape, query.shape
+    kind: str | TableBias = "none"
+    arrays: tuple[jax.Array, ...] = ()
+    if table is not None and points is not None:
+        dtype = jnp.promote_types(points.dtype, jnp.float32)
+        arrays = (points.astype(dtype), table.astype(dtype), jnp.stack([jnp.int32(line) for line in tile.first]))
+        sides, heads_per_group = (table.shape[1], table.shape[2]), num_heads // points.shape[1]
+        kind = TableBias(map_shape, tile.shape, query_grid, sides, heads_per_group)
+    elif bias is not None:
+        kind = "array" if bias.shape[0] == batch else "shared"
+        arrays = (bias.astype(jnp.promote_types(bias.dtype, jnp.float32)),)
+    dtype = jnp.result_type(query, key, value)
+    layout = Layout(math.prod(tile.shape), key.shape[1], num_heads, all_channels // num_heads, kind)
+    query = query.reshape(batch, layout.queries, all_channels)
+    out = _attention(layout, *(x.astype(dtype) for x in (query, key, value)), arrays)
+    return out.reshape(shape).astype(value.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(layout, query, key, value, bias_arrays):
+    return _run_forward(layout, query, key, value, bias_arrays)[0]
+
+
+def _attention_forward(layout, query, key, value, bias_arrays):
+    out, sums = _run_forward(layout, query, key, value, bias_arrays)
+    return out, (query, key, value, bias_arrays, out, sums)
+
+
+def _operands(layout, query, key, value, bias_arrays):
+    batched = {"none": (), "array": (True,), "shared": (False,)}.get(layout.bias, (True, False, False))
+    return [(query, True), (key, True), (value, True), *zip(bias_arrays, batched, strict=True)]
+
+
+def _run_forward(layout, query, key, value, bias_arrays):
+    sums = (query.shape[0], layout.num_heads, layout.queries)
+    return kernel_call(
+        functools.partial(_forward_kernel, layout),
+        _operands(layout, query, key, value, bias_arrays),
+        [Result(query.shape, query.dtype), Result(sums, jnp.promote_types(query.dtype, jnp.float32))],
+        grid=(layout.query_blocks, layout.num_heads),
+        name="deformable_attention_forward",
+    )
+
+
+def _attention_backward(layout, residuals, gradient):
+    query, key, value, bias_arrays, out, sums = residuals
+    batch, dtype = query.shape[0], sums.dtype
+    products = gradient.astype(dtype) * out.astype(dtype)
+    products = products.reshape(batch, layout.queries, layout.num_heads, -1).sum(axis=-1)
+    projections = products.swapaxes(1, 2)  # (B, M, Q): the products of a query's gradient and result
+    operands = _operands(layout, query, key, value, bias_arrays)
+    operands += [(gradient, True), (sums, True), (projections, True)]
+    results = [Result(query.shape, query.dtype)]
+    if layout.bias != "none":
+        results.append(Result((batch, layout.num_heads, layout.queries, layout.keys), dtype))
+    to_query, *to_bias = kernel_call(
+        functools.partial(_query_kernel, layout),
+        operands,
+        results,
+        grid=(layout.query_blocks, layout.num_heads),
+        name="deformable_attention_backward_query",
+    )
+    wanted = pl.cdiv(_PROGRAMS, batch * layout.num_heads * layout.key_blocks)
+    parts = min(layout.query_blocks, wanted)
+    part = Result((batch, parts, *key.shape[1:]), dtype)
+    to_key, to_value = kernel_call(
+        functools.partial(_key_kernel, layout, parts),
+        operands,
+        [part, part],
+        grid=(layout.key_blocks * parts, layout.num_heads),
+        name="deformable_attention_backward_key",
+    )
+    to_key, to_value = (x.sum(axis=1).astype(query.dtype) for x in (to_key, to_value))
+    return to_query, to_key, to_value, _differentiate_bias(layout.bias, bias_arrays, *to_bias)
+
+
+def _differentiate_bias(bias, bias_arrays, gradient=None):
+    """Gradients of the arrays of a bias, from its gradient (B, M, Q, N)."""
+    if bias == "none":
+        return ()
+    if bias == "shared":
+        gradient = gradient.sum(axis=0, keepdims=True)
+    if not isinstance(bias, TableBias):
+        return (gradient.astype(bias_arrays[0].dtype),)
+    points, table, first = bias_arrays
+    tile = Tile((first[0], first[1]), bias.tile_shape)
+
+    def look_up(points, table):
+        return table_position_bias(table, points, map_shape=bias.map_shape, tile=tile, query_grid=bias.query_grid)
+
+    _, pull_back = jax.vjp(look_up, points, table)
+    return *pull_back(gradient.astype(points.dtype)), np.zeros(first.shape, jax.dtypes.float0)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+class _Program(NamedTuple):
+    """Which example and head a program computes, with the layout of the call."""
+
+    layout: Layout
+    example: jax.Array
+    head: jax.Array
+
+
+def _load_rows(ref, program, rows, count):
+    """Channels (P, D) of the program's head and example, at rows (P, 1), zero beyond ``count`` rows."""
+    index, mask = channels(program.head, program.layout.width)
+    inside = jnp.broadcast_to(rows < count, (rows.shape[0], index.shape[1]))
+    return load(ref, (program.example, clamp(rows, count), index), inside if mask is None else inside & mask)
+
+
+def _store_rows(ref, program, rows, count, values, *leading):
+    """Writes channels (P, D) of the program's head and example, at rows (P, 1) below ``count``."""
+    index, mask = channels(program.head, program.layout.width)
+    inside = jnp.broadcast_to(rows < count, values.shape)
+    store(ref, (program.example, *leading, rows, index), values, inside if mask is None else inside & mask)
+
+
+def _pair_bias(program, bias_refs, queries, keys):
+    """Bias of each pair, zero for pairs that do not exist. ``queries`` and ``keys`` are indices that broadcast together."""
+    layout = program.layout
+    inside = (queries < layout.queries) & (keys < layout.keys)
+    if layout.bias == "none":
+        return 0.0
+    if isinstance(layout.bias, TableBias):
+        return _look_up(program, bias_refs, queries, keys, inside)
+    example = program.example if layout.bias == "array" else jnp.zeros_like(program.example)
+    index = (example, program.head, clamp(queries, layout.queries), clamp(keys, layout.keys))
+    return load(bias_refs[0], index, inside)
+
+
+def _look_up(program, bias_refs, queries, keys, inside):
+    """Bilinear samples of the table, which is zero outside."""
+    points_ref, table_ref, first_ref = bias_refs
+    bias = program.layout.bias
+    group, keys = lax.div(program.head, bias.heads_per_group), clamp(keys, program.layout.keys)
+    lines = lax.div(queries, bias.tile_shape[1]), lax.rem(queries, bias.tile_shape[1])
+    neighbors = []  # of each axis: ((index, whether it is in the table, weight), ...)
+    for axis in (0, 1):
+        point = load(points_ref, (program.example, group, keys, jnp.full_like(keys, axis)))
+        line = (lines[axis] + first_ref[axis]).astype(point.dtype)
+        position = bias.position(line, point, axis)
+        lower = jnp.floor(position)
+        fraction, side = position - lower, bias.table_shape[axis]
+        pair = []
+        for step, weight in ((0, 1 - fraction), (1, fraction)):
+            there = (lower + step >= 0) & (lower + step <= side - 1)
+            index = jnp.where(there, lower + step, 0).astype(jnp.int32)
+            pair.append((index, there, weight))
+        neighbors.append(pair)
+    result = 0.0
+    for row, in_rows, row_weight in neighbors[0]:
+        for column, in_columns, column_weight in neighbors[1]:
+            entry = load(table_ref, (program.head, row, column), inside & in_rows & in_columns)
+            result = result + entry * (row_weight * column_weight)
+    return result
+
+
+def _forward_kernel(layout, q_ref, k_ref, v_ref, *refs):
+    *bias_refs, out_ref, sums_ref = refs
+    program = _Program(layout, pl.program_id(2), pl.program_id(1))
+    queries = pl.program_id(0) * _QUERIES + lax.broadcasted_iota(jnp.int32, (_QUERIES, 1), 0)
+    query = _load_rows(q_ref, program, queries, layout.queries)
+
+    def step(index, carry):
+        maximum, total, result = carry
+        keys = index * layout.key_block + lax.iota(jnp.int32, layout.key_block)
+        key, value = (_load_rows(ref, program, keys[:, None], layout.keys) for ref in (k_ref, v_ref))
+        logits = dot(query, key, 1, 1) * layout.scale + _pair_bias(program, bias_refs, queries, keys[None])
+        logits = jnp.where(keys[None] < layout.keys, logits, -jnp.inf)
+        larger = jnp.maximum(maximum, logits.max(axis=1))
+        weights = jnp.exp(logits - larger[:, None])
+        shrink = jnp.exp(maximum - larger)
+        result = result * shrink[:, None] + dot(weights.astype(value.dtype), value, 1, 0)
+        return larger, total * shrink + weights.sum(axis=1), result
+
+    dtype = sums_ref.dtype
+    start = jnp.full(_QUERIES, _LOWEST, dtype), jnp.zeros(_QUERIES, dtype), jnp.zeros(query.shape, dtype)
+    maximum, total, result = lax.fori_loop(0, layout.key_blocks, step, start)
+    _store_rows(out_ref, program, queries, layout.queries, result / total[:, None])
+    sums = (maximum + jnp.log(total))[:, None]
+    store(sums_ref, (program.example, program.head, queries), sums, queries < layout.queries)
+
+
+def _load_sums(ref, program, queries):
+    """One number for each query, zero for those that do not exist."""
+    count = program.layout.queries
+    return load(ref, (program.example, program.head, clamp(queries, count)), queries < count)
+
+
+def _query_kernel(layout, q_ref, k_ref, v_ref, *refs):
+    results = 1 if layout.bias == "none" else 2
+    *bias_refs, gradient_ref, sums_ref, projections_ref = refs[:-results]
+    to_query_ref, *to_bias_ref = refs[-results:]
+    program = _Program(layout, pl.program_id(2), pl.program_id(1))
+    queries = pl.program_id(0) * _QUERIES + lax.broadcasted_iota(jnp.int32, (_QUERIES, 1), 0)
+    query, gradient = (_load_rows(ref, program, queries, layout.queries) for ref in (q_ref, gradient_ref))
+    sums, projections = (_load_sums(ref, program, queries) for ref in (sums_ref, projections_ref))
+
+    def step(index, to_query):
+        keys = index * layout.key_block + lax.iota(jnp.int32, layout.key_block)
+        key, value = (_load_rows(ref, program, keys[:, None], layout.keys) for ref in (k_ref, v_ref))
+        logits = dot(query, key, 1, 1) * layout.scale + _pair_bias(program, bias_refs, queries, keys[None])
+        inside = (queries < layout.queries) & (keys[None] < layout.keys)
+        weights = jnp.where(inside, jnp.exp(logits - sums), 0)
+        to_logits = weights * (dot(gradient, value, 1, 1) - projections)
+        if to_bias_ref:
+            store(to_bias_ref[0], (program.example, program.head, queries, keys[None]), to_logits, inside)
+        return to_query + dot((to_logits * layout.scale).astype(key.dtype), key, 1, 0)
+
+    to_query = lax.fori_loop(0, layout.key_blocks, step, jnp.zeros(query.shape, sums_ref.dtype))
+    _store_rows(to_query_ref, program, queries, layout.queries, to_query)
+
+
+def _key_kernel(layout, parts, q_ref, k_ref, v_ref, *refs):
+    *bias_refs, gradient_ref, sums_ref, projections_ref, to_key_ref, to_value_ref = refs
+    program = _Program(layout, pl.program_id(2), pl.program_id(1))
+    part = lax.rem(pl.program_id(0), parts)
+    block = lax.div(pl.program_id(0), parts)
+    keys = block * layout.key_block + lax.broadcasted_iota(jnp.int32, (layout.key_block, 1), 0)
+    key, value = (_load_rows(ref, program, keys, layout.keys) for ref in (k_ref, v_ref))
+    count = pl.cdiv(layout.query_blocks, parts)
+
+    def step(index, carry):
+        to_key, to_value = carry
+        queries = (part * count + index) * _QUERIES + lax.iota(jnp.int32, _QUERIES)
+        query, gradient = (_load_rows(ref, program, queries[:, None], layout.queries) for ref in (q_ref, gradient_ref))
+        sums, projections = (_load_sums(ref, program, queries[None]) for ref in (sums_ref, projections_ref))
+        logits = dot(key, query, 1, 1) * layout.scale + _pair_bias(program, bias_refs, queries[None], keys)
+        inside = (queries[None] < layout.queries) & (keys < layout.keys)
+        weights = jnp.where(inside, jnp.exp(logits - sums), 0)
+        to_value = to_value + dot(weights.astype(value.dtype), gradient, 1, 0)
+        to_logits = weights * (dot(value, gradient, 1, 1) - projections)
+        return to_key + dot((to_logits * layout.scale).astype(key.dtype), query, 1, 0), to_value
+
+    zeros = jnp.zeros(key.shape, sums_ref.dtype)
+    to_key, to_value = lax.fori_loop(0, count, step, (zeros, zeros))
+    _store_rows(to_key_ref, program, keys, layout.keys, to_key, part)
+    _store_rows(to_value_ref, program, keys, layout.keys, to_value, part)
