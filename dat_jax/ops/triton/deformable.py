@@ -10,8 +10,9 @@ Scores stay in registers. The softmax is computed in one pass, with a running ma
 from the logarithms of their sums. No two programs write the same element, so results do not depend on their order.
 
 The bias is an array, or is looked up in a table inside the kernels, four entries per pair. The backward pass writes its gradient
-as an array (B, M, Q, N) in both cases. The gradients of a table and of the points follow from that by matrix products, see
-``ops.attention.position_bias``. Within the kernels they would need four atomic additions per pair, to a small array.
+as an array in both cases. A third kernel computes the gradient of the table from that: an entry belongs to at most four queries
+per key, whose gradients it loads. The gradient of the points is summed with those of the keys. For a table made for another map
+size, or with another query grid, both follow by matrix products instead, see ``ops.attention.position_bias``.
 
 Source: FlashAttention (2205.14135), algorithms 1 and 4.
 """
@@ -26,10 +27,11 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dat_jax.ops.attention.position_bias import Tile, table_position_bias
+from dat_jax.ops.attention.position_bias import Tile, table_fits, table_position_bias
 from dat_jax.ops.triton.call import Result, block_side, channels, check, clamp, dot, kernel_call, load, store
 
 _QUERIES = 64  # per block
+_ENTRIES = 256  # of a table, per block
 _MAX_KEYS = 64  # per block
 _LOWEST = -1e30  # first value of the running maximum; finite, so that a row without a finite logit has no NaN
 _PROGRAMS = 1024  # that the backward pass aims at for the keys: several for each of the 132 multiprocessors of an H100
@@ -51,6 +53,11 @@ class TableBias(NamedTuple):
     query_grid: str
     table_shape: tuple[int, int]
     heads_per_group: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether one step between queries of the map is one row or column of the table."""
+        return table_fits((1, *self.table_shape), map_shape=self.map_shape, query_grid=self.query_grid)
 
     def position(self, line: jax.Array, point: jax.Array, axis: int) -> jax.Array:
         """Row (axis 0) or column (axis 1) of the table, for queries on a line of the map and keys at a coordinate."""
@@ -81,6 +88,11 @@ class Layout(NamedTuple):
     def scale(self) -> float:
         """Factor of the logits, 1 / sqrt(D)."""
         return 1 / math.sqrt(self.width)
+
+    @property
+    def has_fitting_table(self) -> bool:
+        """Whether the bias is looked up in a table that was made for this map size."""
+        return isinstance(self.bias, TableBias) and self.bias.fits
 
     @property
     def key_block(self) -> int:
@@ -184,46 +196,63 @@ def _attention_backward(layout, residuals, gradient):
     projections = products.swapaxes(1, 2)  # (B, M, Q): the products of a query's gradient and result
     operands = _operands(layout, query, key, value, bias_arrays)
     operands += [(gradient, True), (sums, True), (projections, True)]
-    results = [Result(query.shape, query.dtype)]
-    if layout.bias != "none":
-        results.append(Result((batch, layout.num_heads, layout.queries, layout.keys), dtype))
+    pairs = (layout.keys, layout.queries) if layout.has_fitting_table else (layout.queries, layout.keys)
     to_query, *to_bias = kernel_call(
         functools.partial(_query_kernel, layout),
         operands,
-        results,
+        [Result(query.shape, query.dtype)]
+        + [Result((batch, layout.num_heads, *pairs), dtype)] * (layout.bias != "none"),
         grid=(layout.query_blocks, layout.num_heads),
         name="deformable_attention_backward_query",
     )
     wanted = pl.cdiv(_PROGRAMS, batch * layout.num_heads * layout.key_blocks)
     parts = min(layout.query_blocks, wanted)
     part = Result((batch, parts, *key.shape[1:]), dtype)
-    to_key, to_value = kernel_call(
+    to_points = Result((batch, parts, layout.num_heads, layout.keys, 2), dtype)
+    sums_of_parts = kernel_call(
         functools.partial(_key_kernel, layout, parts),
         operands,
-        [part, part],
+        [part, part] + [to_points] * layout.has_fitting_table,
         grid=(layout.key_blocks * parts, layout.num_heads),
         name="deformable_attention_backward_key",
     )
-    to_key, to_value = (x.sum(axis=1).astype(query.dtype) for x in (to_key, to_value))
-    return to_query, to_key, to_value, _differentiate_bias(layout.bias, bias_arrays, *to_bias)
+    to_key, to_value, *to_points = (x.sum(axis=1) for x in sums_of_parts)
+    to_bias_arrays = _differentiate_bias(layout, bias_arrays, *to_bias, *to_points)
+    return to_query, to_key.astype(key.dtype), to_value.astype(value.dtype), to_bias_arrays
 
 
-def _differentiate_bias(bias, bias_arrays, gradient=None):
-    """Gradients of the arrays of a bias, from its gradient (B, M, Q, N)."""
+def _differentiate_bias(layout, bias_arrays, gradient=None, to_points=None):
+    """Gradients of the arrays of a bias, from its gradient (B, M, Q, N), or (B, M, N, Q) for a table that fits.
+
+    Then ``to_points`` is the gradient of the points, (B, M, N, 2), for each head.
+    """
+    bias = layout.bias
     if bias == "none":
         return ()
-    if bias == "shared":
-        gradient = gradient.sum(axis=0, keepdims=True)
     if not isinstance(bias, TableBias):
+        gradient = gradient.sum(axis=0, keepdims=True) if bias == "shared" else gradient
         return (gradient.astype(bias_arrays[0].dtype),)
     points, table, first = bias_arrays
+    to_first = np.zeros(first.shape, jax.dtypes.float0)
+    if to_points is not None:
+        to_points = to_points.reshape(*points.shape[:2], -1, *points.shape[2:]).sum(axis=2)
+        entries = math.prod(bias.table_shape)
+        (to_table,) = kernel_call(
+            functools.partial(_table_kernel, layout),
+            [(points, True), (first, False), (gradient, True)],
+            [Result((points.shape[0], layout.num_heads, entries), gradient.dtype)],
+            grid=(pl.cdiv(entries, _ENTRIES), layout.num_heads),
+            name="deformable_attention_backward_table",
+        )
+        to_table = to_table.sum(axis=0).reshape(table.shape)
+        return to_points.astype(points.dtype), to_table.astype(table.dtype), to_first
     tile = Tile((first[0], first[1]), bias.tile_shape)
 
     def look_up(points, table):
         return table_position_bias(table, points, map_shape=bias.map_shape, tile=tile, query_grid=bias.query_grid)
 
     _, pull_back = jax.vjp(look_up, points, table)
-    return *pull_back(gradient.astype(points.dtype)), np.zeros(first.shape, jax.dtypes.float0)
+    return *pull_back(gradient.astype(points.dtype)), to_first
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -252,16 +281,19 @@ def _store_rows(ref, program, rows, count, values, *leading):
 
 
 def _pair_bias(program, bias_refs, queries, keys):
-    """Bias of each pair, zero for pairs that do not exist. ``queries`` and ``keys`` are indices that broadcast together."""
+    """Bias of each pair, and its derivatives (y, x) for the key's position if it has one.
+
+    The indices ``queries`` and ``keys`` broadcast together. The bias is zero for pairs that do not exist.
+    """
     layout = program.layout
     inside = (queries < layout.queries) & (keys < layout.keys)
     if layout.bias == "none":
-        return 0.0
+        return 0.0, ()
     if isinstance(layout.bias, TableBias):
         return _look_up(program, bias_refs, queries, keys, inside)
     example = program.example if layout.bias == "array" else jnp.zeros_like(program.example)
     index = (example, program.head, clamp(queries, layout.queries), clamp(keys, layout.keys))
-    return load(bias_refs[0], index, inside)
+    return load(bias_refs[0], index, inside), ()
 
 
 def _look_up(program, bias_refs, queries, keys, inside):
@@ -270,25 +302,29 @@ def _look_up(program, bias_refs, queries, keys, inside):
     bias = program.layout.bias
     group, keys = lax.div(program.head, bias.heads_per_group), clamp(keys, program.layout.keys)
     lines = lax.div(queries, bias.tile_shape[1]), lax.rem(queries, bias.tile_shape[1])
-    neighbors = []  # of each axis: ((index, whether it is in the table, weight), ...)
+    neighbors, fractions = (
+        [],
+        [],
+    )  # of each axis: index in the table and whether it is there, for the lower and upper neighbor
     for axis in (0, 1):
         point = load(points_ref, (program.example, group, keys, jnp.full_like(keys, axis)))
-        line = (lines[axis] + first_ref[axis]).astype(point.dtype)
-        position = bias.position(line, point, axis)
+        position = bias.position((lines[axis] + first_ref[axis]).astype(point.dtype), point, axis)
         lower = jnp.floor(position)
-        fraction, side = position - lower, bias.table_shape[axis]
-        pair = []
-        for step, weight in ((0, 1 - fraction), (1, fraction)):
-            there = (lower + step >= 0) & (lower + step <= side - 1)
-            index = jnp.where(there, lower + step, 0).astype(jnp.int32)
-            pair.append((index, there, weight))
-        neighbors.append(pair)
-    result = 0.0
-    for row, in_rows, row_weight in neighbors[0]:
-        for column, in_columns, column_weight in neighbors[1]:
-            entry = load(table_ref, (program.head, row, column), inside & in_rows & in_columns)
-            result = result + entry * (row_weight * column_weight)
-    return result
+        fractions.append(position - lower)
+        there = [(line >= 0) & (line <= bias.table_shape[axis] - 1) for line in (lower, lower + 1)]
+        neighbors.append([(jnp.where(there[i], lower + i, 0).astype(jnp.int32), there[i]) for i in (0, 1)])
+    entries = [
+        [
+            load(table_ref, (program.head, row, column), inside & in_rows & in_columns)
+            for column, in_columns in neighbors[1]
+        ]
+        for row, in_rows in neighbors[0]
+    ]
+    y, x = fractions
+    upper, lower = (left * (1 - x) + right * x for left, right in entries)
+    slope_y = lower - upper
+    slope_x = (entries[0][1] - entries[0][0]) * (1 - y) + (entries[1][1] - entries[1][0]) * y
+    return upper * (1 - y) + lower * y, (-slope_y, -slope_x)
 
 
 def _forward_kernel(layout, q_ref, k_ref, v_ref, *refs):
@@ -301,7 +337,8 @@ def _forward_kernel(layout, q_ref, k_ref, v_ref, *refs):
         maximum, total, result = carry
         keys = index * layout.key_block + lax.iota(jnp.int32, layout.key_block)
         key, value = (_load_rows(ref, program, keys[:, None], layout.keys) for ref in (k_ref, v_ref))
-        logits = dot(query, key, 1, 1) * layout.scale + _pair_bias(program, bias_refs, queries, keys[None])
+        bias, _ = _pair_bias(program, bias_refs, queries, keys[None])
+        logits = dot(query, key, 1, 1) * layout.scale + bias
         logits = jnp.where(keys[None] < layout.keys, logits, -jnp.inf)
         larger = jnp.maximum(maximum, logits.max(axis=1))
         weights = jnp.exp(logits - larger[:, None])
@@ -335,12 +372,14 @@ def _query_kernel(layout, q_ref, k_ref, v_ref, *refs):
     def step(index, to_query):
         keys = index * layout.key_block + lax.iota(jnp.int32, layout.key_block)
         key, value = (_load_rows(ref, program, keys[:, None], layout.keys) for ref in (k_ref, v_ref))
-        logits = dot(query, key, 1, 1) * layout.scale + _pair_bias(program, bias_refs, queries, keys[None])
+        bias, _ = _pair_bias(program, bias_refs, queries, keys[None])
+        logits = dot(query, key, 1, 1) * layout.scale + bias
         inside = (queries < layout.queries) & (keys[None] < layout.keys)
         weights = jnp.where(inside, jnp.exp(logits - sums), 0)
         to_logits = weights * (dot(gradient, value, 1, 1) - projections)
         if to_bias_ref:
-            store(to_bias_ref[0], (program.example, program.head, queries, keys[None]), to_logits, inside)
+            pair = (keys[None], queries) if layout.has_fitting_table else (queries, keys[None])
+            store(to_bias_ref[0], (program.example, program.head, *pair), to_logits, inside)
         return to_query + dot((to_logits * layout.scale).astype(key.dtype), key, 1, 0)
 
     to_query = lax.fori_loop(0, layout.key_blocks, step, jnp.zeros(query.shape, sums_ref.dtype))
@@ -348,7 +387,9 @@ def _query_kernel(layout, q_ref, k_ref, v_ref, *refs):
 
 
 def _key_kernel(layout, parts, q_ref, k_ref, v_ref, *refs):
-    *bias_refs, gradient_ref, sums_ref, projections_ref, to_key_ref, to_value_ref = refs
+    results = 3 if layout.has_fitting_table else 2
+    *bias_refs, gradient_ref, sums_ref, projections_ref = refs[:-results]
+    to_key_ref, to_value_ref, *to_points_ref = refs[-results:]
     program = _Program(layout, pl.program_id(2), pl.program_id(1))
     part = lax.rem(pl.program_id(0), parts)
     block = lax.div(pl.program_id(0), parts)
@@ -357,18 +398,56 @@ def _key_kernel(layout, parts, q_ref, k_ref, v_ref, *refs):
     count = pl.cdiv(layout.query_blocks, parts)
 
     def step(index, carry):
-        to_key, to_value = carry
+        to_key, to_value, *to_points = carry
         queries = (part * count + index) * _QUERIES + lax.iota(jnp.int32, _QUERIES)
         query, gradient = (_load_rows(ref, program, queries[:, None], layout.queries) for ref in (q_ref, gradient_ref))
         sums, projections = (_load_sums(ref, program, queries[None]) for ref in (sums_ref, projections_ref))
-        logits = dot(key, query, 1, 1) * layout.scale + _pair_bias(program, bias_refs, queries[None], keys)
+        bias, slopes = _pair_bias(program, bias_refs, queries[None], keys)
+        logits = dot(key, query, 1, 1) * layout.scale + bias
         inside = (queries[None] < layout.queries) & (keys < layout.keys)
         weights = jnp.where(inside, jnp.exp(logits - sums), 0)
         to_value = to_value + dot(weights.astype(value.dtype), gradient, 1, 0)
         to_logits = weights * (dot(value, gradient, 1, 1) - projections)
-        return to_key + dot((to_logits * layout.scale).astype(key.dtype), query, 1, 0), to_value
+        to_key = to_key + dot((to_logits * layout.scale).astype(key.dtype), query, 1, 0)
+        pairs = zip(to_points, slopes, strict=True) if to_points else ()
+        return to_key, to_value, *(total + (to_logits * slope).sum(axis=1) for total, slope in pairs)
 
     zeros = jnp.zeros(key.shape, sums_ref.dtype)
-    to_key, to_value = lax.fori_loop(0, count, step, (zeros, zeros))
+    start = (zeros, zeros) + (jnp.zeros(layout.key_block, sums_ref.dtype),) * (2 * len(to_points_ref))
+    to_key, to_value, *to_points = lax.fori_loop(0, count, step, start)
     _store_rows(to_key_ref, program, keys, layout.keys, to_key, part)
     _store_rows(to_value_ref, program, keys, layout.keys, to_value, part)
+    for axis, total in enumerate(to_points):
+        index = (program.example, part, program.head, keys, jnp.full_like(keys, axis))
+        store(to_points_ref[0], index, total[:, None], keys < layout.keys)
+
+
+def _table_kernel(layout, points_ref, first_ref, gradient_ref, to_table_ref):
+    """Gradient of a block of entries of a table that fits, for one head and example."""
+    bias, example, head = layout.bias, pl.program_id(2), pl.program_id(1)
+    entry = pl.program_id(0) * _ENTRIES + lax.iota(jnp.int32, _ENTRIES)
+    group, width = lax.div(head, bias.heads_per_group), bias.table_shape[1]
+    lines = lax.div(entry, width), lax.rem(entry, width)
+    firsts = first_ref[0], first_ref[1]
+
+    def step(key, total):
+        neighbors = []  # of each axis: query's line in the tile, whether it is there, and weight
+        for axis in (0, 1):
+            point = points_ref[example, group, key, axis]
+            position = (
+                lines[axis].astype(point.dtype) - (bias.map_shape[axis] - 1) + point - firsts[axis].astype(point.dtype)
+            )
+            lower = jnp.floor(position)
+            fraction, last = position - lower, bias.tile_shape[axis] - 1
+            there = [(line >= 0) & (line <= last) for line in (lower, lower + 1)]
+            indices = [jnp.where(there[i], lower + i, 0).astype(jnp.int32) for i in (0, 1)]
+            neighbors.append(list(zip(indices, there, (1 - fraction, fraction), strict=True)))
+        for row, in_rows, row_weight in neighbors[0]:
+            for column, in_columns, column_weight in neighbors[1]:
+                index = (example, head, jnp.full_like(row, key), row * bias.tile_shape[1] + column)
+                total = total + load(gradient_ref, index, in_rows & in_columns) * (row_weight * column_weight)
+        return total
+
+    total = lax.fori_loop(0, layout.keys, step, jnp.zeros(_ENTRIES, gradient_ref.dtype))
+    index = (example, jnp.full_like(entry, head), entry)
+    store(to_table_ref, index, total, entry < math.prod(bias.table_shape))
