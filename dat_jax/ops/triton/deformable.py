@@ -31,6 +31,8 @@ from dat_jax.ops.attention.position_bias import Tile, table_fits, table_position
 from dat_jax.ops.triton.call import Result, block_side, channels, check, clamp, dot, kernel_call, load, store
 
 _QUERIES = 64  # per block
+_STEP = 32  # queries at a time, for a block of keys; with 64 a table needs more registers than there are
+_BORDER = 2  # rows and columns of zeros around a table
 _ENTRIES = 256  # of a table, per block
 _MAX_KEYS = 64  # per block
 _LOWEST = -1e30  # first value of the running maximum; finite, so that a row without a finite logit has no NaN
@@ -174,6 +176,10 @@ def _attention_forward(layout, query, key, value, bias_arrays):
 
 def _operands(layout, query, key, value, bias_arrays):
     batched = {"none": (), "array": (True,), "shared": (False,)}.get(layout.bias, (True, False, False))
+    if isinstance(layout.bias, TableBias):
+        points, table, first = bias_arrays
+        table = jnp.pad(table, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER)))
+        bias_arrays = points, table.reshape(len(table), -1), first
     return [(query, True), (key, True), (value, True), *zip(bias_arrays, batched, strict=True)]
 
 
@@ -206,7 +212,7 @@ def _attention_backward(layout, residuals, gradient):
         name="deformable_attention_backward_query",
     )
     wanted = pl.cdiv(_PROGRAMS, batch * layout.num_heads * layout.key_blocks)
-    parts = min(layout.query_blocks, wanted)
+    parts = min(pl.cdiv(layout.queries, _STEP), wanted)
     part = Result((batch, parts, *key.shape[1:]), dtype)
     to_points = Result((batch, parts, layout.num_heads, layout.keys, 2), dtype)
     sums_of_parts = kernel_call(
@@ -283,44 +289,39 @@ def _store_rows(ref, program, rows, count, values, *leading):
 def _pair_bias(program, bias_refs, queries, keys):
     """Bias of each pair, and its derivatives (y, x) for the key's position if it has one.
 
-    The indices ``queries`` and ``keys`` broadcast together. The bias is zero for pairs that do not exist.
+    The indices ``queries`` and ``keys`` broadcast together. Pairs that do not exist have any bias.
     """
     layout = program.layout
     inside = (queries < layout.queries) & (keys < layout.keys)
     if layout.bias == "none":
         return 0.0, ()
     if isinstance(layout.bias, TableBias):
-        return _look_up(program, bias_refs, queries, keys, inside)
+        return _look_up(program, bias_refs, queries, keys)
     example = program.example if layout.bias == "array" else jnp.zeros_like(program.example)
     index = (example, program.head, clamp(queries, layout.queries), clamp(keys, layout.keys))
     return load(bias_refs[0], index, inside), ()
 
 
-def _look_up(program, bias_refs, queries, keys, inside):
-    """Bilinear samples of the table, which is zero outside."""
+def _look_up(program, bias_refs, queries, keys):
+    """Bilinear samples of the table, which is zero outside, and their derivatives. Pairs that do not exist have any value.
+
+    The table has a border of zeros, so that nothing is masked: a position far outside becomes one that has only zeros around it.
+    """
     points_ref, table_ref, first_ref = bias_refs
     bias = program.layout.bias
     group, keys = lax.div(program.head, bias.heads_per_group), clamp(keys, program.layout.keys)
     lines = lax.div(queries, bias.tile_shape[1]), lax.rem(queries, bias.tile_shape[1])
-    neighbors, fractions = (
-        [],
-        [],
-    )  # of each axis: index in the table and whether it is there, for the lower and upper neighbor
+    index, fractions = 0, []
     for axis in (0, 1):
         point = load(points_ref, (program.example, group, keys, jnp.full_like(keys, axis)))
         position = bias.position((lines[axis] + first_ref[axis]).astype(point.dtype), point, axis)
         lower = jnp.floor(position)
         fractions.append(position - lower)
-        there = [(line >= 0) & (line <= bias.table_shape[axis] - 1) for line in (lower, lower + 1)]
-        neighbors.append([(jnp.where(there[i], lower + i, 0).astype(jnp.int32), there[i]) for i in (0, 1)])
-    entries = [
-        [
-            load(table_ref, (program.head, row, column), inside & in_rows & in_columns)
-            for column, in_columns in neighbors[1]
-        ]
-        for row, in_rows in neighbors[0]
-    ]
-    y, x = fractions
+        lower = jnp.clip(lower, -_BORDER, bias.table_shape[axis]).astype(jnp.int32) + _BORDER
+        index = index * (bias.table_shape[1] + 2 * _BORDER) + lower
+    width, (y, x) = bias.table_shape[1] + 2 * _BORDER, fractions
+    head = jnp.full_like(index, program.head)
+    entries = [[load(table_ref, (head, index + row + column)) for column in (0, 1)] for row in (0, width)]
     upper, lower = (left * (1 - x) + right * x for left, right in entries)
     slope_y = lower - upper
     slope_x = (entries[0][1] - entries[0][0]) * (1 - y) + (entries[1][1] - entries[1][0]) * y
@@ -395,11 +396,11 @@ def _key_kernel(layout, parts, q_ref, k_ref, v_ref, *refs):
     block = lax.div(pl.program_id(0), parts)
     keys = block * layout.key_block + lax.broadcasted_iota(jnp.int32, (layout.key_block, 1), 0)
     key, value = (_load_rows(ref, program, keys, layout.keys) for ref in (k_ref, v_ref))
-    count = pl.cdiv(layout.query_blocks, parts)
+    count = pl.cdiv(pl.cdiv(layout.queries, _STEP), parts)
 
     def step(index, carry):
         to_key, to_value, *to_points = carry
-        queries = (part * count + index) * _QUERIES + lax.iota(jnp.int32, _QUERIES)
+        queries = (part * count + index) * _STEP + lax.iota(jnp.int32, _STEP)
         query, gradient = (_load_rows(ref, program, queries[:, None], layout.queries) for ref in (q_ref, gradient_ref))
         sums, projections = (_load_sums(ref, program, queries[None]) for ref in (sums_ref, projections_ref))
         bias, slopes = _pair_bias(program, bias_refs, queries[None], keys)
