@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
@@ -152,6 +153,16 @@ def _described_device() -> contextlib.AbstractContextManager:
     device = abstract_device("NVIDIA H100", None, "gpu")
     mesh = jax.sharding.AbstractMesh(current.axis_sizes, current.axis_names, current.axis_types, abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def loop(count: int, step: Callable[[jax.Array, Any], Any], start: Any) -> Any:
+    """Runs ``step(index, carry)`` for ``count`` indices, int32, and returns the last carry."""
+    return lax.fori_loop(np.int32(0), np.int32(count), step, start)
+
+
+def divide(index: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of an int32 index that is not negative."""
+    return lax.div(index, np.int32(count)), lax.rem(index, np.int32(count))
 
 
 def clamp(index: jax.Array, side: int) -> jax.Array:

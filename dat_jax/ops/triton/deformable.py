@@ -28,7 +28,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from dat_jax.ops.attention.position_bias import Tile, table_fits, table_position_bias
-from dat_jax.ops.triton.call import Result, block_side, channels, check, clamp, dot, kernel_call, load, store
+from dat_jax.ops.triton.call import (
+    Result,
+    block_side,
+    channels,
+    check,
+    clamp,
+    divide,
+    dot,
+    kernel_call,
+    load,
+    loop,
+    store,
+)
 
 _QUERIES = 64  # per block
 _STEP = 32  # queries at a time, for a block of keys; with 64 a table needs more registers than there are
@@ -309,8 +321,8 @@ def _look_up(program, bias_refs, queries, keys):
     """
     points_ref, table_ref, first_ref = bias_refs
     bias = program.layout.bias
-    group, keys = lax.div(program.head, bias.heads_per_group), clamp(keys, program.layout.keys)
-    lines = lax.div(queries, bias.tile_shape[1]), lax.rem(queries, bias.tile_shape[1])
+    group, keys = divide(program.head, bias.heads_per_group)[0], clamp(keys, program.layout.keys)
+    lines = divide(queries, bias.tile_shape[1])
     index, fractions = 0, []
     for axis in (0, 1):
         point = load(points_ref, (program.example, group, keys, jnp.full_like(keys, axis)))
@@ -349,7 +361,7 @@ def _forward_kernel(layout, q_ref, k_ref, v_ref, *refs):
 
     dtype = sums_ref.dtype
     start = jnp.full(_QUERIES, _LOWEST, dtype), jnp.zeros(_QUERIES, dtype), jnp.zeros(query.shape, dtype)
-    maximum, total, result = lax.fori_loop(0, layout.key_blocks, step, start)
+    maximum, total, result = loop(layout.key_blocks, step, start)
     _store_rows(out_ref, program, queries, layout.queries, result / total[:, None])
     sums = (maximum + jnp.log(total))[:, None]
     store(sums_ref, (program.example, program.head, queries), sums, queries < layout.queries)
@@ -383,7 +395,7 @@ def _query_kernel(layout, q_ref, k_ref, v_ref, *refs):
             store(to_bias_ref[0], (program.example, program.head, *pair), to_logits, inside)
         return to_query + dot((to_logits * layout.scale).astype(key.dtype), key, 1, 0)
 
-    to_query = lax.fori_loop(0, layout.key_blocks, step, jnp.zeros(query.shape, sums_ref.dtype))
+    to_query = loop(layout.key_blocks, step, jnp.zeros(query.shape, sums_ref.dtype))
     _store_rows(to_query_ref, program, queries, layout.queries, to_query)
 
 
@@ -392,8 +404,7 @@ def _key_kernel(layout, parts, q_ref, k_ref, v_ref, *refs):
     *bias_refs, gradient_ref, sums_ref, projections_ref = refs[:-results]
     to_key_ref, to_value_ref, *to_points_ref = refs[-results:]
     program = _Program(layout, pl.program_id(2), pl.program_id(1))
-    part = lax.rem(pl.program_id(0), parts)
-    block = lax.div(pl.program_id(0), parts)
+    block, part = divide(pl.program_id(0), parts)
     keys = block * layout.key_block + lax.broadcasted_iota(jnp.int32, (layout.key_block, 1), 0)
     key, value = (_load_rows(ref, program, keys, layout.keys) for ref in (k_ref, v_ref))
     count = pl.cdiv(pl.cdiv(layout.queries, _STEP), parts)
@@ -415,7 +426,7 @@ def _key_kernel(layout, parts, q_ref, k_ref, v_ref, *refs):
 
     zeros = jnp.zeros(key.shape, sums_ref.dtype)
     start = (zeros, zeros) + (jnp.zeros(layout.key_block, sums_ref.dtype),) * (2 * len(to_points_ref))
-    to_key, to_value, *to_points = lax.fori_loop(0, count, step, start)
+    to_key, to_value, *to_points = loop(count, step, start)
     _store_rows(to_key_ref, program, keys, layout.keys, to_key, part)
     _store_rows(to_value_ref, program, keys, layout.keys, to_value, part)
     for axis, total in enumerate(to_points):
@@ -427,8 +438,8 @@ def _table_kernel(layout, points_ref, first_ref, gradient_ref, to_table_ref):
     """Gradient of a block of entries of a table that fits, for one head and example."""
     bias, example, head = layout.bias, pl.program_id(2), pl.program_id(1)
     entry = pl.program_id(0) * _ENTRIES + lax.iota(jnp.int32, _ENTRIES)
-    group, width = lax.div(head, bias.heads_per_group), bias.table_shape[1]
-    lines = lax.div(entry, width), lax.rem(entry, width)
+    group = divide(head, bias.heads_per_group)[0]
+    lines = divide(entry, bias.table_shape[1])
     firsts = first_ref[0], first_ref[1]
 
     def step(key, total):
@@ -449,6 +460,6 @@ def _table_kernel(layout, points_ref, first_ref, gradient_ref, to_table_ref):
                 total = total + load(gradient_ref, index, in_rows & in_columns) * (row_weight * column_weight)
         return total
 
-    total = lax.fori_loop(0, layout.keys, step, jnp.zeros(_ENTRIES, gradient_ref.dtype))
+    total = loop(layout.keys, step, jnp.zeros(_ENTRIES, gradient_ref.dtype))
     index = (example, jnp.full_like(entry, head), entry)
     store(to_table_ref, index, total, entry < math.prod(bias.table_shape))

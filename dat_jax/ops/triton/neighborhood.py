@@ -23,7 +23,19 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dat_jax.ops.triton.call import Result, block_side, channels, check, clamp, dot, kernel_call, load, store
+from dat_jax.ops.triton.call import (
+    Result,
+    block_side,
+    channels,
+    check,
+    clamp,
+    divide,
+    dot,
+    kernel_call,
+    load,
+    loop,
+    store,
+)
 
 _ROWS, _COLUMNS = 4, 16  # of a tile
 _LOWEST = -1e30  # first value of the running maximum; finite, so that a row without a pair in a window has no NaN
@@ -161,9 +173,11 @@ class _Tile(NamedTuple):
 
 def _find_tile(geometry) -> _Tile:
     block, in_a_row = pl.program_id(0), pl.cdiv(geometry.map_shape[1], _COLUMNS)
-    first_row, first_column = lax.div(block, in_a_row) * _ROWS, lax.rem(block, in_a_row) * _COLUMNS
+    row_of_tiles, column_of_tiles = divide(block, in_a_row)
+    first_row, first_column = row_of_tiles * _ROWS, column_of_tiles * _COLUMNS
     pixel = lax.broadcasted_iota(jnp.int32, (_ROWS * _COLUMNS, 1), 0)
-    rows, columns = first_row + lax.div(pixel, _COLUMNS), first_column + lax.rem(pixel, _COLUMNS)
+    rows, columns = divide(pixel, _COLUMNS)
+    rows, columns = first_row + rows, first_column + columns
     return _Tile(geometry, pl.program_id(2), pl.program_id(1), first_row, first_column, rows, columns)
 
 
@@ -247,7 +261,7 @@ def _forward_kernel(geometry, q_ref, k_ref, v_ref, table_ref, out_ref, sums_ref)
     dtype = sums_ref.dtype
     pixels = query.shape[0]
     start = jnp.full(pixels, _LOWEST, dtype), jnp.zeros(pixels, dtype), jnp.zeros(query.shape, dtype)
-    maximum, total, result = lax.fori_loop(0, count, step, start)
+    maximum, total, result = loop(count, step, start)
     _store_tile(out_ref, tile, result / total[:, None])
     store(sums_ref, tile.index, (maximum + jnp.log(total))[:, None], tile.inside)
 
@@ -283,7 +297,7 @@ def _query_kernel(
 
     side, dtype = to_table_ref.shape[-1], sums_ref.dtype
     start = jnp.zeros(query.shape, dtype), jnp.zeros((side, side), dtype)
-    to_query, to_table = lax.fori_loop(0, count, step, start)
+    to_query, to_table = loop(count, step, start)
     _store_tile(to_query_ref, tile, to_query)
     entry = lax.iota(jnp.int32, side)
     at = (tile.example, tile.head, pl.program_id(0), entry[:, None], entry[None])
@@ -338,6 +352,6 @@ def _key_kernel(
         return to_key + dot((to_logits * geometry.scale).astype(key.dtype), query, 1, 0), to_value
 
     zeros = jnp.zeros(key.shape, sums_ref.dtype)
-    to_key, to_value = lax.fori_loop(0, count, step, (zeros, zeros))
+    to_key, to_value = loop(count, step, (zeros, zeros))
     _store_tile(to_key_ref, tile, to_key)
     _store_tile(to_value_ref, tile, to_value)
