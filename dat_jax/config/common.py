@@ -99,7 +99,8 @@ KEYS: dict[str, Any] = {
         },
         required=("name", "dtype"),
         help="Name and attributes of the model. Any attribute of dat_jax.DAT can be added: remat='blocks' (less memory), "
-        "scan_blocks=True (faster compilation), implementation='pallas' (kernels for TPUs without a comparison).",
+        "scan_blocks=True (faster compilation), implementation='pallas' or 'triton' (kernels for TPUs or GPUs without a "
+        "comparison).",
     ),
     "init_from": Key(
         str,

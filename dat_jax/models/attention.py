@@ -54,7 +54,7 @@ class DeformableAttention(nn.Module):
       table_shape: (H0, W0), shape of the map that tables are made for.
       form: "dat_pp" or "cvpr2022", see ``DAT.deformable_form``.
       dtype: of the computation; positions are float32 or better.
-      implementation: "auto", "plain" or "pallas", for every op in the module, see ``ops.dispatch``.
+      implementation: "auto", "plain", "pallas" or "triton", for every op in the module, see ``ops.dispatch``.
 
     Source: DAT (CVPR 2022), section 3.2; DAT++ (2309.01430), section 3.3; kinds as in the published code.
     """

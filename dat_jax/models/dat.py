@@ -282,7 +282,8 @@ class DAT(MeshModule):
       scan_blocks: whether the repeated blocks of a stage are one loop over stacked parameters, which compiles faster.
         Parameters keep their names; results differ by rounding, and drop path draws other random numbers.
       dtype: of the computation. Parameters are float32; positions, softmax and statistics are float32 or better.
-      implementation: "auto", "plain" or "pallas", for every op, see ``ops.dispatch``. Only "plain" supports ``jax.jvp``.
+      implementation: "auto", "plain", "pallas" or "triton", for every op, see ``ops.dispatch``. Only "plain" supports
+        ``jax.jvp``.
 
     Raises:
       ValueError: the settings are inconsistent, or images have a wrong shape.

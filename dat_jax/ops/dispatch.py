@@ -5,8 +5,9 @@ An op with several algorithms takes ``implementation=``:
 * "auto": the implementation that ``dat_jax.tuning`` chose for the call by measuring it, see ``calls``; without such a choice
   the fastest known on this platform.
 * "plain": the obvious algorithm, the reference that the others are tested against.
-* "pallas": the TPU kernel of ops that have one (``ops.pallas``); "auto" for other ops, and for maps too large for VMEM. No
-  kernel has run on a device yet, so "auto" selects one only by measurement.
+* "pallas": the TPU kernel of ops that have one (``ops.pallas``); "auto" for other ops, and for maps too large for VMEM.
+* "triton": the GPU kernel of ops that have one (``ops.triton``); "auto" for other ops. No kernel has run on a device yet, so
+  "auto" selects "pallas" or "triton" only by measurement.
 * the name of an algorithm of the op, see ``IMPLEMENTATIONS``.
 
 Ops without that argument use the algorithms of ``ops.cpu`` on CPUs, see ``uses_cpu_algorithms``.
@@ -26,12 +27,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-# "slice", "rows" and "shifts" are in ``ops.cpu``, "pallas" is in ``ops.pallas``.
+# "slice", "rows" and "shifts" are in ``ops.cpu``, "pallas" is in ``ops.pallas``, "triton" in ``ops.triton``.
 IMPLEMENTATIONS = {
     "grid_sample": ("matmul", "gather", "map_coordinates", "pallas"),
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
-    "neighborhood_attention": ("rows", "tiles", "dense", "gather", "pallas"),
-    "deformable_attention": ("products", "pallas"),
+    "neighborhood_attention": ("rows", "tiles", "dense", "gather", "pallas", "triton"),
+    "deformable_attention": ("products", "pallas", "triton"),
     "conv_mlp": ("products", "pallas"),
     "depthwise_conv": ("shifts", "conv"),
 }
@@ -114,7 +115,7 @@ def interprets_kernels() -> bool:
 
 @contextlib.contextmanager
 def interpreted_kernels() -> Iterator[None]:
-    """Interprets Pallas kernels that are traced within this context: slow, for tests on a machine without a TPU."""
+    """Interprets Pallas kernels that are traced within this context: slow, for tests on a machine without a TPU or GPU."""
     token = _INTERPRET.set(True)
     try:
         yield
@@ -156,7 +157,7 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, ...], table_fi
 
     Args:
       op: a key of ``IMPLEMENTATIONS``.
-      implementation: "auto", "plain", "pallas" or an algorithm of the op.
+      implementation: "auto", "plain", "pallas", "triton" or an algorithm of the op.
       map_shape: (H, W) of the map that the op works on.
       table_fits: for "position_bias", whether the table was made for this map size.
 
@@ -164,6 +165,8 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, ...], table_fi
       ValueError: the op has no such implementation.
     """
     if implementation == "pallas" and not has_kernel(op, map_shape):
+        implementation = "auto"
+    if implementation == "triton" and implementation not in IMPLEMENTATIONS[op]:
         implementation = "auto"
     if implementation == "auto":
         return _fastest(op, map_shape, table_fits)

@@ -4,7 +4,9 @@ from dat_jax.ops import dispatch
 from dat_jax.ops.attention.position_bias import table_fits
 from dat_jax.ops.calls import OpCall
 from dat_jax.ops.layers.mlp import fits_kernel
+from dat_jax.ops.triton import call as triton_kernels
 
+KERNELS = ("pallas", "triton")
 _MAX_DENSE_SIDE = 32  # pixels; the scores of "dense" attention grow with the fourth power of the side
 _MAX_MATMUL_PIXELS = 2**14  # the matrix of "matmul" sampling has a column for each
 
@@ -25,15 +27,12 @@ def list_candidates(call: OpCall) -> list[str]:
     """The implementations to compare, the default first.
 
     Implementations whose memory grows with queries times keys on large maps are left out, and so are kernels where they cannot
-    run: see ``dispatch.has_kernel``.
+    run: "pallas" is for TPUs, see ``dispatch.has_kernel``, and "triton" for GPUs.
     """
     shape, _ = call.main_array
     map_shape, shapes = shape[1:3], {name: shape for name, shape, _ in call.arrays}
     names = _ALGORITHMS[call.op](map_shape, shapes, dict(call.options))
-    runs_kernels = dispatch.target_platform() == "tpu" or dispatch.interprets_kernels()
-    fits = call.op != "conv_mlp" or fits_kernel(shape, shapes["kernel1"][1])
-    if runs_kernels and fits and dispatch.has_kernel(call.op, map_shape) and not {"sizes", "key_mask"} & set(shapes):
-        names = [*names, "pallas"]
+    names = [*names, *_list_kernels(call.op, shape, shapes)]
     default = find_default(call)
     return [default, *(name for name in names if name != default)]
 
@@ -52,6 +51,25 @@ def get_tolerance(call: OpCall) -> float:
     """Largest relative difference from the plain implementation, see ``TOLERANCES``."""
     exact = call.main_array[1] != "bfloat16" and dispatch.target_platform() == "cpu"
     return TOLERANCES[call.op]["exact" if exact else "rounded"]
+
+
+def _list_kernels(op, shape, shapes):
+    """The kernels of the target platform, or all of them on CPUs where kernels are interpreted."""
+    if {"sizes", "key_mask"} & set(shapes):
+        return []
+    platform = dispatch.target_platform()
+    interpreted = platform == "cpu" and dispatch.interprets_kernels()
+    names = []
+    fits = op != "conv_mlp" or fits_kernel(shape, shapes["kernel1"][1])
+    if (platform == "tpu" or interpreted) and fits and dispatch.has_kernel(op, shape[1:3]):
+        names.append("pallas")
+    if (
+        (platform == "gpu" or interpreted)
+        and "triton" in dispatch.IMPLEMENTATIONS[op]
+        and triton_kernels.is_supported()
+    ):
+        names.append("triton")
+    return names
 
 
 def _list_neighborhood(map_shape, shapes, options):

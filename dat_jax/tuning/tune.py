@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dat_jax.ops.calls import OpCall, chosen_implementations
 from dat_jax.profiling.topologies import first_line
-from dat_jax.tuning.candidates import find_default, list_candidates
+from dat_jax.tuning.candidates import KERNELS, find_default, list_candidates
 from dat_jax.tuning.choices import Choice, Choices, get_names
 from dat_jax.tuning.measurement import Measurement, measure
 
@@ -68,7 +68,7 @@ def explain(call: OpCall, choice: Choice) -> list[str]:
     for name, value in choice.measured.items():
         if value.problem:
             sentences.append(f"{call.key}: {name} is not used, because {value.problem}.")
-        elif name == "pallas" != choice.chosen and value.seconds and used.seconds:
+        elif name in KERNELS and name != choice.chosen and value.seconds and used.seconds:
             ratio = value.seconds / used.seconds
             reason = f"it takes {ratio:.2f} times as long as {choice.chosen}"
             if ratio <= 1:

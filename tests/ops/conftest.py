@@ -1,4 +1,4 @@
-"""Interprets TPU kernels in all tests of ops."""
+"""Interprets kernels in all tests of ops."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from dat_jax.ops import dispatch
 
 @pytest.fixture(autouse=True)
 def interpreted_kernels():
-    """Interprets Pallas kernels, as there is no TPU."""
+    """Interprets Pallas kernels, as there is no TPU or GPU."""
     with dispatch.interpreted_kernels():
         yield

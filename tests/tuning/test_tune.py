@@ -259,6 +259,7 @@ def test_all_implementations_of_every_op_agree(name):
     assert names[0] == find_default(call)
     assert len(set(names)) == len(names)
     assert ("pallas" in names) == ("sizes" not in name and name != "convolution")
+    assert ("triton" in names) == (name.startswith(("neighborhood", "deformable")) and "sizes" not in name)
     for value in measured.values():
         assert value.problem == ""
         assert value.error < 2e-5
@@ -270,11 +271,20 @@ def test_kernels_are_candidates_only_where_they_can_run():
     with dispatch.compiling_for("tpu"):
         assert list_candidates(call) == ["dense", "tiles", "pallas"]
     with dispatch.compiling_for("gpu"):
-        assert list_candidates(call) == ["dense", "tiles"]
+        assert list_candidates(call) == ["dense", "tiles", "triton"]
     x = ones((1, 96, 96, 4))
     (call,) = record(neighborhood_attention, x, x, x, ones((2, 5, 5)), kernel_size=3, num_heads=2).values()
     with dispatch.compiling_for("tpu"):
-        assert list_candidates(call) == ["tiles"]  # beyond the limit of the kernels
+        assert list_candidates(call) == ["tiles"]  # beyond the limit of the kernels for TPUs
+    with dispatch.compiling_for("gpu"):
+        assert list_candidates(call) == ["tiles", "triton"]
+    for name, expected in {"deformable": ["matmul", "slice", "triton"], "deformable with sizes": ["matmul"]}.items():
+        (call,) = record(*CALLS[name][:1], *CALLS[name][1], **CALLS[name][2]).values()
+        with dispatch.compiling_for("gpu"):
+            assert list_candidates(call) == expected
+    (call,) = record(*CALLS["MLP"][:1], *CALLS["MLP"][1], **CALLS["MLP"][2]).values()
+    with dispatch.compiling_for("gpu"):
+        assert list_candidates(call) == ["products"]
 
 
 def test_arrays_are_valid_and_always_the_same():

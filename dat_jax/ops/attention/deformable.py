@@ -12,6 +12,7 @@ from dat_jax.ops.attention import position_bias
 from dat_jax.ops.attention.multi_head import attention_weights, multi_head_attention
 from dat_jax.ops.calls import tunable
 from dat_jax.ops.pallas import deformable as pallas_deformable
+from dat_jax.ops.triton import deformable as triton_deformable
 
 FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_points`` and ``key_positions``
 
@@ -139,8 +140,9 @@ def deformable_attention(
       points_inside: whether all points are inside the map, which allows a faster Pallas kernel.
       query_grid: "corners" or "centers", see ``position_bias.table_position_bias``.
       sizes: int (B, 2), the size of each example's map, see ``ops.sizes``; None for (H, W).
-      key_mask: bool (B, N), False for keys that no query attends to; None for all keys. There is no Pallas kernel with it.
-      implementation: algorithm of the table lookup, or "pallas", a kernel for TPUs for the whole op. See ``dispatch``.
+      key_mask: bool (B, N), False for keys that no query attends to; None for all keys. There is no kernel with it.
+      implementation: algorithm of the table lookup, or "pallas" or "triton", a kernel for TPUs or GPUs for the whole op. See
+        ``dispatch``. With ``sizes`` or ``key_mask`` "auto" replaces the kernels.
       tile_shape: (height, width) of the tiles of queries; the map's shape for one tile. By default ``dispatch`` chooses.
 
     Returns:
@@ -154,12 +156,9 @@ def deformable_attention(
     _check_bias(points, table, bias)
     height, width = query.shape[1:3]
     map_shape = (height, width)
-    use_pallas = (
-        dispatch.choose("deformable_attention", _attention_implementation(implementation), map_shape=map_shape)
-        == "pallas"
-    )
+    chosen = dispatch.choose("deformable_attention", _attention_implementation(implementation), map_shape=map_shape)
     if sizes is not None or key_mask is not None:
-        use_pallas = False
+        chosen = "products"
 
     def attend_with_pallas(queries, tile):
         attention = functools.partial(pallas_deformable.deformable_attention, queries, key, value, num_heads=num_heads)
@@ -176,8 +175,19 @@ def deformable_attention(
         return attention(bias=tile_bias)
 
     def attend(queries, tile):  # (B, tile height, tile width, C)
-        if use_pallas:
+        if chosen == "pallas":
             return attend_with_pallas(queries, tile)
+        if chosen == "triton":
+            return triton_deformable.deformable_attention(
+                *(queries, key, value),
+                num_heads=num_heads,
+                bias=bias,
+                points=points,
+                table=table,
+                map_shape=map_shape,
+                tile=tile,
+                query_grid=query_grid,
+            )
         tile_bias = bias
         if table is not None and points is not None:
             tile_bias = position_bias.table_position_bias(

@@ -13,6 +13,7 @@ from dat_jax.ops.attention.neighborhood_tiles import tile_line, tile_side, windo
 from dat_jax.ops.calls import tunable
 from dat_jax.ops.cpu import neighborhood_rows
 from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
+from dat_jax.ops.triton import neighborhood as triton_neighborhood
 
 
 @tunable("neighborhood_attention", batched=("query", "key", "value", "sizes"))
@@ -40,7 +41,7 @@ def neighborhood_attention(
       kernel_size: K, side of the window in pixels, at most H and W.
       num_heads: M.
       sizes: int (B, 2), the size of each example's map, at least K, see ``ops.sizes``; None for (H, W). "tiles" replaces
-        "rows", and "auto" replaces "pallas".
+        "rows", and "auto" replaces "pallas" and "triton".
       implementation: see ``dispatch``.
 
         * "gather" reads K * K keys per query, the plain reference.
@@ -49,6 +50,7 @@ def neighborhood_attention(
         * "dense" does so with the whole map as one tile.
         * "rows" does so for one row of tiles after the other (for CPUs).
         * "pallas" is a kernel for TPUs.
+        * "triton" is a kernel for GPUs.
 
     Returns:
       (B, H, W, C), of the dtype of ``value``.
@@ -68,13 +70,17 @@ def neighborhood_attention(
         raise ValueError(f"neighborhood_attention expected a table {(num_heads, side, side)}, got {table.shape}.")
     requested = implementation
     if sizes is not None:
-        implementation = {"pallas": "auto"}.get(implementation, implementation)
+        implementation = {"pallas": "auto", "triton": "auto"}.get(implementation, implementation)
     implementation = dispatch.choose("neighborhood_attention", implementation, map_shape=(height, width))
     if implementation == "gather":
         with dispatch.gradients_for(requested):
             return _attend_gathered(query, key, value, table, kernel_size, num_heads, sizes)
     if implementation == "pallas":
         return _attend_with_pallas(query, key, value, table, kernel_size, num_heads)
+    if implementation == "triton":
+        return triton_neighborhood.neighborhood_attention(
+            query, key, value, table, kernel_size=kernel_size, num_heads=num_heads
+        )
     if implementation == "rows" and sizes is None:
         return neighborhood_rows.neighborhood_attention(query, key, value, table, kernel_size, num_heads)
     tile = (height, width) if implementation == "dense" else (tile_side(height), tile_side(width))

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, written in Pallas and compiled by Triton. Each is tested against its plain counterpart in ``dat_jax.ops``."""

@@ -1,0 +1,1 @@
+"""The kernels for GPUs, compiled for an H100 that is not attached."""
