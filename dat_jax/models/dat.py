@@ -1,5 +1,6 @@
 """DAT and DAT++: the backbone and the classifier."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from dat_jax.models import attention
-from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
+from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, ScaleAndBias, conv
 from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.deformable import FORMS, key_grid_shape
@@ -121,7 +122,12 @@ class Block(nn.Module):
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="lpu")(x, sizes)
         mlp = Mlp(self.expansion, self.conv_mlp, dtype=self.dtype, implementation=self.implementation, name="mlp")
         x = x + branch(x, self.make_attention(name="attn"), 1)
-        return x + branch(x, mlp, 2)
+        if self.layer_scale_init > 0:
+            return x + branch(x, mlp, 2)
+        if mlp.fuses(x.shape, sizes, is_branch=True):
+            norm = ScaleAndBias(x.shape[-1], name="norm2")()
+            return mlp(x, norm=norm, factors=DropPath().factors(x.shape[0], drop_path_rate, train=train))
+        return x + branch(x, functools.partial(mlp, may_fuse=False), 2)
 
 
 class ConvBlock(nn.Module):
