@@ -1,6 +1,5 @@
 """DAT and DAT++: the backbone and the classifier."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,17 @@ import numpy as np
 from jax.core import Tracer
 
 from dat_jax.models import attention
-from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, ScaleAndBias, conv
+from dat_jax.models.layers import (
+    DepthwiseConv,
+    DropPath,
+    LayerNorm,
+    LayerScale,
+    Linear,
+    Mlp,
+    ScaleAndBias,
+    conv,
+    perceive_locally,
+)
 from dat_jax.models.mesh_axes import MeshModule
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.deformable import FORMS, key_grid_shape
@@ -112,22 +121,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, drop_path_rate, train: bool, sizes: jax.Array | None = None):
-        def branch(x, module, index):
-            x = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x), sizes)
+        def add_branch(x, module, index, **options):
+            if self.layer_scale_init <= 0 and module.fuses(x.shape, sizes, is_branch=True):
+                norm = ScaleAndBias(x.shape[-1], name=f"norm{index}")()
+                return module(x, norm=norm, factors=DropPath().factors(len(x), drop_path_rate, train=train))
+            branch = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x), sizes, **options)
             if self.layer_scale_init > 0:
-                x = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(x)
-            return DropPath()(x, drop_path_rate, train=train)
+                branch = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(branch)
+            return x + DropPath()(branch, drop_path_rate, train=train)
 
+        options = dict(dtype=self.dtype, implementation=self.implementation)
         if self.lpu:
-            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="lpu")(x, sizes)
-        mlp = Mlp(self.expansion, self.conv_mlp, dtype=self.dtype, implementation=self.implementation, name="mlp")
-        x = x + branch(x, self.make_attention(name="attn"), 1)
-        if self.layer_scale_init > 0:
-            return x + branch(x, mlp, 2)
-        if mlp.fuses(x.shape, sizes, is_branch=True):
-            norm = ScaleAndBias(x.shape[-1], name="norm2")()
-            return mlp(x, norm=norm, factors=DropPath().factors(x.shape[0], drop_path_rate, train=train))
-        return x + branch(x, functools.partial(mlp, may_fuse=False), 2)
+            x = perceive_locally(x, sizes, **options, name="lpu")
+        x = add_branch(x, self.make_attention(name="attn"), 1)
+        mlp = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")
+        return add_branch(x, mlp, 2, may_fuse=self.layer_scale_init > 0)  # otherwise it was asked for as a branch
 
 
 class ConvBlock(nn.Module):
@@ -157,7 +165,7 @@ class ConvBlock(nn.Module):
     def __call__(self, x, drop_path_rate, train: bool, sizes: jax.Array | None = None):
         options = dict(dtype=self.dtype, implementation=self.implementation)
         if self.lpu:
-            x = x + DepthwiseConv(**options, name="lpu")(x, sizes)
+            x = perceive_locally(x, sizes, **options, name="lpu")
         branch = DepthwiseConv(self.window_size, **options, name="conv")(x, sizes)
         branch = LayerNorm(name="norm", dtype=self.dtype)(branch)
         branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch, sizes)

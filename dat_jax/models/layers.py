@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from dat_jax.ops.layers import local_perception as perception
 from dat_jax.ops.layers.activation import gelu_linear
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.layers.linear import linear
@@ -308,6 +309,23 @@ class KernelAndBias(nn.Module):
         return self.param("kernel", init, self.kernel_shape), self.param("bias", init, self.kernel_shape[-1:])
 
 
+def perceive_locally(x: jax.Array, sizes: jax.Array | None, *, dtype: Any, implementation: str, name: str) -> jax.Array:
+    """The local perception unit, x + convolution(x), for use in a compact method.
+
+    Args:
+      x: (B, H, W, C).
+      sizes: see ``ops.sizes``.
+      dtype: of the computation.
+      implementation: see ``ops.dispatch``.
+      name: name of the convolution, whose parameters are those of ``DepthwiseConv``.
+    """
+    options = dict(dtype=dtype, implementation=implementation)
+    if sizes is None and perception.uses_pallas(x.shape, **options):  # one op
+        parameters = KernelAndBias((3, 3, 1, x.shape[-1]), 9, name=name)()
+        return perception.local_perception(x.astype(dtype), *parameters, implementation="pallas")
+    return x + DepthwiseConv(**options, name=name)(x, sizes)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, linear; with ``depthwise`` a 3 x 3 depthwise convolution is added before the GELU.
 
@@ -338,7 +356,7 @@ class Mlp(nn.Module):
         Args:
           x: (B, H, W, C).
           sizes: see ``ops.sizes``.
-          norm: scale and bias of LayerNorm, only if ``fuses`` for a branch.
+          norm: scale and bias of LayerNorm, only if ``fuses`` as a branch.
           factors: (B,), factors of the branch, with ``norm``.
           may_fuse: False to run op by op.
         """

@@ -74,7 +74,7 @@ def conv_mlp(
 ) -> jax.Array:
     """gelu(h + convolution(h)) kernel2 + bias2 with h = x kernel1 + bias1, and the exact GELU.
 
-    With ``norm_scale``, ``norm_bias`` and ``factors`` it is the residual branch of a block: x + factors * conv_mlp(layer_norm(x)).
+    With ``norm_scale``, ``norm_bias`` and ``factors`` it is a residual branch: x + factors * conv_mlp(layer_norm(x)).
 
     Args:
       x: (B, H, W, C).

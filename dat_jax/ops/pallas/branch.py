@@ -52,14 +52,14 @@ def normalize(x: jax.Array, scale_ref, bias_ref) -> jax.Array:
 
 
 def normalize_backward(x: jax.Array, gradient: jax.Array, scale_ref, to_scale_ref, to_bias_ref) -> jax.Array:
-    """Gradient (P, C) with respect to ``x`` of ``normalize``; adds those of its parameters to ``to_scale_ref`` and ``to_bias_ref``.
+    """Gradient (P, C) with respect to the input of ``normalize``. Gradients of its parameters are added to two references.
 
     Args:
       x: (P, C), the input of LayerNorm.
       gradient: (P, C) with respect to its output, float32 or better.
       scale_ref: (1, C).
-      to_scale_ref: (1, C).
-      to_bias_ref: (1, C).
+      to_scale_ref: (1, C), to which the gradient of the scale is added.
+      to_bias_ref: (1, C), to which the gradient of the bias is added.
     """
     standardized, inverse = _standardize(x)
     to_scale_ref[...] += (gradient * standardized).sum(axis=0, keepdims=True)
