@@ -57,16 +57,16 @@ def test_neighborhood_kernel_equals_the_plain_operations(x64, map_shape, kernel_
 )
 def test_deformable_kernel_equals_the_plain_operations(x64, map_shape, heads, groups, keys, width):
     arguments = make_deformable(map_shape, heads, groups, keys, width)
-    functions = {
-        name: with_implementation(deformable_branch, name, num_heads=heads) for name in ("pallas", "products")
-    }
+    functions = {name: with_implementation(deformable_branch, name, num_heads=heads) for name in ("pallas", "products")}
     compare.assert_same(functions, with_implementation(deformable_branch, "plain", num_heads=heads), *arguments)
 
 
 def test_a_branch_consists_of_its_parts():
     x, *norm, kernel, bias, table, kernel_out, bias_out, factors = make_neighborhood((5, 4), 3, 2, 3)
     packed = np.asarray(layer_norm(jnp.asarray(x), *norm)) @ kernel + bias
-    out = neighborhood_attention(*jnp.split(jnp.asarray(packed), 3, axis=-1), jnp.asarray(table), kernel_size=3, num_heads=2)
+    out = neighborhood_attention(
+        *jnp.split(jnp.asarray(packed), 3, axis=-1), jnp.asarray(table), kernel_size=3, num_heads=2
+    )
     expected = x + factors.reshape(2, 1, 1, 1) * (np.asarray(out) @ kernel_out + bias_out)
     arguments = (x, *norm, kernel, bias, table, kernel_out, bias_out, factors)
     actual = compare.run(with_implementation(neighborhood_branch, "plain", kernel_size=3, num_heads=2), *arguments)
