@@ -37,7 +37,7 @@ from dat_jax.ops.attention.slide import slide_attention
 from dat_jax.ops.attention.window import window_attention
 from dat_jax.ops.layers.activation import gelu
 from dat_jax.ops.layers.linear import linear
-from dat_jax.ops.layers.normalization import layer_norm
+from dat_jax.ops.layers.norm_linear import choose_norm_linear, norm_linear
 from dat_jax.ops.layers.resize import traced_bilinear_weights
 from dat_jax.ops.sizes import clear, convolved, inside
 
@@ -113,20 +113,21 @@ class DeformableAttention(AttentionModule):
         factors: jax.Array | None = None,
     ):
         """The attention of ``x``, or with ``norm`` and ``factors`` the residual branch of ``branches.deformable_branch``."""
-        inputs = x
-        if norm is not None:
-            x = layer_norm(x.astype(self.dtype), *norm)
         batch, height, width, channels = x.shape
         groups, kind = self.num_groups, self.position_bias
         key_shape, key_sizes = self._key_shape((height, width)), self._key_sizes(sizes)
-        x = clear(x, sizes)
+        projection = KernelAndBias((channels, channels), channels, name="proj_q")()
+        if norm is not None:
+            inputs = x.astype(self.dtype)
+            x, query = norm_linear(inputs, *norm, *projection, implementation=self.implementation)
+        else:
+            inputs = x = clear(x, sizes)
+            query = linear(*promote_dtype(x, *projection, dtype=self.dtype))
         if channels % groups or self.num_heads % groups:
             raise ValueError(f"The {groups} groups must divide the {channels} channels and the {self.num_heads} heads.")
         if kind not in POSITION_BIAS_KINDS:
             raise ValueError(f"Unknown position bias {kind!r}; choose one of {', '.join(POSITION_BIAS_KINDS)}.")
 
-        projection = KernelAndBias((channels, channels), channels, name="proj_q")()
-        query = linear(*promote_dtype(x, *projection, dtype=self.dtype))
         if self.use_offsets:
             positions = self._to_positions(self._predict_offsets(query, sizes), key_sizes)
             points = to_pixels(positions, (height, width), sizes).reshape(batch, groups, -1, 2)
@@ -152,7 +153,7 @@ class DeformableAttention(AttentionModule):
             bias = self._log_cpb(positions.reshape(batch, groups, -1, 2), (height, width), sizes)
         if norm is not None and factors is not None:
             return deformable_branch(
-                inputs.astype(self.dtype),
+                inputs,
                 *norm,
                 *projection,
                 key,
@@ -187,6 +188,8 @@ class DeformableAttention(AttentionModule):
         if not is_branch or sizes is not None or not looks_up or self.offset_range_factor >= 0:
             return False
         keys = math.prod(self._key_shape(shape[1:3]))
+        # It is used only with the kernel of the branch, so this is where its call is recorded.
+        choose_norm_linear(tuple(shape), shape[-1], self.dtype)
         return deformable_uses_pallas(
             shape,
             points=(shape[0], self.num_groups, keys, 2),

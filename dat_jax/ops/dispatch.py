@@ -36,6 +36,7 @@ IMPLEMENTATIONS = {
     "deformable_branch": ("products", "pallas"),
     "conv_mlp": ("products", "pallas"),
     "local_perception": ("products", "pallas"),
+    "norm_linear": ("products", "pallas"),
     "depthwise_conv": ("shifts", "conv"),
 }
 PLAIN = {
@@ -47,6 +48,7 @@ PLAIN = {
     "deformable_branch": "products",
     "conv_mlp": "products",
     "local_perception": "products",
+    "norm_linear": "products",
     "depthwise_conv": "conv",
 }
 

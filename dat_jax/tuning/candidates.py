@@ -1,9 +1,12 @@
 """The implementations that are compared for a call of an op, and how much they may differ from the plain one."""
 
+import math
+
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.position_bias import table_fits
 from dat_jax.ops.calls import OpCall
 from dat_jax.ops.layers.mlp import fits_kernel
+from dat_jax.ops.layers.norm_linear import MAX_WEIGHTS
 
 _MAX_DENSE_SIDE = 32  # pixels; the scores of "dense" attention grow with the fourth power of the side
 _MAX_MATMUL_PIXELS = 2**14  # the matrix of "matmul" sampling has a column for each
@@ -20,6 +23,7 @@ TOLERANCES = {
     "deformable_branch": {"exact": 1e-4, "rounded": 0.12},
     "conv_mlp": {"exact": 1e-4, "rounded": 0.12},
     "local_perception": {"exact": 1e-4, "rounded": 0.03},
+    "norm_linear": {"exact": 1e-4, "rounded": 0.03},
     "depthwise_conv": {"exact": 1e-4, "rounded": 0.03},
 }
 
@@ -35,6 +39,7 @@ def list_candidates(call: OpCall) -> list[str]:
     names = _ALGORITHMS[call.op](map_shape, shapes, dict(call.options))
     runs_kernels = dispatch.target_platform() == "tpu" or dispatch.interprets_kernels()
     fits = call.op != "conv_mlp" or fits_kernel(shape, shapes["kernel1"][1])
+    fits = fits and (call.op != "norm_linear" or math.prod(shapes["kernel"]) <= MAX_WEIGHTS)
     if runs_kernels and fits and dispatch.has_kernel(call.op, map_shape) and not {"sizes", "key_mask"} & set(shapes):
         names = [*names, "pallas"]
     default = find_default(call)
@@ -89,7 +94,7 @@ _ALGORITHMS = {
     "deformable_attention": _list_deformable,
     "grid_sample": _list_sampling,
     **dict.fromkeys(
-        ("neighborhood_branch", "deformable_branch", "conv_mlp", "local_perception"),
+        ("neighborhood_branch", "deformable_branch", "conv_mlp", "local_perception", "norm_linear"),
         lambda map_shape, shapes, options: ["products"],
     ),
     "depthwise_conv": lambda map_shape, shapes, options: ["conv", "shifts"],

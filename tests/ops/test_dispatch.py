@@ -43,6 +43,7 @@ def test_auto_chooses_the_measured_algorithms_on_cpu():
         "deformable_branch": "products",
         "conv_mlp": "products",
         "local_perception": "products",
+        "norm_linear": "products",
         "depthwise_conv": "shifts",
     }
     assert dispatch.choose("neighborhood_attention", "auto", map_shape=(16, 7)) == "dense"

@@ -16,7 +16,7 @@ from tests.helpers.small_mesh import make_small_mesh
 
 OPS = {
     *("grid_sample", "neighborhood_attention", "deformable_attention", "depthwise_conv"),
-    *("neighborhood_branch", "deformable_branch", "conv_mlp", "local_perception"),
+    *("neighborhood_branch", "deformable_branch", "norm_linear", "conv_mlp", "local_perception"),
 }
 
 

@@ -16,6 +16,7 @@ from dat_jax.ops.calls import recorded_calls
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.layers.local_perception import local_perception
 from dat_jax.ops.layers.mlp import conv_mlp
+from dat_jax.ops.layers.norm_linear import norm_linear
 from dat_jax.ops.pallas import sampling
 from dat_jax.tuning.candidates import find_default, list_candidates
 from dat_jax.tuning.choices import Choice
@@ -253,6 +254,7 @@ CALLS = {
         {},
     ),
     "local perception": (local_perception, (MAP, ones((3, 3, 1, 4)), ones(4)), {}),
+    "norm and linear": (norm_linear, (MAP, ones(4), ones(4), ones((4, 6)), ones(6)), {}),
     "neighborhood branch": (
         neighborhood_branch,
         (MAP, ones(4), ones(4), ones((4, 12)), ones(12), ones((2, 5, 5)), ones((4, 4)), ones(4), ones(3)),
