@@ -18,14 +18,13 @@ from dat_jax.models.layers import (
     Linear,
     Mlp,
     ScaleAndBias,
-    conv,
     perceive_locally,
 )
 from dat_jax.models.mesh_axes import MeshModule
+from dat_jax.models.patches import DownProjection, Stem
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.deformable import FORMS, key_grid_shape
-from dat_jax.ops.layers.activation import gelu
-from dat_jax.ops.sizes import clear, convolved, inside
+from dat_jax.ops.sizes import clear, inside
 
 STAGE_TYPES = {
     "N": "neighborhood attention",
@@ -48,54 +47,6 @@ _PER_STAGE_FIELDS = (
     *("dims", "num_heads", "num_groups", "key_strides", "offset_kernels", "offset_range_factors", "position_bias"),
     *("use_offsets", "window_sizes", "neighborhood_sizes", "reduction_ratios", "lpu", "conv_mlp", "layer_scale_init"),
 )
-
-
-class Stem(nn.Module):
-    """Images (B, H, W, 3) -> (B, H / 4, W / 4, features). ``sizes``: of the images, see ``ops.sizes``; zeros lie beyond them.
-
-    Attributes:
-      features: output channels.
-      conv_patches: True for two overlapping convolutions, which round sizes up; False for plain patches, which round down.
-      dtype: of the computation.
-    """
-
-    features: int
-    conv_patches: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, sizes: jax.Array | None = None):
-        if not self.conv_patches:
-            x = conv(self.features, 3, kernel_size=4, stride=4, padding=0, name="conv1", dtype=self.dtype)(x)
-            return LayerNorm(name="norm1", dtype=self.dtype)(x)
-        half = self.features // 2
-        x = conv(half, 3, kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
-        x = gelu(LayerNorm(name="norm1", dtype=self.dtype)(x))
-        x = clear(x, convolved(sizes, kernel_size=3, stride=2, padding=1))
-        x = conv(self.features, half, kernel_size=3, stride=2, padding=1, name="conv2", dtype=self.dtype)(x)
-        return LayerNorm(name="norm2", dtype=self.dtype)(x)
-
-
-class DownProjection(nn.Module):
-    """(B, H, W, C) -> (B, H / 2, W / 2, features). ``sizes``: of the input, see ``ops.sizes``.
-
-    Attributes:
-      features: output channels.
-      conv_patches: True for overlapping convolutions, which round sizes up; False for plain patches, which round down.
-      dtype: of the computation.
-    """
-
-    features: int
-    conv_patches: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, sizes: jax.Array | None = None):
-        x = clear(x, sizes)
-        kernel_size, padding = (3, 1) if self.conv_patches else (2, 0)
-        window = dict(kernel_size=kernel_size, stride=2, padding=padding)
-        x = conv(self.features, x.shape[-1], **window, use_bias=False, name="conv", dtype=self.dtype)(x)
-        return LayerNorm(name="norm", dtype=self.dtype)(x)
 
 
 class Block(nn.Module):
