@@ -13,16 +13,16 @@ _MAX_MATMUL_PIXELS = 2**14  # the matrix of "matmul" sampling has a column for e
 
 # Largest difference of a result or gradient from the plain implementation in float32, relative to the largest absolute value of
 # that array: two to three times what was measured of the implementations that are there (experiments/tuning). Products of
-# float32 are rounded on TPUs and GPUs, by default, so "rounded" also applies to float32 there. In the MLP and the branches, the
-# gradients of biases are sums of many rounded numbers, most of which cancel.
+# float32 are rounded on TPUs and GPUs, by default, so "rounded" also applies to float32 there. In the MLP and the
+# local perception unit, the gradients of biases are sums of many rounded numbers, most of which cancel.
 TOLERANCES = {
     "grid_sample": {"exact": 1e-4, "rounded": 0.03},
     "neighborhood_attention": {"exact": 1e-4, "rounded": 0.03},
     "deformable_attention": {"exact": 1e-4, "rounded": 0.03},
-    "neighborhood_branch": {"exact": 1e-4, "rounded": 0.12},
-    "deformable_branch": {"exact": 1e-4, "rounded": 0.12},
+    "neighborhood_branch": {"exact": 1e-4, "rounded": 0.04},
+    "deformable_branch": {"exact": 1e-4, "rounded": 0.04},
     "conv_mlp": {"exact": 1e-4, "rounded": 0.12},
-    "local_perception": {"exact": 1e-4, "rounded": 0.03},
+    "local_perception": {"exact": 1e-4, "rounded": 0.12},
     "norm_linear": {"exact": 1e-4, "rounded": 0.03},
     "depthwise_conv": {"exact": 1e-4, "rounded": 0.03},
 }
