@@ -11,8 +11,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
-from dat_jax.models.layers import DepthwiseConv, LayerNorm, Linear, conv, table_init, uniform_init
+from dat_jax.models.layers import (
+    DepthwiseConv,
+    KernelAndBias,
+    LayerNorm,
+    Linear,
+    conv,
+    table_init,
+    uniform_init,
+)
+from dat_jax.ops.attention.branches import (
+    deformable_branch,
+    deformable_uses_pallas,
+    neighborhood_branch,
+    neighborhood_uses_pallas,
+)
 from dat_jax.ops.attention.deformable import deformable_attention, key_grid_shape, key_positions
 from dat_jax.ops.attention.grid_sample import grid_sample, to_pixels
 from dat_jax.ops.attention.multi_head import multi_head_attention
@@ -21,6 +36,8 @@ from dat_jax.ops.attention.position_bias import log_displacements
 from dat_jax.ops.attention.slide import slide_attention
 from dat_jax.ops.attention.window import window_attention
 from dat_jax.ops.layers.activation import gelu
+from dat_jax.ops.layers.linear import linear
+from dat_jax.ops.layers.norm_linear import choose_norm_linear, norm_linear
 from dat_jax.ops.layers.resize import traced_bilinear_weights
 from dat_jax.ops.sizes import clear, convolved, inside
 
@@ -32,7 +49,22 @@ def _pad_bottom_right(x, height, width):
     return jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
 
 
-class DeformableAttention(nn.Module):
+class AttentionModule(nn.Module):
+    """The attention of a block. It may also compute the whole residual branch around it, as one kernel."""
+
+    def fuses(self, shape: tuple[int, ...], sizes: jax.Array | None, *, is_branch: bool) -> bool:
+        """Whether the module of a map (B, H, W, C) takes the arguments ``norm`` and ``factors`` of a residual branch.
+
+        Args:
+          shape: (B, H, W, C).
+          sizes: see ``ops.sizes``.
+          is_branch: always True.
+        """
+        del shape, sizes, is_branch
+        return False
+
+
+class DeformableAttention(AttentionModule):
     """Deformable attention with a position bias of one of five kinds (stage type D).
 
     It sows the key positions as intermediates/positions: (B, G, Hk, Wk, 2), (y, x), normalized to [-1, 1].
@@ -72,17 +104,30 @@ class DeformableAttention(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x, sizes: jax.Array | None = None):
+    def __call__(
+        self,
+        x,
+        sizes: jax.Array | None = None,
+        *,
+        norm: tuple[jax.Array, jax.Array] | None = None,
+        factors: jax.Array | None = None,
+    ):
+        """The attention of ``x``, or with ``norm`` and ``factors`` the residual branch of ``branches.deformable_branch``."""
         batch, height, width, channels = x.shape
         groups, kind = self.num_groups, self.position_bias
         key_shape, key_sizes = self._key_shape((height, width)), self._key_sizes(sizes)
-        x = clear(x, sizes)
+        projection = KernelAndBias((channels, channels), channels, name="proj_q")()
+        if norm is not None:
+            inputs = x.astype(self.dtype)
+            x, query = norm_linear(inputs, *norm, *projection, implementation=self.implementation)
+        else:
+            inputs = x = clear(x, sizes)
+            query = linear(*promote_dtype(x, *projection, dtype=self.dtype))
         if channels % groups or self.num_heads % groups:
             raise ValueError(f"The {groups} groups must divide the {channels} channels and the {self.num_heads} heads.")
         if kind not in POSITION_BIAS_KINDS:
             raise ValueError(f"Unknown position bias {kind!r}; choose one of {', '.join(POSITION_BIAS_KINDS)}.")
 
-        query = Linear(channels, name="proj_q", dtype=self.dtype)(x)
         if self.use_offsets:
             positions = self._to_positions(self._predict_offsets(query, sizes), key_sizes)
             points = to_pixels(positions, (height, width), sizes).reshape(batch, groups, -1, 2)
@@ -106,6 +151,20 @@ class DeformableAttention(nn.Module):
             bias = self._fixed_bias((height, width), sizes)
         elif self.use_offsets and kind == "log_cpb":
             bias = self._log_cpb(positions.reshape(batch, groups, -1, 2), (height, width), sizes)
+        if norm is not None and factors is not None:
+            return deformable_branch(
+                inputs,
+                *norm,
+                *projection,
+                key,
+                value,
+                lookup["points"],
+                lookup["table"],
+                *KernelAndBias((channels, channels), channels, name="proj_out")(),
+                factors,
+                num_heads=self.num_heads,
+                implementation="pallas",
+            )
         out = deformable_attention(
             query,
             key,
@@ -122,6 +181,23 @@ class DeformableAttention(nn.Module):
             convolve = DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="rpe_table")
             out = out + convolve(query, sizes)
         return Linear(channels, name="proj_out", dtype=self.dtype)(out)
+
+    def fuses(self, shape: tuple[int, ...], sizes: jax.Array | None, *, is_branch: bool) -> bool:
+        """See ``AttentionModule``."""
+        looks_up = self.use_offsets and self.position_bias == "table" and self.form == "dat_pp"
+        if not is_branch or sizes is not None or not looks_up or self.offset_range_factor >= 0:
+            return False
+        keys = math.prod(self._key_shape(shape[1:3]))
+        # It is used only with the kernel of the branch, so this is where its call is recorded.
+        choose_norm_linear(tuple(shape), shape[-1], self.dtype)
+        return deformable_uses_pallas(
+            shape,
+            points=(shape[0], self.num_groups, keys, 2),
+            table=(self.num_heads, *(2 * size - 1 for size in self.table_shape)),
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
 
     def _key_shape(self, map_shape):
         return key_grid_shape(map_shape, kernel_size=self.offset_kernel, stride=self.key_stride)
@@ -227,7 +303,7 @@ def average_pool(
     return window_sums(x) / jnp.maximum(window_sums(ones), 1)
 
 
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(AttentionModule):
     """Neighborhood attention (stage type N).
 
     A side smaller than the window is padded with zeros before the projection, without a mask, and cropped after the
@@ -246,9 +322,29 @@ class NeighborhoodAttention(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x, sizes: jax.Array | None = None):
+    def __call__(
+        self,
+        x,
+        sizes: jax.Array | None = None,
+        *,
+        norm: tuple[jax.Array, jax.Array] | None = None,
+        factors: jax.Array | None = None,
+    ):
+        """The attention of ``x``, or with ``norm`` and ``factors`` the residual branch of ``branches.neighborhood_branch``."""
         _, height, width, channels = x.shape
         k = self.kernel_size
+        if norm is not None and factors is not None:
+            return neighborhood_branch(
+                x.astype(self.dtype),
+                *norm,
+                *KernelAndBias((channels, 3 * channels), channels, name="qkv")(),
+                self.param("rpb", table_init(0.02), (self.num_heads, 2 * k - 1, 2 * k - 1)),
+                *KernelAndBias((channels, channels), channels, name="proj")(),
+                factors,
+                kernel_size=k,
+                num_heads=self.num_heads,
+                implementation="pallas",
+            )
         x = _pad_bottom_right(clear(x, sizes), max(height, k), max(width, k))
         query, key, value = jnp.split(Linear(3 * channels, name="qkv", dtype=self.dtype)(x), 3, axis=-1)
         table = self.param("rpb", table_init(0.02), (self.num_heads, 2 * k - 1, 2 * k - 1))
@@ -264,8 +360,18 @@ class NeighborhoodAttention(nn.Module):
         )
         return Linear(channels, name="proj", dtype=self.dtype)(out[:, :height, :width])
 
+    def fuses(self, shape: tuple[int, ...], sizes: jax.Array | None, *, is_branch: bool) -> bool:
+        """See ``AttentionModule``."""
+        options = dict(dtype=self.dtype, implementation=self.implementation)
+        heads, side = self.num_heads, self.kernel_size
+        return (
+            is_branch
+            and sizes is None
+            and neighborhood_uses_pallas(shape, kernel_size=side, num_heads=heads, **options)
+        )
 
-class WindowAttention(nn.Module):
+
+class WindowAttention(AttentionModule):
     """Window attention (stage type L), or shifted window attention (stage type S).
 
     A side that is not a multiple of the window is padded with zeros before the projection, without a mask, and cropped after the
@@ -304,7 +410,7 @@ class WindowAttention(nn.Module):
         return Linear(channels, name="proj_out", dtype=self.dtype)(out[:, :height, :width])
 
 
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(AttentionModule):
     """Attention of every pixel to a map that a strided convolution reduced (stage type P).
 
     As published, the convolution ignores rows and columns beyond its last whole window. A map smaller than one window is padded
@@ -342,7 +448,7 @@ class SpatialReductionAttention(nn.Module):
         return Linear(channels, name="proj", dtype=self.dtype)(out.reshape(batch, height, width, channels))
 
 
-class SlideAttention(nn.Module):
+class SlideAttention(AttentionModule):
     """Slide attention (stage type E), computed in a quarter of the channels.
 
     Attributes:

@@ -10,13 +10,21 @@ import numpy as np
 from jax.core import Tracer
 
 from dat_jax.models import attention
-from dat_jax.models.layers import DepthwiseConv, DropPath, LayerNorm, LayerScale, Linear, Mlp, conv
+from dat_jax.models.layers import (
+    DepthwiseConv,
+    DropPath,
+    LayerNorm,
+    LayerScale,
+    Linear,
+    Mlp,
+    ScaleAndBias,
+    perceive_locally,
+)
 from dat_jax.models.mesh_axes import MeshModule
+from dat_jax.models.patches import DownProjection, Stem
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.deformable import FORMS, key_grid_shape
-from dat_jax.ops.layers.activation import gelu
-from dat_jax.ops.memory import store_on_cpu
-from dat_jax.ops.sizes import clear, convolved, inside
+from dat_jax.ops.sizes import clear, inside
 
 STAGE_TYPES = {
     "N": "neighborhood attention",
@@ -39,54 +47,6 @@ _PER_STAGE_FIELDS = (
     *("dims", "num_heads", "num_groups", "key_strides", "offset_kernels", "offset_range_factors", "position_bias"),
     *("use_offsets", "window_sizes", "neighborhood_sizes", "reduction_ratios", "lpu", "conv_mlp", "layer_scale_init"),
 )
-
-
-class Stem(nn.Module):
-    """Images (B, H, W, 3) -> (B, H / 4, W / 4, features). ``sizes``: of the images, see ``ops.sizes``; zeros lie beyond them.
-
-    Attributes:
-      features: output channels.
-      conv_patches: True for two overlapping convolutions, which round sizes up; False for plain patches, which round down.
-      dtype: of the computation.
-    """
-
-    features: int
-    conv_patches: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, sizes: jax.Array | None = None):
-        if not self.conv_patches:
-            x = conv(self.features, 3, kernel_size=4, stride=4, padding=0, name="conv1", dtype=self.dtype)(x)
-            return LayerNorm(name="norm1", dtype=self.dtype)(x)
-        half = self.features // 2
-        x = conv(half, 3, kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
-        x = gelu(LayerNorm(name="norm1", dtype=self.dtype)(x))
-        x = clear(x, convolved(sizes, kernel_size=3, stride=2, padding=1))
-        x = conv(self.features, half, kernel_size=3, stride=2, padding=1, name="conv2", dtype=self.dtype)(x)
-        return LayerNorm(name="norm2", dtype=self.dtype)(x)
-
-
-class DownProjection(nn.Module):
-    """(B, H, W, C) -> (B, H / 2, W / 2, features). ``sizes``: of the input, see ``ops.sizes``.
-
-    Attributes:
-      features: output channels.
-      conv_patches: True for overlapping convolutions, which round sizes up; False for plain patches, which round down.
-      dtype: of the computation.
-    """
-
-    features: int
-    conv_patches: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, sizes: jax.Array | None = None):
-        x = store_on_cpu(clear(x, sizes))
-        kernel_size, padding = (3, 1) if self.conv_patches else (2, 0)
-        window = dict(kernel_size=kernel_size, stride=2, padding=padding)
-        x = conv(self.features, x.shape[-1], **window, use_bias=False, name="conv", dtype=self.dtype)(x)
-        return LayerNorm(name="norm", dtype=self.dtype)(x)
 
 
 class Block(nn.Module):
@@ -112,17 +72,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, drop_path_rate, train: bool, sizes: jax.Array | None = None):
-        def branch(x, module, index):
-            x = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x), sizes)
+        def add_branch(x, module, index, **options):
+            if self.layer_scale_init <= 0 and module.fuses(x.shape, sizes, is_branch=True):
+                norm = ScaleAndBias(x.shape[-1], name=f"norm{index}")()
+                return module(x, norm=norm, factors=DropPath().factors(len(x), drop_path_rate, train=train))
+            branch = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x), sizes, **options)
             if self.layer_scale_init > 0:
-                x = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(x)
-            return DropPath()(x, drop_path_rate, train=train)
+                branch = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(branch)
+            return x + DropPath()(branch, drop_path_rate, train=train)
 
+        options = dict(dtype=self.dtype, implementation=self.implementation)
         if self.lpu:
-            x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="lpu")(x, sizes)
-        mlp = Mlp(self.expansion, self.conv_mlp, dtype=self.dtype, implementation=self.implementation, name="mlp")
-        x = x + branch(x, self.make_attention(name="attn"), 1)
-        return x + branch(x, mlp, 2)
+            x = perceive_locally(x, sizes, **options, name="lpu")
+        x = add_branch(x, self.make_attention(name="attn"), 1)
+        mlp = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")
+        return add_branch(x, mlp, 2, may_fuse=self.layer_scale_init > 0)  # otherwise it was asked for as a branch
 
 
 class ConvBlock(nn.Module):
@@ -152,7 +116,7 @@ class ConvBlock(nn.Module):
     def __call__(self, x, drop_path_rate, train: bool, sizes: jax.Array | None = None):
         options = dict(dtype=self.dtype, implementation=self.implementation)
         if self.lpu:
-            x = x + DepthwiseConv(**options, name="lpu")(x, sizes)
+            x = perceive_locally(x, sizes, **options, name="lpu")
         branch = DepthwiseConv(self.window_size, **options, name="conv")(x, sizes)
         branch = LayerNorm(name="norm", dtype=self.dtype)(branch)
         branch = Mlp(self.expansion, self.conv_mlp, **options, name="mlp")(branch, sizes)

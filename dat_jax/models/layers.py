@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from dat_jax.ops.layers import local_perception as perception
 from dat_jax.ops.layers.activation import gelu_linear
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.layers.linear import linear
@@ -81,7 +82,7 @@ class GeluLinear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """``nn.LayerNorm`` over channels with epsilon 1e-5 and statistics in float32 or better.
+    """``nn.LayerNorm`` over channels with epsilon 1e-5 (``normalization.EPSILON``) and statistics in float32 or better.
 
     Attributes:
       dtype: of the input and the output.
@@ -91,9 +92,26 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return layer_norm(x.astype(self.dtype), scale, bias, 1e-5)
+        return layer_norm(x.astype(self.dtype), *_declare_scale_and_bias(self, x.shape[-1]))
+
+
+class ScaleAndBias(nn.Module):
+    """The parameters of a ``LayerNorm`` of some channels without its computation, with the same names and initialization.
+
+    Attributes:
+      channels: number of channels.
+    """
+
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        return _declare_scale_and_bias(self, self.channels)
+
+
+def _declare_scale_and_bias(module, channels):
+    shape = (channels,)
+    return module.param("scale", nn.initializers.ones, shape), module.param("bias", nn.initializers.zeros, shape)
 
 
 def conv(
@@ -170,9 +188,17 @@ class DropPath(nn.Module):
     def __call__(self, x, rate: float | jax.Array, *, train: bool):
         if not train or (isinstance(rate, float) and rate == 0):
             return x
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        mask = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
+        mask = self._sample(x.shape[0], rate).reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(mask, x / jnp.asarray(1 - rate, x.dtype), 0)
+
+    def factors(self, batch: int, rate: float | jax.Array, *, train: bool) -> jax.Array:
+        """Factors (B,), float32, that the call multiplies the examples with: 0 or 1 / (1 - rate)."""
+        if not train or (isinstance(rate, float) and rate == 0):
+            return jnp.ones(batch, jnp.float32)
+        return jnp.where(self._sample(batch, rate), 1 / jnp.asarray(1 - rate, jnp.float32), 0)
+
+    def _sample(self, batch, rate):
+        return jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (batch,))
 
 
 class BatchNorm(nn.Module):
@@ -283,10 +309,25 @@ class KernelAndBias(nn.Module):
         return self.param("kernel", init, self.kernel_shape), self.param("bias", init, self.kernel_shape[-1:])
 
 
+def perceive_locally(x: jax.Array, sizes: jax.Array | None, *, dtype: Any, implementation: str, name: str) -> jax.Array:
+    """The local perception unit, x + convolution(x), for use in a compact method.
+
+    Args:
+      x: (B, H, W, C).
+      sizes: see ``ops.sizes``.
+      dtype: of the computation.
+      implementation: see ``ops.dispatch``.
+      name: name of the convolution, whose parameters are those of ``DepthwiseConv``.
+    """
+    options = dict(dtype=dtype, implementation=implementation)
+    if sizes is None and perception.uses_pallas(x.shape, **options):  # one op
+        parameters = KernelAndBias((3, 3, 1, x.shape[-1]), 9, name=name)()
+        return perception.local_perception(x.astype(dtype), *parameters, implementation="pallas")
+    return x + DepthwiseConv(**options, name=name)(x, sizes)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, linear; with ``depthwise`` a 3 x 3 depthwise convolution is added before the GELU.
-
-    ``sizes``: see ``ops.sizes``.
 
     Attributes:
       expansion: hidden width, in widths of the input.
@@ -301,18 +342,38 @@ class Mlp(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x, sizes: jax.Array | None = None):
+    def __call__(
+        self,
+        x,
+        sizes: jax.Array | None = None,
+        *,
+        norm: tuple[jax.Array, jax.Array] | None = None,
+        factors: jax.Array | None = None,
+        may_fuse: bool = True,
+    ):
+        """The MLP of ``x``, or with ``norm`` and ``factors`` the residual branch of ``ops.layers.mlp.conv_mlp``.
+
+        Args:
+          x: (B, H, W, C).
+          sizes: see ``ops.sizes``.
+          norm: scale and bias of LayerNorm, only if ``fuses`` as a branch.
+          factors: (B,), factors of the branch, with ``norm``.
+          may_fuse: False to run op by op.
+        """
         channels, hidden = x.shape[-1], self.expansion * x.shape[-1]
-        fuses = self.depthwise and sizes is None
-        if fuses and uses_pallas(
-            x.shape, hidden, dtype=self.dtype, implementation=self.implementation
-        ):  # one op, with the parameters below
+        if norm is not None or (may_fuse and self.fuses(x.shape, sizes)):  # one op, with the parameters below
             linear1 = KernelAndBias((channels, hidden), channels, name="linear1")()
             convolution = KernelAndBias((3, 3, 1, hidden), 9, name="dwc")()
             linear2 = KernelAndBias((hidden, channels), hidden, name="linear2")()
-            x = x.astype(self.dtype)
-            return conv_mlp(x, *linear1, *convolution, *linear2, implementation="pallas")
+            parameters = (*linear1, *convolution, *linear2)
+            branch = dict(zip(("norm_scale", "norm_bias"), norm or (None, None), strict=True), factors=factors)
+            return conv_mlp(x.astype(self.dtype), *parameters, **branch, implementation="pallas")
         x = Linear(hidden, name="linear1", dtype=self.dtype)(x)
         if self.depthwise:
             x = x + DepthwiseConv(dtype=self.dtype, implementation=self.implementation, name="dwc")(x, sizes)
         return GeluLinear(channels, dtype=self.dtype, name="linear2")(x)
+
+    def fuses(self, shape: tuple[int, ...], sizes: jax.Array | None, *, is_branch: bool = False) -> bool:
+        """Whether the MLP of (B, H, W, C) runs as one kernel; ``is_branch``: with LayerNorm, drop path and residual."""
+        options = dict(dtype=self.dtype, implementation=self.implementation, is_branch=is_branch)
+        return self.depthwise and sizes is None and uses_pallas(shape, self.expansion * shape[-1], **options)

@@ -33,7 +33,11 @@ IMPLEMENTATIONS = {
     "position_bias": ("slice", "matmul", "gather", "map_coordinates"),
     "neighborhood_attention": ("rows", "tiles", "dense", "gather", "pallas", "triton"),
     "deformable_attention": ("products", "pallas", "triton"),
+    "neighborhood_branch": ("products", "pallas"),
+    "deformable_branch": ("products", "pallas"),
     "conv_mlp": ("products", "pallas"),
+    "local_perception": ("products", "pallas"),
+    "norm_linear": ("products", "pallas"),
     "depthwise_conv": ("shifts", "conv"),
 }
 PLAIN = {
@@ -41,7 +45,11 @@ PLAIN = {
     "position_bias": "gather",
     "neighborhood_attention": "gather",
     "deformable_attention": "products",
+    "neighborhood_branch": "products",
+    "deformable_branch": "products",
     "conv_mlp": "products",
+    "local_perception": "products",
+    "norm_linear": "products",
     "depthwise_conv": "conv",
 }
 
@@ -183,7 +191,7 @@ def _fastest(op, map_shape, table_fits):
     cpu = target_platform() == "cpu"
     if op == "depthwise_conv":
         return "shifts" if cpu else "conv"  # XLA's CPU depthwise convolution is 10 to 30 times slower than shifts
-    if op in ("deformable_attention", "conv_mlp"):
+    if "products" in IMPLEMENTATIONS[op]:
         return "products"
     if op == "position_bias":
         return "slice" if cpu and table_fits else "matmul"

@@ -23,7 +23,7 @@ _NOTES = """\
 peak: arguments, outputs that do not reuse the memory of arguments, temporaries and code
 FLOPs, bytes accessed: the compiler's estimates, which count each loop body once, with padding and on-chip memory
 FLOPs of products: counted in the traced program, with all iterations of loops
-operands and results: counted in the compiled program, with all iterations of loops; of a slice the part that is taken
+operands and results: counted in the compiled program, with all iterations of loops; of slices the part that is taken or replaced
 collectives, gathers, scatters: each counts once, also in a loop; a dynamic slice is neither a gather nor a scatter"""
 _SLICE_NOTES = "between slices: bytes that one chip sends or receives, over the network of the data center for TPUs"
 _COSTS = {

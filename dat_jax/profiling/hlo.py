@@ -30,15 +30,7 @@ _CALLED = re.compile(r"(\w+)=(?:%([\w.\-]+)|\{(%[^{}]*)\})")
 _DEVICES = re.compile(r"\b(?:replica_groups|source_target_pairs)=(mesh\[[^{]*\{[^}]*\}|\S+?)(?:,?\s|,?$)")
 _TRANSFER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)".*_xla_megascale_transfer_type="([^"]*)"')
 _STRUCTURE = {
-    "while",
-    "body",
-    "cond",
-    "closed_call",
-    "scan",
-    "checkpoint",
-    "rematted_computation",
-    "remat",
-    "shard_map",
+    *("while", "body", "cond", "closed_call", "scan", "checkpoint", "rematted_computation", "remat", "shard_map"),
 }
 _MODULE_DEPTH = 3  # stages_0/blocks_1/attn
 
@@ -90,11 +82,12 @@ class Instruction:
       called: attribute ("calls", "body", "to_apply", ...) -> names of the computations that it calls.
       op_name: its origin in the traced program, or "".
       target: target of a custom call, or "".
-      literal: text of the value of a constant, or "".
+      literal: text of the value of a constant or of the number of a parameter, or "".
       trip_count: number of iterations of a loop according to the compiler, or None.
       devices: text of the groups, or pairs, of devices of a collective, or "".
       transfer: (kind of the collective, its name) of a "send" or "recv" to other slices, or empty.
       chain: number that the pieces of one collective in several fusions share, or "".
+      is_root: whether its result is that of the computation.
     """
 
     name: str
@@ -109,6 +102,7 @@ class Instruction:
     devices: str = ""
     transfer: tuple[str, ...] = ()
     chain: str = ""
+    is_root: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +140,8 @@ def parse(text: str) -> Module:
         elif line.startswith("}"):
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            current[match[1]] = _parse_instruction(match[1], line[match.end() :])
+            instruction = _parse_instruction(match[1], line[match.end() :])
+            current[match[1]] = dataclasses.replace(instruction, is_root="ROOT " in match[0])
     if entry is None:
         raise ValueError("The text has no ENTRY computation.")
     partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
@@ -177,7 +172,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
         },
         op_name=op_name[1] if op_name else "",
         target=target[1] if target else "",
-        literal=text[opening + 1 : closing - 1] if opcode == "constant" else "",
+        literal=text[opening + 1 : closing - 1] if opcode in ("constant", "parameter") else "",
         trip_count=int(trips[1]) if trips else None,
         devices=devices[1] if devices else "",
         chain=chain[1] if chain else "",
@@ -340,8 +335,8 @@ def executed(module: Module) -> Iterator[tuple[Mapping[str, Instruction], Instru
 def traffic(module: Module) -> tuple[dict[str, Counter], dict[str, Counter]]:
     """Bytes that ops read and write, by opcode and by module.
 
-    Operands and results count in full, but of the operand of a slice only the part that is taken. An op in a loop counts once
-    per iteration, or once if the number of iterations is unknown.
+    Operands and results count in full, except for slices, see ``accessed_shapes``. An op in a loop counts once per iteration,
+    or once if the number of iterations is unknown.
 
     Returns:
       Two tables, opcode -> counts and module path -> counts. Counts are "ops", "bytes", "padded_bytes" and "hbm_bytes"
@@ -349,11 +344,9 @@ def traffic(module: Module) -> tuple[dict[str, Counter], dict[str, Counter]]:
     """
     by_opcode, by_path = defaultdict(Counter), defaultdict(Counter)
     origins = {id(computation): _origins(computation) for computation in module.computations.values()}
+    uses = {id(c): Counter(o for i in c.values() for o in i.operands) for c in module.computations.values()}
     for computation, instruction, times in executed(module):
-        results, operands = result_shapes(instruction, computation), operand_shapes(instruction, computation)
-        if instruction.opcode in _SLICES:
-            operands = [shape._replace(on_chip=operands[0].on_chip) for shape in results]
-        shapes = [*operands, *results]
+        shapes = accessed_shapes(module, computation, instruction, uses[id(computation)])
         counts = {
             "ops": times,
             "bytes": times * sum(shape.bytes for shape in shapes),
@@ -363,6 +356,84 @@ def traffic(module: Module) -> tuple[dict[str, Counter], dict[str, Counter]]:
         by_opcode[describe_opcode(module, instruction)].update(counts)
         by_path[module_path(origins[id(computation)][instruction.name])].update(counts)
     return dict(by_opcode), dict(by_path)
+
+
+def accessed_shapes(
+    module: Module, computation: Mapping[str, Instruction], instruction: Instruction, uses: Mapping[str, int]
+) -> list[Shape]:
+    """Shapes of what an op reads and writes.
+
+    These are its operands and results, with two exceptions, also inside of fusions:
+
+    * A slice reads only the part that it takes.
+    * A dynamic update slice of an array without another use works in place: it writes only the part that it replaces. Where the
+      array is used again, the compiler inserts a copy, or the whole array counts as read and written.
+
+    Args:
+      module: the module.
+      computation: the instructions of the computation of ``instruction``.
+      instruction: the op.
+      uses: how often each instruction of the computation is an operand.
+    """
+    results, operands = result_shapes(instruction, computation), operand_shapes(instruction, computation)
+    if instruction.opcode in _SLICES:
+        return [*(shape._replace(on_chip=operands[0].on_chip) for shape in results), *results]
+    if instruction.opcode == "dynamic-update-slice" and uses[instruction.operands[0]] == 1:
+        return [operands[1], operands[1]._replace(on_chip=results[0].on_chip), *operands[2:]]
+    fused = module.computations.get(next(iter(instruction.called.get("calls", ())), ""))
+    if instruction.opcode == "fusion" and fused and len(operands) == len(instruction.operands):
+        return _fusion_shapes(fused, instruction, operands, results, uses)
+    return [*operands, *results]
+
+
+def _fusion_shapes(fused, instruction, operands, results, uses) -> list[Shape]:
+    """``accessed_shapes`` of a fusion of the instructions ``fused``."""
+    shapes, in_place = [], {}
+    roots = _root_instructions(fused)
+    parameters = {int(i.literal): i for i in fused.values() if i.opcode == "parameter"}
+    for number, (name, shape) in enumerate(zip(instruction.operands, operands, strict=True)):
+        users = _find_users(fused, parameters[number]) if number in parameters else []
+        slices = [user for user, first in users if first and user.opcode in _SLICES]
+        updates = [
+            user for user, first in users if first and user.opcode == "dynamic-update-slice" and user.name in roots
+        ]
+        taken = [user.shapes[0]._replace(on_chip=shape.on_chip) for user in slices]
+        is_partial = users and len(slices) + len(updates) == len(users) and (not updates or uses[name] == 1)
+        if is_partial and sum(part.bytes for part in taken) <= shape.bytes:
+            shapes += taken
+            in_place |= {user.name: fused[user.operands[1]].shapes[0] for user in updates}
+        else:
+            shapes.append(shape)
+    for root, result in zip(roots, results, strict=True) if len(roots) == len(results) else ():
+        shapes.append(in_place[root]._replace(on_chip=result.on_chip) if root in in_place else result)
+    return shapes if len(roots) == len(results) else [*operands, *results]
+
+
+def _root_instructions(fused) -> list[str]:
+    """Names of the instructions that compute the results of a fusion."""
+    roots = [i for i in fused.values() if i.is_root]
+    if roots and roots[0].opcode == "tuple":
+        roots = [fused[name] for name in roots[0].operands]
+    names = []
+    for root in roots:
+        while root.opcode == "bitcast":
+            root = fused[root.operands[0]]
+        names.append(root.name)
+    return names
+
+
+def _find_users(fused, instruction) -> list[tuple[Instruction, bool]]:
+    """Users of an instruction, also through bitcasts, each with whether it is only the first operand. A root uses itself."""
+    found = [(instruction, False)] if instruction.is_root else []
+    for user in fused.values():
+        if instruction.name in user.operands:
+            if user.opcode == "bitcast":
+                found += _find_users(fused, user)
+            else:
+                found.append(
+                    (user, instruction.name == user.operands[0] and user.operands.count(instruction.name) == 1)
+                )
+    return found
 
 
 def _origins(computation: Mapping[str, Instruction]) -> dict[str, str]:

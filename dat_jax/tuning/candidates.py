@@ -1,9 +1,12 @@
 """The implementations that are compared for a call of an op, and how much they may differ from the plain one."""
 
+import math
+
 from dat_jax.ops import dispatch
 from dat_jax.ops.attention.position_bias import table_fits
 from dat_jax.ops.calls import OpCall
 from dat_jax.ops.layers.mlp import fits_kernel
+from dat_jax.ops.layers.norm_linear import MAX_WEIGHTS
 from dat_jax.ops.triton import call as triton_kernels
 
 KERNELS = ("pallas", "triton")
@@ -12,13 +15,17 @@ _MAX_MATMUL_PIXELS = 2**14  # the matrix of "matmul" sampling has a column for e
 
 # Largest difference of a result or gradient from the plain implementation in float32, relative to the largest absolute value of
 # that array: two to three times what was measured of the implementations that are there (experiments/tuning). Products of
-# float32 are rounded on TPUs and GPUs, by default, so "rounded" also applies to float32 there. In the MLP, the gradients of
-# biases are sums of many rounded numbers, most of which cancel.
+# float32 are rounded on TPUs and GPUs, by default, so "rounded" also applies to float32 there. In the MLP and the
+# local perception unit, the gradients of biases are sums of many rounded numbers, most of which cancel.
 TOLERANCES = {
     "grid_sample": {"exact": 1e-4, "rounded": 0.03},
     "neighborhood_attention": {"exact": 1e-4, "rounded": 0.03},
     "deformable_attention": {"exact": 1e-4, "rounded": 0.03},
+    "neighborhood_branch": {"exact": 1e-4, "rounded": 0.04},
+    "deformable_branch": {"exact": 1e-4, "rounded": 0.04},
     "conv_mlp": {"exact": 1e-4, "rounded": 0.12},
+    "local_perception": {"exact": 1e-4, "rounded": 0.12},
+    "norm_linear": {"exact": 1e-4, "rounded": 0.03},
     "depthwise_conv": {"exact": 1e-4, "rounded": 0.03},
 }
 
@@ -61,6 +68,7 @@ def _list_kernels(op, shape, shapes):
     interpreted = platform == "cpu" and dispatch.interprets_kernels()
     names = []
     fits = op != "conv_mlp" or fits_kernel(shape, shapes["kernel1"][1])
+    fits = fits and (op != "norm_linear" or math.prod(shapes["kernel"]) <= MAX_WEIGHTS)
     if (platform == "tpu" or interpreted) and fits and dispatch.has_kernel(op, shape[1:3]):
         names.append("pallas")
     if (
@@ -103,6 +111,9 @@ _ALGORITHMS = {
     "neighborhood_attention": _list_neighborhood,
     "deformable_attention": _list_deformable,
     "grid_sample": _list_sampling,
-    "conv_mlp": lambda map_shape, shapes, options: ["products"],
+    **dict.fromkeys(
+        ("neighborhood_branch", "deformable_branch", "conv_mlp", "local_perception", "norm_linear"),
+        lambda map_shape, shapes, options: ["products"],
+    ),
     "depthwise_conv": lambda map_shape, shapes, options: ["conv", "shifts"],
 }

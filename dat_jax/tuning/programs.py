@@ -57,7 +57,8 @@ def _make_array(name: str, shape: tuple[int, ...], call: OpCall, rng: np.random.
     if name == "points":  # of the map, or of the map that the table was made for
         tables = [shape for other, shape, _ in call.arrays if other == "table"]
         last = np.array([(side - 1) // 2 for side in tables[0][1:]] if tables else [side - 1 for side in map_shape])
-        margin = 0.0 if dict(call.options).get("points_inside") else _MARGIN
+        is_inside = dict(call.options).get("points_inside") or call.op == "deformable_branch"
+        margin = 0.0 if is_inside else _MARGIN
         return rng.uniform(-margin, last + margin, shape)
     if name == "sizes":  # whole maps: results beyond the size of an example mean nothing and cannot be compared
         return np.broadcast_to(np.array(map_shape), shape)

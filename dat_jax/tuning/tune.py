@@ -10,6 +10,7 @@ from dat_jax.tuning.choices import Choice, Choices, get_names
 from dat_jax.tuning.measurement import Measurement, measure
 
 logger = logging.getLogger(__name__)
+_COMPOSED = ("neighborhood_branch", "deformable_branch", "conv_mlp", "local_perception")
 _LEAST_GAIN = 0.03  # of the time of the default; less may be noise
 
 Measure = Callable[[OpCall, Sequence[str]], dict[str, Measurement]]
@@ -35,8 +36,8 @@ def tune(calls: Mapping[str, OpCall], *, known: Choices | None = None, measure: 
     names = {key: those for key, those in names.items() if key not in known or known[key].chosen not in those}
     found |= {key: Choice(only[0], only[0], {only[0]: Measurement()}) for key, only in names.items() if len(only) == 1}
     pending = [calls[key] for key in names if key not in found]
-    # The MLP contains a convolution, so that it comes after it.
-    for number, call in enumerate(sorted(pending, key=lambda call: call.op == "conv_mlp"), 1):
+    # These contain other ops, so they come after those.
+    for number, call in enumerate(sorted(pending, key=lambda call: call.op in _COMPOSED), 1):
         logger.info("Comparing implementations, %d of %d: %s", number, len(pending), call.key)
         try:
             with chosen_implementations(get_names({**known, **found}), differentiated=call.differentiated):

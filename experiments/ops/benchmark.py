@@ -18,10 +18,10 @@ import numpy as np
 
 import dat_jax
 from dat_jax.ops import dispatch
+from dat_jax.ops.attention import branches, grid_sample, position_bias
 from dat_jax.ops.attention import deformable as deformable_ops
-from dat_jax.ops.attention import grid_sample, position_bias
 from dat_jax.ops.attention import neighborhood as neighborhood_attention
-from dat_jax.ops.layers import activation, depthwise, mlp, normalization
+from dat_jax.ops.layers import activation, depthwise, local_perception, mlp, norm_linear, normalization
 from experiments import measure
 
 
@@ -159,6 +159,55 @@ def _conv_mlp(stage, batch, rng):
     return function, (_map(stage, batch, rng), *(0.1 * _normal(rng, *shape) for shape in shapes))
 
 
+def _local_perception(stage, batch, rng):
+    def function(implementation, x, kernel, bias):
+        return local_perception.local_perception(x, kernel, bias, implementation=implementation)
+
+    parameters = 0.1 * _normal(rng, 3, 3, 1, stage.channels), _normal(rng, stage.channels)
+    return function, (_map(stage, batch, rng), *parameters)
+
+
+def _norm_linear(stage, batch, rng):
+    def function(implementation, *arguments):
+        return norm_linear.concatenated_norm_linear(*arguments, implementation=implementation)
+
+    return function, (_map(stage, batch, rng), *_normed_projection(stage, rng))
+
+
+def _normed_projection(stage, rng, times=1):
+    """Scale and bias of LayerNorm, and kernel and bias of the linear layer after it."""
+    channels, features = stage.channels, times * stage.channels
+    kernel = _normal(rng, channels, features) / channels**0.5
+    return _normal(rng, channels), _normal(rng, channels), kernel, _normal(rng, features)
+
+
+def _output_projection(stage, batch, rng):
+    """Kernel and bias of the linear layer after the attention, and the factors of the branch."""
+    channels = stage.channels
+    return _normal(rng, channels, channels) / channels**0.5, _normal(rng, channels), jnp.ones(batch)
+
+
+def _neighborhood_branch(stage, batch, rng):
+    def function(implementation, *arguments):
+        options = dict(kernel_size=stage.window, num_heads=stage.heads, implementation=implementation)
+        return branches.neighborhood_branch(*arguments, **options)
+
+    side = 2 * stage.window - 1
+    middle = *_normed_projection(stage, rng, times=3), 0.1 * _normal(rng, stage.heads, side, side)
+    return function, (_map(stage, batch, rng), *middle, *_output_projection(stage, batch, rng))
+
+
+def _deformable_branch(stage, batch, rng):
+    """Attention to given keys, without the network of the offsets."""
+
+    def function(implementation, *arguments):
+        return branches.deformable_branch(*arguments, num_heads=stage.heads, implementation=implementation)
+
+    pairs = (_normal(rng, batch, stage.keys**2, stage.channels) for _ in range(2))
+    middle = *_normed_projection(stage, rng), *pairs, _points(stage, batch, rng), _table(stage, rng)
+    return function, (_map(stage, batch, rng), *middle, *_output_projection(stage, batch, rng))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A function ``make`` of a stage, and the ops of the dispatch table whose implementations are measured.
@@ -177,6 +226,10 @@ CASES = {
     "neighborhood_attention": Case(_neighborhood_attention, ("neighborhood_attention",)),
     "depthwise_conv": Case(_depthwise_conv, ("depthwise_conv",)),
     "conv_mlp": Case(_conv_mlp, ("conv_mlp",)),
+    "local_perception": Case(_local_perception, ("local_perception",)),
+    "norm_linear": Case(_norm_linear, ("norm_linear",)),
+    "neighborhood_branch": Case(_neighborhood_branch, ("neighborhood_branch",)),
+    "deformable_branch": Case(_deformable_branch, ("deformable_branch",)),
     "layer_norm": Case(_layer_norm, ()),
     "gelu": Case(_gelu, ()),
 }

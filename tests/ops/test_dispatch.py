@@ -39,7 +39,11 @@ def test_auto_chooses_the_measured_algorithms_on_cpu():
         "position_bias": "slice",
         "neighborhood_attention": "rows",
         "deformable_attention": "products",
+        "neighborhood_branch": "products",
+        "deformable_branch": "products",
         "conv_mlp": "products",
+        "local_perception": "products",
+        "norm_linear": "products",
         "depthwise_conv": "shifts",
     }
     assert dispatch.choose("neighborhood_attention", "auto", map_shape=(16, 7)) == "dense"

@@ -205,6 +205,55 @@ def test_module_paths(op_name, path):
     assert hlo.module_path(op_name) == path
 
 
+STACKS = """HloModule jit_scan
+
+%fused (p.0: f32[9,8,128], p.1: f32[9,8,128], p.2: s32[], p.3: f32[8,128]) -> (f32[9,8,128], f32[8,128]) {
+  %p.0 = f32[9,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p.1 = f32[9,8,128]{2,1,0:T(8,128)} parameter(1)
+  %p.2 = s32[]{:T(128)} parameter(2)
+  %p.3 = f32[8,128]{1,0:T(8,128)S(1)} parameter(3)
+  %zero.0 = s32[]{:T(128)} constant(0)
+  %taken = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p.1, %p.2, %zero.0, %zero.0), dynamic_slice_sizes={1,8,128}
+  %row = f32[8,128]{1,0:T(8,128)} bitcast(%taken)
+  %sum.0 = f32[8,128]{1,0:T(8,128)S(1)} add(%row, %p.3)
+  %update = f32[1,8,128]{2,1,0:T(8,128)S(1)} bitcast(%sum.0)
+  %stack = f32[9,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%p.0, %update, %p.2, %zero.0, %zero.0)
+  ROOT %both = (f32[9,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) tuple(%stack, %sum.0)
+}
+
+ENTRY %main (a: f32[9,8,128], b: f32[9,8,128], i: s32[], c: f32[8,128]) -> f32[9,8,128] {
+  %a = f32[9,8,128]{2,1,0:T(8,128)} parameter(0)
+  %b = f32[9,8,128]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)} parameter(2)
+  %c = f32[8,128]{1,0:T(8,128)S(1)} parameter(3)
+  %fusion.0 = (f32[9,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) fusion(%a, %b, %i, %c), kind=kLoop, calls=%fused
+  %stack.0 = f32[9,8,128]{2,1,0:T(8,128)} get-tuple-element(%fusion.0), index=0
+  %row.0 = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%fusion.0), index=1
+  %row.1 = f32[1,8,128]{2,1,0:T(8,128)S(1)} bitcast(%row.0)
+  %zero.1 = s32[]{:T(128)} constant(0)
+  ROOT %last = f32[9,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%stack.0, %row.1, %i, %zero.1, %zero.1)
+}
+"""
+
+
+def test_slices_of_stacks_count_only_the_part_that_is_taken_or_replaced():
+    """The fusion reads a row of one stack and writes a row of another in place, as loops over blocks do."""
+    row, stack, index = 8 * 128 * 4, 9 * 8 * 128 * 4, 4
+    by_opcode, _ = hlo.traffic(hlo.parse(STACKS))
+    fusion, update = by_opcode["fusion of elementwise ops"], by_opcode["dynamic-update-slice"]
+    assert fusion["bytes"] == 4 * row + index  # a row and c are read, a row of the stack and the sum are written
+    assert fusion["hbm_bytes"] == 2 * row + index
+    assert update["bytes"] == 2 * row + 3 * index
+    assert update["hbm_bytes"] == row + 3 * index
+
+    # An array that is used again cannot be replaced in place.
+    text = STACKS.replace("fusion(%a, %b, %i, %c)", "fusion(%a, %a, %i, %c)")
+    assert hlo.traffic(hlo.parse(text))[0]["fusion of elementwise ops"]["bytes"] == 2 * stack + 3 * row + index
+    text = STACKS.replace("bitcast(%taken)", "bitcast(%p.1)")
+    counts = hlo.traffic(hlo.parse(text))[0]["fusion of elementwise ops"]  # the whole of the second stack is read
+    assert counts["bytes"] == stack + 3 * row + index
+
+
 def test_text_without_an_entry_computation_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing")

@@ -14,7 +14,10 @@ from dat_jax.tuning.measurement import Measurement
 from tests.helpers import tiny_config, tiny_detection, tiny_segmentation
 from tests.helpers.small_mesh import make_small_mesh
 
-OPS = {"grid_sample", "neighborhood_attention", "deformable_attention", "conv_mlp", "depthwise_conv"}
+OPS = {
+    *("grid_sample", "neighborhood_attention", "deformable_attention", "depthwise_conv"),
+    *("neighborhood_branch", "deformable_branch", "norm_linear", "conv_mlp", "local_perception"),
+}
 
 
 class FakeMeasure:

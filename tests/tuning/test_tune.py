@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from dat_jax.ops import dispatch
+from dat_jax.ops.attention.branches import deformable_branch, neighborhood_branch
 from dat_jax.ops.attention.deformable import deformable_attention
 from dat_jax.ops.attention.grid_sample import grid_sample
 from dat_jax.ops.attention.neighborhood import neighborhood_attention
 from dat_jax.ops.calls import recorded_calls
 from dat_jax.ops.layers.depthwise import depthwise_conv
+from dat_jax.ops.layers.local_perception import local_perception
 from dat_jax.ops.layers.mlp import conv_mlp
+from dat_jax.ops.layers.norm_linear import norm_linear
 from dat_jax.ops.pallas import sampling
 from dat_jax.tuning.candidates import find_default, list_candidates
 from dat_jax.tuning.choices import Choice
@@ -245,6 +248,23 @@ CALLS = {
         dict(num_heads=2),
     ),
     "MLP": (conv_mlp, (MAP, *MLP), {}),
+    "MLP as a branch": (
+        lambda *args: conv_mlp(*args[:7], norm_scale=args[7], norm_bias=args[8], factors=args[9]),
+        (MAP, *MLP, ones(4), ones(4), ones(3)),
+        {},
+    ),
+    "local perception": (local_perception, (MAP, ones((3, 3, 1, 4)), ones(4)), {}),
+    "norm and linear": (norm_linear, (MAP, ones(4), ones(4), ones((4, 6)), ones(6)), {}),
+    "neighborhood branch": (
+        neighborhood_branch,
+        (MAP, ones(4), ones(4), ones((4, 12)), ones(12), ones((2, 5, 5)), ones((4, 4)), ones(4), ones(3)),
+        dict(kernel_size=3, num_heads=2),
+    ),
+    "deformable branch": (
+        deformable_branch,
+        (MAP, ones(4), ones(4), ones((4, 4)), ones(4), KEYS, KEYS, POINTS, TABLE, ones((4, 4)), ones(4), ones(3)),
+        dict(num_heads=2),
+    ),
     "convolution": (depthwise_conv, (MAP, ones((5, 5, 1, 4))), dict(stride=2, padding=2)),
 }
 

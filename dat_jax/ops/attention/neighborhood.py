@@ -160,13 +160,19 @@ def _window_bias(table, rows, columns, kernel_size):
 
 
 def _attend_with_pallas(query, key, value, table, kernel_size, num_heads):
-    height, width = query.shape[1:3]
-    rows = pallas_neighborhood.choose_rows((height, width), kernel_size)
+    row_tiles, column_tile = make_tiles(query.shape[1:3], kernel_size)
     return pallas_neighborhood.neighborhood_attention(
         # If they were split from one projection, the compiler uses that directly, in both directions.
         jnp.concatenate([query, key, value], axis=-1),
         table,
-        row_tiles=tile_line(height, rows, kernel_size),
-        column_tile=tile_line(width, width, kernel_size)[1][0],
+        row_tiles=row_tiles,
+        column_tile=column_tile,
         num_heads=num_heads,
     )
+
+
+def make_tiles(map_shape: tuple[int, ...], kernel_size: int):
+    """Arguments "row_tiles" and "column_tile" of ``pallas.neighborhood.neighborhood_attention`` for a map of (H, W)."""
+    height, width = map_shape
+    rows = pallas_neighborhood.choose_rows((height, width), kernel_size)
+    return tile_line(height, rows, kernel_size), tile_line(width, width, kernel_size)[1][0]

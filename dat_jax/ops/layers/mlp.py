@@ -4,15 +4,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dat_jax.ops import dispatch
 from dat_jax.ops.calls import choose_call, tunable
 from dat_jax.ops.layers.activation import gelu_linear
 from dat_jax.ops.layers.depthwise import depthwise_conv
+from dat_jax.ops.layers.normalization import layer_norm
 from dat_jax.ops.pallas import mlp as pallas_mlp
+from dat_jax.ops.pallas.branch import Branch
 
 
-def uses_pallas(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32, implementation: str = "auto") -> bool:
+def uses_pallas(
+    shape: tuple[int, ...],
+    hidden: int,
+    *,
+    dtype: Any = jnp.float32,
+    implementation: str = "auto",
+    is_branch: bool = False,
+) -> bool:
     """Whether ``conv_mlp`` runs as a Pallas kernel: if it was chosen (see ``calls``) and the weights fit in VMEM.
 
     Args:
@@ -20,14 +30,23 @@ def uses_pallas(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32
       hidden: E, the hidden width.
       dtype: of the input. The parameters are float32.
       implementation: see ``conv_mlp``.
+      is_branch: whether the call has ``norm_scale``, ``norm_bias`` and ``factors``.
     """
     if not fits_kernel(shape, hidden):
         return False
     if implementation == "auto":
         channels = shape[-1]
-        shapes = ((channels, hidden), (hidden,), (3, 3, 1, hidden), (hidden,), (hidden, channels), (channels,))
-        names = ("kernel1", "bias1", "taps", "taps_bias", "kernel2", "bias2")
-        arguments = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in zip(names, shapes, strict=True)}
+        shapes = dict(
+            kernel1=(channels, hidden),
+            bias1=(hidden,),
+            taps=(3, 3, 1, hidden),
+            taps_bias=(hidden,),
+            kernel2=(hidden, channels),
+            bias2=(channels,),
+        )
+        if is_branch:
+            shapes |= dict(norm_scale=(channels,), norm_bias=(channels,), factors=(shape[0],))
+        arguments = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
         arguments = {"x": jax.ShapeDtypeStruct(shape, dtype), **arguments}
         implementation = choose_call("conv_mlp", conv_mlp, frozenset({"x"}), arguments)
     return dispatch.choose("conv_mlp", implementation, map_shape=tuple(shape[1:3])) == "pallas"
@@ -38,7 +57,7 @@ def fits_kernel(shape: tuple[int, ...], hidden: int) -> bool:
     return shape[-1] * hidden <= pallas_mlp.MAX_WEIGHTS
 
 
-@tunable("conv_mlp", batched=("x",))
+@tunable("conv_mlp", batched=("x", "factors"))
 def conv_mlp(
     x: jax.Array,
     kernel1: jax.Array,
@@ -48,9 +67,14 @@ def conv_mlp(
     kernel2: jax.Array,
     bias2: jax.Array,
     *,
+    norm_scale: jax.Array | None = None,
+    norm_bias: jax.Array | None = None,
+    factors: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """gelu(h + convolution(h)) kernel2 + bias2 with h = x kernel1 + bias1, and the exact GELU.
+
+    With ``norm_scale``, ``norm_bias`` and ``factors`` it is a residual branch: x + factors * conv_mlp(layer_norm(x)).
 
     Args:
       x: (B, H, W, C).
@@ -60,20 +84,48 @@ def conv_mlp(
       taps_bias: (E,).
       kernel2: (E, C), kernel of the second linear layer.
       bias2: (C,).
+      norm_scale: (C,), scale of LayerNorm, float32 or better.
+      norm_bias: (C,), bias of LayerNorm, float32 or better.
+      factors: (B,), factor of each example's branch. It is constant: its gradient is zero.
       implementation: "products" runs op by op, each in the dtype of ``x``; "pallas" is a kernel for TPUs, which rounds to
         that dtype only the operands of the two matrix products. See ``dispatch``.
 
     Returns:
       (B, H, W, C), of the dtype of ``x``.
 
+    Raises:
+      ValueError: only some of ``norm_scale``, ``norm_bias`` and ``factors`` are given.
+
     Source: DAT++ (2309.01430), section 3.3.
     """
+    if len({y is None for y in (norm_scale, norm_bias, factors)}) > 1:
+        raise ValueError("conv_mlp expected all or none of norm_scale, norm_bias and factors.")
+    parameters = (kernel1, bias1, taps, taps_bias, kernel2, bias2)
     if dispatch.choose("conv_mlp", implementation, map_shape=x.shape[1:3]) == "pallas":
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        rows = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (bias1, taps, taps_bias, bias2))
-        bias1, taps, taps_bias, bias2 = rows
-        kernel1, kernel2 = kernel1.astype(x.dtype), kernel2.astype(x.dtype)
-        return pallas_mlp.conv_mlp(x, pallas_mlp.Parameters(kernel1, bias1, taps, taps_bias, kernel2, bias2))
+        return _run_kernel(x, *parameters, norm=(norm_scale, norm_bias), factors=factors)
+    branch = x
+    if factors is not None and norm_scale is not None and norm_bias is not None:
+        with dispatch.gradients_for(implementation):
+            branch = layer_norm(x, norm_scale, norm_bias)
+    branch = _run_products(branch, *parameters, implementation=implementation)
+    return branch if factors is None else x + scale_examples(branch, factors)
+
+
+def scale_examples(x: jax.Array, factors: jax.Array) -> jax.Array:
+    """Multiplies the examples of (B, ...) by constant factors (B,), in the dtype of ``x``."""
+    return x * lax.stop_gradient(factors).reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+
+
+def _run_kernel(x, kernel1, bias1, taps, taps_bias, kernel2, bias2, *, norm, factors):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    rows = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (bias1, taps, taps_bias, bias2))
+    bias1, taps, taps_bias, bias2 = rows
+    kernel1, kernel2 = kernel1.astype(x.dtype), kernel2.astype(x.dtype)
+    branch = None if factors is None else Branch.make(lax.stop_gradient(factors), *norm, wide)
+    return pallas_mlp.conv_mlp(x, pallas_mlp.Parameters(kernel1, bias1, taps, taps_bias, kernel2, bias2), branch)
+
+
+def _run_products(x, kernel1, bias1, taps, taps_bias, kernel2, bias2, *, implementation):
     kernel1, bias1, taps, taps_bias, kernel2, bias2 = (
         y.astype(x.dtype) for y in (kernel1, bias1, taps, taps_bias, kernel2, bias2)
     )

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from dat_jax.ops import dispatch, memory
 from dat_jax.ops.layers.reduction import sum_over_positions
 
+EPSILON = 1e-5  # of the published models
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = EPSILON) -> jax.Array:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis.
 
     Args:

@@ -98,7 +98,8 @@ def _weights(key, query_t, bias, scale):
     return numerators, numerators.sum(axis=0, keepdims=True)
 
 
-def _forward_kernel(layout, bias, operands, *refs):
+def forward_kernel(layout: Layout, bias, operands: int, *refs) -> None:
+    """Kernel of the forward pass, with references to ``operands`` operands and then to the result."""
     inputs, rest = refs[:operands], refs[operands:]
     count = 1 if layout.packed else 3
     qkv, bias_refs, out_ref = inputs[:count] * (3 // count), inputs[count:], rest[0]
@@ -113,7 +114,8 @@ def _forward_kernel(layout, bias, operands, *refs):
         out_ref[0, _rows(span.query, span.queries)] = jnp.concatenate(outs).T.astype(out_ref.dtype)
 
 
-def _backward_kernel(layout, bias, operands, *refs):
+def backward_kernel(layout: Layout, bias, operands: int, *refs) -> None:
+    """Kernel of the backward pass, with references to ``operands`` operands, to the results and to a buffer of sums."""
     inputs, rest = refs[:operands], refs[operands:]
     count = 1 if layout.packed else 3
     qkv, bias_refs, out_gradient = inputs[:count] * (3 // count), inputs[count:-1], inputs[-1]
@@ -176,12 +178,12 @@ def _run_forward(layout, bias, arrays, bias_arrays):
     operands = [*((x, True) for x in arrays), *bias.operands(*bias_arrays)]
     pairs = layout.pairs
     (out,) = batched_call(
-        functools.partial(_forward_kernel, layout, bias, len(operands)),
+        functools.partial(forward_kernel, layout, bias, len(operands)),
         operands,
         [Result((*arrays[0].shape[:2], layout.channels), arrays[0].dtype, batched=True)],
         flops=4 * layout.width * pairs + bias.flops(operands),
         exponentials=pairs,
-        work_bytes=_work_bytes(layout, arrays[0].dtype),
+        work_bytes=work_bytes(layout, arrays[0].dtype),
         name="attention_forward",
     )
     return out
@@ -194,12 +196,12 @@ def _attention_backward(layout, bias, residuals, gradient):
     results = [*(Result(x.shape, x.dtype, batched=True) for x in arrays), *bias.results(bias_operands)]
     dtype = jnp.promote_types(arrays[0].dtype, jnp.float32)
     gradients = batched_call(
-        functools.partial(_backward_kernel, layout, bias, len(operands)),
+        functools.partial(backward_kernel, layout, bias, len(operands)),
         operands,
         results,
         flops=10 * layout.width * layout.pairs + 3 * bias.flops(bias_operands),
         exponentials=layout.pairs,
-        work_bytes=_work_bytes(layout, arrays[0].dtype),
+        work_bytes=work_bytes(layout, arrays[0].dtype),
         name="attention_backward",
         scratch=[pltpu.VMEM((2, arrays[-1].shape[1], layout.channels), dtype)],
     )
@@ -209,7 +211,7 @@ def _attention_backward(layout, bias, residuals, gradient):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _work_bytes(layout: Layout, dtype) -> int:
+def work_bytes(layout: Layout, dtype) -> int:
     """Memory for four arrays of the size of the scores of the largest span, and a few copies of the channels."""
     scores = max(math.ceil(s.keys / 8) * 8 * math.ceil(s.queries / 128) * 128 for s in layout.spans)
     rows = max(max(s.keys, s.queries) for s in layout.spans)

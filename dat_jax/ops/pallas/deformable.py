@@ -34,18 +34,28 @@ def deformable_attention(
       (B, H, W, C).
     """
     batch, height, width, channels = query.shape
-    layout = attention.Layout(num_heads, channels, (attention.Span(0, height * width, 0, key.shape[1]),))
+    layout = make_layout((height, width), key.shape[1], channels, num_heads)
     arrays = (query.reshape(batch, height * width, channels), key, value)
     if table is not None and points is not None:
-        groups = points.shape[1]
-        matrix = shift_columns(table.astype(points.dtype))
-        flat = points.swapaxes(1, 2).reshape(batch, -1, 2 * groups)
-        kind, bias_arrays = TableBias((height, width), num_heads // groups), (flat, matrix)
+        kind, bias_arrays = make_table_bias(points, table, (height, width))
     elif bias is not None:
         kind, bias_arrays = BatchedBias(), (bias,)
     else:
         kind, bias_arrays = NoBias(), ()
     return attention.attention(layout, kind, arrays, bias_arrays).reshape(query.shape)
+
+
+def make_layout(map_shape, keys, channels, num_heads) -> attention.Layout:
+    """Layout of separate queries, keys and values: every pixel attends to all keys."""
+    return attention.Layout(num_heads, channels, (attention.Span(0, map_shape[0] * map_shape[1], 0, keys),))
+
+
+def make_table_bias(points, table, map_shape) -> tuple[TableBias, tuple[jax.Array, jax.Array]]:
+    """The bias that looks ``table`` up at ``points``, and its arrays. See ``deformable_attention``."""
+    batch, groups = points.shape[:2]
+    matrix = shift_columns(table.astype(points.dtype))
+    flat = points.swapaxes(1, 2).reshape(batch, -1, 2 * groups)
+    return TableBias(map_shape, table.shape[0] // groups), (flat, matrix)
 
 
 def table_fits(table_shape: tuple[int, ...]) -> bool:

@@ -30,6 +30,13 @@ def neighborhood_attention(
       (B, H, W, C).
     """
     batch, height, width, channels = packed.shape
+    layout, bias = make_layout(table, width, row_tiles, column_tile, channels // 3, num_heads)
+    out = attention.attention(layout, SharedBias(), (packed.reshape(batch, height * width, -1),), (bias,))
+    return out.reshape(batch, height, width, channels // 3)
+
+
+def make_layout(table, width, row_tiles, column_tile, channels, num_heads) -> tuple[attention.Layout, jax.Array]:
+    """Layout of packed queries, keys and values, and the array of a ``SharedBias``."""
     first_rows, row_index = row_tiles
     _, rows, halo = row_index.shape
     kinds, kind_of_tile = np.unique(row_index, axis=0, return_inverse=True)
@@ -37,12 +44,9 @@ def neighborhood_attention(
         attention.Span(tile * rows * width, rows * width, int(first) * width, halo * width, int(kind))
         for tile, (first, kind) in enumerate(zip(first_rows, kind_of_tile.reshape(-1), strict=True))
     )
-    channels //= 3
     columns = (0, channels, 2 * channels)
     layout = attention.Layout(num_heads, channels, spans, columns, packed=True)
-    bias = _span_bias(table, kinds, column_tile)
-    out = attention.attention(layout, SharedBias(), (packed.reshape(batch, height * width, -1),), (bias,))
-    return out.reshape(batch, height, width, channels)
+    return layout, _span_bias(table, kinds, column_tile)
 
 
 def choose_rows(map_shape: tuple[int, int], kernel_size: int) -> int:

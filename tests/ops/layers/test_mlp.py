@@ -2,11 +2,13 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dat_jax.ops import dispatch
 from dat_jax.ops.layers.mlp import conv_mlp, uses_pallas
+from dat_jax.ops.layers.normalization import layer_norm
 from tests.reference import compare
 
 
@@ -32,6 +34,30 @@ def test_pallas_equals_the_products(x64, map_shape, channels, hidden):
     plain = functools.partial(conv_mlp, implementation="plain")
     kernel = functools.partial(conv_mlp, implementation="pallas")
     compare.assert_same({"pallas": kernel}, plain, *arguments)
+
+
+@pytest.mark.parametrize(("map_shape", "channels", "hidden"), [((5, 4), 3, 6), ((3, 7), 4, 256)])
+def test_pallas_equals_the_products_as_a_residual_branch(x64, map_shape, channels, hidden):
+    """The drop path factor of the first example is zero, so only the residual reaches it."""
+    arguments = [*make_arguments(map_shape, channels, hidden), *compare.normal(1, (channels,), (channels,))]
+    arguments.append(np.array([0.0, 1.25]))
+
+    def branch(*arguments, implementation):
+        norm = dict(zip(("norm_scale", "norm_bias", "factors"), arguments[7:], strict=True))
+        return conv_mlp(*arguments[:7], **norm, implementation=implementation)
+
+    plain, kernel = (functools.partial(branch, implementation=name) for name in ("plain", "pallas"))
+    compare.assert_same({"pallas": kernel}, plain, *arguments)
+    np.testing.assert_array_equal(compare.run(kernel, *arguments)[0], arguments[0][0])
+    normalized = layer_norm(jnp.asarray(arguments[0]), *arguments[7:9])
+    expected = arguments[0][1] + 1.25 * compare.run(conv_mlp, normalized, *arguments[1:7])[1]
+    np.testing.assert_allclose(compare.run(plain, *arguments)[1], expected, rtol=1e-10)
+
+
+def test_residual_branch_needs_all_of_its_arguments():
+    arguments = make_arguments((2, 2), 2, 4)
+    with pytest.raises(ValueError, match="all or none of norm_scale, norm_bias and factors"):
+        conv_mlp(*arguments, factors=np.ones(2))
 
 
 def test_bfloat16_is_close_to_float32():

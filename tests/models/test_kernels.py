@@ -1,0 +1,84 @@
+"""The model with kernels compared with the plain one: parameters, training with drop path, gradients, loops over blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dat_jax
+from dat_jax.ops import dispatch
+from tests.helpers.random_variables import random_variables
+from tests.reference import compare
+
+
+@pytest.fixture(autouse=True)
+def interpreted_kernels():
+    with dispatch.interpreted_kernels():
+        yield
+
+
+def make_model(implementation, **overrides):
+    """One stage with both kinds of attention, on a map of 8 x 8."""
+    settings = dict(
+        num_classes=3,
+        image_size=32,
+        dim_stem=4,
+        dims=(4,),
+        stages=("ND",),
+        num_heads=(2,),
+        num_groups=(1,),
+        key_strides=(2,),
+        offset_kernels=(3,),
+        offset_range_factors=(-1,),
+        position_bias=("table",),
+        use_offsets=(True,),
+        window_sizes=(3,),
+        neighborhood_sizes=(3,),
+        reduction_ratios=(2,),
+        lpu=(True,),
+        conv_mlp=(True,),
+        layer_scale_init=(-1,),
+        drop_path_rate=0.6,
+        dtype=jnp.float64,
+    )
+    return dat_jax.DAT(**{**settings, **overrides}, implementation=implementation)
+
+
+def logits_and_gradients(model, variables, images):
+    def loss(variables):
+        logits = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(3)})
+        return jnp.sin(logits).sum(), logits
+
+    step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=compare.compiler_options())
+    gradients, logits = step(variables)
+    return logits, gradients
+
+
+def count_kernels(model, variables, images):
+    jaxpr = jax.make_jaxpr(lambda v: logits_and_gradients(model, v, images))(variables)
+    return str(jaxpr).count("pallas_call[")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [{}, dict(layer_scale_init=(0.5,)), dict(stages=("NDND",), scan_blocks=True)])
+def test_kernels_equal_the_plain_model_in_training(x64, overrides):
+    """Drop path drops the same examples."""
+    images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
+    plain, kernels = (make_model(name, **overrides) for name in ("plain", "pallas"))
+    variables = random_variables(plain, images)
+    shapes = [jax.tree.map(jnp.shape, jax.eval_shape(m.init, jax.random.key(0), images)) for m in (plain, kernels)]
+    assert shapes[0] == shapes[1]
+    expected, actual = (logits_and_gradients(model, variables, images) for model in (plain, kernels))
+    assert float(jnp.abs(expected[0][0] - expected[0][1]).max()) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), actual, expected)
+
+
+def test_a_block_consists_of_kernels(x64):
+    """Forward and backward: local perception, attention and MLP, and for keys the norm with the query and the sampling."""
+    images = jnp.ones((2, 32, 32, 3))
+    model = make_model("pallas")
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert count_kernels(model, variables, images) == 2 * (3 + 5)
+    scaled = make_model("pallas", layer_scale_init=(0.5,))
+    variables = jax.eval_shape(scaled.init, jax.random.key(0), images)
+    assert count_kernels(scaled, variables, images) == 2 * (3 + 4)
