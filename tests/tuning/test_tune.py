@@ -111,7 +111,8 @@ def test_the_gradient_of_an_only_key_is_zero_and_agrees():
         )
         call = next(iter(calls.values()))
         measured = measure(call, list_candidates(call))
-    assert [value.problem for value in measured.values()] == [""] * 3
+    assert set(measured) == {"slice", "matmul", "pallas", "triton"}
+    assert not any(value.problem for value in measured.values())
 
 
 def test_a_call_that_cannot_be_compared_leaves_the_others_alone(logs):
@@ -279,7 +280,8 @@ def test_all_implementations_of_every_op_agree(name):
     assert names[0] == find_default(call)
     assert len(set(names)) == len(names)
     assert ("pallas" in names) == ("sizes" not in name and name != "convolution")
-    assert ("triton" in names) == (name.startswith(("neighborhood", "deformable")) and "sizes" not in name)
+    is_attention = name.startswith(("neighborhood", "deformable")) and not name.endswith("branch")
+    assert ("triton" in names) == (is_attention and "sizes" not in name)
     for value in measured.values():
         assert value.problem == ""
         assert value.error < 2e-5
@@ -302,7 +304,7 @@ def test_kernels_are_candidates_only_where_they_can_run():
         (call,) = record(*CALLS[name][:1], *CALLS[name][1], **CALLS[name][2]).values()
         with dispatch.compiling_for("gpu"):
             assert list_candidates(call) == expected
-    (call,) = record(*CALLS["MLP"][:1], *CALLS["MLP"][1], **CALLS["MLP"][2]).values()
+    call = next(iter(record(*CALLS["MLP"][:1], *CALLS["MLP"][1], **CALLS["MLP"][2]).values()))
     with dispatch.compiling_for("gpu"):
         assert list_candidates(call) == ["products"]
 

@@ -14,6 +14,8 @@ from dat_jax.ops.layers.normalization import layer_norm
 from dat_jax.ops.pallas import mlp as pallas_mlp
 from dat_jax.ops.pallas.branch import Branch
 
+_BATCHED = ("x", "factors")
+
 
 def uses_pallas(
     shape: tuple[int, ...],
@@ -48,7 +50,7 @@ def uses_pallas(
             shapes |= dict(norm_scale=(channels,), norm_bias=(channels,), factors=(shape[0],))
         arguments = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
         arguments = {"x": jax.ShapeDtypeStruct(shape, dtype), **arguments}
-        implementation = choose_call("conv_mlp", conv_mlp, frozenset({"x"}), arguments)
+        implementation = choose_call("conv_mlp", conv_mlp, frozenset(_BATCHED), arguments)
     return dispatch.choose("conv_mlp", implementation, map_shape=tuple(shape[1:3])) == "pallas"
 
 
@@ -57,7 +59,7 @@ def fits_kernel(shape: tuple[int, ...], hidden: int) -> bool:
     return shape[-1] * hidden <= pallas_mlp.MAX_WEIGHTS
 
 
-@tunable("conv_mlp", batched=("x", "factors"))
+@tunable("conv_mlp", batched=_BATCHED)
 def conv_mlp(
     x: jax.Array,
     kernel1: jax.Array,
