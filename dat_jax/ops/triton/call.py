@@ -129,7 +129,7 @@ def kernel_call(
             name=name,
         )
         with contextlib.nullcontext() if interpret else _described_device():
-            return call(*arrays)
+            return list(call(*arrays))
 
     arrays = [x for x, _ in operands]
     mesh, axes = dispatch.batch_split()
