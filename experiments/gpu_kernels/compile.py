@@ -4,7 +4,7 @@ python -m experiments.gpu_kernels.compile [--batch=128] [--dtypes=bfloat16,float
 
 Needs `pip install "jax[cuda12]"`. Compiled, not timed: nothing was executed, and the kernels have not run on a device.
 
-- One call of an op with its gradient, in the shapes of a dat_pp_tiny at 224 x 224.
+- One call of an op with its gradient, in the shapes of the stages of dat_pp_tiny at 224 x 224.
 - "temporaries" is the memory that the compiler allocates besides operands and results. "read and written" counts the operands and
   results of every kernel and fusion of the compiled program, once each: a kernel that reads a block twice counts it once.
 - "shared memory" is that of each kernel, per program. A kernel that spills registers is refused by the compiler here

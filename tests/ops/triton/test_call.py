@@ -98,6 +98,7 @@ def test_auto_does_not_choose_a_kernel():
                 assert dispatch.choose(op, "auto", map_shape=map_shape) not in ("triton", "pallas")
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_gives_the_result_of_one_device():
     """Batched results, and results that are summed over the batch: the gradients of the tables."""
     arguments = make_arguments(4, jnp.float32)
