@@ -22,9 +22,15 @@ HEADS, KEYS = 2, 5
 
 @pytest.fixture
 def compiled_kernels():
-    """Kernels are compiled, not interpreted as in the other tests of ops."""
-    token = dispatch._INTERPRET.set(False)
+    """Kernels are compiled, not interpreted as in the other tests of ops.
+
+    Programs for a GPU that is not attached are not kept: jax cannot read them again.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    token, seconds = dispatch._INTERPRET.set(False), getattr(jax.config, name)
+    jax.config.update(name, 1e9)
     yield
+    jax.config.update(name, seconds)
     dispatch._INTERPRET.reset(token)
 
 
@@ -135,6 +141,7 @@ def test_kernels_compile_for_an_h100_without_spilling_registers(compiled_kernels
 
 @needs_compiler
 @ignores_deprecation
+@pytest.mark.slow
 def test_the_tuner_counts_the_bytes_of_a_kernel_on_an_h100(compiled_kernels):
     x, table = jnp.ones((2, 14, 14, 64), jnp.bfloat16), jnp.ones((2, 13, 13))
     with recorded_calls(differentiated=True) as calls:
@@ -143,7 +150,7 @@ def test_the_tuner_counts_the_bytes_of_a_kernel_on_an_h100(compiled_kernels):
     _, devices = topologies.find_devices("h100")
     with dispatch.compiling_for("gpu"):
         measured = make_compiled_measure(devices)(neighborhood, ["tiles", "triton"])
-    assert measured["triton"].problem == ""
+    assert [value.problem for value in measured.values()] == ["", ""]
     assert 0 < measured["triton"].bytes < measured["tiles"].bytes
 
 
