@@ -62,7 +62,7 @@ def count_kernels(model, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, dict(layer_scale_init=(0.5,)), dict(stages=("NDND",), scan_blocks=True)])
 def test_kernels_equal_the_plain_model_in_training(x64, overrides):
-    """Drop path drops the same examples."""
+    """Drop path drops the same examples. The factors of the others are float32."""
     images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
     plain, kernels = (make_model(name, **overrides) for name in ("plain", "pallas"))
     variables = random_variables(plain, images)
@@ -71,7 +71,7 @@ def test_kernels_equal_the_plain_model_in_training(x64, overrides):
     steps = (jax.jit(make_step(m, images), compiler_options=compare.compiler_options()) for m in (plain, kernels))
     expected, actual = (step(variables) for step in steps)
     assert float(jnp.abs(expected[1][0] - expected[1][1]).max()) > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), actual, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), actual, expected)
 
 
 def test_a_block_consists_of_kernels(x64):
