@@ -1,9 +1,12 @@
 """The implementations that are compared for a call of an op, and how much they may differ from the plain one."""
 
+from typing import Any
+
 from dat_jax.ops import dispatch
+from dat_jax.ops.attention import deformable, grid_sample, neighborhood
 from dat_jax.ops.attention.position_bias import table_fits
 from dat_jax.ops.calls import OpCall
-from dat_jax.ops.layers.mlp import fits_kernel
+from dat_jax.ops.layers import mlp
 
 _MAX_DENSE_SIDE = 32  # pixels; the scores of "dense" attention grow with the fourth power of the side
 _MAX_MATMUL_PIXELS = 2**14  # the matrix of "matmul" sampling has a column for each
@@ -25,17 +28,35 @@ def list_candidates(call: OpCall) -> list[str]:
     """The implementations to compare, the default first.
 
     Implementations whose memory grows with queries times keys on large maps are left out, and so are kernels where they cannot
-    run: see ``dispatch.has_kernel``.
+    run or do not fit in VMEM.
     """
     shape, _ = call.main_array
     map_shape, shapes = shape[1:3], {name: shape for name, shape, _ in call.arrays}
     names = _ALGORITHMS[call.op](map_shape, shapes, dict(call.options))
     runs_kernels = dispatch.target_platform() == "tpu" or dispatch.interprets_kernels()
-    fits = call.op != "conv_mlp" or fits_kernel(shape, shapes["kernel1"][1])
-    if runs_kernels and fits and dispatch.has_kernel(call.op, map_shape) and not {"sizes", "key_mask"} & set(shapes):
+    if runs_kernels and not {"sizes", "key_mask"} & set(shapes) and _fits_kernel(call, shapes):
         names = [*names, "pallas"]
     default = find_default(call)
     return [default, *(name for name in names if name != default)]
+
+
+def _fits_kernel(call: OpCall, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the op has a Pallas kernel for the call that fits in VMEM."""
+    shape, dtype = call.main_array
+    options: dict[str, Any] = dict(call.options)
+    if call.op == "neighborhood_attention":
+        options = {name: options[name] for name in ("kernel_size", "num_heads")}
+        return neighborhood.fits_kernel(shape, dtype, **options)
+    if call.op == "deformable_attention":
+        options.pop("tile_shape", None)
+        arrays = {name: shapes.get(name) for name in ("key", "points", "table", "bias")}
+        arrays = {f"{name}_shape": value for name, value in arrays.items()}
+        return deformable.fits_kernel(shape, dtype, **arrays, **options)
+    if call.op == "grid_sample":
+        return grid_sample.fits_kernel(shape, dtype, shapes["points"])
+    if call.op == "conv_mlp":
+        return mlp.fits_kernel(shape, shapes["kernel1"][1], dtype=dtype)
+    return False
 
 
 def find_default(call: OpCall) -> str:

@@ -1,5 +1,6 @@
 """The MLP of DAT++: linear, a depthwise 3 x 3 convolution added, GELU, linear."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ from dat_jax.ops.calls import choose_call, tunable
 from dat_jax.ops.layers.activation import gelu_linear
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.pallas import mlp as pallas_mlp
+from dat_jax.ops.pallas import mlp_spans
+from dat_jax.ops.pallas.call import MAX_UNROLLED_PIXELS
 
 
 def uses_pallas(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32, implementation: str = "auto") -> bool:
-    """Whether ``conv_mlp`` runs as a Pallas kernel: if it was chosen (see ``calls``) and the weights fit in VMEM.
+    """Whether ``conv_mlp`` runs as a Pallas kernel: if it was chosen (see ``calls``) and fits in VMEM.
 
     Args:
       shape: (B, H, W, C), the shape of the input.
@@ -21,7 +24,7 @@ def uses_pallas(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32
       dtype: of the input. The parameters are float32.
       implementation: see ``conv_mlp``.
     """
-    if not fits_kernel(shape, hidden):
+    if not fits_kernel(shape, hidden, dtype=dtype):
         return False
     if implementation == "auto":
         channels = shape[-1]
@@ -33,9 +36,21 @@ def uses_pallas(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32
     return dispatch.choose("conv_mlp", implementation, map_shape=tuple(shape[1:3])) == "pallas"
 
 
-def fits_kernel(shape: tuple[int, ...], hidden: int) -> bool:
-    """Whether the Pallas kernel can hold the weights of an MLP for (B, H, W, C) with ``hidden`` channels."""
-    return shape[-1] * hidden <= pallas_mlp.MAX_WEIGHTS
+def fits_kernel(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32) -> bool:
+    """Whether a Pallas kernel can hold the weights of an MLP in VMEM, and a map or some of its rows.
+
+    Args:
+      shape: (B, H, W, C), the shape of the input.
+      hidden: E, the hidden width.
+      dtype: of the input.
+    """
+    if shape[-1] * hidden > pallas_mlp.MAX_WEIGHTS:
+        return False
+    return _fits_whole(shape) or mlp_spans.choose_rows(shape, hidden, dtype) is not None
+
+
+def _fits_whole(shape):
+    return shape[1] * shape[2] <= MAX_UNROLLED_PIXELS
 
 
 @tunable("conv_mlp", batched=("x",))
@@ -68,12 +83,16 @@ def conv_mlp(
 
     Source: DAT++ (2309.01430), section 3.3.
     """
-    if dispatch.choose("conv_mlp", implementation, map_shape=x.shape[1:3]) == "pallas":
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+    fits = functools.partial(fits_kernel, x.shape, bias1.size, dtype=x.dtype)
+    if dispatch.choose("conv_mlp", implementation, map_shape=x.shape[1:3], kernel_fits=fits) == "pallas":
+        wide, hidden = jnp.promote_types(x.dtype, jnp.float32), bias1.size
         rows = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (bias1, taps, taps_bias, bias2))
         bias1, taps, taps_bias, bias2 = rows
         kernel1, kernel2 = kernel1.astype(x.dtype), kernel2.astype(x.dtype)
-        return pallas_mlp.conv_mlp(x, pallas_mlp.Parameters(kernel1, bias1, taps, taps_bias, kernel2, bias2))
+        parameters = pallas_mlp.Parameters(kernel1, bias1, taps, taps_bias, kernel2, bias2)
+        if _fits_whole(x.shape):
+            return pallas_mlp.conv_mlp(x, parameters)
+        return mlp_spans.conv_mlp(x, parameters, mlp_spans.choose_rows(x.shape, hidden, x.dtype))
     kernel1, bias1, taps, taps_bias, kernel2, bias2 = (
         y.astype(x.dtype) for y in (kernel1, bias1, taps, taps_bias, kernel2, bias2)
     )
