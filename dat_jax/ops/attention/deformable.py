@@ -273,19 +273,16 @@ def choose_kernel(
       of them fits in VMEM. Only "map" takes a bias as an array.
     """
     map_shape, keys = (shape[1], shape[2]), key_shape[1]
-    looks_up = table_shape is not None and points_shape is not None
     options: dict[str, Any] = dict(keys=keys, num_heads=num_heads)
     tile_shape = dispatch.choose_query_tile(map_shape, pairs_per_query=num_heads * keys)
     if bias_shape is not None or tile_shape == map_shape:
-        if (
-            looks_up
-            and points_inside
-            and position_bias.table_fits(table_shape, map_shape=map_shape, query_grid=query_grid)
-        ):
-            groups = points_shape[1]
-            if pallas_deformable.fits(shape, dtype, **options, groups=groups, table_shape=table_shape):
+        if table_shape is not None and points_shape is not None and points_inside:
+            fits_table = position_bias.table_fits(table_shape, map_shape=map_shape, query_grid=query_grid)
+            table: dict[str, Any] = dict(groups=points_shape[1], table_shape=table_shape)
+            if fits_table and pallas_deformable.fits(shape, dtype, **options, **table):
                 return "map table"
-        if pallas_deformable.fits(shape, dtype, **options, with_bias=looks_up or bias_shape is not None):
+        with_bias = table_shape is not None or bias_shape is not None
+        if pallas_deformable.fits(shape, dtype, **options, with_bias=with_bias):
             return "map"
     lookup: dict[str, Any] = dict(points_shape=points_shape, table_shape=table_shape)
     grid: dict[str, Any] = dict(query_grid=query_grid, points_inside=points_inside)

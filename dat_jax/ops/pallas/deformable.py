@@ -1,5 +1,6 @@
 """Deformable attention of a small map with the kernels of ``attention``. ``deformable_rows`` has the kernels for other maps."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from dat_jax.ops.pallas import attention
 from dat_jax.ops.pallas.biases import BatchedBias, NoBias, TableBias, shift_bits
 from dat_jax.ops.pallas.call import MAX_UNROLLED_PIXELS
+
+_MAX_MATRIX_BYTES = 12 * 2**20  # of the result of ``shift_columns``: it and its gradient are in VMEM, each twice
 
 
 def deformable_attention(
@@ -78,6 +81,8 @@ def fits(
     kind, biases = NoBias(), ()
     if table_shape is not None:
         matrix = (num_heads, width + 1, _lines(height) * width)
+        if 4 * math.prod(matrix) > _MAX_MATRIX_BYTES:
+            return False
         kind, biases = TableBias((height, width), num_heads // groups), ((batch, keys, 2 * groups), matrix)
     elif with_bias:
         kind, biases = BatchedBias(), ((batch, num_heads, keys, pixels),)

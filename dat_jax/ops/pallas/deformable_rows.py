@@ -74,8 +74,9 @@ def deformable_attention(
     if table is None or points is None:
         return _attention(_make_call(query.shape, None, num_heads), arrays, ())
     points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+    map_shape = (query.shape[1], query.shape[2])
     lookup = make_lookup(
-        table.shape, groups=points.shape[1], map_shape=query.shape[1:3], query_grid=query_grid, inside=points_inside
+        table.shape, groups=points.shape[1], map_shape=map_shape, query_grid=query_grid, inside=points_inside
     )
     bias_arrays = (table_offsets(points, lookup, query_grid=query_grid), lookup.pad_table(table.astype(points.dtype)))
     return _attention(_make_call(query.shape, lookup, num_heads), arrays, bias_arrays)
@@ -106,8 +107,9 @@ def fits(
     """
     wide, lookup = jnp.promote_types(dtype, jnp.float32), None
     if table_shape is not None and points_shape is not None:
+        map_shape = (shape[1], shape[2])
         lookup = make_lookup(
-            table_shape, groups=points_shape[1], map_shape=shape[1:3], query_grid=query_grid, inside=points_inside
+            table_shape, groups=points_shape[1], map_shape=map_shape, query_grid=query_grid, inside=points_inside
         )
     biases = () if lookup is None else ((1, keys, 2 * lookup.groups), _table_shape(lookup))
     query, key = (jax.ShapeDtypeStruct(s, dtype) for s in ((1, *shape[1:]), (1, keys, shape[3])))

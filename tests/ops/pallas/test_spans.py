@@ -22,7 +22,6 @@ from tests.reference import compare
 
 # Largest difference of a result or gradient from the plain algorithm in float32, relative to its largest value.
 TOLERANCES = {"float32": 3e-5, "bfloat16": 0.03}
-MLP_TOLERANCES = {"float32": 3e-5, "bfloat16": 0.12}  # the gradients of biases are sums of rounded numbers that cancel
 BLOCK_ROWS = 8  # at most, so that small maps have several blocks
 
 # (map, window, heads)
@@ -48,7 +47,7 @@ NEIGHBORHOOD = [
             ((25, 42), 7, 1),
             ((31, 16), 2, 1),
             ((32, 48), 7, 1),
-            ((33, 15), 13, 1),
+            ((33, 15), 9, 1),
             ((48, 48), 7, 1),
             ((57, 19), 9, 1),
             ((96, 96), 7, 1),
@@ -161,7 +160,7 @@ def make_mlp(map_shape, channels, hidden):
     return conv_mlp, [x, *(y / np.sqrt(max(1, y.shape[0] if y.ndim == 2 else 1)) for y in parameters)]
 
 
-def assert_close(function, arguments, *, rounded, dtype, tolerances=TOLERANCES):
+def assert_close(function, arguments, *, rounded, dtype):
     """Compares "pallas" with "plain" in float32, for arguments that are numbers of a dtype."""
     arguments = [
         np.asarray(x, np.float32).astype(dtype if index < rounded else np.float32) for index, x in enumerate(arguments)
@@ -170,7 +169,8 @@ def assert_close(function, arguments, *, rounded, dtype, tolerances=TOLERANCES):
     def differentiate(implementation, arguments):
         def loss(*arguments):
             out = function(*arguments, implementation=implementation).astype(jnp.float32)
-            weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+            # Their sum, the gradient of a bias, does not cancel.
+            weights = 1 + jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
             return (out * weights).sum(), out
 
         differentiated = jax.value_and_grad(loss, argnums=tuple(range(len(arguments))), has_aux=True)
@@ -182,7 +182,7 @@ def assert_close(function, arguments, *, rounded, dtype, tolerances=TOLERANCES):
     for index, (x, y) in enumerate(zip(actual, expected, strict=True)):
         x, y = np.asarray(x, np.float32), np.asarray(y)
         error = np.abs(x - y).max() / max(np.abs(y).max(), 1e-3)
-        assert error < tolerances[dtype], (index, error)
+        assert error < TOLERANCES[dtype], (index, error)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -204,7 +204,7 @@ def test_deformable_attention(map_shape, table_map, heads, groups, keys, grid, i
 @pytest.mark.parametrize(("map_shape", "channels", "hidden"), MLP)
 def test_mlp(map_shape, channels, hidden, dtype):
     function, arguments = make_mlp(map_shape, channels, hidden)
-    assert_close(function, arguments, rounded=1, dtype=dtype, tolerances=MLP_TOLERANCES)
+    assert_close(function, arguments, rounded=1, dtype=dtype)
 
 
 def test_neighborhood_attention_is_exact_in_float64(x64):
