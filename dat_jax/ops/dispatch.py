@@ -5,7 +5,8 @@ An op with several algorithms takes ``implementation=``:
 * "auto": the implementation that ``dat_jax.tuning`` chose for the call by measuring it, see ``calls``; without such a choice
   the fastest known on this platform.
 * "plain": the obvious algorithm, the reference that the others are tested against.
-* "pallas": the TPU kernel of ops that have one (``ops.pallas``); "auto" for other ops, and for maps too large for VMEM.
+* "pallas": the TPU kernel of ops that have one (``ops.pallas``); "auto" for other ops, and for calls whose kernel does not fit
+  in VMEM.
 * "triton": the GPU kernel of ops that have one (``ops.triton``); "auto" for other ops. No kernel has run on a device yet, so
   "auto" selects "pallas" or "triton" only by measurement.
 * the name of an algorithm of the op, see ``IMPLEMENTATIONS``.
@@ -19,8 +20,7 @@ also Hessian-vector products. The other choices have backward passes of their ow
 
 import contextlib
 import contextvars
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -52,8 +52,6 @@ PLAIN = {
     "norm_linear": "products",
     "depthwise_conv": "conv",
 }
-
-_MAX_KERNEL_PIXELS = 4096  # of a map that a Pallas kernel takes: one example must fit in VMEM
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -155,12 +153,14 @@ def split_batch(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Iterator[None
         _BATCH_SPLIT.reset(token)
 
 
-def has_kernel(op: str, map_shape: tuple[int, ...]) -> bool:
-    """Whether an op has a Pallas kernel for a map of (H, W)."""
-    return "pallas" in IMPLEMENTATIONS[op] and math.prod(map_shape) <= _MAX_KERNEL_PIXELS
-
-
-def choose(op: str, implementation: str, *, map_shape: tuple[int, ...], table_fits: bool = False) -> str:
+def choose(
+    op: str,
+    implementation: str,
+    *,
+    map_shape: tuple[int, ...],
+    table_fits: bool = False,
+    kernel_fits: Callable[[], bool] = lambda: True,
+) -> str:
     """Name of the algorithm to run.
 
     Args:
@@ -168,11 +168,13 @@ def choose(op: str, implementation: str, *, map_shape: tuple[int, ...], table_fi
       implementation: "auto", "plain", "pallas", "triton" or an algorithm of the op.
       map_shape: (H, W) of the map that the op works on.
       table_fits: for "position_bias", whether the table was made for this map size.
+      kernel_fits: returns whether the op has a Pallas kernel for this call that fits in VMEM. It is called only for "pallas",
+        which is replaced by "auto" if it returns False.
 
     Raises:
       ValueError: the op has no such implementation.
     """
-    if implementation == "pallas" and not has_kernel(op, map_shape):
+    if implementation == "pallas" and not ("pallas" in IMPLEMENTATIONS[op] and kernel_fits()):
         implementation = "auto"
     if implementation == "triton" and implementation not in IMPLEMENTATIONS[op]:
         implementation = "auto"

@@ -1,12 +1,13 @@
 """The implementations that are compared for a call of an op, and how much they may differ from the plain one."""
 
-import math
+from typing import Any
 
 from dat_jax.ops import dispatch
+from dat_jax.ops.attention import deformable, grid_sample, neighborhood
 from dat_jax.ops.attention.position_bias import table_fits
 from dat_jax.ops.calls import OpCall
-from dat_jax.ops.layers.mlp import fits_kernel
-from dat_jax.ops.layers.norm_linear import MAX_WEIGHTS
+from dat_jax.ops.layers import mlp, norm_linear
+from dat_jax.ops.pallas.call import is_unrolled
 from dat_jax.ops.triton import call as triton_kernels
 
 KERNELS = ("pallas", "triton")
@@ -34,14 +35,35 @@ def list_candidates(call: OpCall) -> list[str]:
     """The implementations to compare, the default first.
 
     Implementations whose memory grows with queries times keys on large maps are left out, and so are kernels where they cannot
-    run: "pallas" is for TPUs, see ``dispatch.has_kernel``, and "triton" for GPUs.
+    run: "pallas" is for TPUs, where a call fits in VMEM, and "triton" for GPUs.
     """
     shape, _ = call.main_array
     map_shape, shapes = shape[1:3], {name: shape for name, shape, _ in call.arrays}
     names = _ALGORITHMS[call.op](map_shape, shapes, dict(call.options))
-    names = [*names, *_list_kernels(call.op, shape, shapes)]
+    names = [*names, *_list_kernels(call, shapes)]
     default = find_default(call)
     return [default, *(name for name in names if name != default)]
+
+
+def _fits_kernel(call: OpCall, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the op has a Pallas kernel for the call that fits in VMEM."""
+    shape, dtype = call.main_array
+    options: dict[str, Any] = dict(call.options)
+    if call.op == "neighborhood_attention":
+        options = {name: options[name] for name in ("kernel_size", "num_heads")}
+        return neighborhood.fits_kernel(shape, dtype, **options)
+    if call.op == "deformable_attention":
+        options.pop("tile_shape", None)
+        arrays = {name: shapes.get(name) for name in ("key", "points", "table", "bias")}
+        arrays = {f"{name}_shape": value for name, value in arrays.items()}
+        return deformable.fits_kernel(shape, dtype, **arrays, **options)
+    if call.op == "grid_sample":
+        return grid_sample.fits_kernel(shape, dtype, shapes["points"])
+    if call.op == "conv_mlp":
+        return mlp.fits_kernel(shape, shapes["kernel1"][1], dtype=dtype)
+    if call.op == "norm_linear":
+        return norm_linear.fits_kernel(shape, shapes["kernel"][1])
+    return "pallas" in dispatch.IMPLEMENTATIONS[call.op] and is_unrolled(shape[1:3])
 
 
 def find_default(call: OpCall) -> str:
@@ -60,20 +82,18 @@ def get_tolerance(call: OpCall) -> float:
     return TOLERANCES[call.op]["exact" if exact else "rounded"]
 
 
-def _list_kernels(op, shape, shapes):
+def _list_kernels(call: OpCall, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """The kernels of the target platform, or all of them on CPUs where kernels are interpreted."""
     if {"sizes", "key_mask"} & set(shapes):
         return []
     platform = dispatch.target_platform()
     interpreted = platform == "cpu" and dispatch.interprets_kernels()
     names = []
-    fits = op != "conv_mlp" or fits_kernel(shape, shapes["kernel1"][1])
-    fits = fits and (op != "norm_linear" or math.prod(shapes["kernel"]) <= MAX_WEIGHTS)
-    if (platform == "tpu" or interpreted) and fits and dispatch.has_kernel(op, shape[1:3]):
+    if (platform == "tpu" or interpreted) and _fits_kernel(call, shapes):
         names.append("pallas")
     if (
         (platform == "gpu" or interpreted)
-        and "triton" in dispatch.IMPLEMENTATIONS[op]
+        and "triton" in dispatch.IMPLEMENTATIONS[call.op]
         and triton_kernels.is_supported()
     ):
         names.append("triton")

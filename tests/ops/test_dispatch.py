@@ -53,6 +53,12 @@ def test_auto_chooses_the_measured_algorithms_on_cpu():
 
 
 @pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
+def test_auto_replaces_a_kernel_that_does_not_fit(op):
+    auto = dispatch.choose(op, "auto", map_shape=(56, 56))
+    assert dispatch.choose(op, "pallas", map_shape=(56, 56), kernel_fits=lambda: False) == auto
+
+
+@pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
 def test_unknown_algorithm_raises_with_the_choices(op):
     choices = ", ".join(("auto", "plain", *dispatch.IMPLEMENTATIONS[op]))
     with pytest.raises(ValueError, match=f"{op} has no implementation 'fastest'; choose one of {choices}"):

@@ -297,9 +297,12 @@ def test_kernels_are_candidates_only_where_they_can_run():
     x = ones((1, 96, 96, 4))
     (call,) = record(neighborhood_attention, x, x, x, ones((2, 5, 5)), kernel_size=3, num_heads=2).values()
     with dispatch.compiling_for("tpu"):
-        assert list_candidates(call) == ["tiles"]  # beyond the limit of the kernels for TPUs
+        assert list_candidates(call) == ["tiles", "pallas"]
     with dispatch.compiling_for("gpu"):
         assert list_candidates(call) == ["tiles", "triton"]
+    (call,) = record(grid_sample, x, ones((1, 1, 5, 2))).values()
+    with dispatch.compiling_for("tpu"):
+        assert list_candidates(call) == ["gather", "matmul"]  # sampling of a large map has no kernel
     on_gpus = {
         "deformable": ["matmul", "slice", "triton"],
         "deformable with sizes": ["matmul"],

@@ -3,6 +3,7 @@
 On TPUs a branch can be one kernel, which reads and writes one map in each direction. Elsewhere the models run it op by op.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from dat_jax.ops.pallas import deformable as pallas_deformable
 from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
 from dat_jax.ops.pallas.biases import SharedBias
 from dat_jax.ops.pallas.branch import Branch
+from dat_jax.ops.pallas.call import is_unrolled
 
 _NEIGHBORHOOD_BATCHED = ("x", "factors")
 _DEFORMABLE_BATCHED = ("x", "key", "value", "points", "factors")
@@ -66,7 +68,7 @@ def neighborhood_branch(
     """
     map_shape, channels = (x.shape[1], x.shape[2]), x.shape[3]
     projections = (kernel_in, bias_in, kernel_out, bias_out)
-    if dispatch.choose("neighborhood_branch", implementation, map_shape=map_shape) == "pallas":
+    if _choose("neighborhood_branch", implementation, map_shape) == "pallas":
         tiles = make_tiles(map_shape, kernel_size)
         layout, bias = pallas_neighborhood.make_layout(table, map_shape[1], *tiles, channels, num_heads)
         branch = (norm_scale, norm_bias, factors)
@@ -124,7 +126,7 @@ def deformable_branch(
     """
     map_shape = (x.shape[1], x.shape[2])
     projections = (kernel_in, bias_in, kernel_out, bias_out)
-    if dispatch.choose("deformable_branch", implementation, map_shape=map_shape) == "pallas":
+    if _choose("deformable_branch", implementation, map_shape) == "pallas":
         bias, arrays = pallas_deformable.make_table_bias(points, table, map_shape)
         layout = pallas_deformable.make_layout(map_shape, key.shape[1], x.shape[3], num_heads)
         branch = (norm_scale, norm_bias, factors)
@@ -211,4 +213,10 @@ def _uses_pallas(function, op, shape, dtype, arrays, batched, options, implement
         }
         arguments = {"x": jax.ShapeDtypeStruct(shape, dtype), **arguments, **options}
         implementation = choose_call(op, function, frozenset(batched), arguments)
-    return dispatch.choose(op, implementation, map_shape=tuple(shape[1:3])) == "pallas"
+    return _choose(op, implementation, tuple(shape[1:3])) == "pallas"
+
+
+def _choose(op, implementation, map_shape):
+    return dispatch.choose(
+        op, implementation, map_shape=map_shape, kernel_fits=functools.partial(is_unrolled, map_shape)
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from dat_jax.ops.attention import position_bias
 from dat_jax.ops.attention.multi_head import attention_weights, multi_head_attention
 from dat_jax.ops.calls import tunable
 from dat_jax.ops.pallas import deformable as pallas_deformable
+from dat_jax.ops.pallas import deformable_rows
 from dat_jax.ops.triton import deformable as triton_deformable
 
 FORMS = ("dat_pp", "cvpr2022")  # of deformable attention, see ``reference_points`` and ``key_positions``
@@ -143,7 +145,8 @@ def deformable_attention(
       key_mask: bool (B, N), False for keys that no query attends to; None for all keys. There is no kernel with it.
       implementation: algorithm of the table lookup, or "pallas" or "triton", a kernel for TPUs or GPUs for the whole op. See
         ``dispatch``. With ``sizes`` or ``key_mask`` "auto" replaces the kernels.
-      tile_shape: (height, width) of the tiles of queries; the map's shape for one tile. By default ``dispatch`` chooses.
+      tile_shape: (height, width) of the tiles of queries; the map's shape for one tile. By default ``dispatch`` chooses. Kernels
+        for TPUs have tiles of their own.
 
     Returns:
       (B, H, W, C), of the dtype of ``value``.
@@ -156,27 +159,30 @@ def deformable_attention(
     _check_bias(points, table, bias)
     height, width = query.shape[1:3]
     map_shape = (height, width)
-    chosen = dispatch.choose("deformable_attention", _attention_implementation(implementation), map_shape=map_shape)
+    kernel = functools.partial(
+        choose_kernel,
+        query.shape,
+        query.dtype,
+        key_shape=key.shape,
+        points_shape=None if points is None else points.shape,
+        table_shape=None if table is None else table.shape,
+        bias_shape=None if bias is None else bias.shape,
+        num_heads=num_heads,
+        points_inside=points_inside,
+        query_grid=query_grid,
+    )
+    chosen = _attention_implementation(implementation)
     if sizes is not None or key_mask is not None:
-        chosen = "products"
-
-    def attend_with_pallas(queries, tile):
-        attention = functools.partial(pallas_deformable.deformable_attention, queries, key, value, num_heads=num_heads)
-        tile_bias = None
-        if table is not None and points is not None:
-            fits = position_bias.table_fits(table.shape, map_shape=map_shape, query_grid=query_grid)
-            if fits and points_inside and tile.shape == map_shape and pallas_deformable.table_fits(table.shape):
-                return attention(points=points, table=table)
-            tile_bias = position_bias.table_position_bias_by_key(
-                table, points, map_shape=map_shape, query_grid=query_grid, tile=tile
-            )
-        elif bias is not None:
-            tile_bias = jnp.broadcast_to(bias, (queries.shape[0], *bias.shape[1:])).swapaxes(2, 3)
-        return attention(bias=tile_bias)
+        chosen = {"pallas": "auto", "triton": "auto"}.get(chosen, chosen)
+    chosen = dispatch.choose(
+        "deformable_attention", chosen, map_shape=map_shape, kernel_fits=lambda: kernel() is not None
+    )
+    if chosen == "pallas":
+        return _attend_with_pallas(
+            query, key, value, points, table, bias, kernel(), num_heads, points_inside, query_grid
+        )
 
     def attend(queries, tile):  # (B, tile height, tile width, C)
-        if chosen == "pallas":
-            return attend_with_pallas(queries, tile)
         if chosen == "triton":
             return triton_deformable.deformable_attention(
                 *(queries, key, value),
@@ -248,6 +254,79 @@ def deformable_attention_weights(
         bias = position_bias.table_position_bias(table, points, map_shape=(height, width), query_grid=query_grid)
     flat = query.reshape(query.shape[0], -1, query.shape[-1])
     return attention_weights(flat, key, num_heads=num_heads, bias=bias)
+
+
+def choose_kernel(
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    key_shape: tuple[int, ...],
+    points_shape: tuple[int, ...] | None = None,
+    table_shape: tuple[int, ...] | None = None,
+    bias_shape: tuple[int, ...] | None = None,
+    num_heads: int,
+    points_inside: bool = False,
+    query_grid: str = "corners",
+) -> str | None:
+    """The Pallas kernel for a call of ``deformable_attention``, with the shapes of its arrays.
+
+    Args:
+      shape: (B, H, W, C), the shape of the query.
+      dtype: of the query.
+      key_shape: (B, N, C).
+      points_shape: (B, G, N, 2), or None.
+      table_shape: (M, 2 * H0 - 1, 2 * W0 - 1), or None.
+      bias_shape: (B | 1, M, H * W, N), or None.
+      num_heads: M.
+      points_inside: see ``deformable_attention``.
+      query_grid: see ``deformable_attention``.
+
+    Returns:
+      "map", a whole map per grid step; "map table", the same with the lookup in the kernel; "rows", blocks of rows; None if none
+      of them fits in VMEM. Only "map" takes a bias as an array.
+    """
+    map_shape, keys = (shape[1], shape[2]), key_shape[1]
+    options: dict[str, Any] = dict(keys=keys, num_heads=num_heads)
+    tile_shape = dispatch.choose_query_tile(map_shape, pairs_per_query=num_heads * keys)
+    if bias_shape is not None or tile_shape == map_shape:
+        if table_shape is not None and points_shape is not None and points_inside:
+            fits_table = position_bias.table_fits(table_shape, map_shape=map_shape, query_grid=query_grid)
+            table: dict[str, Any] = dict(groups=points_shape[1], table_shape=table_shape)
+            if fits_table and pallas_deformable.fits(shape, dtype, **options, **table):
+                return "map table"
+        with_bias = table_shape is not None or bias_shape is not None
+        if pallas_deformable.fits(shape, dtype, **options, with_bias=with_bias):
+            return "map"
+    lookup: dict[str, Any] = dict(points_shape=points_shape, table_shape=table_shape)
+    grid: dict[str, Any] = dict(query_grid=query_grid, points_inside=points_inside)
+    if bias_shape is None and deformable_rows.fits(shape, dtype, **options, **lookup, **grid):
+        return "rows"
+    return None
+
+
+def fits_kernel(shape: tuple[int, ...], dtype: Any, **options) -> bool:
+    """Whether there is a Pallas kernel for a call; see ``choose_kernel``."""
+    return choose_kernel(shape, dtype, **options) is not None
+
+
+def _attend_with_pallas(query, key, value, points, table, bias, kernel, num_heads, points_inside, query_grid):
+    map_shape = query.shape[1:3]
+    arrays, lookup = (query, key, value), dict(points=points, table=table)
+    if table is None:
+        lookup = {}
+    if kernel == "rows":
+        grid = dict(query_grid=query_grid, points_inside=points_inside)
+        return deformable_rows.deformable_attention(*arrays, num_heads=num_heads, **lookup, **grid)
+    if kernel == "map table":
+        return pallas_deformable.deformable_attention(*arrays, num_heads=num_heads, **lookup)
+    if table is not None:
+        tile = position_bias.Tile((0, 0), map_shape)
+        bias = position_bias.table_position_bias_by_key(
+            table, points, map_shape=map_shape, query_grid=query_grid, tile=tile
+        )
+    elif bias is not None:
+        bias = jnp.broadcast_to(bias, (query.shape[0], *bias.shape[1:])).swapaxes(2, 3)
+    return pallas_deformable.deformable_attention(*arrays, num_heads=num_heads, bias=bias)
 
 
 def _check_bias(points, table, bias):

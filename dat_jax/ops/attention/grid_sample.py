@@ -9,6 +9,9 @@ THE COORDINATE CONVENTION of this project, stated once:
   is written in them; ``to_pixels`` converts them.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -87,13 +90,25 @@ def grid_sample(features: jax.Array, points: jax.Array, *, implementation: str =
             f"got points of shape {points.shape}."
         )
     points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
-    implementation = dispatch.choose("grid_sample", implementation, map_shape=(height, width))
+    kernel = functools.partial(fits_kernel, features.shape, features.dtype, points.shape)
+    implementation = dispatch.choose("grid_sample", implementation, map_shape=(height, width), kernel_fits=kernel)
     if implementation == "pallas":
         return pallas_sampling.grid_sample(features, points)
     grouped = features.reshape(batch, height, width, groups, channels // groups)
     samplers = {"gather": _sample_gather, "matmul": _sample_matmul, "map_coordinates": _sample_map_coordinates}
     sampled = samplers[implementation](grouped, points)
     return sampled.reshape(batch, points.shape[2], channels).astype(features.dtype)
+
+
+def fits_kernel(shape: tuple[int, ...], dtype: Any, points_shape: tuple[int, ...]) -> bool:
+    """Whether the Pallas kernel can hold an example in VMEM, with the weights of all points.
+
+    Args:
+      shape: (B, H, W, C), the shape of the features.
+      dtype: of the features.
+      points_shape: (B, G, N, 2).
+    """
+    return pallas_sampling.fits(shape, dtype, groups=points_shape[1], keys=points_shape[2])
 
 
 def _sample_gather(features: jax.Array, points: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Neighborhood attention: each pixel attends to the K x K window around it, shifted inward at the borders."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from dat_jax.ops.attention.neighborhood_tiles import tile_line, tile_side, windo
 from dat_jax.ops.calls import tunable
 from dat_jax.ops.cpu import neighborhood_rows
 from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
+from dat_jax.ops.pallas import neighborhood_spans
 from dat_jax.ops.triton import neighborhood as triton_neighborhood
 
 
@@ -71,7 +73,10 @@ def neighborhood_attention(
     requested = implementation
     if sizes is not None:
         implementation = {"pallas": "auto", "triton": "auto"}.get(implementation, implementation)
-    implementation = dispatch.choose("neighborhood_attention", implementation, map_shape=(height, width))
+    kernel = functools.partial(fits_kernel, query.shape, query.dtype, kernel_size=kernel_size, num_heads=num_heads)
+    implementation = dispatch.choose(
+        "neighborhood_attention", implementation, map_shape=(height, width), kernel_fits=kernel
+    )
     if implementation == "gather":
         with dispatch.gradients_for(requested):
             return _attend_gathered(query, key, value, table, kernel_size, num_heads, sizes)
@@ -159,11 +164,37 @@ def _window_bias(table, rows, columns, kernel_size):
     return jnp.moveaxis(bias, 0, 2)[None, :, :, :, None]
 
 
+def fits_kernel(shape: tuple[int, ...], dtype: Any, *, kernel_size: int, num_heads: int) -> bool:
+    """Whether there is a Pallas kernel whose memory fits in VMEM.
+
+    Args:
+      shape: (B, H, W, C), the shape of the query.
+      dtype: of the query.
+      kernel_size: K.
+      num_heads: M.
+    """
+    return _fits_whole(shape, dtype, kernel_size, num_heads) or (
+        neighborhood_spans.choose_tiling(shape[1:], jnp.dtype(dtype), kernel_size=kernel_size, num_heads=num_heads)
+        is not None
+    )
+
+
+def _fits_whole(shape, dtype, kernel_size, num_heads):
+    row_tiles, _ = make_tiles(shape[1:3], kernel_size)
+    return pallas_neighborhood.fits(shape, dtype, row_tiles=row_tiles, num_heads=num_heads)
+
+
 def _attend_with_pallas(query, key, value, table, kernel_size, num_heads):
+    # If they were split from one projection, the compiler uses that directly, in both directions.
+    packed = jnp.concatenate([query, key, value], axis=-1)
+    if not _fits_whole(query.shape, query.dtype, kernel_size, num_heads):
+        tiling = neighborhood_spans.choose_tiling(
+            query.shape[1:], query.dtype, kernel_size=kernel_size, num_heads=num_heads
+        )
+        return neighborhood_spans.neighborhood_attention(packed, table, tiling)
     row_tiles, column_tile = make_tiles(query.shape[1:3], kernel_size)
     return pallas_neighborhood.neighborhood_attention(
-        # If they were split from one projection, the compiler uses that directly, in both directions.
-        jnp.concatenate([query, key, value], axis=-1),
+        packed,
         table,
         row_tiles=row_tiles,
         column_tile=column_tile,

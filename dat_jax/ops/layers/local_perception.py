@@ -1,5 +1,6 @@
 """The local perception unit of DAT++: a depthwise 3 x 3 convolution with a residual."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from dat_jax.ops import dispatch
 from dat_jax.ops.calls import choose_call, tunable
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.pallas import local_perception as pallas_local_perception
+from dat_jax.ops.pallas.call import is_unrolled
 
 
 @tunable("local_perception", batched=("x",))
@@ -27,7 +29,7 @@ def local_perception(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, implem
 
     Source: CMT (2107.06263), as DAT++ (2309.01430) uses it.
     """
-    if dispatch.choose("local_perception", implementation, map_shape=x.shape[1:3]) == "pallas":
+    if _choose(implementation, x.shape) == "pallas":
         wide = jnp.promote_types(x.dtype, jnp.float32)
         taps, bias = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (kernel, bias))
         return pallas_local_perception.local_perception(x, taps, bias)
@@ -43,4 +45,10 @@ def uses_pallas(shape: tuple[int, ...], *, dtype: Any = jnp.float32, implementat
         arguments = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in parameters.items()}
         arguments = {"x": jax.ShapeDtypeStruct(shape, dtype), **arguments}
         implementation = choose_call("local_perception", local_perception, frozenset({"x"}), arguments)
-    return dispatch.choose("local_perception", implementation, map_shape=tuple(shape[1:3])) == "pallas"
+    return _choose(implementation, shape) == "pallas"
+
+
+def _choose(implementation, shape):
+    map_shape = tuple(shape[1:3])
+    fits = functools.partial(is_unrolled, map_shape)
+    return dispatch.choose("local_perception", implementation, map_shape=map_shape, kernel_fits=fits)

@@ -1,5 +1,6 @@
 """The MLP of DAT++: linear, a depthwise 3 x 3 convolution added, GELU, linear."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ from dat_jax.ops.layers.activation import gelu_linear
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.layers.normalization import layer_norm
 from dat_jax.ops.pallas import mlp as pallas_mlp
+from dat_jax.ops.pallas import mlp_spans
 from dat_jax.ops.pallas.branch import Branch
+from dat_jax.ops.pallas.call import MAX_UNROLLED_PIXELS
 
 _BATCHED = ("x", "factors")
 
@@ -25,7 +28,7 @@ def uses_pallas(
     implementation: str = "auto",
     is_branch: bool = False,
 ) -> bool:
-    """Whether ``conv_mlp`` runs as a Pallas kernel: if it was chosen (see ``calls``) and the weights fit in VMEM.
+    """Whether ``conv_mlp`` runs as a Pallas kernel: if it was chosen (see ``calls``) and fits in VMEM.
 
     Args:
       shape: (B, H, W, C), the shape of the input.
@@ -34,7 +37,7 @@ def uses_pallas(
       implementation: see ``conv_mlp``.
       is_branch: whether the call has ``norm_scale``, ``norm_bias`` and ``factors``.
     """
-    if not fits_kernel(shape, hidden):
+    if not fits_kernel(shape, hidden, dtype=dtype):
         return False
     if implementation == "auto":
         channels = shape[-1]
@@ -54,9 +57,21 @@ def uses_pallas(
     return dispatch.choose("conv_mlp", implementation, map_shape=tuple(shape[1:3])) == "pallas"
 
 
-def fits_kernel(shape: tuple[int, ...], hidden: int) -> bool:
-    """Whether the Pallas kernel can hold the weights of an MLP for (B, H, W, C) with ``hidden`` channels."""
-    return shape[-1] * hidden <= pallas_mlp.MAX_WEIGHTS
+def fits_kernel(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32) -> bool:
+    """Whether a Pallas kernel can hold the weights of an MLP in VMEM, and a map or some of its rows.
+
+    Args:
+      shape: (B, H, W, C), the shape of the input.
+      hidden: E, the hidden width.
+      dtype: of the input.
+    """
+    if shape[-1] * hidden > pallas_mlp.MAX_WEIGHTS:
+        return False
+    return _fits_whole(shape) or mlp_spans.choose_rows(shape, hidden, dtype) is not None
+
+
+def _fits_whole(shape):
+    return shape[1] * shape[2] <= MAX_UNROLLED_PIXELS
 
 
 @tunable("conv_mlp", batched=_BATCHED)
@@ -103,13 +118,16 @@ def conv_mlp(
     if len({y is None for y in (norm_scale, norm_bias, factors)}) > 1:
         raise ValueError("conv_mlp expected all or none of norm_scale, norm_bias and factors.")
     parameters = (kernel1, bias1, taps, taps_bias, kernel2, bias2)
-    if dispatch.choose("conv_mlp", implementation, map_shape=x.shape[1:3]) == "pallas":
+    fits = functools.partial(fits_kernel, x.shape, bias1.size, dtype=x.dtype)
+    uses_kernel = dispatch.choose("conv_mlp", implementation, map_shape=x.shape[1:3], kernel_fits=fits) == "pallas"
+    if uses_kernel and _fits_whole(x.shape):
         return _run_kernel(x, *parameters, norm=(norm_scale, norm_bias), factors=factors)
     branch = x
     if factors is not None and norm_scale is not None and norm_bias is not None:
         with dispatch.gradients_for(implementation):
             branch = layer_norm(x, norm_scale, norm_bias)
-    branch = _run_products(branch, *parameters, implementation=implementation)
+    run = _run_spans if uses_kernel else functools.partial(_run_products, implementation=implementation)
+    branch = run(branch, *parameters)
     return branch if factors is None else x + scale_examples(branch, factors)
 
 
@@ -118,13 +136,21 @@ def scale_examples(x: jax.Array, factors: jax.Array) -> jax.Array:
     return x * lax.stop_gradient(factors).reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
 
 
-def _run_kernel(x, kernel1, bias1, taps, taps_bias, kernel2, bias2, *, norm, factors):
+def _run_kernel(x, *parameters, norm, factors):
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    rows = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (bias1, taps, taps_bias, bias2))
-    bias1, taps, taps_bias, bias2 = rows
-    kernel1, kernel2 = kernel1.astype(x.dtype), kernel2.astype(x.dtype)
     branch = None if factors is None else Branch.make(lax.stop_gradient(factors), *norm, wide)
-    return pallas_mlp.conv_mlp(x, pallas_mlp.Parameters(kernel1, bias1, taps, taps_bias, kernel2, bias2), branch)
+    return pallas_mlp.conv_mlp(x, _kernel_parameters(x, *parameters), branch)
+
+
+def _run_spans(x, *parameters):
+    made = _kernel_parameters(x, *parameters)
+    return mlp_spans.conv_mlp(x, made, mlp_spans.choose_rows(x.shape, made.kernel1.shape[1], x.dtype))
+
+
+def _kernel_parameters(x, kernel1, bias1, taps, taps_bias, kernel2, bias2):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    bias1, taps, taps_bias, bias2 = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (bias1, taps, taps_bias, bias2))
+    return pallas_mlp.Parameters(kernel1.astype(x.dtype), bias1, taps, taps_bias, kernel2.astype(x.dtype), bias2)
 
 
 def _run_products(x, kernel1, bias1, taps, taps_bias, kernel2, bias2, *, implementation):

@@ -1,5 +1,6 @@
 """LayerNorm followed by a linear layer, both of whose results are used."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from dat_jax.ops.calls import choose_call
 from dat_jax.ops.layers.linear import linear
 from dat_jax.ops.layers.normalization import layer_norm
 from dat_jax.ops.pallas import norm_linear as pallas_norm_linear
+from dat_jax.ops.pallas.call import is_unrolled
 
 MAX_WEIGHTS = 2**20  # C * features: the kernel and its float32 gradient are in VMEM, each twice
 
@@ -38,9 +40,8 @@ def norm_linear(
     """
     if implementation == "auto":
         implementation = choose_norm_linear(x.shape, kernel.shape[1], x.dtype)
-    if kernel.size > MAX_WEIGHTS and implementation == "pallas":
-        implementation = "products"
-    if dispatch.choose("norm_linear", implementation, map_shape=x.shape[1:3]) == "pallas":
+    fits = functools.partial(fits_kernel, x.shape, kernel.shape[1])
+    if dispatch.choose("norm_linear", implementation, map_shape=x.shape[1:3], kernel_fits=fits) == "pallas":
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scale, shift, bias = (y.reshape(1, -1).astype(wide) for y in (norm_scale, norm_bias, bias))
         flat = x.reshape(x.shape[0], -1, x.shape[3])
@@ -50,6 +51,11 @@ def norm_linear(
     with dispatch.gradients_for(implementation):
         normalized = layer_norm(x, norm_scale, norm_bias)
         return normalized, linear(normalized, kernel.astype(x.dtype), bias.astype(x.dtype))
+
+
+def fits_kernel(shape: tuple[int, ...], features: int) -> bool:
+    """Whether there is a Pallas kernel for (B, H, W, C) with this number of features."""
+    return shape[3] * features <= MAX_WEIGHTS and is_unrolled(shape[1:3])
 
 
 def concatenated_norm_linear(*arrays: jax.Array, implementation: str = "auto", **named: jax.Array) -> jax.Array:

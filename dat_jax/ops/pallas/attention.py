@@ -15,13 +15,13 @@ matrix, which is never written to memory.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dat_jax.ops.pallas.call import Result, batched_call, dot
+from dat_jax.ops.pallas.call import KernelCall, Result, dot
 
 
 class Span(NamedTuple):
@@ -98,20 +98,67 @@ def _weights(key, query_t, bias, scale):
     return numerators, numerators.sum(axis=0, keepdims=True)
 
 
+def attend(layout: Layout, query_t, key, value, load_bias):
+    """Attention of all heads, inside a kernel.
+
+    Args:
+      layout: the static arguments; its spans are not used.
+      query_t: (C, Q).
+      key: (K, C).
+      value: (K, C).
+      load_bias: function of a head that returns its bias (K, Q).
+
+    Returns:
+      (C, Q), float32 or better.
+    """
+    value_t = value.T
+    outs = []
+    for head in range(layout.num_heads):
+        at = layout.head(head)
+        weights, total = _weights(key[:, at], query_t[at], load_bias(head), layout.scale)
+        outs.append(dot(value_t[at], weights.astype(value.dtype), 1, 0) / total)  # (D, Q)
+    return jnp.concatenate(outs)
+
+
+def attend_backward(layout: Layout, query_t, key, value, gradient_t, load_bias, add_gradient):
+    """Gradients of ``attend``, inside a kernel, which compute the weights again.
+
+    Args:
+      layout: see ``attend``.
+      query_t: see ``attend``.
+      key: see ``attend``.
+      value: see ``attend``.
+      gradient_t: (C, Q), gradient of the result.
+      load_bias: see ``attend``.
+      add_gradient: function of a head and the gradient (K, Q) of its bias.
+
+    Returns:
+      Gradients of the query (C, Q), the key (C, K) and the value (C, K), transposed, float32 or better.
+    """
+    key_t = key.T
+    to_query, to_key, to_value = [], [], []
+    for head in range(layout.num_heads):
+        at = layout.head(head)
+        weights, total = _weights(key[:, at], query_t[at], load_bias(head), layout.scale)
+        weights = weights / total
+        to_value.append(dot(gradient_t[at], weights.astype(value.dtype), 1, 1))  # (D, K)
+        to_weights = dot(value[:, at], gradient_t[at], 1, 0)
+        to_logits = weights * (to_weights - (weights * to_weights).sum(axis=0, keepdims=True))
+        add_gradient(head, to_logits)
+        to_products = (to_logits * layout.scale).astype(value.dtype)
+        to_query.append(dot(key_t[at], to_products, 1, 0))  # (D, Q)
+        to_key.append(dot(query_t[at], to_products, 1, 1))  # (D, K)
+    return tuple(map(jnp.concatenate, (to_query, to_key, to_value)))
+
+
 def forward_kernel(layout: Layout, bias, operands: int, *refs) -> None:
     """Kernel of the forward pass, with references to ``operands`` operands and then to the result."""
     inputs, rest = refs[:operands], refs[operands:]
     count = 1 if layout.packed else 3
     qkv, bias_refs, out_ref = inputs[:count] * (3 // count), inputs[count:], rest[0]
     for span in layout.spans:
-        query_t, key, value = _load_span(qkv, layout, span)
-        value_t = value.T
-        outs = []
-        for head in range(layout.num_heads):
-            at = layout.head(head)
-            weights, total = _weights(key[:, at], query_t[at], bias.load(bias_refs, span, head), layout.scale)
-            outs.append(dot(value_t[at], weights.astype(value.dtype), 1, 0) / total)  # (D, Q)
-        out_ref[0, _rows(span.query, span.queries)] = jnp.concatenate(outs).T.astype(out_ref.dtype)
+        out = attend(layout, *_load_span(qkv, layout, span), functools.partial(bias.load, bias_refs, span))
+        out_ref[0, _rows(span.query, span.queries)] = out.T.astype(out_ref.dtype)
 
 
 def backward_kernel(layout: Layout, bias, operands: int, *refs) -> None:
@@ -124,25 +171,17 @@ def backward_kernel(layout: Layout, bias, operands: int, *refs) -> None:
     sums[...] = jnp.zeros_like(sums)
     columns = [slice(c, c + layout.channels) for c in layout.columns]
     for span in layout.spans:
-        query_t, key, value = _load_span(qkv, layout, span)
-        gradient_t = out_gradient[0, _rows(span.query, span.queries)].T
-        key_t = key.T
-        to_query, to_key, to_value = [], [], []
-        for head in range(layout.num_heads):
-            at = layout.head(head)
-            weights, total = _weights(key[:, at], query_t[at], bias.load(bias_refs, span, head), layout.scale)
-            weights = weights / total
-            to_value.append(dot(gradient_t[at], weights.astype(value.dtype), 1, 1))  # (D, K)
-            to_weights = dot(value[:, at], gradient_t[at], 1, 0)
-            to_logits = weights * (to_weights - (weights * to_weights).sum(axis=0, keepdims=True))
-            bias.add_gradient(bias_refs, bias_results, span, head, to_logits)
-            to_products = (to_logits * layout.scale).astype(value.dtype)
-            to_query.append(dot(key_t[at], to_products, 1, 0))  # (D, Q)
-            to_key.append(dot(query_t[at], to_products, 1, 1))  # (D, K)
         queries, keys = _rows(span.query, span.queries), _rows(span.key, span.keys)
-        results[0][0, queries, columns[0]] = jnp.concatenate(to_query).T.astype(results[0].dtype)
-        sums[0, keys] += jnp.concatenate(to_key).T
-        sums[1, keys] += jnp.concatenate(to_value).T
+        to_query, to_key, to_value = attend_backward(
+            layout,
+            *_load_span(qkv, layout, span),
+            out_gradient[0, queries].T,
+            functools.partial(bias.load, bias_refs, span),
+            functools.partial(bias.add_gradient, bias_refs, bias_results, span),
+        )
+        results[0][0, queries, columns[0]] = to_query.T.astype(results[0].dtype)
+        sums[0, keys] += to_key.T
+        sums[1, keys] += to_value.T
     for index in (1, 2):
         results[index][0, :, columns[index]] = sums[index - 1].astype(results[index].dtype)
 
@@ -160,7 +199,7 @@ def attention(layout: Layout, bias, arrays: tuple[jax.Array, ...], bias_arrays: 
       (B, Q, C), of the dtype of ``arrays``. Logits and softmax are float32 or better.
 
     Raises:
-      ValueError: see ``call.batched_call``.
+      ValueError: see ``call.KernelCall``.
     """
     return _attention(layout, bias, arrays, bias_arrays)
 
@@ -175,9 +214,14 @@ def _attention_forward(layout, bias, arrays, bias_arrays):
 
 
 def _run_forward(layout, bias, arrays, bias_arrays):
+    (out,) = _forward_call(layout, bias, arrays, bias_arrays).run()
+    return out
+
+
+def _forward_call(layout, bias, arrays, bias_arrays):
     operands = [*((x, True) for x in arrays), *bias.operands(*bias_arrays)]
     pairs = layout.pairs
-    (out,) = batched_call(
+    return KernelCall(
         functools.partial(forward_kernel, layout, bias, len(operands)),
         operands,
         [Result((*arrays[0].shape[:2], layout.channels), arrays[0].dtype, batched=True)],
@@ -186,16 +230,23 @@ def _run_forward(layout, bias, arrays, bias_arrays):
         work_bytes=work_bytes(layout, arrays[0].dtype),
         name="attention_forward",
     )
-    return out
 
 
 def _attention_backward(layout, bias, residuals, gradient):
     arrays, bias_arrays = residuals
+    gradients = _backward_call(layout, bias, arrays, bias_arrays, gradient).run()
+    return tuple(gradients[: len(arrays)]), tuple(gradients[len(arrays) :])
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _backward_call(layout, bias, arrays, bias_arrays, gradient):
     bias_operands = bias.operands(*bias_arrays)
     operands = [*((x, True) for x in arrays), *bias_operands, (gradient, True)]
     results = [*(Result(x.shape, x.dtype, batched=True) for x in arrays), *bias.results(bias_operands)]
     dtype = jnp.promote_types(arrays[0].dtype, jnp.float32)
-    gradients = batched_call(
+    return KernelCall(
         functools.partial(backward_kernel, layout, bias, len(operands)),
         operands,
         results,
@@ -205,10 +256,13 @@ def _attention_backward(layout, bias, residuals, gradient):
         name="attention_backward",
         scratch=[pltpu.VMEM((2, arrays[-1].shape[1], layout.channels), dtype)],
     )
-    return tuple(gradients[: len(arrays)]), tuple(gradients[len(arrays) :])
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+def fits(layout: Layout, bias, arrays: tuple[Any, ...], bias_arrays: tuple[Any, ...]) -> bool:
+    """Whether the kernels of ``attention`` fit in VMEM. The arrays may be ShapeDtypeStructs."""
+    gradient = jax.ShapeDtypeStruct((*arrays[0].shape[:2], layout.channels), arrays[0].dtype)
+    forward = _forward_call(layout, bias, arrays, bias_arrays)
+    return forward.fits and _backward_call(layout, bias, arrays, bias_arrays, gradient).fits
 
 
 def work_bytes(layout: Layout, dtype) -> int:

@@ -1,12 +1,15 @@
-"""Deformable attention with the kernels of ``attention``."""
+"""Deformable attention of a small map with the kernels of ``attention``. ``deformable_rows`` has the kernels for other maps."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dat_jax.ops.pallas import attention
 from dat_jax.ops.pallas.biases import BatchedBias, NoBias, TableBias, shift_bits
+from dat_jax.ops.pallas.call import MAX_UNROLLED_PIXELS
 
-MAX_MATRIX_BYTES = 12 * 2**20  # of the result of ``shift_columns``: it and its gradient are in VMEM, each twice
+_MAX_MATRIX_BYTES = 12 * 2**20  # of the result of ``shift_columns``: it and its gradient are in VMEM, each twice
 
 
 def deformable_attention(
@@ -62,7 +65,45 @@ def table_fits(table_shape: tuple[int, ...]) -> bool:
     """Whether the kernel itself can look up a table (M, 2 * H - 1, 2 * W - 1), for a map of H x W."""
     heads, rows, columns = table_shape
     height, width = (rows + 1) // 2, (columns + 1) // 2
-    return 4 * heads * (width + 1) * _lines(height) * width <= MAX_MATRIX_BYTES
+    return 4 * heads * (width + 1) * _lines(height) * width <= _MAX_MATRIX_BYTES
+
+
+def fits(
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    keys: int,
+    num_heads: int,
+    with_bias: bool = False,
+    groups: int = 1,
+    table_shape: tuple[int, ...] | None = None,
+) -> bool:
+    """Whether one example fits in VMEM, and the map is small. The kernels have all queries of a map in one span.
+
+    Args:
+      shape: (B, H, W, C), the shape of the query.
+      dtype: of the query.
+      keys: N.
+      num_heads: M.
+      with_bias: whether there is a bias as an array.
+      groups: G, for a table.
+      table_shape: (M, 2 * H - 1, 2 * W - 1) if the kernel looks up the bias in a table, otherwise None.
+    """
+    batch, height, width, channels = shape
+    pixels, wide = height * width, jnp.promote_types(dtype, jnp.float32)
+    if pixels > MAX_UNROLLED_PIXELS:
+        return False
+    layout = make_layout((height, width), keys, channels, num_heads)
+    kind, biases = NoBias(), ()
+    if table_shape is not None:
+        if not table_fits(table_shape):
+            return False
+        matrix = (num_heads, width + 1, _lines(height) * width)
+        kind, biases = TableBias((height, width), num_heads // groups), ((batch, keys, 2 * groups), matrix)
+    elif with_bias:
+        kind, biases = BatchedBias(), ((batch, num_heads, keys, pixels),)
+    arrays = [jax.ShapeDtypeStruct((batch, count, channels), dtype) for count in (pixels, keys, keys)]
+    return attention.fits(layout, kind, tuple(arrays), tuple(jax.ShapeDtypeStruct(s, wide) for s in biases))
 
 
 def _lines(height):

@@ -1,4 +1,7 @@
-"""Neighborhood attention with the kernels of ``attention``: spans of whole rows of queries, with the rows of their windows."""
+"""Neighborhood attention of a small map with the kernels of ``attention``: spans of whole rows, with the rows of their windows.
+
+``neighborhood_spans`` has the kernels for other maps.
+"""
 
 import math
 
@@ -9,6 +12,7 @@ from jax import lax
 
 from dat_jax.ops.pallas import attention
 from dat_jax.ops.pallas.biases import SharedBias
+from dat_jax.ops.pallas.call import MAX_UNROLLED_PIXELS
 
 _SPAN_COST = 16  # fixed cost of a head and span, in registers of 8 x 128 scores
 
@@ -35,8 +39,34 @@ def neighborhood_attention(
     return out.reshape(batch, height, width, channels // 3)
 
 
+def fits(shape: tuple[int, ...], dtype, *, row_tiles, num_heads: int) -> bool:
+    """Whether one example fits in VMEM, and its program, which has every span of the map, is not too long.
+
+    Args:
+      shape: (B, H, W, C), the shape of the query.
+      dtype: of the query.
+      row_tiles: see ``neighborhood_attention``.
+      num_heads: M.
+    """
+    batch, height, width, channels = shape
+    if height * width > MAX_UNROLLED_PIXELS:
+        return False
+    layout, kinds = _make_layout(width, channels, row_tiles, num_heads)
+    span = layout.spans[0]
+    bias = (len(kinds), num_heads, span.keys, span.queries)
+    arrays = (jax.ShapeDtypeStruct((batch, height * width, 3 * channels), dtype),)
+    biases = (jax.ShapeDtypeStruct(bias, jnp.promote_types(dtype, jnp.float32)),)
+    return attention.fits(layout, SharedBias(), arrays, biases)
+
+
 def make_layout(table, width, row_tiles, column_tile, channels, num_heads) -> tuple[attention.Layout, jax.Array]:
     """Layout of packed queries, keys and values, and the array of a ``SharedBias``."""
+    layout, kinds = _make_layout(width, channels, row_tiles, num_heads)
+    return layout, _span_bias(table, kinds, column_tile)
+
+
+def _make_layout(width, channels, row_tiles, num_heads):
+    """Layout of the kernels, and the different tiles of ``row_tiles``."""
     first_rows, row_index = row_tiles
     _, rows, halo = row_index.shape
     kinds, kind_of_tile = np.unique(row_index, axis=0, return_inverse=True)
@@ -45,8 +75,7 @@ def make_layout(table, width, row_tiles, column_tile, channels, num_heads) -> tu
         for tile, (first, kind) in enumerate(zip(first_rows, kind_of_tile.reshape(-1), strict=True))
     )
     columns = (0, channels, 2 * channels)
-    layout = attention.Layout(num_heads, channels, spans, columns, packed=True)
-    return layout, _span_bias(table, kinds, column_tile)
+    return attention.Layout(num_heads, channels, spans, columns, packed=True), kinds
 
 
 def choose_rows(map_shape: tuple[int, int], kernel_size: int) -> int:

@@ -13,6 +13,8 @@ from dat_jax.ops.attention.deformable import deformable_attention
 from dat_jax.ops.attention.grid_sample import grid_sample
 from dat_jax.ops.attention.neighborhood import neighborhood_attention
 from dat_jax.ops.layers.mlp import conv_mlp
+from dat_jax.ops.pallas import attention
+from dat_jax.ops.pallas.biases import NoBias
 from dat_jax.profiling import hlo, topologies
 from dat_jax.profiling.flops import count_product_flops
 
@@ -61,14 +63,14 @@ def test_kernels_raise_on_another_platform():
 
 
 def test_kernel_that_does_not_fit_in_vmem_raises():
-    x = jax.ShapeDtypeStruct((1, 64, 64, 2048), jnp.float32)
-    table = jax.ShapeDtypeStruct((2, 13, 13), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, 64 * 64, 8192), jnp.float32)
+    layout = attention.Layout(2, 8192, (attention.Span(0, 64 * 64, 0, 64),))
 
-    def attend(x, table):
-        return neighborhood_attention(x, x, x, table, kernel_size=7, num_heads=2, implementation="pallas")
+    def attend(x):
+        return attention.attention(layout, NoBias(), (x, x[:, :64], x[:, :64]), ())
 
     with pytest.raises(ValueError, match="MiB of VMEM .* limit of 100 MiB"):
-        jax.eval_shape(attend, x, table)
+        jax.eval_shape(attend, x)
 
 
 def test_a_mesh_of_devices_gives_the_result_of_one_device():
