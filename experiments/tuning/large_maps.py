@@ -87,14 +87,10 @@ def compile_gradient(function: Callable[..., Any], arrays: Sequence[tuple], topo
             differentiated = jax.value_and_grad(loss, argnums=tuple(range(len(arguments))))
             compiled = jax.jit(differentiated).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        return {
-            "compiled": f"no: {topologies.first_line(error)[:80]}",
-            "MB in HBM": "-",
-            "temporary MiB": "-",
-            "s": "-",
-        }
+        return {"compiled": f"no: {topologies.first_line(error)[:80]}", **dict.fromkeys(_COLUMNS, "-")}
     by_opcode, _ = hlo.traffic(hlo.parse(compiled.as_text()))
-    moved = sum(counts["hbm_bytes"] for counts in by_opcode.values())
+    moved = sum(counts["padded_bytes"] for counts in by_opcode.values())
+    cost: Any = compiled.cost_analysis()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     numbers = (
         f"{cost['bytes accessed'] / 1e6:,.0f}",
