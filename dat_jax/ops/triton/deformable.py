@@ -43,7 +43,7 @@ from dat_jax.ops.triton.call import (
 )
 
 _QUERIES = 64  # per block
-_STEP = 32  # queries at a time, for a block of keys; with 64 a table needs more registers than there are
+_STEP = 32  # queries at a time, for a block of keys; with 64 a table needs more registers (N <= 64, D = 32)
 _BORDER = 2  # rows and columns of zeros around a table
 _ENTRIES = 256  # of a table, per block
 _MAX_KEYS = 64  # per block
