@@ -77,7 +77,7 @@ def neighborhood_branch(
     with dispatch.gradients_for(implementation):
         packed = linear(layer_norm(x, norm_scale, norm_bias), kernel_in.astype(x.dtype), bias_in.astype(x.dtype))
         query, key, value = jnp.split(packed, 3, axis=-1)
-        options = dict(kernel_size=kernel_size, num_heads=num_heads, implementation=inner)
+        options: dict[str, Any] = dict(kernel_size=kernel_size, num_heads=num_heads, implementation=inner)
         out = neighborhood_attention(query, key, value, table, **options)
         return x + scale_examples(linear(out, kernel_out.astype(x.dtype), bias_out.astype(x.dtype)), factors)
 
@@ -146,8 +146,8 @@ def _run_kernel(layout, bias, x, branch, projections, pairs, bias_arrays):
         layout,
         bias,
         x.reshape(x.shape[0], -1, x.shape[3]),
-        Branch.make(lax.stop_gradient(factors), scale, shift, wide),
-        pallas_branch.Projections.make(*projections, wide),
+        Branch.make(lax.stop_gradient(factors), scale, shift, dtype=wide),
+        pallas_branch.Projections.make(*projections, dtype=wide),
         pairs,
         bias_arrays,
     )

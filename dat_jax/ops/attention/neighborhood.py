@@ -191,6 +191,7 @@ def _attend_with_pallas(query, key, value, table, kernel_size, num_heads):
         tiling = neighborhood_spans.choose_tiling(
             query.shape[1:], query.dtype, kernel_size=kernel_size, num_heads=num_heads
         )
+        assert tiling is not None  # ``fits_kernel``
         return neighborhood_spans.neighborhood_attention(packed, table, tiling)
     row_tiles, column_tile = make_tiles(query.shape[1:3], kernel_size)
     return pallas_neighborhood.neighborhood_attention(

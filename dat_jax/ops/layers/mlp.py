@@ -138,13 +138,15 @@ def scale_examples(x: jax.Array, factors: jax.Array) -> jax.Array:
 
 def _run_kernel(x, *parameters, norm, factors):
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    branch = None if factors is None else Branch.make(lax.stop_gradient(factors), *norm, wide)
+    branch = None if factors is None else Branch.make(lax.stop_gradient(factors), *norm, dtype=wide)
     return pallas_mlp.conv_mlp(x, _kernel_parameters(x, *parameters), branch)
 
 
 def _run_spans(x, *parameters):
     made = _kernel_parameters(x, *parameters)
-    return mlp_spans.conv_mlp(x, made, mlp_spans.choose_rows(x.shape, made.kernel1.shape[1], x.dtype))
+    rows = mlp_spans.choose_rows(x.shape, made.kernel1.shape[1], x.dtype)
+    assert rows is not None  # ``fits_kernel``
+    return mlp_spans.conv_mlp(x, made, rows)
 
 
 def _kernel_parameters(x, kernel1, bias1, taps, taps_bias, kernel2, bias2):

@@ -35,7 +35,7 @@ class Projections(NamedTuple):
     bias_out: jax.Array
 
     @classmethod
-    def make(cls, kernel_in, bias_in, kernel_out, bias_out, dtype) -> "Projections":
+    def make(cls, kernel_in, bias_in, kernel_out, bias_out, *, dtype) -> "Projections":
         """Projections with biases as vectors, converted to ``dtype``."""
         parameters = (kernel_in, bias_in.reshape(1, -1), kernel_out, bias_out.reshape(1, -1))
         return cls(*(p.astype(dtype) for p in parameters))

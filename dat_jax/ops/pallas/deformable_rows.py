@@ -137,7 +137,8 @@ def _attention_forward(call, arrays, bias_arrays):
 
 
 def _attention_backward(call, residuals, gradient):
-    gradients = _kernel_call(call, *residuals, gradient).run()
+    arrays, bias_arrays = residuals
+    gradients = _kernel_call(call, arrays, bias_arrays, gradient).run()
     return tuple(gradients[:3]), tuple(gradients[3:])
 
 

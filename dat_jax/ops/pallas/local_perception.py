@@ -28,7 +28,8 @@ def local_perception(x: jax.Array, taps: jax.Array, bias: jax.Array) -> jax.Arra
       (B, H, W, C).
     """
     batch, height, width, channels = x.shape
-    return _perceive(width, x.reshape(batch, height * width, channels), taps, bias).reshape(x.shape)
+    out = _perceive(width, x.reshape(batch, height * width, channels), taps, bias)
+    return out.reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue] (custom_vjp loses the type of the result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

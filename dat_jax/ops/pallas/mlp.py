@@ -168,10 +168,10 @@ def at_run(index, run: int):
 
 
 def _forward_kernel(width, run, is_branch, x_ref, *refs):
-    branch, refs = (refs[:3], refs[3:]) if is_branch else ((), refs)
+    branch, refs = (refs[:3], refs[3:]) if is_branch else (None, refs)
     k1, b1, taps, taps_bias, k2, b2, out_ref, map_ref, sum_ref, *input_refs = refs
     pixels, in_ref = x_ref.shape[1], x_ref
-    if is_branch:
+    if branch is not None:
         (in_ref,) = input_refs
         in_ref[0] = normalize(x_ref[0], *branch[1:])
     clear_borders(map_ref, width, pixels)
@@ -185,17 +185,17 @@ def _forward_kernel(width, run, is_branch, x_ref, *refs):
         return 0
 
     lax.fori_loop(0, k1.shape[1] // run, step, 0)
-    total = x_ref[0] + branch[0][0] * sum_ref[...] if is_branch else sum_ref[...]
+    total = sum_ref[...] if branch is None else x_ref[0] + branch[0][0] * sum_ref[...]
     out_ref[0] = total.astype(out_ref.dtype)
 
 
 def _backward_kernel(width, run, is_branch, x_ref, *refs):
-    branch, refs = (refs[:3], refs[3:]) if is_branch else ((), refs)
+    branch, refs = (refs[:3], refs[3:]) if is_branch else (None, refs)
     k1, b1, taps, taps_bias, k2, _, gradient_ref, to_x, *refs = refs
     to_branch, refs = (refs[:2], refs[2:]) if is_branch else ([], refs)
     to_k1, to_b1, to_taps, to_taps_bias, to_k2, to_b2, map_ref, gradient_map_ref, sum_ref, *input_refs = refs
     pixels, dtype, in_ref, to_out_ref = x_ref.shape[1], k2.dtype, x_ref, gradient_ref
-    if is_branch:
+    if branch is not None:
         in_ref, to_out_ref = input_refs
         in_ref[0] = normalize(x_ref[0], *branch[1:])
         to_out_ref[0] = (gradient_ref[0] * branch[0][0]).astype(dtype)
@@ -233,6 +233,6 @@ def _backward_kernel(width, run, is_branch, x_ref, *refs):
 
     lax.fori_loop(0, k1.shape[1] // run, step, 0)
     total = sum_ref[...]
-    if is_branch:
+    if branch is not None:
         total = gradient_ref[0] + normalize_backward(x_ref[0], total, branch[1], *to_branch)
     to_x[0] = total.astype(to_x.dtype)

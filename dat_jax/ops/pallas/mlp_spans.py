@@ -10,6 +10,7 @@ Inside a step it is the kernel of ``mlp``: a loop over runs of hidden channels, 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def choose_rows(shape: tuple[int, ...], hidden: int, dtype) -> int | None:
     """
     _, height, width, channels = shape
     wide = jnp.promote_types(dtype, jnp.float32)
-    array = jax.ShapeDtypeStruct
+    array: Any = jax.ShapeDtypeStruct
     x = array((1, height * width, channels), dtype)
     parameters = Parameters(
         array((channels, hidden), dtype),

@@ -230,7 +230,7 @@ def _call(tiling: Tiling, packed, gradient=None, bias=None) -> KernelCall:
         exponentials=tiling.pairs * blocks,
         work_bytes=5 * scores + 8 * copies + sum(stored_bytes(*array) for array in scratch),
         name="neighborhood_spans_" + ("forward" if gradient is None else "backward"),
-        scratch=[pltpu.VMEM(*array) for array in scratch],
+        scratch=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
         steps=tiling.blocks + (1 if gradient is None else 2),
     )
 
@@ -257,14 +257,14 @@ def _append_block(tiling: Tiling, packed_ref, window, step):
 
 def _window_mask(tiling: Tiling, key_lines, query_lines, first_row, first_column):
     """(keys, queries) of a tile: 0 if a key is in the window of a query, otherwise -inf."""
-    inside = None
+    inside: Any = True
     for axis, (first, before) in enumerate(((first_row, tiling.row_halo[0]), (first_column, tiling.column_halo[0]))):
         size, kernel_size = tiling.map_shape[axis], tiling.kernel_size
         query = jnp.minimum(first + query_lines[axis : axis + 1], size - 1)
         start = jnp.clip(query - kernel_size // 2, 0, size - kernel_size) - (first - before)
         key = key_lines[:, axis : axis + 1]
         near = (key >= start) & (key < start + kernel_size)
-        inside = near if inside is None else inside & near
+        inside = inside & near
     return jnp.where(inside, 0.0, -jnp.inf)
 
 

@@ -27,7 +27,8 @@ def norm_linear(
     operands = [(x, True), *((y, False) for y in (scale, shift, kernel.astype(x.dtype), bias))]
     shapes = x.shape, (*x.shape[:2], kernel.shape[1])
     results = [Result(shape, x.dtype, batched=True) for shape in shapes]
-    return tuple(_call(_forward_kernel, operands, results, kernel, products=1))
+    normalized, out = _call(_forward_kernel, operands, results, kernel, products=1)
+    return normalized, out
 
 
 def _forward(x, scale, shift, kernel, bias):

@@ -57,7 +57,8 @@ def _sample_forward(groups, map_shape, features, points):
 
 
 def _sample_backward(groups, map_shape, residuals, gradient):
-    return tuple(_backward_call(groups, map_shape, *residuals, gradient).run())
+    features, points = residuals
+    return tuple(_backward_call(groups, map_shape, features, points, gradient).run())
 
 
 _sample.defvjp(_sample_forward, _sample_backward)

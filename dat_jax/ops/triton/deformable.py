@@ -19,7 +19,7 @@ Source: FlashAttention (2205.14135), algorithms 1 and 4.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +173,7 @@ def deformable_attention(
     layout = Layout(math.prod(tile.shape), key.shape[1], num_heads, all_channels // num_heads, kind)
     query = query.reshape(batch, layout.queries, all_channels)
     out = _attention(layout, *(x.astype(dtype) for x in (query, key, value)), arrays)
-    return out.reshape(shape).astype(value.dtype)
+    return out.reshape(shape).astype(value.dtype)  # pyright: ignore[reportAttributeAccessIssue] (custom_vjp loses the type)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -239,7 +239,7 @@ def _attention_backward(layout, residuals, gradient):
     return to_query, to_key.astype(key.dtype), to_value.astype(value.dtype), to_bias_arrays
 
 
-def _differentiate_bias(layout, bias_arrays, gradient=None, to_points=None):
+def _differentiate_bias(layout, bias_arrays, gradient: Any = None, to_points: Any = None):
     """Gradients of the arrays of a bias, from its gradient (B, M, Q, N), or (B, M, N, Q) for a table that fits.
 
     Then ``to_points`` is the gradient of the points, (B, M, N, 2), for each head.

@@ -15,7 +15,7 @@ Source: FlashAttention (2205.14135), algorithms 1 and 4.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,8 @@ def neighborhood_attention(
     dtype = jnp.result_type(query, key, value)
     arrays = [x.astype(dtype) for x in (query, key, value)]
     table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
-    return _attention(geometry, *arrays, table).astype(value.dtype)
+    out = _attention(geometry, *arrays, table)
+    return out.astype(value.dtype)  # pyright: ignore[reportAttributeAccessIssue] (custom_vjp loses the type of the result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -230,7 +231,8 @@ def _pair_bias(tile, table_ref, query_lines, key_lines):
       key_lines: (rows, columns) of the keys.
     """
     size = tile.geometry.kernel_size
-    inside, entry = True, []
+    inside: Any = True
+    entry = []
     for query, key, side in zip(query_lines, key_lines, tile.geometry.map_shape, strict=True):
         first = _first_reached(query, side, size)
         inside = inside & (query >= 0) & (query < side) & (key >= first) & (key < first + size)
