@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 
 from dat_jax.models.layers import (
     DepthwiseConv,
@@ -36,7 +35,6 @@ from dat_jax.ops.attention.position_bias import log_displacements
 from dat_jax.ops.attention.slide import slide_attention
 from dat_jax.ops.attention.window import window_attention
 from dat_jax.ops.layers.activation import gelu
-from dat_jax.ops.layers.linear import linear
 from dat_jax.ops.layers.norm_linear import choose_norm_linear, norm_linear
 from dat_jax.ops.layers.resize import traced_bilinear_weights
 from dat_jax.ops.sizes import clear, convolved, inside
@@ -116,13 +114,13 @@ class DeformableAttention(AttentionModule):
         batch, height, width, channels = x.shape
         groups, kind = self.num_groups, self.position_bias
         key_shape, key_sizes = self._key_shape((height, width)), self._key_sizes(sizes)
-        projection = KernelAndBias((channels, channels), channels, name="proj_q")()
+        inputs, projection = x.astype(self.dtype), ()
         if norm is not None:
-            inputs = x.astype(self.dtype)
+            projection = KernelAndBias((channels, channels), channels, name="proj_q")()
             x, query = norm_linear(inputs, *norm, *projection, implementation=self.implementation)
         else:
-            inputs = x = clear(x, sizes)
-            query = linear(*promote_dtype(x, *projection, dtype=self.dtype))
+            x = clear(x, sizes)
+            query = Linear(channels, name="proj_q", dtype=self.dtype)(x)
         if channels % groups or self.num_heads % groups:
             raise ValueError(f"The {groups} groups must divide the {channels} channels and the {self.num_heads} heads.")
         if kind not in POSITION_BIAS_KINDS:

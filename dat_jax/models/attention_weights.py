@@ -40,7 +40,8 @@ def compute_attention(model: DAT, variables: Mapping[str, Any], images: jax.Arra
 
       * "weights": (B, M, H, W, K, K) over the window. A map with a side smaller than K is padded to K below and to the right.
     """
-    model = model.clone(scan_blocks=False, remat="none")  # the parameters keep their names
+    # The parameters keep their names. Kernels of whole branches would hide the projections.
+    model = model.clone(scan_blocks=False, remat="none", implementation="auto")
     _, state = model.apply(variables, images, mutable=["intermediates"], capture_intermediates=_is_captured)
     captured, params = dict(state).get("intermediates", {}), variables["params"]
     attention = {}

@@ -98,9 +98,9 @@ def test_positions_equal_the_sown_ones_and_differ_between_groups(results):
 
 
 @pytest.mark.slow
-def test_scan_and_remat_change_nothing(results):
+def test_scan_remat_and_kernels_change_nothing(results):
     model, variables, _, attention = results
-    model = model.clone(scan_blocks=True, remat="blocks")
+    model = model.clone(scan_blocks=True, remat="blocks", implementation="pallas")
     again = jax.jit(lambda v, x: compute_attention(model, v, x))(variables, IMAGES)
     assert attention
     assert set(again) == set(attention)
