@@ -59,6 +59,8 @@ RULES = (
 )
 # Languages of fenced blocks that are neither commands nor executed.
 NOT_EXECUTED = {"text": "formulas, and the layout", "diff": "applied by the test of its page", "bibtex": "citations"}
+# Package that an experiment needs and the tests do not.
+NEEDED = {"pytorch": "torch", "gpu_kernels": "jax_cuda12_plugin"}
 # Arguments with which an experiment takes seconds.
 _FAST = "--repeats=1 --min-seconds=0"
 SMALL_EXPERIMENTS = {
@@ -70,6 +72,7 @@ SMALL_EXPERIMENTS = {
     "image_sizes": "--parts=plan",
     "costs": "--configs=dat_pp_t",
     "tuning": "--parts=differences --model=quickstart",
+    "gpu_kernels": "--batch=2 --dtypes=bfloat16",
     "pytorch.benchmark": f"--batches=1 --steps=eval --memory-batch=0 {_FAST}",
     "pytorch.parts": f"--batch=1 --no-compile {_FAST}",
 }
@@ -176,8 +179,8 @@ def test_experiments_run(command, tmp_path, monkeypatch, capsys):
         module.main()
         assert "| decode, crop, flip, RandAugment |" in capsys.readouterr().out
     else:
-        if folder == "pytorch":
-            pytest.importorskip("torch")
+        if folder in NEEDED:
+            pytest.importorskip(NEEDED[folder])
         if folder == "soak":
             monkeypatch.setattr(module, "CONFIG", "configs/tiny.py")
             monkeypatch.setattr(module, "ONE_EPOCH", {"steps": 200, "log_every": 1, "checkpoint.every": 10})
