@@ -114,7 +114,7 @@ class DeformableAttention(AttentionModule):
         batch, height, width, channels = x.shape
         groups, kind = self.num_groups, self.position_bias
         key_shape, key_sizes = self._key_shape((height, width)), self._key_sizes(sizes)
-        inputs, projection = x.astype(self.dtype), ()
+        inputs, projection = x.astype(self.dtype), None
         if norm is not None:
             projection = KernelAndBias((channels, channels), channels, name="proj_q")()
             x, query = norm_linear(inputs, *norm, *projection, implementation=self.implementation)
@@ -149,7 +149,7 @@ class DeformableAttention(AttentionModule):
             bias = self._fixed_bias((height, width), sizes)
         elif self.use_offsets and kind == "log_cpb":
             bias = self._log_cpb(positions.reshape(batch, groups, -1, 2), (height, width), sizes)
-        if norm is not None and factors is not None:
+        if norm is not None and projection is not None and factors is not None:
             return deformable_branch(
                 inputs,
                 *norm,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import math
 import os
 import pathlib
@@ -124,10 +123,8 @@ def test_report_of_a_compiled_program_that_cannot_be_read(monkeypatch):
     assert "cannot be read, so collectives are unknown: INTERNAL: RET_CHECK failure: operands" in printed
 
 
-def test_largest_batch_that_fits_is_found(monkeypatch, caplog):
+def test_largest_batch_that_fits_is_found(monkeypatch, logs):
     """Here 48 examples per chip fit."""
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(logging.getLogger("dat_jax"), "propagate", True)  # a command in this process may have set it
     sizes = []
 
     def report_step(run, step, *, chip, top):
@@ -141,8 +138,8 @@ def test_largest_batch_that_fits_is_found(monkeypatch, caplog):
     report = step_report.find_batch(config, "train", topology="cpu", sources=sources)
     assert report["steps"]["train"]["memory"]["peak"] == 48 * 2**20
     assert sizes == [8, 16, 32, 64, 48, 56]
-    assert caplog.messages[0] == "train: batch size 8 per chip fits, peak 8.00 MiB."
-    assert caplog.messages[-1] == "train: batch size 56 per chip does not fit."
+    assert logs[0] == "train: batch size 8 per chip fits, peak 8.00 MiB."
+    assert logs[-1] == "train: batch size 56 per chip does not fit."
     monkeypatch.setattr(step_report, "report_step", lambda *_, **__: {"fits": False, "memory": {}})
     with pytest.raises(UserError, match="eval step does not fit on cpu even with a batch size of 8 per chip"):
         step_report.find_batch(config, "eval", topology="cpu", sources=sources)

@@ -149,7 +149,7 @@ def trace_evaluation(trainer, monkeypatch):
         keys.update(found)
         return choice
 
-    for module in ("calls", "layers.mlp"):
+    for module in ("calls", "layers.mlp", "layers.norm_linear", "layers.local_perception", "attention.branches"):
         monkeypatch.setattr(f"dat_jax.ops.{module}.choose_call", record)
     trainer.choices = {"none": "of these"}
     trainer.evaluate(variables)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dat_jax.ops import dispatch
 from dat_jax.ops.cpu.sums import sum_over_rows
 from dat_jax.ops.layers.reduction import sum_over_positions
 
@@ -107,15 +108,21 @@ def _strided_backward(stride, padding, residuals, gradient):
     maps = _fit(_pad(x, padding), (rows + n - 1) * stride, (columns + n - 1) * stride)
     maps = maps.reshape(batch, rows + n - 1, stride, columns + n - 1, stride, channels)
 
-    def sum_over_windows(cell):  # (2,): row and column of a cell in its window -> (stride, stride, C)
+    def multiply(cell):  # (2,): row and column of a cell in its window -> (B, Hk, stride, Wk, stride, C)
         pixels = lax.dynamic_slice(
             maps, (0, cell[0], 0, cell[1], 0, 0), (batch, rows, stride, columns, stride, channels)
         )
-        products = pixels * gradient[:, :, None, :, None]
+        return pixels * gradient[:, :, None, :, None]
+
+    def sum_slices(cell):
+        products = multiply(cell)
         return sum_over_rows(sum_over_rows(products.reshape(1, -1, *products.shape[2:]))[0])
 
-    # A loop, so that the gradient is stored. Otherwise XLA fuses its computation into the sum of each cell.
-    to_kernel = lax.map(sum_over_windows, jnp.asarray(cells))
+    if dispatch.batch_split()[0] is None:
+        # A loop, so that the gradient is stored. Otherwise XLA fuses its computation into the sum of each cell.
+        to_kernel = lax.map(sum_slices, jnp.asarray(cells))
+    else:  # the devices would exchange slices, and add their sums in every iteration
+        to_kernel = jnp.stack([multiply(cell).sum(axis=(0, 1, 3)) for cell in cells])
     to_kernel = to_kernel.reshape(n, n, stride, stride, channels).swapaxes(1, 2)
     to_kernel = to_kernel.reshape(n * stride, n * stride, 1, channels)[:size, :size]
     return to_input, to_kernel.astype(kernel.dtype)
