@@ -160,8 +160,8 @@ def make_mlp(map_shape, channels, hidden):
     return conv_mlp, [x, *(y / np.sqrt(max(1, y.shape[0] if y.ndim == 2 else 1)) for y in parameters)]
 
 
-def assert_close(function, arguments, *, rounded, dtype):
-    """Compares "pallas" with "plain" in float32, for arguments that are numbers of a dtype."""
+def assert_close(function, arguments, *, rounded, dtype, factor=1):
+    """Compares "pallas" with "plain" in float32, for arguments that are numbers of a dtype; ``factor`` of the tolerance."""
     arguments = [
         np.asarray(x, np.float32).astype(dtype if index < rounded else np.float32) for index, x in enumerate(arguments)
     ]
@@ -182,7 +182,7 @@ def assert_close(function, arguments, *, rounded, dtype):
     for index, (x, y) in enumerate(zip(actual, expected, strict=True)):
         x, y = np.asarray(x, np.float32), np.asarray(y)
         error = np.abs(x - y).max() / max(np.abs(y).max(), 1e-3)
-        assert error < TOLERANCES[dtype], (index, error)
+        assert error < factor * TOLERANCES[dtype], (index, error)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -197,7 +197,10 @@ def test_neighborhood_attention(map_shape, kernel_size, heads, dtype):
 @pytest.mark.parametrize(("map_shape", "table_map", "heads", "groups", "keys", "grid", "inside"), DEFORMABLE)
 def test_deformable_attention(map_shape, table_map, heads, groups, keys, grid, inside, dtype):
     attend, arguments = make_deformable(map_shape, table_map, heads, groups, keys, grid, inside)
-    assert_close(attend, arguments, rounded=3, dtype=dtype)
+    # The gradient of a point is a sum over all queries that mostly cancels: 1.0e-4 in float32 for 200 x 336, where for 96 x 96
+    # the difference in float64 was 5.4e-14.
+    factor = 5 if map_shape[0] * map_shape[1] > 64**2 else 1
+    assert_close(attend, arguments, rounded=3, dtype=dtype, factor=factor)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
