@@ -75,7 +75,9 @@ class Block(nn.Module):
         def add_branch(x, module, index, **options):
             if self.layer_scale_init <= 0 and module.fuses(x.shape, sizes, is_branch=True):
                 norm = ScaleAndBias(x.shape[-1], name=f"norm{index}")()
-                return module(x, norm=norm, factors=DropPath().factors(len(x), drop_path_rate, train=train))
+                wide = jnp.promote_types(self.dtype, jnp.float32)
+                factors = DropPath().factors(len(x), drop_path_rate, dtype=wide, train=train)
+                return module(x, norm=norm, factors=factors)
             branch = module(LayerNorm(name=f"norm{index}", dtype=self.dtype)(x), sizes, **options)
             if self.layer_scale_init > 0:
                 branch = LayerScale(self.layer_scale_init, dtype=self.dtype, name=f"layer_scale{index}")(branch)

@@ -191,11 +191,11 @@ class DropPath(nn.Module):
         mask = self._sample(x.shape[0], rate).reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(mask, x / jnp.asarray(1 - rate, x.dtype), 0)
 
-    def factors(self, batch: int, rate: float | jax.Array, *, train: bool) -> jax.Array:
-        """Factors (B,), float32, that the call multiplies the examples with: 0 or 1 / (1 - rate)."""
+    def factors(self, batch: int, rate: float | jax.Array, *, dtype: Any, train: bool) -> jax.Array:
+        """Factors (B,), of ``dtype``, that the call multiplies the examples with: 0 or 1 / (1 - rate)."""
         if not train or (isinstance(rate, float) and rate == 0):
-            return jnp.ones(batch, jnp.float32)
-        return jnp.where(self._sample(batch, rate), 1 / jnp.asarray(1 - rate, jnp.float32), 0)
+            return jnp.ones(batch, dtype)
+        return jnp.where(self._sample(batch, rate), 1 / jnp.asarray(1 - rate, dtype), 0)
 
     def _sample(self, batch, rate):
         return jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (batch,))

@@ -150,7 +150,17 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 class _Tile(NamedTuple):
-    """What a program computes: example, head, first row and column, and row and column of each of the pixels, int32 (P, 1)."""
+    """The pixels of one head of one example that a program computes.
+
+    Attributes:
+      geometry: of the call.
+      example: index of the example.
+      head: index of the head.
+      first_row: row of the first pixel.
+      first_column: column of the first pixel.
+      rows: row of each of the P pixels, int32 (P, 1). Pixels may be beyond the map, see ``inside``.
+      columns: column of each pixel, int32 (P, 1).
+    """
 
     geometry: Geometry
     example: jax.Array
