@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import jax
+
 from dat_jax.ops import dispatch
-from dat_jax.ops.attention import deformable, grid_sample, neighborhood
+from dat_jax.ops.attention import branches, deformable, grid_sample, neighborhood
 from dat_jax.ops.attention.position_bias import table_fits
 from dat_jax.ops.calls import OpCall
-from dat_jax.ops.layers import mlp, norm_linear
-from dat_jax.ops.pallas.call import is_unrolled
+from dat_jax.ops.layers import local_perception, mlp, norm_linear
 from dat_jax.ops.triton import call as triton_kernels
 
 KERNELS = ("pallas", "triton")
@@ -62,8 +63,13 @@ def _fits_kernel(call: OpCall, shapes: dict[str, tuple[int, ...]]) -> bool:
     if call.op == "conv_mlp":
         return mlp.fits_kernel(shape, shapes["kernel1"][1], dtype=dtype)
     if call.op == "norm_linear":
-        return norm_linear.fits_kernel(shape, shapes["kernel"][1])
-    return "pallas" in dispatch.IMPLEMENTATIONS[call.op] and is_unrolled(shape[1:3])
+        return norm_linear.fits_kernel(shape, shapes["kernel"][1], dtype=dtype)
+    if call.op == "local_perception":
+        return local_perception.fits_kernel(shape, dtype=dtype)
+    if call.op in ("neighborhood_branch", "deformable_branch"):
+        arrays = {name: jax.ShapeDtypeStruct(*array) for name, *array in call.arrays}
+        return branches.fits_kernel(call.op, arrays, options)
+    return False
 
 
 def find_default(call: OpCall) -> str:

@@ -1,5 +1,7 @@
 """The model with kernels compared with the plain one: parameters, training with drop path, gradients, loops over blocks."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +84,21 @@ def test_a_block_consists_of_kernels(x64):
     assert count_kernels(make_model("pallas"), images) == 2 * (3 + 5)
     assert count_kernels(make_model("pallas", layer_scale_init=(0.5,)), images) == 2 * (3 + 4)
     assert count_kernels(make_model("plain"), images) == 0
+
+
+def test_maps_whose_branch_does_not_fit_run_op_by_op():
+    """The backward pass of the branch would need 121 MiB of VMEM for 48 x 48 pixels of 256 channels, in the D block."""
+    settings = dict(
+        image_size=192, dims=(256,), num_heads=(8,), num_groups=(4,), dtype=jnp.bfloat16, drop_path_rate=0.0
+    )
+    settings |= dict(key_strides=(4,), offset_kernels=(7,), neighborhood_sizes=(7,))
+    images = jax.ShapeDtypeStruct((1, 192, 192, 3), jnp.float32)
+    found = {kind: make_model("pallas", stages=(kind,), **settings) for kind in "ND"}
+    names = {}
+    for kind, model in found.items():
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        text = str(jax.make_jaxpr(lambda v, x, m=model: make_step(m, x)(v))(variables, images))
+        names[kind] = set(re.findall(r"attention_branch|attention_backward|deformable_rows", text))
+    assert "attention_branch" in names["N"]
+    assert "attention_branch" not in names["D"]
+    assert names["D"]

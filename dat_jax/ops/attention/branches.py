@@ -4,6 +4,7 @@ On TPUs a branch can be one kernel, which reads and writes one map in each direc
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from dat_jax.ops.pallas import deformable as pallas_deformable
 from dat_jax.ops.pallas import neighborhood as pallas_neighborhood
 from dat_jax.ops.pallas.biases import SharedBias
 from dat_jax.ops.pallas.branch import Branch
-from dat_jax.ops.pallas.call import is_unrolled
+from dat_jax.ops.pallas.call import all_fit, is_unrolled
 
 _NEIGHBORHOOD_BATCHED = ("x", "factors")
 _DEFORMABLE_BATCHED = ("x", "key", "value", "points", "factors")
@@ -66,19 +67,16 @@ def neighborhood_branch(
     Raises:
       ValueError: see ``neighborhood_attention``.
     """
-    map_shape, channels = (x.shape[1], x.shape[2]), x.shape[3]
-    projections = (kernel_in, bias_in, kernel_out, bias_out)
-    if _choose("neighborhood_branch", implementation, map_shape) == "pallas":
-        tiles = make_tiles(map_shape, kernel_size)
-        layout, bias = pallas_neighborhood.make_layout(table, map_shape[1], *tiles, channels, num_heads)
-        branch = (norm_scale, norm_bias, factors)
-        return _run_kernel(layout, SharedBias(), x, branch, projections, (), (bias,))
+    arrays = dict(x=x, norm_scale=norm_scale, norm_bias=norm_bias, kernel_in=kernel_in, bias_in=bias_in, table=table)
+    arrays |= dict(kernel_out=kernel_out, bias_out=bias_out, factors=factors)
+    options: dict[str, Any] = dict(kernel_size=kernel_size, num_heads=num_heads)
+    if _choose("neighborhood_branch", implementation, arrays, options) == "pallas":
+        return _run_kernel("neighborhood_branch", arrays, options)
     inner = "plain" if implementation == "plain" else "auto"
     with dispatch.gradients_for(implementation):
         packed = linear(layer_norm(x, norm_scale, norm_bias), kernel_in.astype(x.dtype), bias_in.astype(x.dtype))
         query, key, value = jnp.split(packed, 3, axis=-1)
-        options: dict[str, Any] = dict(kernel_size=kernel_size, num_heads=num_heads, implementation=inner)
-        out = neighborhood_attention(query, key, value, table, **options)
+        out = neighborhood_attention(query, key, value, table, **options, implementation=inner)
         return x + scale_examples(linear(out, kernel_out.astype(x.dtype), bias_out.astype(x.dtype)), factors)
 
 
@@ -124,34 +122,63 @@ def deformable_branch(
     Raises:
       ValueError: see ``deformable_attention``.
     """
-    map_shape = (x.shape[1], x.shape[2])
-    projections = (kernel_in, bias_in, kernel_out, bias_out)
-    if _choose("deformable_branch", implementation, map_shape) == "pallas":
-        bias, arrays = pallas_deformable.make_table_bias(points, table, map_shape)
-        layout = pallas_deformable.make_layout(map_shape, key.shape[1], x.shape[3], num_heads)
-        branch = (norm_scale, norm_bias, factors)
-        return _run_kernel(layout, bias, x, branch, projections, (key, value), arrays)
+    arrays = dict(x=x, norm_scale=norm_scale, norm_bias=norm_bias, kernel_in=kernel_in, bias_in=bias_in, table=table)
+    arrays |= dict(key=key, value=value, points=points, kernel_out=kernel_out, bias_out=bias_out, factors=factors)
+    options: dict[str, Any] = dict(num_heads=num_heads)
+    if _choose("deformable_branch", implementation, arrays, options) == "pallas":
+        return _run_kernel("deformable_branch", arrays, options)
     inner = "plain" if implementation == "plain" else "auto"
     with dispatch.gradients_for(implementation):
         query = linear(layer_norm(x, norm_scale, norm_bias), kernel_in.astype(x.dtype), bias_in.astype(x.dtype))
-        options: dict[str, Any] = dict(num_heads=num_heads, points_inside=True, implementation=inner)
+        options |= dict(points_inside=True, implementation=inner)
         out = deformable_attention(query, key, value, points=points, table=table, **options)
         return x + scale_examples(linear(out, kernel_out.astype(x.dtype), bias_out.astype(x.dtype)), factors)
 
 
-def _run_kernel(layout, bias, x, branch, projections, pairs, bias_arrays):
+def _run_kernel(op, arrays, options):
+    out = pallas_branch.attention_branch(*_KERNEL_ARGUMENTS[op](**arrays, **options))
+    return out.reshape(arrays["x"].shape)
+
+
+def _neighborhood_arguments(*, x, table, kernel_size, num_heads, **parameters):
+    """Arguments of the kernel, from those of ``neighborhood_branch``."""
+    tiles = make_tiles(x.shape[1:3], kernel_size)
+    layout, bias = pallas_neighborhood.make_layout(table, x.shape[2], *tiles, x.shape[3], num_heads)
+    return layout, SharedBias(), *_shared_arguments(x, **parameters), (), (bias,)
+
+
+def _deformable_arguments(*, x, key, value, points, table, num_heads, **parameters):
+    """Arguments of the kernel, from those of ``deformable_branch``."""
+    map_shape = (x.shape[1], x.shape[2])
+    bias, bias_arrays = pallas_deformable.make_table_bias(points, table, map_shape)
+    layout = pallas_deformable.make_layout(map_shape, key.shape[1], x.shape[3], num_heads)
+    return layout, bias, *_shared_arguments(x, **parameters), (key, value), bias_arrays
+
+
+def _shared_arguments(x, *, norm_scale, norm_bias, kernel_in, bias_in, kernel_out, bias_out, factors):
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    scale, shift, factors = branch
-    out = pallas_branch.attention_branch(
-        layout,
-        bias,
-        x.reshape(x.shape[0], -1, x.shape[3]),
-        Branch.make(lax.stop_gradient(factors), scale, shift, dtype=wide),
-        pallas_branch.Projections.make(*projections, dtype=wide),
-        pairs,
-        bias_arrays,
-    )
-    return out.reshape(x.shape)
+    branch = Branch.make(lax.stop_gradient(factors), norm_scale, norm_bias, dtype=wide)
+    projections = pallas_branch.Projections.make(kernel_in, bias_in, kernel_out, bias_out, dtype=wide)
+    return x.reshape(x.shape[0], -1, x.shape[3]), branch, projections
+
+
+_KERNEL_ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "neighborhood_branch": _neighborhood_arguments,
+    "deformable_branch": _deformable_arguments,
+}
+
+
+def fits_kernel(op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether a branch has a Pallas kernel that fits in VMEM.
+
+    Args:
+      op: "neighborhood_branch" or "deformable_branch".
+      arrays: its arrays by name, which may be ShapeDtypeStructs.
+      options: its other arguments by name.
+    """
+    if not is_unrolled(arrays["x"].shape[1:3]):
+        return False
+    return all_fit(lambda arrays: pallas_branch.list_calls(*_KERNEL_ARGUMENTS[op](**arrays, **options)), dict(arrays))
 
 
 def neighborhood_uses_pallas(
@@ -206,17 +233,17 @@ def _shape_parameters(shape, width):
 
 
 def _uses_pallas(function, op, shape, dtype, arrays, batched, options, implementation):
+    dtypes = dict.fromkeys(("key", "value"), dtype)
+    structs: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(s, dtypes.get(name, jnp.float32)) for name, s in arrays.items()
+    }
+    structs = {"x": jax.ShapeDtypeStruct(shape, dtype), **structs}
     if implementation == "auto":
-        dtypes = dict.fromkeys(("key", "value"), dtype)
-        arguments: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct(s, dtypes.get(name, jnp.float32)) for name, s in arrays.items()
-        }
-        arguments = {"x": jax.ShapeDtypeStruct(shape, dtype), **arguments, **options}
-        implementation = choose_call(op, function, frozenset(batched), arguments)
-    return _choose(op, implementation, tuple(shape[1:3])) == "pallas"
+        implementation = choose_call(op, function, frozenset(batched), structs | options)
+    return _choose(op, implementation, structs, options) == "pallas"
 
 
-def _choose(op, implementation, map_shape):
-    return dispatch.choose(
-        op, implementation, map_shape=map_shape, kernel_fits=functools.partial(is_unrolled, map_shape)
-    )
+def _choose(op, implementation, arrays, options):
+    map_shape = tuple(arrays["x"].shape[1:3])
+    fits = functools.partial(fits_kernel, op, arrays, options)
+    return dispatch.choose(op, implementation, map_shape=map_shape, kernel_fits=fits)

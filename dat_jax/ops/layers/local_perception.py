@@ -10,7 +10,7 @@ from dat_jax.ops import dispatch
 from dat_jax.ops.calls import choose_call, tunable
 from dat_jax.ops.layers.depthwise import depthwise_conv
 from dat_jax.ops.pallas import local_perception as pallas_local_perception
-from dat_jax.ops.pallas.call import is_unrolled
+from dat_jax.ops.pallas.call import all_fit, is_unrolled
 
 
 @tunable("local_perception", batched=("x",))
@@ -29,7 +29,7 @@ def local_perception(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, implem
 
     Source: CMT (2107.06263), as DAT++ (2309.01430) uses it.
     """
-    if _choose(implementation, x.shape) == "pallas":
+    if _choose(implementation, x.shape, x.dtype) == "pallas":
         wide = jnp.promote_types(x.dtype, jnp.float32)
         taps, bias = (y.reshape(-1, y.shape[-1]).astype(wide) for y in (kernel, bias))
         return pallas_local_perception.local_perception(x, taps, bias)
@@ -45,10 +45,17 @@ def uses_pallas(shape: tuple[int, ...], *, dtype: Any = jnp.float32, implementat
         arguments = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in parameters.items()}
         arguments = {"x": jax.ShapeDtypeStruct(shape, dtype), **arguments}
         implementation = choose_call("local_perception", local_perception, frozenset({"x"}), arguments)
-    return _choose(implementation, shape) == "pallas"
+    return _choose(implementation, shape, dtype) == "pallas"
 
 
-def _choose(implementation, shape):
-    map_shape = tuple(shape[1:3])
-    fits = functools.partial(is_unrolled, map_shape)
-    return dispatch.choose("local_perception", implementation, map_shape=map_shape, kernel_fits=fits)
+def fits_kernel(shape: tuple[int, ...], *, dtype: Any = jnp.float32) -> bool:
+    """Whether there is a Pallas kernel for (B, H, W, C) that fits in VMEM."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    shapes = ((tuple(shape), dtype), ((9, shape[3]), wide), ((1, shape[3]), wide))
+    arrays = (jax.ShapeDtypeStruct(*array) for array in shapes)
+    return is_unrolled(shape[1:3]) and all_fit(pallas_local_perception.list_calls, *arrays)
+
+
+def _choose(implementation, shape, dtype):
+    fits = functools.partial(fits_kernel, shape, dtype=dtype)
+    return dispatch.choose("local_perception", implementation, map_shape=tuple(shape[1:3]), kernel_fits=fits)

@@ -15,7 +15,7 @@ from dat_jax.ops.layers.normalization import layer_norm
 from dat_jax.ops.pallas import mlp as pallas_mlp
 from dat_jax.ops.pallas import mlp_spans
 from dat_jax.ops.pallas.branch import Branch
-from dat_jax.ops.pallas.call import MAX_UNROLLED_PIXELS
+from dat_jax.ops.pallas.call import MAX_UNROLLED_PIXELS, all_fit
 
 _BATCHED = ("x", "factors")
 
@@ -67,11 +67,19 @@ def fits_kernel(shape: tuple[int, ...], hidden: int, *, dtype: Any = jnp.float32
     """
     if shape[-1] * hidden > pallas_mlp.MAX_WEIGHTS:
         return False
-    return _fits_whole(shape) or mlp_spans.choose_rows(shape, hidden, dtype) is not None
+    return _fits_whole(shape, hidden, dtype) or mlp_spans.choose_rows(shape, hidden, dtype) is not None
 
 
-def _fits_whole(shape):
-    return shape[1] * shape[2] <= MAX_UNROLLED_PIXELS
+def _fits_whole(shape, hidden, dtype):
+    """Whether the kernel of a whole map fits as a branch, which needs more memory than the MLP alone."""
+    batch, height, width, channels = shape
+    if height * width > MAX_UNROLLED_PIXELS:
+        return False
+    wide = jnp.promote_types(dtype, jnp.float32)
+    struct: Any = jax.ShapeDtypeStruct
+    parameters = pallas_mlp.Parameters.describe(channels, hidden, dtype)
+    branch = Branch(struct((batch, 1, 1), wide), struct((1, channels), wide), struct((1, channels), wide))
+    return all_fit(pallas_mlp.list_calls, struct(tuple(shape), dtype), parameters, branch)
 
 
 @tunable("conv_mlp", batched=_BATCHED)
@@ -120,7 +128,7 @@ def conv_mlp(
     parameters = (kernel1, bias1, taps, taps_bias, kernel2, bias2)
     fits = functools.partial(fits_kernel, x.shape, bias1.size, dtype=x.dtype)
     uses_kernel = dispatch.choose("conv_mlp", implementation, map_shape=x.shape[1:3], kernel_fits=fits) == "pallas"
-    if uses_kernel and _fits_whole(x.shape):
+    if uses_kernel and _fits_whole(x.shape, bias1.size, x.dtype):
         return _run_kernel(x, *parameters, norm=(norm_scale, norm_bias), factors=factors)
     branch = x
     if factors is not None and norm_scale is not None and norm_bias is not None:

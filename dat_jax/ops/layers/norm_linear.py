@@ -11,7 +11,7 @@ from dat_jax.ops.calls import choose_call
 from dat_jax.ops.layers.linear import linear
 from dat_jax.ops.layers.normalization import layer_norm
 from dat_jax.ops.pallas import norm_linear as pallas_norm_linear
-from dat_jax.ops.pallas.call import is_unrolled
+from dat_jax.ops.pallas.call import all_fit, is_unrolled
 
 MAX_WEIGHTS = 2**20  # C * features: the kernel and its float32 gradient are in VMEM, each twice
 
@@ -40,7 +40,7 @@ def norm_linear(
     """
     if implementation == "auto":
         implementation = choose_norm_linear(x.shape, kernel.shape[1], x.dtype)
-    fits = functools.partial(fits_kernel, x.shape, kernel.shape[1])
+    fits = functools.partial(fits_kernel, x.shape, kernel.shape[1], dtype=x.dtype)
     if dispatch.choose("norm_linear", implementation, map_shape=x.shape[1:3], kernel_fits=fits) == "pallas":
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scale, shift, bias = (y.reshape(1, -1).astype(wide) for y in (norm_scale, norm_bias, bias))
@@ -53,9 +53,16 @@ def norm_linear(
         return normalized, linear(normalized, kernel.astype(x.dtype), bias.astype(x.dtype))
 
 
-def fits_kernel(shape: tuple[int, ...], features: int) -> bool:
-    """Whether there is a Pallas kernel for (B, H, W, C) with this number of features."""
-    return shape[3] * features <= MAX_WEIGHTS and is_unrolled(shape[1:3])
+def fits_kernel(shape: tuple[int, ...], features: int, *, dtype: Any = jnp.float32) -> bool:
+    """Whether there is a Pallas kernel for (B, H, W, C) with this number of features that fits in VMEM."""
+    batch, height, width, channels = shape
+    if channels * features > MAX_WEIGHTS or not is_unrolled((height, width)):
+        return False
+    wide = jnp.promote_types(dtype, jnp.float32)
+    shapes = ((1, channels), (1, channels), (channels, features), (1, features))
+    parameters = (jax.ShapeDtypeStruct(s, wide) for s in shapes)
+    x = jax.ShapeDtypeStruct((batch, height * width, channels), dtype)
+    return all_fit(pallas_norm_linear.list_calls, x, *parameters)
 
 
 def concatenated_norm_linear(*arrays: jax.Array, implementation: str = "auto", **named: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dat_jax.ops.pallas import attention
 from dat_jax.ops.pallas.branch import Branch, normalize, normalize_backward
-from dat_jax.ops.pallas.call import Result, batched_call, dot
+from dat_jax.ops.pallas.call import KernelCall, Result, dot
 
 MAX_CHANNELS = 768  # the projections and their float32 gradients are in VMEM, each twice
 
@@ -65,28 +65,35 @@ def attention_branch(
       (B, P, C), of the dtype of ``x``.
 
     Raises:
-      ValueError: see ``call.batched_call``.
+      ValueError: see ``call.KernelCall``.
     """
     return _attend(layout, bias, x, branch, projections, pairs, bias_arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(layout, bias, x, branch, projections, pairs, bias_arrays):
-    return _run_forward(layout, bias, x, branch, projections, pairs, bias_arrays, store=False)[0]
+    return _forward_call(layout, bias, x, branch, projections, pairs, bias_arrays, store=False).run()[0]
 
 
 def _attend_forward(layout, bias, *arrays):
-    out, attended = _run_forward(layout, bias, *arrays, store=True)
+    out, attended = _forward_call(layout, bias, *arrays, store=True).run()
     return out, (*arrays, attended)
 
 
-def _run_forward(layout, bias, x, branch, projections, pairs, bias_arrays, *, store):
-    """The result, and that of the attention if it is stored."""
+def list_calls(layout: attention.Layout, bias, *arrays) -> list[KernelCall]:
+    """The calls of ``attention_branch`` with these arguments and of its backward pass."""
+    x = arrays[0]
+    forward = _forward_call(layout, bias, *arrays, store=True)
+    return [forward, _backward_call(layout, bias, *arrays, attended=x, gradient=x)]
+
+
+def _forward_call(layout, bias, x, branch, projections, pairs, bias_arrays, *, store) -> KernelCall:
+    """It computes the result, and that of the attention if it is stored."""
     bias_operands = bias.operands(*bias_arrays)
     operands = [*_list_operands(x, branch, projections, pairs), *bias_operands]
     same = Result(x.shape, x.dtype, batched=True)
     scratch = [] if store else [pltpu.VMEM((1, *x.shape[1:]), x.dtype)]
-    return batched_call(
+    return KernelCall(
         functools.partial(_forward_kernel, layout, bias, len(operands)),
         operands,
         [same, same] if store else [same],
@@ -99,7 +106,19 @@ def _run_forward(layout, bias, x, branch, projections, pairs, bias_arrays, *, st
 
 
 def _attend_backward(layout, bias, residuals, gradient):
-    x, branch, projections, pairs, bias_arrays, attended = residuals
+    *arrays, attended = residuals
+    _, branch, _, pairs, _ = arrays
+    call = _backward_call(layout, bias, *arrays, attended=attended, gradient=gradient)
+    to_x, to_scale, to_bias, *gradients = call.run()
+    branch = Branch(jnp.zeros_like(branch.factors), to_scale, to_bias)
+    count = len(pairs)
+    return to_x, branch, Projections(*gradients[:4]), tuple(gradients[4 : 4 + count]), tuple(gradients[4 + count :])
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _backward_call(layout, bias, x, branch, projections, pairs, bias_arrays, *, attended, gradient) -> KernelCall:
     bias_operands = bias.operands(*bias_arrays)
     operands = [*_list_operands(x, branch, projections, pairs), *bias_operands, (attended, True), (gradient, True)]
     results = [
@@ -112,7 +131,7 @@ def _attend_backward(layout, bias, residuals, gradient):
     keys = pairs[0].shape[1] if pairs else x.shape[1]
     row = pltpu.VMEM((1, *x.shape[1:]), x.dtype)
     sums = pltpu.VMEM((2, keys, layout.channels), jnp.promote_types(x.dtype, jnp.float32))
-    to_x, to_scale, to_bias, *gradients = batched_call(
+    return KernelCall(
         functools.partial(_backward_kernel, layout, bias, len(operands)),
         operands,
         results,
@@ -122,12 +141,6 @@ def _attend_backward(layout, bias, residuals, gradient):
         name="attention_branch_backward",
         scratch=[row, row, _projected(x, projections), _projected(x, projections), sums],
     )
-    branch = Branch(jnp.zeros_like(branch.factors), to_scale, to_bias)
-    count = len(pairs)
-    return to_x, branch, Projections(*gradients[:4]), tuple(gradients[4 : 4 + count]), tuple(gradients[4 + count :])
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _list_operands(x, branch, projections, pairs):

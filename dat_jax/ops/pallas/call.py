@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from dat_jax.ops import dispatch
 
 MAX_VMEM_BYTES = 100 * 2**20  # a v5e or v6e has 128 MiB
+ALIGNMENT = 16  # pixels: the rows of a register in bfloat16, and two registers in float32
 MAX_UNROLLED_PIXELS = 4096  # of a map in kernels whose programs have all of its spans of rows, and so grow with it
 _MARGIN_BYTES = 16 * 2**20  # for the compiler's own arrays
 
@@ -51,6 +52,11 @@ class Result:
     shape: tuple[int, ...]
     dtype: Any
     batched: Batching
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not less than a number."""
+    return math.ceil(value / multiple) * multiple
 
 
 def is_unrolled(map_shape: tuple[int, ...]) -> bool:
@@ -164,9 +170,16 @@ class KernelCall:
         )(*arrays)
 
 
-def batched_call(kernel: Callable[..., None], operands, results, **options) -> list[jax.Array]:
-    """Runs a ``KernelCall`` with these attributes."""
-    return KernelCall(kernel, operands, results, **options).run()
+def all_fit(make_calls: Callable[..., Sequence[KernelCall]], *arrays: Any) -> bool:
+    """Whether all calls that a function of arrays makes fit in VMEM. Nothing is computed.
+
+    Args:
+      make_calls: function of the arrays that returns the calls.
+      arrays: arrays, ShapeDtypeStructs, or tuples of them.
+    """
+    found: list[bool] = []
+    jax.eval_shape(lambda *arrays: found.extend(call.fits for call in make_calls(*arrays)), *arrays)
+    return all(found)
 
 
 def _block_shape(shape, batched: Batching) -> tuple[int, ...]:

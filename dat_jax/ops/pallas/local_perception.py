@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dat_jax.ops.pallas import mlp
-from dat_jax.ops.pallas.call import Result, batched_call
+from dat_jax.ops.pallas.call import KernelCall, Result
 
 
 def local_perception(x: jax.Array, taps: jax.Array, bias: jax.Array) -> jax.Array:
@@ -34,8 +34,7 @@ def local_perception(x: jax.Array, taps: jax.Array, bias: jax.Array) -> jax.Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _perceive(width, x, taps, bias):
-    operands = [(x, True), (taps, False), (bias, False)]
-    return _call(_forward_kernel, width, operands, [Result(x.shape, x.dtype, True)], products=1)[0]
+    return _forward_call(width, x, taps, bias).run()[0]
 
 
 def _perceive_forward(width, x, taps, bias):
@@ -44,22 +43,38 @@ def _perceive_forward(width, x, taps, bias):
 
 def _perceive_backward(width, residuals, gradient):
     x, taps = residuals
-    operands = [(x, True), (taps, False), (gradient, True)]
-    rows = ((9, x.shape[2]), (1, x.shape[2]))
-    results = [Result(x.shape, x.dtype, True), *(Result(shape, taps.dtype, False) for shape in rows)]
-    return tuple(_call(_backward_kernel, width, operands, results, products=2))
+    return tuple(_backward_call(width, x, taps, gradient).run())
 
 
 _perceive.defvjp(_perceive_forward, _perceive_backward)
 
 
-def _call(kernel, width, operands, results, *, products):
+def list_calls(x: jax.Array, taps: jax.Array, bias: jax.Array) -> list[KernelCall]:
+    """The calls of ``local_perception`` with these arguments and of its backward pass."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height * width, channels)
+    return [_forward_call(width, x, taps, bias), _backward_call(width, x, taps, x)]
+
+
+def _forward_call(width, x, taps, bias):
+    operands = [(x, True), (taps, False), (bias, False)]
+    return _call(_forward_kernel, width, operands, [Result(x.shape, x.dtype, True)], products=1)
+
+
+def _backward_call(width, x, taps, gradient):
+    operands = [(x, True), (taps, False), (gradient, True)]
+    rows = ((9, x.shape[2]), (1, x.shape[2]))
+    results = [Result(x.shape, x.dtype, True), *(Result(shape, taps.dtype, False) for shape in rows)]
+    return _call(_backward_kernel, width, operands, results, products=2)
+
+
+def _call(kernel, width, operands, results, *, products) -> KernelCall:
     x, taps = operands[0][0], operands[1][0]
     pixels, channels = x.shape[1:]
     run = mlp.LANES if channels % mlp.LANES == 0 else channels
     shape = (3, pixels + 2 * mlp.border_rows(width), run)
     stored = taps.dtype.itemsize * max(run, mlp.LANES)
-    return batched_call(
+    return KernelCall(
         functools.partial(kernel, width, run),
         operands,
         results,

@@ -10,7 +10,7 @@ One grid step is one image:
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dat_jax.ops.pallas.branch import Branch, normalize, normalize_backward
-from dat_jax.ops.pallas.call import Result, batched_call, dot
+from dat_jax.ops.pallas.call import KernelCall, Result, dot
 
 MAX_WEIGHTS = 2_500_000  # C * E: the kernels and their float32 gradients are in VMEM, each twice
 LANES = 128
-_TAPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+TAPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 
 
 class Parameters(NamedTuple):
@@ -45,6 +45,20 @@ class Parameters(NamedTuple):
     kernel2: jax.Array
     bias2: jax.Array
 
+    @classmethod
+    def describe(cls, channels: int, hidden: int, dtype: Any) -> "Parameters":
+        """ShapeDtypeStructs of the parameters for a map of ``dtype``, to find out what fits in VMEM."""
+        wide = jnp.promote_types(dtype, jnp.float32)
+        struct: Any = jax.ShapeDtypeStruct
+        return cls(
+            struct((channels, hidden), dtype),
+            struct((1, hidden), wide),
+            struct((9, hidden), wide),
+            struct((1, hidden), wide),
+            struct((hidden, channels), dtype),
+            struct((1, channels), wide),
+        )
+
 
 def conv_mlp(x: jax.Array, parameters: Parameters, branch: Branch | None = None) -> jax.Array:
     """See ``ops.layers.mlp``.
@@ -64,25 +78,29 @@ def conv_mlp(x: jax.Array, parameters: Parameters, branch: Branch | None = None)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlp(width, x, branch, parameters):
-    return _run_forward(width, x, branch, parameters)
+    return _forward_call(width, x, branch, parameters).run()[0]
 
 
 def _mlp_forward(width, x, branch, parameters):
-    return _run_forward(width, x, branch, parameters), (x, branch, parameters)
+    return _mlp(width, x, branch, parameters), (x, branch, parameters)
 
 
-def _run_forward(width, x, branch, parameters):
+def list_calls(x: jax.Array, parameters: Parameters, branch: Branch | None = None) -> list[KernelCall]:
+    """The calls of ``conv_mlp`` with these arguments and of its backward pass."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height * width, channels)
+    return [_forward_call(width, x, branch, parameters), _backward_call(width, x, branch, parameters, x)]
+
+
+def _forward_call(width, x, branch, parameters):
     operands, _ = _list_operands(x, branch, parameters)
     options = dict(hidden=parameters.kernel1.shape[1], is_branch=branch is not None, products=2, copies=1)
-    return _call(_forward_kernel, width, operands, [Result(x.shape, x.dtype, True)], **options)[0]
+    return _call(_forward_kernel, width, operands, [Result(x.shape, x.dtype, True)], **options)
 
 
 def _mlp_backward(width, residuals, gradient):
     x, branch, parameters = residuals
-    operands, results = _list_operands(x, branch, parameters)
-    results = [Result(x.shape, x.dtype, True), *results]
-    options = dict(hidden=parameters.kernel1.shape[1], is_branch=branch is not None, products=5, copies=2)
-    to_x, *gradients = _call(_backward_kernel, width, [*operands, (gradient, True)], results, **options)
+    to_x, *gradients = _backward_call(width, x, branch, parameters, gradient).run()
     if branch is not None:
         branch = Branch(jnp.zeros_like(branch.factors), *gradients[:2])
         gradients = gradients[2:]
@@ -92,6 +110,13 @@ def _mlp_backward(width, residuals, gradient):
 _mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
+def _backward_call(width, x, branch, parameters, gradient):
+    operands, results = _list_operands(x, branch, parameters)
+    results = [Result(x.shape, x.dtype, True), *results]
+    options = dict(hidden=parameters.kernel1.shape[1], is_branch=branch is not None, products=5, copies=2)
+    return _call(_backward_kernel, width, [*operands, (gradient, True)], results, **options)
+
+
 def _list_operands(x, branch, parameters):
     """Operands of both kernels, and the gradients of parameters, which are summed over the batch in float32 or better."""
     operands = [(x, True), *(branch.operands() if branch is not None else ()), *((p, False) for p in parameters)]
@@ -99,7 +124,7 @@ def _list_operands(x, branch, parameters):
     return operands, [*(branch.results() if branch is not None else ()), *results]
 
 
-def _call(kernel, width, operands, results, *, hidden, is_branch, products, copies):
+def _call(kernel, width, operands, results, *, hidden, is_branch, products, copies) -> KernelCall:
     x = operands[0][0]
     pixels, channels = x.shape[1:]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -107,7 +132,7 @@ def _call(kernel, width, operands, results, *, hidden, is_branch, products, copi
     rows = pixels + 2 * border_rows(width)
     itemsize = jnp.dtype(dtype).itemsize
     scratch = [pltpu.VMEM((3, rows, run), dtype)] * copies + [pltpu.VMEM((pixels, channels), dtype)]
-    return batched_call(
+    return KernelCall(
         functools.partial(kernel, width, run, is_branch),
         operands,
         results,
@@ -144,7 +169,7 @@ def store_map(ref, width: int, values: jax.Array) -> None:
 
 def neighbors(ref, width, pixels):
     """For each tap, the neighbor of every pixel that it reads; zero outside the map."""
-    for dy, dx in _TAPS:
+    for dy, dx in TAPS:
         first = border_rows(width) + dy * width + dx
         yield ref[dx + 1, first : first + pixels]
 
@@ -158,7 +183,8 @@ def _hidden(x_ref, kernel1, bias1, taps, taps_bias, ref, width):
     return values + taps_bias
 
 
-def _normal_cdf(x):
+def normal_cdf(x: jax.Array) -> jax.Array:
+    """Cumulative distribution function of the normal distribution."""
     return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
@@ -180,7 +206,7 @@ def _forward_kernel(width, run, is_branch, x_ref, *refs):
     def step(index, _):
         at = at_run(index, run)
         hidden = _hidden(in_ref, k1[:, at], b1[:, at], taps[:, at], taps_bias[:, at], map_ref, width)
-        active = (hidden * _normal_cdf(hidden)).astype(k2.dtype)
+        active = (hidden * normal_cdf(hidden)).astype(k2.dtype)
         sum_ref[...] += dot(active, k2[at], 1, 0)
         return 0
 
@@ -214,7 +240,7 @@ def _backward_kernel(width, run, is_branch, x_ref, *refs):
     def step(index, _):
         at = at_run(index, run)
         hidden = _hidden(in_ref, k1[:, at], b1[:, at], taps[:, at], taps_bias[:, at], map_ref, width)
-        below = _normal_cdf(hidden)
+        below = normal_cdf(hidden)
         to_k2[at] += dot((hidden * below).astype(dtype), gradient, 0, 0)
         slope = below + hidden * jnp.exp(-0.5 * hidden * hidden) * (1 / math.sqrt(2 * math.pi))
         to_hidden = dot(gradient, k2[at], 1, 1) * slope

@@ -10,7 +10,6 @@ Inside a step it is the kernel of ``mlp``: a loop over runs of hidden channels, 
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dat_jax.ops.pallas.call import KernelCall, Result, Rows, dot, stored_bytes
-from dat_jax.ops.pallas.mlp import Parameters
+from dat_jax.ops.pallas.call import ALIGNMENT, KernelCall, Result, Rows, dot, round_up, stored_bytes
+from dat_jax.ops.pallas.mlp import LANES, TAPS, Parameters, at_run, normal_cdf
 
-_ALIGNMENT = 16  # pixels: the rows of a register in bfloat16, and two registers in float32
-_LANES = 128
 _BLOCK_PIXELS = 4096
 _MAX_STEP_BYTES = 56 * 2**20  # a v5p has 64 MiB of VMEM
-_TAPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Blocks:
     @property
     def halo(self) -> int:
         """Pixels before and after a block in scratch memory."""
-        return _round_up(self.reach * self.map_shape[1], _ALIGNMENT)
+        return round_up(self.reach * self.map_shape[1], ALIGNMENT)
 
     @property
     def span(self) -> int:
@@ -64,7 +56,7 @@ class Blocks:
     @property
     def border(self) -> int:
         """Zeros before and after the hidden map, which the convolution reads beyond it."""
-        return _round_up(self.map_shape[1] + 1, _ALIGNMENT)
+        return round_up(self.map_shape[1] + 1, ALIGNMENT)
 
     @property
     def count(self) -> int:
@@ -75,9 +67,9 @@ class Blocks:
 def _row_choices(map_shape):
     """Rows of a block, most first: its pixels are a multiple of the alignment, and at least the halo of the gradient."""
     height, width = map_shape
-    step = _ALIGNMENT // math.gcd(width, _ALIGNMENT)
-    least = _round_up(math.ceil(_round_up(2 * width, _ALIGNMENT) / width), step)
-    most = _round_up(min(height, max(1, _BLOCK_PIXELS // width)), step)
+    step = ALIGNMENT // math.gcd(width, ALIGNMENT)
+    least = round_up(math.ceil(round_up(2 * width, ALIGNMENT) / width), step)
+    most = round_up(min(height, max(1, _BLOCK_PIXELS // width)), step)
     return range(max(least, most), least - 1, -step)
 
 
@@ -90,16 +82,9 @@ def choose_rows(shape: tuple[int, ...], hidden: int, dtype) -> int | None:
       dtype: of the input.
     """
     _, height, width, channels = shape
-    wide = jnp.promote_types(dtype, jnp.float32)
-    array: Any = jax.ShapeDtypeStruct
-    x = array((1, height * width, channels), dtype)
-    parameters = Parameters(
-        array((channels, hidden), dtype),
-        array((1, hidden), wide),
-        array((9, hidden), wide),
-        array((1, hidden), wide),
-        array((hidden, channels), dtype),
-        array((1, channels), wide),
+    x, parameters = (
+        jax.ShapeDtypeStruct((1, height * width, channels), dtype),
+        Parameters.describe(channels, hidden, dtype),
     )
     for rows in _row_choices((height, width)):
         if _backward_call((height, width), rows, x, parameters, x).vmem_bytes <= _MAX_STEP_BYTES:
@@ -161,7 +146,7 @@ def _backward_call(map_shape, rows, x, parameters, gradient) -> KernelCall:
 def _call(kernel, blocks, operands, results, *, products, copies) -> KernelCall:
     x, hidden, dtype = operands[0][0], operands[1][0].shape[1], operands[2][0].dtype
     (_, pixels, channels), span = x.shape, blocks.span
-    run = _LANES if hidden % _LANES == 0 else hidden
+    run = LANES if hidden % LANES == 0 else hidden
     windows = [((blocks.halo + 2 * blocks.pixels, channels), x.dtype)] * copies
     maps = [((3, span + 2 * blocks.border, run), dtype)] * copies
     scratch = [*windows, *maps, ((blocks.pixels, channels), dtype)]
@@ -211,7 +196,7 @@ def _pixels(blocks, step):
     height, width = blocks.map_shape
     index = lax.broadcasted_iota(jnp.int32, (blocks.span, 1), 0)
     pixel = (step - 1) * blocks.pixels - blocks.halo + index
-    shifted = (index + (_round_up(blocks.halo, width) - blocks.halo)).astype(jnp.float32)
+    shifted = (index + (round_up(blocks.halo, width) - blocks.halo)).astype(jnp.float32)
     column = shifted - jnp.floor((shifted + 0.5) / width) * width  # integer division is slow
     inside = (pixel >= 0) & (pixel < height * width)
     return inside, inside & (column < width - 1), inside & (column > 0)
@@ -227,7 +212,7 @@ def _store_map(blocks, ref, values, masks):
 
 def _neighbors(blocks, ref):
     """For each tap, the neighbor of every pixel of the span that it reads; zero outside the map."""
-    for dy, dx in _TAPS:
+    for dy, dx in TAPS:
         first = blocks.border + dy * blocks.map_shape[1] + dx
         yield ref[dx + 1, first : first + blocks.span]
 
@@ -239,14 +224,6 @@ def _hidden(blocks, x, kernel1, bias1, taps, taps_bias, ref, masks):
     for tap, neighbor in enumerate(_neighbors(blocks, ref)):
         values = values + neighbor * taps[tap : tap + 1]
     return values + taps_bias
-
-
-def _normal_cdf(x):
-    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
-
-
-def _at(index, run):
-    return pl.ds(pl.multiple_of(index * run, run), run)
 
 
 def _forward_kernel(blocks, run, x_ref, k1, b1, taps, taps_bias, k2, b2, out_ref, window, map_ref, sum_ref):
@@ -261,10 +238,10 @@ def _forward_kernel(blocks, run, x_ref, k1, b1, taps, taps_bias, k2, b2, out_ref
         sum_ref[...] = jnp.zeros_like(sum_ref) + b2[...]
 
         def step(index, _):
-            at = _at(index, run)
+            at = at_run(index, run)
             x = window[: blocks.span]
             hidden = _hidden(blocks, x, k1[:, at], b1[:, at], taps[:, at], taps_bias[:, at], map_ref, masks)[core]
-            active = (hidden * _normal_cdf(hidden)).astype(k2.dtype)
+            active = (hidden * normal_cdf(hidden)).astype(k2.dtype)
             sum_ref[...] += dot(active, k2[at], 1, 0)
             return 0
 
@@ -295,10 +272,10 @@ def _backward_kernel(blocks, run, x_ref, k1, b1, taps, taps_bias, k2, b2, gradie
         to_b2[...] += gradient_window[core].astype(to_b2.dtype).sum(axis=0, keepdims=True)
 
         def step(index, _):
-            at = _at(index, run)
+            at = at_run(index, run)
             x, gradient = x_window[: blocks.span], gradient_window[: blocks.span]
             hidden = _hidden(blocks, x, k1[:, at], b1[:, at], taps[:, at], taps_bias[:, at], map_ref, masks)
-            below = _normal_cdf(hidden)
+            below = normal_cdf(hidden)
             # The gradient of pixels outside the map is zero, so they add nothing to the sums over the pixels of a block.
             to_k2[at] += dot((hidden * below)[core].astype(dtype), gradient[core], 0, 0)
             slope = below + hidden * jnp.exp(-0.5 * hidden * hidden) * (1 / math.sqrt(2 * math.pi))

@@ -24,16 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dat_jax.ops.pallas.attention import Layout, attend, attend_backward
-from dat_jax.ops.pallas.call import KernelCall, Result, Rows, stored_bytes
+from dat_jax.ops.pallas.call import ALIGNMENT, KernelCall, Result, Rows, round_up, stored_bytes
 
-_ALIGNMENT = 16  # columns: the rows of a register in bfloat16, and two registers in float32
 _TILE_COST = 48  # fixed cost of a head and tile, in registers of 8 x 128 scores
 _MAX_ROWS = 32
 _MAX_STEP_BYTES = 44 * 2**20  # a v5p has 64 MiB of VMEM
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +70,7 @@ class Tiling:
         if self.tiles == 1:
             return 0, 0
         before, after = _halo(self.map_shape[1], self.columns, self.kernel_size)
-        return _round_up(before, _ALIGNMENT), _round_up(after, _ALIGNMENT)
+        return round_up(before, ALIGNMENT), round_up(after, ALIGNMENT)
 
     @property
     def key_shape(self) -> tuple[int, int]:
@@ -127,7 +122,7 @@ def choose_tiling(shape: tuple[int, ...], dtype: Any, *, kernel_size: int, num_h
 
     best, least = None, math.inf
     for rows in range(1, min(height, _MAX_ROWS) + 1):
-        for columns in range(_ALIGNMENT, _round_up(width, _ALIGNMENT) + 1, _ALIGNMENT):
+        for columns in range(ALIGNMENT, round_up(width, ALIGNMENT) + 1, ALIGNMENT):
             tiling = Tiling(layout, (height, width), kernel_size, rows, columns)
             # The halo of a block must lie in the two blocks beside it.
             if cost(tiling) >= least or max(tiling.row_halo) > rows:
@@ -272,7 +267,7 @@ def _for_each_tile(tiling: Tiling, process):
     """Calls ``process(first column)`` for each tile of columns."""
 
     def step(tile, _):
-        process(pl.multiple_of(tile * tiling.columns, _ALIGNMENT))
+        process(pl.multiple_of(tile * tiling.columns, ALIGNMENT))
         return 0
 
     lax.fori_loop(0, tiling.tiles, step, 0)
@@ -283,7 +278,7 @@ def _load_tile(tiling: Tiling, window, column):
     rows, channels = tiling.rows, tiling.layout.channels
     key_rows = slice(rows - tiling.row_halo[0], 2 * rows + tiling.row_halo[1])
     key_columns = pl.ds(column, tiling.key_shape[1])
-    first = pl.multiple_of(column + tiling.column_halo[0], _ALIGNMENT)
+    first = pl.multiple_of(column + tiling.column_halo[0], ALIGNMENT)
     query = window[rows : 2 * rows, pl.ds(first, tiling.columns), :channels].reshape(-1, channels)
     key = window[key_rows, key_columns, channels : 2 * channels].reshape(-1, channels)
     value = window[key_rows, key_columns, 2 * channels :].reshape(-1, channels)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dat_jax.ops.pallas.branch import normalize, normalize_backward
-from dat_jax.ops.pallas.call import Result, batched_call, dot
+from dat_jax.ops.pallas.call import KernelCall, Result, dot
 
 
 @jax.custom_vjp
@@ -24,11 +24,24 @@ def norm_linear(
     Returns:
       (B, P, C) and (B, P, features), of the dtype of ``x``.
     """
+    normalized, out = _forward_call(x, scale, shift, kernel, bias).run()
+    return normalized, out
+
+
+def list_calls(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> list[KernelCall]:
+    """The calls of ``norm_linear`` with these arguments and of its backward pass."""
+    forward = _forward_call(x, scale, shift, kernel, bias)
+    gradients = (jax.ShapeDtypeStruct(r.shape, r.dtype) for r in forward.results)
+    return [forward, _backward_call(x, scale, shift, kernel, *gradients)]
+
+
+def _forward_call(x, scale, shift, kernel, bias):
     operands = [(x, True), *((y, False) for y in (scale, shift, kernel.astype(x.dtype), bias))]
     shapes = x.shape, (*x.shape[:2], kernel.shape[1])
     results = [Result(shape, x.dtype, batched=True) for shape in shapes]
-    normalized, out = _call(_forward_kernel, operands, results, kernel, products=1)
-    return normalized, out
+    return _call(_forward_kernel, operands, results, kernel, products=1)
 
 
 def _forward(x, scale, shift, kernel, bias):
@@ -36,20 +49,23 @@ def _forward(x, scale, shift, kernel, bias):
 
 
 def _backward(residuals, gradients):
-    x, scale, shift, kernel = residuals
-    parameters = ((y, False) for y in (scale, shift, kernel.astype(x.dtype)))
-    operands = [(x, True), *parameters, *((gradient, True) for gradient in gradients)]
-    sums = (scale.shape, shift.shape, kernel.shape, (1, kernel.shape[1]))
-    results = [Result(x.shape, x.dtype, batched=True), *(Result(s, kernel.dtype, batched=False) for s in sums)]
-    return tuple(_call(_backward_kernel, operands, results, kernel, products=2))
+    return tuple(_backward_call(*residuals, *gradients).run())
 
 
 norm_linear.defvjp(_forward, _backward)
 
 
-def _call(kernel_function, operands, results, kernel, *, products):
+def _backward_call(x, scale, shift, kernel, *gradients):
+    parameters = ((y, False) for y in (scale, shift, kernel.astype(x.dtype)))
+    operands = [(x, True), *parameters, *((gradient, True) for gradient in gradients)]
+    sums = (scale.shape, shift.shape, kernel.shape, (1, kernel.shape[1]))
+    results = [Result(x.shape, x.dtype, batched=True), *(Result(s, kernel.dtype, batched=False) for s in sums)]
+    return _call(_backward_kernel, operands, results, kernel, products=2)
+
+
+def _call(kernel_function, operands, results, kernel, *, products) -> KernelCall:
     pixels, channels = operands[0][0].shape[1:]
-    return batched_call(
+    return KernelCall(
         kernel_function,
         operands,
         results,
