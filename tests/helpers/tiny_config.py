@@ -19,6 +19,28 @@ def _load_halves(split: str) -> sources.ArraySource:
 sources._SOURCES["halves"] = _load_halves
 
 
+# Attributes of a model with one stage of an N and a D block.
+ONE_STAGE = dict(
+    image_size=32,
+    dim_stem=16,
+    dims=(16,),
+    stages=("ND",),
+    num_heads=(2,),
+    num_groups=(1,),
+    key_strides=(2,),
+    offset_kernels=(3,),
+    offset_range_factors=(-1,),
+    position_bias=("table",),
+    use_offsets=(True,),
+    window_sizes=(7,),
+    neighborhood_sizes=(3,),
+    reduction_ratios=(1,),
+    lpu=(True,),
+    conv_mlp=(True,),
+    layer_scale_init=(-1,),
+)
+
+
 def get_config(**model):
     """Return a configuration of a model with an N and a D block, for images of 32 x 32 and 10 steps per epoch."""
     config = quickstart.get_config().unlock()
@@ -28,24 +50,8 @@ def get_config(**model):
             deformable_form="auto",
             dtype="float32",
             drop_path_rate=0.1,
-            image_size=32,
-            dim_stem=16,
-            dims=(16,),
-            stages=("ND",),
-            num_heads=(2,),
-            num_groups=(1,),
-            key_strides=(2,),
-            offset_kernels=(3,),
-            offset_range_factors=(-1,),
-            position_bias=("table",),
-            use_offsets=(True,),
-            window_sizes=(7,),
-            neighborhood_sizes=(3,),
-            reduction_ratios=(1,),
-            lpu=(True,),
-            conv_mlp=(True,),
-            layer_scale_init=(-1,),
         ),
+        **ONE_STAGE,
         **model,
     }
     config.data.image_size = 32

@@ -9,6 +9,7 @@ import pytest
 
 import dat_jax
 from dat_jax.ops import dispatch
+from tests.helpers import tiny_config
 from tests.helpers.random_variables import random_variables
 from tests.reference import compare
 
@@ -21,29 +22,8 @@ def interpreted_kernels():
 
 def make_model(implementation, **overrides):
     """One stage with both kinds of attention, on a map of 8 x 8."""
-    settings = dict(
-        num_classes=3,
-        image_size=32,
-        dim_stem=4,
-        dims=(4,),
-        stages=("ND",),
-        num_heads=(2,),
-        num_groups=(1,),
-        key_strides=(2,),
-        offset_kernels=(3,),
-        offset_range_factors=(-1,),
-        position_bias=("table",),
-        use_offsets=(True,),
-        window_sizes=(3,),
-        neighborhood_sizes=(3,),
-        reduction_ratios=(2,),
-        lpu=(True,),
-        conv_mlp=(True,),
-        layer_scale_init=(-1,),
-        drop_path_rate=0.6,
-        dtype=jnp.float64,
-    )
-    return dat_jax.DAT(**{**settings, **overrides}, implementation=implementation)
+    settings = dict(num_classes=3, dim_stem=4, dims=(4,), drop_path_rate=0.6, dtype=jnp.float64)
+    return dat_jax.DAT(**tiny_config.ONE_STAGE | settings | overrides, implementation=implementation)
 
 
 def make_step(model, images):
