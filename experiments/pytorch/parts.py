@@ -10,12 +10,16 @@ JAX_PLATFORMS=cpu python -m experiments.pytorch.parts [--model=dat_pp_tiny] [--b
   matrices in this project: a bound for what any implementation can reach. Neighborhood attention counts only the pairs inside
   its windows, so that a dense product, which computes more pairs, cannot reach it.
 - Times are medians; every round measures all columns in random order.
+- The last table has the processor time of a training step of the whole model, summed over the threads: in the program, and in
+  the operating system, which maps memory when it is touched for the first time (page faults).
 
 It needs `pip install torch` and a C++ compiler, which torch.compile uses.
 """
 
 import argparse
 import math
+import resource
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -215,6 +219,35 @@ def measure_part(
     return {"seconds": seconds, "torch": torch.__version__}
 
 
+def measure_processor_time(*, column: str, variant: str, batch: int, repeats: int) -> dict[str, float]:
+    """For ``measure.run_fresh``: {"user": s, "system": s, "faults": page faults} of a training step, medians."""
+    from experiments.pytorch import benchmark
+
+    if column == "dat_jax":
+        call = benchmark.make_ours(variant, batch, "train")
+    else:
+        call = benchmark.make_peer(variant, batch, "train", compile_it=False)
+    call(), call()
+    usage = [resource.getrusage(resource.RUSAGE_SELF)]
+    for _ in range(repeats):
+        call()
+        usage.append(resource.getrusage(resource.RUSAGE_SELF))
+    fields = dict(user="ru_utime", system="ru_stime", faults="ru_minflt")
+    return {
+        name: statistics.median(getattr(b, field) - getattr(a, field) for a, b in zip(usage, usage[1:], strict=False))
+        for name, field in fields.items()
+    }
+
+
+def format_processor_time(column: str, result: dict[str, Any]) -> dict[str, str]:
+    """Row of the table of processor times."""
+    names = ("in the program, s", "in the operating system, s", "page faults")
+    if "failed" in result:
+        return {"step": column} | dict.fromkeys(names, "-") | {names[0]: result["failed"]}
+    seconds = [measure.format_number(result[name]) for name in ("user", "system")]
+    return {"step": column} | dict(zip(names, [*seconds, f"{result['faults']:,.0f}"], strict=True))
+
+
 def format_row(part: Part, batch: int, gradient: bool, result: dict[str, Any], speed: float) -> dict[str, str]:
     """Row of the table of parts."""
     row = {"part": part.name, "map": f"{part.side} x {part.side} x {part.channels}"}
@@ -262,6 +295,11 @@ def main(arguments=None) -> None:
             torch = result.get("torch", torch)
             rows.append(format_row(part, options.batch, gradient, result, products["speed"]))
             print(rows[-1], flush=True)
+    processor = []
+    for column in COLUMNS[:2]:
+        more = dict(column=column, variant=options.model, batch=options.batch, repeats=options.repeats)
+        processor.append(format_processor_time(column, measure.run_fresh(f"{target}:measure_processor_time", **more)))
+        print(processor[-1], flush=True)
     product.append(measure.time_matrix_product())
     machine = measure.describe_machine(product_seconds=product)
     large = " and ".join(f"{2e-9 * products[name]:.0f}" for name in ("speed", "peer_speed"))
@@ -271,6 +309,7 @@ def main(arguments=None) -> None:
         "": f"{head}\n\n{options.command}",
         "Speed of products, GFLOP/s": f"{ran}\n\n{measure.format_table(products['rows'])}",
         "Parts": measure.format_table(rows),
+        "Processor time of a training step": measure.format_table(processor),
     }
     measure.write_results(options.output, title="The parts of the model", sections=sections, name="parts")
 
