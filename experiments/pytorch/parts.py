@@ -17,6 +17,7 @@ It needs `pip install torch` and a C++ compiler, which torch.compile uses.
 """
 
 import argparse
+import itertools
 import math
 import resource
 import statistics
@@ -234,7 +235,7 @@ def measure_processor_time(*, column: str, variant: str, batch: int, repeats: in
         usage.append(resource.getrusage(resource.RUSAGE_SELF))
     fields = dict(user="ru_utime", system="ru_stime", faults="ru_minflt")
     return {
-        name: statistics.median(getattr(b, field) - getattr(a, field) for a, b in zip(usage, usage[1:], strict=False))
+        name: statistics.median(getattr(b, field) - getattr(a, field) for a, b in itertools.pairwise(usage))
         for name, field in fields.items()
     }
 
