@@ -71,6 +71,13 @@ def make_peer(variant: str, batch: int, step: str, *, compile_it: bool) -> Any:
     return train
 
 
+def make_call(column: str, variant: str, batch: int, step: str) -> Any:
+    """A function without arguments that does one step of a column of the table."""
+    if column == COLUMNS[0]:
+        return make_ours(variant, batch, step)
+    return make_peer(variant, batch, step, compile_it=column == COLUMNS[2])
+
+
 def compare(variant: str) -> dict[str, float]:
     """Relative differences between the logits and the gradients of both, with the same weights and two images."""
     import jax
@@ -111,11 +118,7 @@ def measure_times(*, variant: str, batch: int, step: str, repeats: int, min_seco
 
     with tempfile.TemporaryDirectory() as cache:
         measure.use_cache(cache)
-        calls = {
-            "dat_jax": make_ours(variant, batch, step),
-            "PyTorch": make_peer(variant, batch, step, compile_it=False),
-            "PyTorch, compiled": make_peer(variant, batch, step, compile_it=True),
-        }
+        calls = {column: make_call(column, variant, batch, step) for column in COLUMNS}
         for call in calls.values():
             call(), call()
         seconds = measure.time_interleaved(calls, repeats=repeats, min_seconds=min_seconds)
@@ -124,13 +127,11 @@ def measure_times(*, variant: str, batch: int, step: str, repeats: int, min_seco
 
 def measure_memory(*, column: str, variant: str, batch: int, step: str) -> dict[str, Any]:
     """For ``measure.run_fresh``: the peak of the process, with compilation, in bytes."""
-    if column == "dat_jax":
+    call = make_call(column, variant, batch, step)
+    if column == COLUMNS[0]:
         from dat_jax.training.compilation import release_unused_memory
 
-        call = make_ours(variant, batch, step)
         release_unused_memory()  # as a run does
-    else:
-        call = make_peer(variant, batch, step, compile_it=column.endswith("compiled"))
     for _ in range(3):
         call()
     return {"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}

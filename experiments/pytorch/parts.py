@@ -224,10 +224,7 @@ def measure_processor_time(*, column: str, variant: str, batch: int, repeats: in
     """For ``measure.run_fresh``: {"user": s, "system": s, "faults": page faults} of a training step, medians."""
     from experiments.pytorch import benchmark
 
-    if column == "dat_jax":
-        call = benchmark.make_ours(variant, batch, "train")
-    else:
-        call = benchmark.make_peer(variant, batch, "train", compile_it=False)
+    call = benchmark.make_call(column, variant, batch, "train")
     call(), call()
     usage = [resource.getrusage(resource.RUSAGE_SELF)]
     for _ in range(repeats):
