@@ -30,7 +30,7 @@ ALLOWED = {
     },
     "dat_jax.checkpoints": {
         *("dat_jax.checkpoints", "dat_jax.errors", "dat_jax.models", "dat_jax.parallel", "dat_jax.storage"),
-        *("flax", "jax", "ml_collections", "orbax"),
+        *("flax", "jax", "ml_collections", "orbax", "safetensors"),
     },
     "dat_jax.conversion": {
         *("dat_jax.conversion", "dat_jax.checkpoints", "dat_jax.cli", "dat_jax.errors", "dat_jax.models"),

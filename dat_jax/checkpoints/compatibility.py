@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _IMPLEMENTATION = ("dtype", "remat", "scan_blocks", "implementation")
 # Keys that determine the order of the training data, which a resumed run continues.
 _DATA_ORDER = ("batch_size", "seed", "data.name")
+# Keys that determine the arrays of the optimizer's state.
+_OPTIMIZER = ("optimizer.name", "optimizer.freeze")
 # Keys, or groups of keys, that may change without a warning: those of the machine, of logging and of the start of the run.
 _UNCHECKED = (
     "mesh",
@@ -38,7 +40,9 @@ _UNCHECKED = (
     "data.max_damaged",
 )
 # Values of keys that older versions did not have, which computed only this.
-_IMPLIED = {"model.deformable_form": "dat_pp"}
+_IMPLIED = {"model.deformable_form": "dat_pp", "optimizer.name": "adamw", "optimizer.freeze": [], "lora.rank": 0}
+# Groups whose other keys are not compared with versions that did not have them.
+_LATER_GROUPS = ("optimizer", "lora")
 
 
 def describe(config: ConfigDict, *, step: int, class_names: Sequence[str]) -> dict[str, Any]:
@@ -70,7 +74,8 @@ def check(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Seque
       class_names: names of the classes of the training data, in the order of their labels.
 
     Raises:
-      UserError: the model, the classes or the order of the training data differs. The keys are named, with both values.
+      UserError: the model, the classes, the order of the training data or the optimizer differs. The keys are named, with both
+        values.
     """
     check_model(metadata, config, class_names=class_names)
     differences = _compare(metadata["config"], config)
@@ -78,6 +83,11 @@ def check(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Seque
         raise UserError(
             f"The run in this work directory was started with {_format(data)}. Its data would not continue where it stopped: "
             "restore the value, or choose another --workdir."
+        )
+    if optimizer := {key: values for key, values in differences.items() if key in _OPTIMIZER}:
+        raise UserError(
+            f"The run in this work directory was started with {_format(optimizer)}. The state of its optimizer is another one: "
+            "restore the value, or choose another --workdir and start from the weights of this run with --config.init_from."
         )
     changed = {key: values for key, values in differences.items() if not _is_unchecked(key)}
     if changed:
@@ -120,7 +130,7 @@ def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, class_names:
 
 def _determines_function(key: str) -> bool:
     group, _, name = key.partition(".")
-    return key == "task" or group == "head" or (group == "model" and name not in _IMPLEMENTATION)
+    return key == "task" or group in ("head", "lora") or (group == "model" and name not in _IMPLEMENTATION)
 
 
 def _is_unchecked(key: str) -> bool:
@@ -131,7 +141,7 @@ def _compare(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[An
     """Keys with other values, as {key: (saved value, current value)}. The value of a missing key is None."""
     saved, current = (_flatten(mapping) for mapping in (saved, config.to_dict()))
     saved = {**_IMPLIED, **saved}
-    keys = sorted(saved.keys() | current.keys())
+    keys = sorted(saved.keys() | {key for key in current if key.partition(".")[0] not in _LATER_GROUPS})
     return {key: (saved.get(key), current.get(key)) for key in keys if saved.get(key) != current.get(key)}
 
 

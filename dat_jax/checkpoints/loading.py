@@ -23,6 +23,7 @@ from dat_jax.checkpoints.adaptation import (
     reorder_classes,
     replace_class_layers,
 )
+from dat_jax.checkpoints.adapters import apply_adapter
 from dat_jax.checkpoints.arrays import read_arrays
 from dat_jax.checkpoints.class_names import describe_difference, read_class_names
 from dat_jax.checkpoints.directory import fetch_weights, find_best_step, read_meta
@@ -40,16 +41,21 @@ from dat_jax.checkpoints.model_description import (
 from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
+from dat_jax.models.lora import GROUP, merge_adapters
 from dat_jax.models.registry import VARIANTS
 from dat_jax.storage import as_path, exists
 
 
-def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[Model, dict[str, Any]]:
+def load_pretrained(
+    path: str | os.PathLike, *, adapter: str | os.PathLike | None = None, **overrides
+) -> tuple[Model, dict[str, Any]]:
     """Load a trained model. Use it as ``model.apply(variables, images, train=False)``.
 
     Args:
       path: a folder of weights, as ``python -m dat_jax.conversion`` writes it, or the work directory of a run. From the
         latter the best checkpoint is loaded, with the averaged weights if the run has them.
+      adapter: file of adapters that were trained on these weights, adapter.safetensors in the work directory of a run with
+        ``config.lora``. The model has its classes.
       **overrides: attributes of ``DAT`` (the backbone of a segmentor or detector) that replace those of the trained model,
         such as num_classes, image_size or dtype (float32 by default). If they change shapes, the weights are adapted, see
         ``adapt_params``; the head of a classifier with another number of classes is initialized from a fixed key.
@@ -62,6 +68,9 @@ def load_pretrained(path: str | os.PathLike, **overrides) -> tuple[Model, dict[s
       UserError: there is nothing to load at ``path``, it is damaged, or an attribute is unknown or does not fit the weights.
     """
     trained_model, variables = load_trained(path, deformable_form=overrides.get("deformable_form"))
+    if adapter is not None:
+        variables = {**variables, "params": apply_adapter(adapter, variables["params"])}
+        trained_model = trained_model.clone(num_classes=count_classes(variables["params"]))
     trained_dat = get_backbone(trained_model)
     dat = create_dat({**describe_model(trained_dat), **overrides}, source=path)
     model = dat if isinstance(trained_model, DAT) else trained_model.clone(dat=dat, dtype=dat.dtype)
@@ -241,6 +250,7 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
     else:
         config = _read_config(path / "config.json")
         variables, _ = read_best_variables(path / "checkpoints")
+        variables["params"] = _merge_adapters(variables["params"], config)
         kind = kind_of(variables["params"])
         settings = {key: value for key, value in config["model"].items() if key != "dtype"}
         head = config.get("head")
@@ -252,6 +262,14 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
         raise UserError(f"{path} does not record which model its weights belong to.")
     settings = add_deformable_form(settings, deformable_form, source=path)
     return create_described(kind, settings, head, source=path), variables
+
+
+def _merge_adapters(params: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a run with its adapters, if it has any, in the kernels of their layers."""
+    if GROUP not in params:
+        return dict(params)
+    keys = config["lora"]
+    return jax.tree.map(np.asarray, merge_adapters(params, scale=keys["alpha"] / keys["rank"]))
 
 
 def read_best_variables(directory: str | os.PathLike) -> tuple[dict[str, Any], int]:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -13,6 +12,7 @@ from dat_jax.checkpoints.class_names import add_class_names
 from dat_jax.checkpoints.loading import load_for_finetuning
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.errors import UserError
+from dat_jax.models import lora
 from dat_jax.storage import fetch
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ def restore_or_initialize(
     class_names: Sequence[str],
     abstract_state: Any,
     initialize: Callable[[], Any],
+    initialize_from: Callable[[Any], Any],
 ) -> Any:
     """Return the state that training starts from.
 
@@ -39,7 +40,8 @@ def restore_or_initialize(
       config: configuration of the run.
       class_names: names of the classes of the data, in the order of their labels.
       abstract_state: shapes, dtypes and shardings of the state.
-      initialize: makes a new state.
+      initialize: makes a new state with random weights.
+      initialize_from: makes a new state from the variables of the model.
 
     Raises:
       UserError: the checkpoint is of another model or of other data, or the weights are missing, damaged or do not fit.
@@ -47,7 +49,8 @@ def restore_or_initialize(
     check = _make_check(compatibility.check, checkpoints, config, class_names)
     restored = checkpoints.restore_newest(abstract_state, check=check)
     if restored is None:
-        return initialize_state(config, class_names=class_names, abstract_state=abstract_state, initialize=initialize)
+        options = dict(class_names=class_names, initialize=initialize, initialize_from=initialize_from)
+        return initialize_state(config, **options)
     return restored[0]
 
 
@@ -55,8 +58,8 @@ def initialize_state(
     config: ConfigDict,
     *,
     class_names: Sequence[str],
-    abstract_state: Any,
     initialize: Callable[[], Any],
+    initialize_from: Callable[[Any], Any],
     same_classes: bool = False,
 ) -> Any:
     """Return a new state, with the weights that ``config.init_from`` names if it is not "".
@@ -70,9 +73,11 @@ def initialize_state(
     state = initialize()
     if not config.init_from:
         return state
+    fresh_params = dict(state.params)
+    adapters = {name: fresh_params.pop(name) for name in (lora.GROUP,) if name in fresh_params}
     variables, adaptations = load_for_finetuning(
         config.init_from,
-        fresh_variables={"params": state.params, **state.model_state},
+        fresh_variables={"params": fresh_params, **state.model_state},
         deformable_form=config.model.deformable_form,
         model_name=config.model.name,
         class_names=class_names,
@@ -81,11 +86,8 @@ def initialize_state(
     )
     for sentence in [f"Starting from the weights of {config.init_from}.", *adaptations]:
         logger.info(sentence)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    params = jax.device_put(variables.pop("params"), places.params)
-    model_state = jax.device_put(variables, places.model_state)
-    ema_params = None if state.ema_params is None else params
-    return state.replace(params=params, model_state=model_state, ema_params=ema_params)
+    del state, fresh_params  # free their memory for the new state
+    return initialize_from({**variables, "params": {**variables["params"], **adapters}})
 
 
 def restore_for_evaluation(

@@ -6,6 +6,7 @@ The defaults are the recipe of the paper (https://arxiv.org/abs/2309.01430, appe
 from typing import Any
 
 from dat_jax.config.keys import Key, OpenGroup
+from dat_jax.config.optimizers import OPTIMIZER
 
 KEYS: dict[str, Any] = {
     "seed": Key(int, 0, "Seed of initial weights, data order, augmentation and dropout.", minimum=0),
@@ -134,20 +135,24 @@ KEYS: dict[str, Any] = {
             float, 60.0, "Warn after waiting this many seconds for a batch; 0 disables the warning.", minimum=0
         ),
     },
-    "optimizer": {
-        "b1": Key(float, 0.9, "AdamW: decay of the first moment.", minimum=0, below=1),
-        "b2": Key(float, 0.999, "AdamW: decay of the second moment.", minimum=0, below=1),
-        "eps": Key(float, 1e-8, "AdamW: added to the denominator.", minimum=0),
-        "weight_decay": Key(float, 0.05, "AdamW: decoupled weight decay.", minimum=0),
-        "decay_rule": Key(
-            str,
-            "matrices",
-            "Parameters with weight decay; position bias tables have none. matrices: matrices and convolution kernels, as in "
-            "the published classifiers. all_but_norms: all but LayerNorm, as in the published segmentors. "
-            "all_but_norms_and_bn: all but LayerNorm and BatchNorm, as in the published detectors.",
-            choices=("matrices", "all_but_norms", "all_but_norms_and_bn"),
+    "optimizer": OPTIMIZER,
+    "lora": {
+        "rank": Key(
+            int,
+            0,
+            "Rank of low-rank adapters (LoRA) of linear layers. They learn in place of the weights of the backbone, which are "
+            "frozen; the head learns too. 0: no adapters.",
+            minimum=0,
         ),
-        "clip_norm": Key(float, 5.0, "Largest global norm of the gradient; 0 disables clipping.", minimum=0),
+        "alpha": Key(float, 8.0, "An adapter is multiplied by alpha / rank.", above=0),
+        "layers": Key(
+            tuple,
+            ("attention", "mlp"),
+            "Which linear layers have adapters.",
+            items=str,
+            choices=("attention", "mlp"),
+            can_be_empty=False,
+        ),
     },
     "mesh": {
         "slices": Key(

@@ -48,6 +48,13 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.schedule.drops must be positive numbers in ascending order, got {drops}.")
     if config.mesh.data == config.mesh.fsdp == -1:
         raise UserError("config.mesh.data or config.mesh.fsdp must be a number of devices, got -1 for both.")
+    if config.optimizer.name == "schedule_free_adamw":
+        if config.ema_decay > 0:
+            raise UserError(
+                "config.ema_decay must be 0 for schedule_free_adamw, which evaluates an average of its own."
+            )
+        if config.optimizer.b1 == 0:
+            raise UserError("config.optimizer.b1 must be above 0 for schedule_free_adamw.")
     _TASKS[task].check(config)
 
 

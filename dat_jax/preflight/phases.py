@@ -271,9 +271,8 @@ def _make_state(session: Session) -> TrainState:
         directory = session.workdir / "checkpoints"
         with Checkpoints(directory, metric=trainer.task.metric, read_only=True) as checkpoints:
             return checkpoints.restore(step, trainer.abstract_state)[0]
-    return initialize_state(
-        config, class_names=class_names, abstract_state=trainer.abstract_state, initialize=trainer.initialize
-    )
+    options = dict(initialize=trainer.initialize, initialize_from=trainer.initialize_from)
+    return initialize_state(config, class_names=class_names, **options)
 
 
 def _describe_start(session: Session) -> str:

@@ -35,7 +35,7 @@ from dat_jax.training.monitoring.spikes import SpikeReport
 from dat_jax.training.monitoring.summary import SUMMARY, list_commands
 from dat_jax.training.monitoring.throughput import Progress, Throughput, Usage, format_duration
 from dat_jax.training.monitoring.time_shares import Clock, TimeShares, format_shares, name_metrics, read_earlier
-from dat_jax.training.optimizer import global_norm
+from dat_jax.training.optimizers.clipping import global_norm
 from dat_jax.training.preemption import Preemption
 from dat_jax.training.state import TrainState, copy_state
 from dat_jax.training.trainer import Trainer
@@ -93,10 +93,12 @@ def _train(
         "compiled programs": "not kept" if cache is None else f"kept in {cache}",
     }
     print_table(console, "dat_jax", description)
+    print_table(console, "Parameters", trainer.describe_groups())
     choose_implementations(trainer, "train", cache=cache)
 
     with _open_checkpoints(trainer, directory) as checkpoints:
-        state = restore_or_initialize(checkpoints, trainer.config, **_state_options(trainer))
+        options = dict(abstract_state=trainer.abstract_state, **_state_options(trainer))
+        state = restore_or_initialize(checkpoints, trainer.config, **options)
         if int(state.step):
             logger.info("Resumed at step %d of %d.", int(state.step), trainer.plan.total_steps)
         _add_earlier_calls(clock, directory.files, step=int(state.step))
@@ -130,6 +132,7 @@ def _train(
         evaluation = trainer.evaluate(state.eval_variables)
     report.save_class_results(trainer, evaluation, directory.files)
     report.save_figures(trainer, state, directory.files)
+    report.save_adapter(trainer, state, directory.files)
     if not finished or not (directory.files / SUMMARY).exists():  # an existing summary has the duration of the training
         seconds = time.monotonic() - start_time
         save_summary(step=trainer.plan.total_steps, ended_by=None, seconds=seconds)
@@ -427,8 +430,8 @@ def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> TrainState:
 def _state_options(trainer: Trainer) -> dict:
     return dict(
         class_names=trainer.task.class_names,
-        abstract_state=trainer.abstract_state,
         initialize=trainer.initialize,
+        initialize_from=trainer.initialize_from,
     )
 
 

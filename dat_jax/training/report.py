@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from rich.console import Console
 
+from dat_jax.checkpoints import adapters
 from dat_jax.cli.console import make_console, print_table
 from dat_jax.evaluation import results
 from dat_jax.evaluation.results import Evaluation
@@ -31,6 +32,20 @@ def save_figures(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> 
             trainer.task.save_figures(trainer.objective.predict, jax.device_get(state.eval_variables), workdir)
     except OSError as error:
         logger.warning("The figures could not be saved in %s: %s.", workdir, error.strerror)
+
+
+def save_adapter(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> None:
+    """Save what a run with adapters has learned, by the first process. A failure to write is logged as a warning."""
+    keys = trainer.config.lora
+    if not keys.rank:
+        return
+    params = trainer.get_learned_params(state)
+    if jax.process_index() > 0:
+        return
+    try:
+        adapters.save_adapter(workdir / adapters.FILE_NAME, params=params, alpha=keys.alpha, rank=keys.rank)
+    except OSError as error:
+        logger.warning("The adapters could not be saved in %s: %s.", workdir, error.strerror)
 
 
 def save_summary(

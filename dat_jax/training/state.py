@@ -1,5 +1,6 @@
 """The state of a training run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dat_jax.tasks.objective import Objective
+from dat_jax.training.optimizers.parameter_groups import select
 
 
 @flax.struct.dataclass
@@ -19,7 +20,7 @@ class TrainState:
       params: parameters.
       model_state: further variables of the model, such as {"batch_stats": ...}.
       opt_state: state of the optimizer.
-      ema_params: exponential moving average of the parameters, or None.
+      ema_params: an average of the parameters, which is evaluated; or None.
       skipped, skipped_in_a_row: int32 scalars, number of steps that were skipped because the loss or the gradient was not
         finite: in total, and since the last step that was not skipped. A skipped step changes nothing but these counters.
     """
@@ -38,26 +39,25 @@ class TrainState:
         return {"params": self.params if self.ema_params is None else self.ema_params, **self.model_state}
 
 
-def init_state(
-    key: jax.Array, batch, *, objective: Objective, optimizer: optax.GradientTransformation, ema: bool
+def make_state(
+    variables: Mapping[str, Any], *, optimizer: optax.GradientTransformation, frozen: Any, averaged: bool
 ) -> TrainState:
     """Make the state before the first step.
 
     Args:
-      key: random key of the initial parameters.
-      batch: an example batch.
-      objective: the model.
+      variables: variables of the model, {"params": ..., and others}.
       optimizer: the optimizer.
-      ema: whether parameters are averaged.
+      frozen: tree with the structure of the parameters, True for those that do not learn. They have no optimizer state.
+      averaged: whether the state has an average of the parameters. It starts as the parameters.
     """
-    model_state = dict(objective.init(key, batch))
+    model_state = dict(variables)
     params = model_state.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         model_state=model_state,
-        opt_state=optimizer.init(params),
-        ema_params=params if ema else None,
+        opt_state=optimizer.init(select(params, frozen)),
+        ema_params=params if averaged else None,
     )
 
 

@@ -1,13 +1,15 @@
 """The training step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dat_jax.tasks.objective import Objective
-from dat_jax.training.optimizer import global_norm
+from dat_jax.training.optimizers.clipping import global_norm
+from dat_jax.training.optimizers.parameter_groups import merge, select
 from dat_jax.training.state import TrainState
 
 _RANDOM_STREAM = 1  # random keys: fold_in(seed, stream), then fold_in of the step
@@ -17,10 +19,11 @@ def make_train_step(
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    frozen: Any,
     schedule: optax.Schedule,
     seed: int,
     accumulate_steps: int = 1,
-    ema_decay: float = 0.0,
+    average: Callable[[Any, Any, optax.OptState], Any] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Make ``train_step(state, batch) -> (state, metrics)``, to be jitted.
 
@@ -28,11 +31,13 @@ def make_train_step(
 
     Args:
       objective: model and loss.
-      optimizer: turns gradients into updates.
+      optimizer: turns gradients of the parameters that learn into updates.
+      frozen: tree with the structure of the parameters, True for those that do not learn. Their gradients are not computed.
       schedule: learning rate by step, for the metrics only.
       seed: every random draw is a function of the seed, the step and the part of the batch.
       accumulate_steps: number of parts A into which a batch is split; their gradients are averaged.
-      ema_decay: decay of the averaged parameters, if the state has them.
+      average: (average, parameters that learn, optimizer state) -> the next average, all without frozen parameters; see
+        ``training.averaging``. None: the state has no average.
 
     Returns:
       A function. Its metrics are those of the objective, "grad_norm" before clipping, "learning_rate", and "skipped" and
@@ -40,11 +45,12 @@ def make_train_step(
     """
 
     def gradients(state, batch, key):
-        def loss(params):
+        def loss(learned):
+            params = merge(learned, state.params)
             value, metrics, model_state = objective.loss({"params": params, **state.model_state}, batch, key)
             return value, (metrics, model_state)
 
-        grads, (metrics, model_state) = jax.grad(loss, has_aux=True)(state.params)
+        grads, (metrics, model_state) = jax.grad(loss, has_aux=True)(select(state.params, frozen))
         return grads, metrics, model_state
 
     def accumulated_gradients(state, batch, key):
@@ -69,11 +75,12 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _RANDOM_STREAM), state.step)
         compute = accumulated_gradients if accumulate_steps > 1 else gradients
         grads, metrics, model_state = compute(state, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, step_size=1 - ema_decay)
+        learned = select(state.params, frozen)
+        updates, opt_state = optimizer.update(grads, state.opt_state, learned)
+        learned = optax.apply_updates(learned, updates)
+        params, ema_params = merge(learned, state.params), state.ema_params
+        if average is not None:  # frozen parameters are kept as they are: averaging would round them
+            ema_params = merge(average(select(ema_params, frozen), learned, opt_state), ema_params)
         grad_norm, learning_rate = global_norm(grads), schedule(state.step)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         new = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params)

@@ -18,12 +18,15 @@ from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.registry import make_task
+from dat_jax.training.adapters import with_adapters
+from dat_jax.training.averaging import make_average
 from dat_jax.training.compilation import known_options, release_unused_memory
 from dat_jax.training.model_defaults import resolve_model
 from dat_jax.training.monitoring.input import without_damaged
-from dat_jax.training.optimizer import make_optimizer
+from dat_jax.training.optimizers.named import make_optimizer
+from dat_jax.training.optimizers.parameter_groups import describe_groups, find_groups, without_frozen
 from dat_jax.training.schedule import plan_run
-from dat_jax.training.state import TrainState, init_state
+from dat_jax.training.state import TrainState, make_state
 from dat_jax.training.step import make_train_step
 
 _MOST_SHAPES = 8  # of images in an evaluation, whose ops are listed
@@ -31,13 +34,14 @@ _INIT_STREAM = 0  # random keys: fold_in(seed, stream)
 
 
 class Trainer:
-    """Builds what a configuration determines, once, in this order: mesh, task and data, length, optimizer, model, state.
+    """Builds what a configuration determines, once, in this order: mesh, task and data, length, model, optimizer, state.
 
     Attributes:
       config: the configuration, checked, with ``model.deformable_form`` and derived values (-1) resolved.
       mesh: devices of the run.
       task: data, model, evaluation and figures, see ``tasks.task.Task``.
       plan: length of the run and its learning rates, see ``training.schedule.RunPlan``.
+      groups: which parameters learn, and how fast, see ``training.optimizers.parameter_groups``.
       optimizer: the optimizer.
       objective: the model's init, loss and predict on the mesh, see ``tasks.objective.Objective``.
       state_sharding: placement of the training state, with the structure of a TrainState.
@@ -76,16 +80,20 @@ class Trainer:
         self.config = self.task.config = config = self.plan.config
         _check_eval_batch(config, self.mesh)
 
-        self.optimizer = make_optimizer(self.plan.schedule, **config.optimizer.to_dict())
         try:
             objective = self.task.make_objective()
             # Kernels need at least one example per device; without them the same parameters need one example.
             objective = dataclasses.replace(objective, init=self.task.make_objective(implementation="auto").init)
-            abstract = jax.eval_shape(self._make_init(objective), jax.random.key(0))
+            objective = with_adapters(objective, config.lora)
+            variables = jax.eval_shape(self._make_variables(objective), jax.random.key(0))
         except (ValueError, TypeError, ArithmeticError, LookupError, StopIteration) as error:
             # Settings that do not fit together, or images that the model cannot take.
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"config.model cannot be built: {reason}") from error
+        self.groups = find_groups(variables["params"], config.optimizer)
+        self.optimizer = make_optimizer(self.plan.schedule, self.groups, config.optimizer)
+        self._average = make_average(config)
+        abstract = jax.eval_shape(self._make_state, variables)
         self.state_sharding = sharding.state_sharding(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -106,8 +114,20 @@ class Trainer:
         # It runs once and mostly draws random numbers: on CPU, optimizing it would take half of its compile time.
         on_cpu = jax.default_backend() == "cpu"
         options = known_options({"xla_backend_optimization_level": 0}) if on_cpu else None
-        init = jax.jit(self._make_init(self.objective), out_shardings=self.state_sharding, compiler_options=options)
-        return init(key)
+        init = self._make_variables(self.objective)
+        return jax.jit(
+            lambda key: self._make_state(init(key)), out_shardings=self.state_sharding, compiler_options=options
+        )(key)
+
+    def initialize_from(self, variables: Mapping[str, Any]) -> TrainState:
+        """Make the state before the first step from variables of the model, on the mesh.
+
+        Args:
+          variables: {"params": ..., and others}, arrays of the host or of devices.
+        """
+        places = {"params": self.state_sharding.params, **self.state_sharding.model_state}
+        variables = jax.device_put(dict(variables), places)
+        return jax.jit(self._make_state, out_shardings=self.state_sharding)(variables)
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Wrapped:
@@ -116,10 +136,11 @@ class Trainer:
         step = make_train_step(
             objective=self.objective,
             optimizer=self.optimizer,
+            frozen=self.groups.frozen,
             schedule=self.plan.schedule,
             seed=config.seed,
             accumulate_steps=config.accumulate_steps,
-            ema_decay=config.ema_decay,
+            average=self._average,
         )
         on_cpu = target_platform() == "cpu"
         # By default XLA's CPU backend starts ops as early as possible, without regard to the memory this takes.
@@ -265,18 +286,30 @@ class Trainer:
             **({"skipped or repaired": changes} if changes else {}),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "mesh": " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
+            "optimizer": config.optimizer.name,
             "batch": f"{config.batch_size} images{parts}, {self.plan.steps_per_epoch} steps per epoch",
             "length": f"{self.plan.total_steps / self.plan.steps_per_epoch:.4g} epochs, {self.plan.total_steps} steps",
         }
 
-    def _make_init(self, objective):
+    def get_learned_params(self, state: TrainState) -> Any:
+        """The parameters that learn, as they are evaluated, without the frozen ones: numpy arrays in every process."""
+        learned = without_frozen(state.eval_variables["params"], self.groups.frozen)
+        gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(self.mesh))
+        return jax.device_get(gather(learned))
+
+    def describe_groups(self) -> dict[str, str]:
+        """Describe which parameters learn, and how fast, in the rows of a table."""
+        rates = jax.vmap(self.plan.schedule)(jnp.arange(self.plan.total_steps))
+        return describe_groups(self.abstract_state.params, self.groups, peak_rate=float(rates.max()))
+
+    def _make_variables(self, objective):
         image = self.task.example_batch(1)["image"]
+        return lambda key: objective.init(key, {"image": jnp.zeros(image.shape, image.dtype)})
 
-        def init(key):
-            batch = {"image": jnp.zeros(image.shape, image.dtype)}
-            return init_state(key, batch, objective=objective, optimizer=self.optimizer, ema=self.config.ema_decay > 0)
-
-        return init
+    def _make_state(self, variables):
+        return make_state(
+            variables, optimizer=self.optimizer, frozen=self.groups.frozen, averaged=self._average is not None
+        )
 
 
 def _check_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

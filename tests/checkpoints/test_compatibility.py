@@ -42,6 +42,22 @@ def test_keys_of_the_machine_and_of_logging_may_change(key, value):
     assert check(**{key: value}) == []
 
 
+@pytest.mark.parametrize(("key", "value"), [("optimizer.name", "lion"), ("optimizer.freeze", ("backbone",))])
+def test_the_state_of_another_optimizer_is_refused(key, value):
+    with pytest.raises(UserError, match=rf"started with {key} .*, now .*--config.init_from"):
+        check(**{key: value})
+
+
+def test_checkpoints_of_the_first_versions_are_of_adamw():
+    """Their configurations have no other keys of the optimizer than those of AdamW."""
+    keys = ("b1", "b2", "eps", "weight_decay", "decay_rule", "clip_norm")
+    optimizer = {key: METADATA["config"]["optimizer"][key] for key in keys}
+    older = {**METADATA, "config": {**METADATA["config"], "optimizer": optimizer}}
+    assert check(older) == []
+    with pytest.raises(UserError, match=r"optimizer\.name adamw, now muon"):
+        check(older, **{"optimizer.name": "muon"})
+
+
 @pytest.mark.parametrize(
     ("key", "saved", "value"), [("epochs", 2, 9), ("ema_decay", 0.0, 0.5), ("model.remat", None, "x")]
 )

@@ -58,7 +58,7 @@ def test_full_size_state_dict_round_trip(kind):
 @pytest.mark.slow
 def test_weight_decay_of_published_names():
     """The published code decays neither the names that are excluded for segmentors nor any norm, here the BatchNorms "bn"."""
-    from dat_jax.training.optimizer import decay_all_but_norms_and_bn
+    from dat_jax.training.optimizers.weight_decay import decay_all_but_norms_and_bn
 
     model = create_detector("cascade_mask_rcnn", backbone="dat_tiny", features=8, width=16)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)

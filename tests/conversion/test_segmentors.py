@@ -58,7 +58,7 @@ def test_one_error_names_all_weights_that_do_not_fit():
 @pytest.mark.slow
 def test_weight_decay_of_published_names():
     """The published code does not decay names with norm, rpe_table, relative_position_bias_table or absolute_pos_embed."""
-    from dat_jax.training.optimizer import decay_all_but_norms
+    from dat_jax.training.optimizers.weight_decay import decay_all_but_norms
 
     for head in ("sem_fpn", "upernet"):
         model = create_segmentor(head, backbone="dat_pp_tiny", num_classes=150)

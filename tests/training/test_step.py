@@ -14,8 +14,9 @@ from dat_jax.profiling import hlo
 from dat_jax.profiling.step_report import StandIn
 from dat_jax.tasks.objective import Objective
 from dat_jax.tasks.registry import get_task_class
-from dat_jax.training.optimizer import clip_by_global_norm, global_norm
-from dat_jax.training.state import TrainState, copy_state, init_state
+from dat_jax.training.averaging import make_average
+from dat_jax.training.optimizers.clipping import clip_by_global_norm, global_norm
+from dat_jax.training.state import TrainState, copy_state, make_state
 from dat_jax.training.step import make_train_step
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
@@ -52,6 +53,12 @@ def test_five_steps_are_the_same_on_every_mesh(monkeypatch):
         assert state.params["cls_head"]["bias"].addressable_shards[0].data.shape == (2,)
 
 
+def moving_average(decay):
+    config = get_classification_config()
+    config.ema_decay = decay
+    return make_average(config)
+
+
 def linear_objective():
     """loss = mean of (w . x - y)^2, with a count of calls as model state and noise from the key as a metric."""
 
@@ -70,10 +77,11 @@ def run_steps(count, **options):
     objective, optimizer = linear_objective(), optax.sgd(0.1)
     rng = np.random.default_rng(0)
     batch = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=8), jnp.float32)}
-    state = init_state(jax.random.key(0), batch, objective=objective, optimizer=optimizer, ema="ema_decay" in options)
-    step = jax.jit(
-        make_train_step(objective=objective, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, **options)
-    )
+    frozen = {"w": False}
+    variables = objective.init(jax.random.key(0), batch)
+    state = make_state(variables, optimizer=optimizer, frozen=frozen, averaged="average" in options)
+    options |= dict(objective=objective, optimizer=optimizer, frozen=frozen, schedule=lambda count: 0.1, seed=0)
+    step = jax.jit(make_train_step(**options))
     states, metrics = [state], []
     for _ in range(count):
         state, values = step(states[-1], batch)
@@ -92,7 +100,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
 
 
 def test_averaged_weights_follow_the_weights_and_are_what_is_evaluated():
-    states, _ = run_steps(2, ema_decay=0.75)
+    states, _ = run_steps(2, average=moving_average(0.75))
     first, second, third = (state.params["w"] for state in states)
     average = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
     np.testing.assert_allclose(states[-1].ema_params["w"], average, rtol=1e-6)
@@ -106,10 +114,11 @@ def test_a_step_that_is_not_finite_only_counts():
     rng = np.random.default_rng(0)
     batch = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=8), jnp.float32)}
     bad = batch | {"y": batch["y"].at[2].set(jnp.inf)}
-    state = init_state(jax.random.key(0), batch, objective=objective, optimizer=optimizer, ema=True)
-    step = jax.jit(
-        make_train_step(objective=objective, optimizer=optimizer, schedule=lambda count: 0.1, seed=0, ema_decay=0.5)
-    )
+    frozen = {"w": False}
+    variables = objective.init(jax.random.key(0), batch)
+    state = make_state(variables, optimizer=optimizer, frozen=frozen, averaged=True)
+    options = dict(objective=objective, optimizer=optimizer, frozen=frozen, schedule=lambda count: 0.1, seed=0)
+    step = jax.jit(make_train_step(**options, average=moving_average(0.5)))
     states, counts = [state], []
     for which in (batch, batch, bad, bad, batch):
         state, metrics = step(states[-1], which)

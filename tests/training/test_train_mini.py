@@ -11,9 +11,11 @@ import dat_jax
 from dat_jax import conversion
 from dat_jax.tasks.classification.objective import soft_cross_entropy
 from dat_jax.tasks.objective import Objective
-from dat_jax.training.optimizer import decay_matrices, make_optimizer
+from dat_jax.training.optimizers.named import make_optimizer
+from dat_jax.training.optimizers.parameter_groups import find_groups
+from dat_jax.training.optimizers.weight_decay import decay_matrices
 from dat_jax.training.schedule import warmup_cosine, warmup_poly, warmup_step
-from dat_jax.training.state import init_state
+from dat_jax.training.state import make_state
 from dat_jax.training.step import make_train_step
 from tests.helpers.golden_files import Golden
 
@@ -29,16 +31,11 @@ def check_training(dtype: str, *, loss_tolerance: float, norm_tolerance: float, 
         warmup_steps=hyper["warmup_steps"],
         total_steps=hyper["total_steps"],
     )
-    b1, b2 = hyper["betas"]
-    optimizer = make_optimizer(
-        schedule,
-        b1=b1,
-        b2=b2,
-        eps=hyper["eps"],
-        weight_decay=hyper["weight_decay"],
-        decay_rule="matrices",
-        clip_norm=hyper["clip_norm"],
-    )
+    config = dat_jax.config.get_classification_config().optimizer
+    config.b1, config.b2 = hyper["betas"]
+    config.update({name: hyper[name] for name in ("eps", "weight_decay", "clip_norm")})
+    groups = find_groups(variables["params"], config)
+    optimizer = make_optimizer(schedule, groups, config)
     batch = {"image": jnp.asarray(golden.images), "targets": jnp.asarray(golden.arrays["targets"], dtype)}
 
     def loss(variables, batch, key):
@@ -46,8 +43,9 @@ def check_training(dtype: str, *, loss_tolerance: float, norm_tolerance: float, 
         return value, {"loss": value}, {}
 
     objective = Objective(init=lambda key, batch: variables, loss=loss, predict=model.apply)
-    state = init_state(jax.random.key(0), batch, objective=objective, optimizer=optimizer, ema=False)
-    step = jax.jit(make_train_step(objective=objective, optimizer=optimizer, schedule=schedule, seed=0))
+    options = dict(optimizer=optimizer, frozen=groups.frozen)
+    state = make_state(variables, averaged=False, **options)
+    step = jax.jit(make_train_step(objective=objective, schedule=schedule, seed=0, **options))
     for index in range(20):
         state, metrics = step(state, batch)
         np.testing.assert_allclose(schedule(index), golden.arrays["lr"][index], rtol=1e-6)

@@ -1,0 +1,1 @@
+"""Optimizers by name, gradient clipping and rules of weight decay."""
