@@ -32,11 +32,16 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of checkpoints, metrics and figures. A run in it is resumed."
 )
 define_process_flags(flags.FLAGS)
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint of the work directory.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "knn"],
+    "Train, or evaluate a checkpoint of the work directory: its predictions, or its features by nearest neighbors.",
+)
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Check the configuration, print it as YAML and exit.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print only warnings, errors and the result.", short_name="q")
 _FLAGS = {
-    "Run": ("config=CONFIG", "workdir=DIR", "mode=train|eval"),
+    "Run": ("config=CONFIG", "workdir=DIR", "mode=train|eval|knn"),
     "Output": ("quiet", "print_config"),
     "Several processes": PROCESS_FLAGS,
 }
@@ -81,6 +86,9 @@ def _run(config: ConfigDict, workdir: str) -> None:
     multihost.start(**read_process_options(flags.FLAGS))
     if _MODE.value == "eval":
         loop.evaluate(config, workdir, quiet=_QUIET.value)
+        return
+    if _MODE.value == "knn":
+        loop.evaluate_neighbors(config, workdir, quiet=_QUIET.value)
         return
     flag = flags.FLAGS["config"]
     file = flag.config_filename  # pyright: ignore[reportAttributeAccessIssue] (a flag of config_flags)

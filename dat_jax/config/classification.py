@@ -59,6 +59,9 @@ KEYS = merge_keys(
         "loss": {"label_smoothing": Key(float, 0.1, "Label smoothing of the cross-entropy.", minimum=0, below=1)},
         "schedule": common.make_schedule_keys("cosine"),
         "eval": {
+            "neighbors": Key(
+                int, 20, "--mode=knn: number of training images that vote for the class of an image.", minimum=1
+            ),
             "sets": {
                 "v2": Key(
                     str,

@@ -68,7 +68,7 @@ def add_recorded_config(argv: list[str]) -> list[str]:
         return argv
     if values.config is not None:
         return argv
-    if values.mode != "eval" or not values.workdir:
+    if values.mode not in ("eval", "knn") or not values.workdir:
         override = next((word for word in argv[1:] if re.match(r"--?config\.", word)), None)
         if override is not None:
             raise UserError(

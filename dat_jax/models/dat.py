@@ -334,14 +334,19 @@ class DAT(MeshModule):
 
     def classify(self, last_map: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
         """The last of ``features``, (B, H, W, dims[-1]) -> logits (B, num_classes). ``sizes`` are those of the images."""
+        with dispatch.gradients_for(self.implementation):
+            return self.cls_head(self.pool(last_map, sizes=sizes))
+
+    def pool(self, last_map: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
+        """The last of ``features``, (B, H, W, dims[-1]) -> the input of the head, (B, dims[-1]): the mean after a norm."""
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         with dispatch.gradients_for(self.implementation):
             x = self.cls_norm(last_map)
             if sizes is None:
-                return self.cls_head(x.mean(axis=(1, 2), dtype=dtype))
+                return x.mean(axis=(1, 2), dtype=dtype)
             last_sizes = self.map_sizes(sizes, stage=len(self.dims) - 1)
             pixels = inside((x.shape[1], x.shape[2]), last_sizes).sum(axis=(1, 2))
-            return self.cls_head(clear(x, last_sizes).sum(axis=(1, 2), dtype=dtype) / pixels.astype(dtype)[:, None])
+            return clear(x, last_sizes).sum(axis=(1, 2), dtype=dtype) / pixels.astype(dtype)[:, None]
 
     def _block_maker(self, i: int, kind: str):
         """Returns a function of a name and a parent that creates a block of stage ``i``."""

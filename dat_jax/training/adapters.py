@@ -39,4 +39,6 @@ def with_adapters(objective: Objective, config: ConfigDict) -> Objective:
 
         return call
 
-    return dataclasses.replace(objective, init=init, loss=merged(objective.loss), predict=merged(objective.predict))
+    functions = dict(loss=objective.loss, predict=objective.predict, embed=objective.embed)
+    changed = {name: merged(function) for name, function in functions.items() if function is not None}
+    return dataclasses.replace(objective, init=init, **changed)

@@ -173,20 +173,7 @@ def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str
     _check_initial_weights(config, directory)
     trainer = Trainer(config)
     cache = enable_cache(trainer.config.compilation_cache)
-    directory.open_for_reading()
-    if _has_checkpoints(directory):
-        with _open_checkpoints(trainer, directory, read_only=True) as checkpoints:
-            options = dict(class_names=trainer.task.class_names, abstract_state=trainer.abstract_state)
-            state, step = restore_for_evaluation(checkpoints, trainer.config, **options)
-            weights = f"step {step} in {checkpoints.directory}"
-    elif config.init_from:
-        state = initialize_state(trainer.config, **_state_options(trainer), same_classes=True)
-        weights = config.init_from
-    else:
-        raise UserError(
-            f"There are no checkpoints in {directory}. Train first, name another --workdir, or name weights with "
-            "--config.init_from."
-        )
+    state, weights = _restore_weights(trainer, directory, same_classes=True)
     choose_implementations(trainer, "eval", cache=cache)
     evaluation = trainer.evaluate(state.eval_variables)
     report.save_class_results(trainer, evaluation, directory.files)
@@ -198,6 +185,51 @@ def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str
     evaluation = dataclasses.replace(evaluation, metrics=metrics)
     report.print_result(console, evaluation, class_names=trainer.task.class_names, weights=weights)
     return metrics
+
+
+def evaluate_neighbors(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
+    """Evaluate the frozen features of a checkpoint by nearest neighbors, see ``Trainer.evaluate_neighbors``.
+
+    The weights are those that ``evaluate`` uses, but those of ``config.init_from`` may have been trained on other classes.
+
+    Args:
+      config, workdir, quiet: as in ``train``.
+
+    Returns:
+      {"knn_top1", "knn_top5": percent, "examples": number of validation images}.
+
+    Raises:
+      UserError: there is no checkpoint, it is of another model, or the task is not classification.
+    """
+    multihost.check_started()
+    console = _configure_console(quiet)
+    with WorkDirectory(workdir) as directory:
+        _check_initial_weights(config, directory)
+        trainer = Trainer(config)
+        cache = enable_cache(trainer.config.compilation_cache)
+        state, weights = _restore_weights(trainer, directory, same_classes=False)
+        choose_implementations(trainer, "eval", cache=cache)
+        evaluation = trainer.evaluate_neighbors(state.eval_variables)
+        report.print_result(console, evaluation, class_names=trainer.task.class_names, weights=weights)
+        return evaluation.metrics
+
+
+def _restore_weights(trainer: Trainer, directory: WorkDirectory, *, same_classes: bool) -> tuple[TrainState, str]:
+    """The state with the weights to evaluate, and where they are from."""
+    config = trainer.config
+    directory.open_for_reading()
+    if _has_checkpoints(directory):
+        with _open_checkpoints(trainer, directory, read_only=True) as checkpoints:
+            options = dict(class_names=trainer.task.class_names, abstract_state=trainer.abstract_state)
+            state, step = restore_for_evaluation(checkpoints, config, **options)
+            return state, f"step {step} in {checkpoints.directory}"
+    if config.init_from:
+        state = initialize_state(config, **_state_options(trainer), same_classes=same_classes)
+        return state, config.init_from
+    raise UserError(
+        f"There are no checkpoints in {directory}. Train first, name another --workdir, or name weights with "
+        "--config.init_from."
+    )
 
 
 def _has_checkpoints(directory: WorkDirectory) -> bool:

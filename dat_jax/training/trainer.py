@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dat_jax.config import validate
 from dat_jax.errors import UserError
+from dat_jax.evaluation import neighbors
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.ops.calls import OpCall, chosen_implementations, recorded_calls
 from dat_jax.ops.dispatch import compute_dtype, target_platform
@@ -100,12 +101,12 @@ class Trainer:
             abstract,
             self.state_sharding,
         )
-        predict, loss = (
-            sharding.with_whole_params(function, self.state_sharding.params, self.mesh)
-            for function in (objective.predict, objective.loss)
+        self.objective = dataclasses.replace(
+            objective,
+            loss=sharding.with_whole_params(objective.loss, self.state_sharding.params, self.mesh),
+            predict=self._on_mesh(objective.predict),
+            embed=objective.embed and self._on_mesh(objective.embed),
         )
-        predict = self._with_choices(sharding.with_split_kernels(predict, self.mesh), differentiated=False)
-        self.objective = dataclasses.replace(objective, predict=predict, loss=loss)
         self.extra_eval_sets = self.task.load_extra_eval_sets()
 
     def initialize(self) -> TrainState:
@@ -186,23 +187,51 @@ class Trainer:
         Returns:
           The result, see ``evaluation.results``. Its metric ``task.metric`` decides which checkpoint is best.
         """
-        rows = sharding.local_rows(self.config.eval.batch_size, self.mesh)
-        source = self.task.eval_source if source is None else source
-        if not len(source):
-            raise UserError("The data set to evaluate on is empty: expected at least one example.")
-        batches = self.task.make_eval_batches(source, rows=rows)
-        batches = without_damaged(
-            batches,
-            count=len(source),
-            max_damaged=self.config.data.max_damaged,
-            describe=functools.partial(self.task.describe_damage, source),
-        )
+        batches = self._eval_batches(self.task.eval_source if source is None else source)
         options = {} if classes is None else {"classes": classes}
         evaluation = self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
         # JAX releases the arrays of the host that it has used at a garbage collection. Those of data workers are in shared
         # memory, and Python warns of a leak if they are still there at its end.
         release_unused_memory()
         return evaluation
+
+    def _eval_batches(self, source: Any) -> Iterator[dict]:
+        """Batches of this process (numpy) with every example of a source."""
+        if not len(source):
+            raise UserError("The data set to evaluate on is empty: expected at least one example.")
+        return without_damaged(
+            self.task.make_eval_batches(source, rows=sharding.local_rows(self.config.eval.batch_size, self.mesh)),
+            count=len(source),
+            max_damaged=self.config.data.max_damaged,
+            describe=functools.partial(self.task.describe_damage, source),
+        )
+
+    def evaluate_neighbors(self, variables: Any) -> Evaluation:
+        """Evaluate the nearest neighbors of frozen features: the training images vote for the classes of the validation images.
+
+        Both are prepared as for an evaluation. See ``evaluation.neighbors``.
+
+        Args:
+          variables: variables of the model.
+
+        Raises:
+          UserError: the task has no feature vector per image, or the run has several processes.
+        """
+        embed, count = self.objective.embed, len(self.task.class_names)
+        if embed is None:
+            raise UserError(f"--mode=knn is for classification, got config.task {self.task.name}.")
+        if jax.process_count() > 1:
+            raise UserError(f"--mode=knn is for a single process, got {jax.process_count()} processes.")
+        train, validation = (
+            (self.put_batch(batch) for batch in self._eval_batches(source))
+            for source in (self.task.train_source, self.task.eval_source)
+        )
+        features, labels = neighbors.collect_features(embed, variables, train)
+        predict = neighbors.make_predict(embed, neighbors=self.config.eval.neighbors, num_classes=count)
+        evaluator = self.task.make_evaluator(predict)
+        evaluation = evaluator({"model": variables, "features": features, "labels": labels}, validation)
+        metrics = {f"knn_{name}": value for name, value in evaluation.metrics.items() if name in ("top1", "top5")}
+        return dataclasses.replace(evaluation, metrics={**metrics, "examples": evaluation.metrics["examples"]})
 
     @functools.cached_property
     def _evaluator(self):
@@ -245,6 +274,11 @@ class Trainer:
                 else:
                     jax.eval_shape(objective.predict, variables, batch)
         return calls
+
+    def _on_mesh(self, function: Callable) -> Callable:
+        """A function of an evaluation, as the devices of the mesh run it."""
+        whole = sharding.with_whole_params(function, self.state_sharding.params, self.mesh)
+        return self._with_choices(sharding.with_split_kernels(whole, self.mesh), differentiated=False)
 
     def _with_choices(self, function: Callable, *, differentiated: bool) -> Callable:
         """The function, with the implementations of ``choices`` in it."""

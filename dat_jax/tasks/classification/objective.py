@@ -47,7 +47,7 @@ def make_classification_objective(
     """Make a classifier's objective: cross-entropy on smoothed labels of randomly erased and mixed images.
 
     Batches hold "image", (B, H, W, 3) uint8, and "label", (B,) int. ``predict`` returns "logits", (B, K), and "positions"
-    and "map_shapes" of ``name_positions``.
+    and "map_shapes" of ``name_positions``. ``embed`` returns the input of the head, (B, C).
 
     Args:
       model: the classifier.
@@ -77,4 +77,10 @@ def make_classification_objective(
         logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
         return {"logits": logits, **name_positions(dict(state).get("intermediates", {}), model, images.shape[1:3])}
 
-    return Objective(init=init, loss=loss, predict=predict)
+    def embed(variables, batch):
+        def pool_features(model, images):
+            return model.pool(model.features(images)[-1])
+
+        return model.apply(variables, normalize(batch["image"]), method=pool_features)
+
+    return Objective(init=init, loss=loss, predict=predict, embed=embed)
