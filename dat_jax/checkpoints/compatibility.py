@@ -41,8 +41,6 @@ _UNCHECKED = (
 )
 # Values of keys that older versions did not have, which computed only this.
 _IMPLIED = {"model.deformable_form": "dat_pp", "optimizer.name": "adamw", "optimizer.freeze": [], "lora.rank": 0}
-# Groups whose other keys are not compared with versions that did not have them.
-_LATER_GROUPS = ("optimizer", "lora")
 
 
 def describe(config: ConfigDict, *, step: int, class_names: Sequence[str]) -> dict[str, Any]:
@@ -141,7 +139,8 @@ def _compare(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[An
     """Keys with other values, as {key: (saved value, current value)}. The value of a missing key is None."""
     saved, current = (_flatten(mapping) for mapping in (saved, config.to_dict()))
     saved = {**_IMPLIED, **saved}
-    keys = sorted(saved.keys() | {key for key in current if key.partition(".")[0] not in _LATER_GROUPS})
+    # Other keys that older versions did not have are not compared: they compute the same with their defaults.
+    keys = sorted(saved.keys() | {key for key in current if key.startswith("model.")})
     return {key: (saved.get(key), current.get(key)) for key in keys if saved.get(key) != current.get(key)}
 
 

@@ -56,6 +56,39 @@ KEYS = merge_keys(
                 minimum=0,
             ),
         },
+        "distillation": {
+            "teacher": Key(
+                str,
+                "",
+                "A trained classifier that the model learns from: an export, a run, converted weights, or a file "
+                "NAME.stablehlo, a program that maps images (B, H, W, 3) to logits. Empty: none.",
+            ),
+            "kind": Key(
+                str,
+                "soft",
+                "What is learned. soft: the probabilities of the teacher. hard: its class. features: the similarities of images "
+                "by the features before the head. tokens: its probabilities at each position of the last map.",
+                choices=("soft", "hard", "features", "tokens"),
+            ),
+            "weight": Key(
+                float,
+                0.5,
+                "The loss is 1 - weight times that of the labels plus weight times this one.",
+                minimum=0,
+                maximum=1,
+            ),
+            "temperature": Key(float, 1.0, "soft and tokens: the logits of both are divided by it.", above=0),
+        },
+        "mesa": {
+            "weight": Key(
+                float,
+                0.0,
+                "Weight of the cross-entropy to the prediction of the averaged model (MESA), which is added to the loss; it "
+                "needs `ema_decay`. 0 disables it.",
+                minimum=0,
+            ),
+            "start": Key(float, 0.25, "Part of the run after which it begins.", minimum=0, maximum=1),
+        },
         "loss": {"label_smoothing": Key(float, 0.1, "Label smoothing of the cross-entropy.", minimum=0, below=1)},
         "schedule": common.make_schedule_keys("cosine"),
         "eval": {
@@ -87,6 +120,8 @@ def get_classification_config() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that do not fit each other."""
+    if config.mesa.weight > 0 and not (config.ema_decay > 0 or config.optimizer.name == "schedule_free_adamw"):
+        raise UserError("config.mesa needs averaged weights: expected config.ema_decay above 0, such as 0.999, got 0.")
     if config.data.eval_resize != -1 and config.data.eval_resize < config.data.image_size:
         raise UserError(
             f"config.data.eval_resize must be at least config.data.image_size {config.data.image_size}, got "

@@ -103,7 +103,7 @@ def compile_train_step(trainer: Trainer) -> CompiledStep:
             raise UserError(f"The training step does not fit in the memory of a device: {first_line(error)}") from error
         raise UserError(f"The training step cannot be compiled: {first_line(error)}") from error
     return CompiledStep(
-        run=compiled,
+        run=trainer.bind_teacher(compiled),
         seconds=time.monotonic() - start,
         peak=peak_bytes(compiled.memory_analysis()),
         available=_find_memory(trainer.mesh.devices.ravel()[0]),

@@ -220,7 +220,7 @@ def step_function(trainer: Trainer, step: str):
         for name, leaf in trainer.task.example_batch(size, train=train).items()
     }
     if train:
-        return trainer.train_step, (trainer.abstract_state, batch), size
+        return trainer.jitted_train_step, trainer.step_arguments(trainer.abstract_state, batch), size
     return jax.jit(trainer.objective.predict), (trainer.abstract_state.eval_variables, batch), size
 
 

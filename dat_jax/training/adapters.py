@@ -39,6 +39,7 @@ def with_adapters(objective: Objective, config: ConfigDict) -> Objective:
 
         return call
 
-    functions = dict(loss=objective.loss, predict=objective.predict, embed=objective.embed)
+    names = ("loss", "predict", "outputs", "embed")
+    functions = {name: getattr(objective, name) for name in names}
     changed = {name: merged(function) for name, function in functions.items() if function is not None}
     return dataclasses.replace(objective, init=init, **changed)

@@ -83,6 +83,7 @@ def _train(
     trainer = Trainer(config)
     trainer.check_train_batch()
     trainer.task.check_data()
+    _ = trainer.teacher  # so that a teacher that does not fit ends the run before anything is written
     for sentence in trainer.plan.warnings:
         logger.warning(sentence)
     directory.open_for_writing()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dat_jax.tasks.objective import Objective
+from dat_jax.tasks.objective import Guides, Objective
 from dat_jax.training.optimizers.clipping import global_norm
 from dat_jax.training.optimizers.parameter_groups import merge, select
 from dat_jax.training.state import TrainState
@@ -24,7 +24,8 @@ def make_train_step(
     seed: int,
     accumulate_steps: int = 1,
     average: Callable[[Any, Any, optax.OptState], Any] | None = None,
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    guide: Callable[..., Guides] | None = None,
+) -> Callable[..., tuple[TrainState, dict]]:
     """Make ``train_step(state, batch) -> (state, metrics)``, to be jitted.
 
     A step whose loss or gradient is not finite is skipped: only the counters of the state change.
@@ -38,22 +39,24 @@ def make_train_step(
       accumulate_steps: number of parts A into which a batch is split; their gradients are averaged.
       average: (average, parameters that learn, optimizer state) -> the next average, all without frozen parameters; see
         ``training.averaging``. None: the state has no average.
+      guide: (state, *arguments) -> models that the loss learns from, see ``tasks.objective.Guides``. The step then takes these
+        arguments after the batch. None: it learns from the labels only.
 
     Returns:
       A function. Its metrics are those of the objective, "grad_norm" before clipping, "learning_rate", and "skipped" and
       "skipped_in_a_row" of the new state.
     """
 
-    def gradients(state, batch, key):
+    def gradients(state, batch, key, *guides):
         def loss(learned):
-            params = merge(learned, state.params)
-            value, metrics, model_state = objective.loss({"params": params, **state.model_state}, batch, key)
+            variables = {"params": merge(learned, state.params), **state.model_state}
+            value, metrics, model_state = objective.loss(variables, batch, key, *guides)
             return value, (metrics, model_state)
 
         grads, (metrics, model_state) = jax.grad(loss, has_aux=True)(select(state.params, frozen))
         return grads, metrics, model_state
 
-    def accumulated_gradients(state, batch, key):
+    def accumulated_gradients(state, batch, key, *guides):
         """Every A-th example belongs to the same part, so that each part has the batch's layout on the devices."""
         parts = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // accumulate_steps, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch
@@ -62,19 +65,21 @@ def make_train_step(
         def add_part(carry, part):
             state, total = carry
             batch, index = part
-            grads, metrics, model_state = gradients(state, batch, jax.random.fold_in(key, index))
+            grads, metrics, model_state = gradients(state, batch, jax.random.fold_in(key, index), *guides)
             total = jax.tree.map(lambda t, x: t + x / accumulate_steps, total, (grads, metrics))
             return (state.replace(model_state=model_state), total), None
 
-        shapes = jax.eval_shape(gradients, state, jax.tree.map(lambda x: x[0], parts), key)[:2]
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda state, batch: gradients(state, batch, key, *guides), state, first)[:2]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (state, (grads, metrics)), _ = jax.lax.scan(add_part, (state, zeros), (parts, jnp.arange(accumulate_steps)))
         return grads, metrics, state.model_state
 
-    def train_step(state, batch):
+    def train_step(state, batch, *guide_arguments):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _RANDOM_STREAM), state.step)
         compute = accumulated_gradients if accumulate_steps > 1 else gradients
-        grads, metrics, model_state = compute(state, batch, key)
+        guides = () if guide is None else (guide(state, *guide_arguments),)
+        grads, metrics, model_state = compute(state, batch, key, *guides)
         learned = select(state.params, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, learned)
         learned = optax.apply_updates(learned, updates)

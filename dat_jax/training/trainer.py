@@ -18,6 +18,7 @@ from dat_jax.ops.calls import OpCall, chosen_implementations, recorded_calls
 from dat_jax.ops.dispatch import compute_dtype, target_platform
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
+from dat_jax.tasks.objective import Guides
 from dat_jax.tasks.registry import make_task
 from dat_jax.training.adapters import with_adapters
 from dat_jax.training.averaging import make_average
@@ -29,6 +30,7 @@ from dat_jax.training.optimizers.parameter_groups import describe_groups, find_g
 from dat_jax.training.schedule import plan_run
 from dat_jax.training.state import TrainState, make_state
 from dat_jax.training.step import make_train_step
+from dat_jax.training.teachers import Teacher, load_teacher
 
 _MOST_SHAPES = 8  # of images in an evaluation, whose ops are listed
 _INIT_STREAM = 0  # random keys: fold_in(seed, stream)
@@ -131,8 +133,37 @@ class Trainer:
         return jax.jit(self._make_state, out_shardings=self.state_sharding)(variables)
 
     @functools.cached_property
-    def train_step(self) -> jax.stages.Wrapped:
-        """The jitted training step on the mesh: (state, batch) -> (state, metrics). It donates the state's memory."""
+    def teacher(self) -> Teacher | None:
+        """The model that ``config.distillation`` names, with its variables on the mesh.
+
+        Raises:
+          UserError: it cannot be loaded, or does not fit the student.
+        """
+        keys = self.config.get("distillation")
+        if keys is None or not keys.teacher:
+            return None
+        teacher = load_teacher(
+            keys.teacher,
+            kind=keys.kind,
+            class_names=self.task.class_names,
+            image_size=self.config.data.image_size,
+            dtype=compute_dtype(self.config.model.dtype),
+        )
+        places = jax.tree.map(lambda leaf: sharding.replicated(self.mesh), teacher.variables)
+        return dataclasses.replace(teacher, variables=jax.device_put(teacher.variables, places))
+
+    def bind_teacher(self, step: Callable) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+        """A training step, jitted or compiled, as a function of (state, batch): its teacher's variables are added."""
+        return step if self.teacher is None else lambda *arguments: step(*self.step_arguments(*arguments))
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+        """The training step on the mesh: (state, batch) -> (state, metrics). It donates the state's memory."""
+        return self.bind_teacher(self.jitted_train_step)
+
+    @functools.cached_property
+    def jitted_train_step(self) -> jax.stages.Wrapped:
+        """The jitted training step: (state, batch), and the variables of the teacher if there is one."""
         config = self.config
         step = make_train_step(
             objective=self.objective,
@@ -142,6 +173,7 @@ class Trainer:
             seed=config.seed,
             accumulate_steps=config.accumulate_steps,
             average=self._average,
+            guide=self._make_guide(),
         )
         on_cpu = target_platform() == "cpu"
         # By default XLA's CPU backend starts ops as early as possible, without regard to the memory this takes.
@@ -151,7 +183,11 @@ class Trainer:
         return jax.jit(
             # Around the step, since the backward pass is traced in it.
             self._with_choices(sharding.with_split_kernels(step, self.mesh), differentiated=True),
-            in_shardings=(self.state_sharding, sharding.batch_sharding(self.mesh)),
+            in_shardings=(
+                self.state_sharding,
+                sharding.batch_sharding(self.mesh),
+                *([] if self.teacher is None else [sharding.replicated(self.mesh)]),
+            ),
             out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
             donate_argnums=donate,
             compiler_options=known_options(options),
@@ -159,8 +195,12 @@ class Trainer:
 
     def compile_train_step(self, state: TrainState, batch: dict) -> None:
         """Compile the training step for its arguments, so that the memory of the compiler is free before the first step."""
-        self.train_step.lower(state, batch).compile()
+        self.jitted_train_step.lower(*self.step_arguments(state, batch)).compile()
         release_unused_memory()
+
+    def step_arguments(self, state: TrainState, batch: dict) -> tuple:
+        """The arguments of ``jitted_train_step``."""
+        return (state, batch) if self.teacher is None else (state, batch, self.teacher.variables)
 
     def train_batches(self, *, start_step: int) -> Iterator[dict]:
         """Endless training batches of this process (numpy), after ``start_step`` finished steps."""
@@ -274,6 +314,23 @@ class Trainer:
                 else:
                     jax.eval_shape(objective.predict, variables, batch)
         return calls
+
+    def _make_guide(self) -> Callable[..., Guides] | None:
+        """See ``training.step``."""
+        mesa, teacher = self.config.get("mesa"), self.teacher
+        learns_from_average = mesa is not None and mesa.weight > 0
+        if teacher is None and not learns_from_average:
+            return None
+        outputs = sharding.with_whole_params(self.objective.outputs, self.state_sharding.params, self.mesh)
+
+        def guide(state, *teacher_variables):
+            return Guides(
+                progress=state.step / self.plan.total_steps,
+                teacher=functools.partial(teacher.outputs, *teacher_variables) if teacher is not None else None,
+                average=functools.partial(outputs, state.eval_variables) if learns_from_average else None,
+            )
+
+        return guide
 
     def _on_mesh(self, function: Callable) -> Callable:
         """A function of an evaluation, as the devices of the mesh run it."""

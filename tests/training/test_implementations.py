@@ -59,7 +59,7 @@ def count_kernels(trainer):
         name: jax.ShapeDtypeStruct(x.shape, x.dtype)
         for name, x in trainer.task.example_batch(trainer.config.batch_size).items()
     }
-    return str(trainer.train_step.trace(trainer.abstract_state, batch).jaxpr).count("pallas_call")
+    return str(trainer.jitted_train_step.trace(trainer.abstract_state, batch).jaxpr).count("pallas_call")
 
 
 def test_kernels_that_are_faster_are_in_the_step_and_are_chosen_once(tmp_path, measured, make_trainer, logs):

@@ -210,7 +210,7 @@ def test_devices_exchange_parameters_and_gradients_only(data, fsdp):
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         for name, leaf in trainer.task.example_batch(64).items()
     }
-    compiled = trainer.train_step.lower(trainer.abstract_state, batch).compile()
+    compiled = trainer.jitted_train_step.lower(trainer.abstract_state, batch).compile()
     found = hlo.collectives(hlo.parse(compiled.as_text()))
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(trainer.abstract_state.params))
     allowed = {"all-reduce": 2 * size, "reduce-scatter": size} | ({"all-gather": size} if fsdp > 1 else {})

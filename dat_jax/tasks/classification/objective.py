@@ -1,6 +1,8 @@
 """Loss and prediction of an image classifier."""
 
-from typing import cast
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import optax
@@ -8,6 +10,7 @@ import optax
 from dat_jax.models.dat import DAT
 from dat_jax.models.key_positions import name_positions
 from dat_jax.tasks.classification.augmentation import erase_randomly, mix
+from dat_jax.tasks.classification.distillation import distillation_loss, model_outputs, self_distillation_loss
 from dat_jax.tasks.objective import Objective
 from dat_jax.tasks.preprocessing import normalize
 
@@ -43,6 +46,8 @@ def make_classification_objective(
     erasing_probability: float = 0.0,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
+    distillation: Mapping[str, Any] | None = None,
+    mesa: Mapping[str, Any] | None = None,
 ) -> Objective:
     """Make a classifier's objective: cross-entropy on smoothed labels of randomly erased and mixed images.
 
@@ -54,23 +59,43 @@ def make_classification_objective(
       label_smoothing: see ``smooth_labels``.
       erasing_probability: see ``erase_randomly``; 0 disables it.
       mixup_alpha, cutmix_alpha: see ``mix``; 0 disables that kind.
+      distillation: "kind", "temperature" and "weight" of the loss of a teacher, see ``distillation_loss``. It is used if the
+        loss is called with a teacher.
+      mesa: "start" and "weight" of the loss of the averaged model, see ``self_distillation_loss``, likewise.
     """
 
     def init(key, batch):
         return model.init(key, normalize(batch["image"]))
 
-    def loss(variables, batch, key):
+    def loss(variables, batch, key, guides=None):
         dropout_key, erasing_key, mixing_key = jax.random.split(key, 3)
         images = normalize(batch["image"])
         targets = smooth_labels(batch["label"], num_classes=model.num_classes, smoothing=label_smoothing)
         if erasing_probability > 0:
             images = erase_randomly(images, erasing_key, probability=erasing_probability)
         images, targets = mix(images, targets, mixing_key, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
-        logits = cast(jax.Array, model.apply(variables, images, train=True, rngs={"dropout": dropout_key}))
+        options = dict(train=True, rngs={"dropout": dropout_key})
+        if guides is None:
+            outputs = {"logits": cast(jax.Array, model.apply(variables, images, **options))}
+        else:
+            outputs = model_outputs(model, variables, images, **options)
+        logits = outputs["logits"]
         value = soft_cross_entropy(logits, targets)
+        extra = {}
+        if guides is not None and guides.teacher is not None and distillation is not None:
+            kind, temperature, weight = (distillation[name] for name in ("kind", "temperature", "weight"))
+            extra["distillation"] = distillation_loss(
+                outputs, guides.teacher(images), kind=kind, temperature=temperature
+            )
+            value = (1 - weight) * value + weight * extra["distillation"]
+        if guides is not None and guides.average is not None and mesa is not None:
+            extra["mesa"] = self_distillation_loss(
+                outputs, lambda: guides.average(images), progress=guides.progress, start=mesa["start"]
+            )
+            value += mesa["weight"] * extra["mesa"]
         # The class of a mixed image is that of its larger part.
         top1 = 100 * (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=logits.dtype)
-        return value, {"loss": value, "top1": top1}, {}
+        return value, {"loss": value, "top1": top1, **extra}, {}
 
     def predict(variables, batch):
         images = normalize(batch["image"])
@@ -83,4 +108,5 @@ def make_classification_objective(
 
         return model.apply(variables, normalize(batch["image"]), method=pool_features)
 
-    return Objective(init=init, loss=loss, predict=predict, embed=embed)
+    outputs = functools.partial(model_outputs, model)
+    return Objective(init=init, loss=loss, predict=predict, outputs=outputs, embed=embed)

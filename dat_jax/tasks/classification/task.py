@@ -114,6 +114,8 @@ class ClassificationTask(Task):
             erasing_probability=augmentation.erasing_probability,
             mixup_alpha=augmentation.mixup_alpha,
             cutmix_alpha=augmentation.cutmix_alpha,
+            distillation=self.config.distillation.to_dict(),
+            mesa=self.config.mesa.to_dict(),
         )
 
     def make_evaluator(self, predict: Callable) -> Evaluator:

@@ -1,0 +1,116 @@
+"""Teachers of a student, see ``tasks.classification.distillation``: trained models of this project, or programs of any."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from dat_jax.checkpoints.adaptation import count_classes, reorder_classes
+from dat_jax.checkpoints.class_names import describe_difference, read_class_names
+from dat_jax.checkpoints.loading import load_pretrained
+from dat_jax.errors import UserError
+from dat_jax.models.dat import DAT
+from dat_jax.storage import fetch
+from dat_jax.tasks.classification.distillation import KINDS, model_outputs
+from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+logger = logging.getLogger(__name__)
+_KEY = "config.distillation.teacher"
+_SUFFIX = ".stablehlo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained classifier.
+
+    Attributes:
+      outputs: (variables, normalized images) -> outputs, see ``model_outputs``.
+      variables: arrays of the host.
+    """
+
+    outputs: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+    variables: Any
+
+
+def load_teacher(
+    path: str, *, kind: str, class_names: Sequence[str], image_size: int, dtype: Any = jnp.float32
+) -> Teacher:
+    """Load a teacher, and check that it fits the student.
+
+    Args:
+      path: an export, a run or converted weights, as for ``dat_jax.load``; or a program NAME.stablehlo of ``jax.export``,
+        that maps images (B, S, S, 3) to logits (B, K), or to a dict with "logits". Float images are normalized as for training;
+        for a program with uint8 images, they are rounded to it.
+      kind: what is learned, one of ``KINDS``.
+      class_names: names of the classes of the student. If the teacher records its names in another order, its outputs are
+        reordered.
+      image_size: S, side of the images in pixels.
+      dtype: of the computation of a model of this project.
+
+    Raises:
+      UserError: there is no teacher at ``path``, or it has other classes, other images, or no outputs of this kind.
+    """
+    if path.endswith(_SUFFIX):
+        if KINDS[kind] != "logits":
+            kinds = " or ".join(name for name, output in KINDS.items() if output == "logits")
+            raise UserError(f"{_KEY} {path} has logits only: expected config.distillation.kind {kinds}, got {kind}.")
+        teacher = Teacher(functools.partial(_call_program, _load_program(path)), {})
+    else:
+        model, variables = load_pretrained(path, dtype=dtype)
+        if not isinstance(model, DAT):
+            raise UserError(f"{_KEY} {path} is no classifier.")
+        params = _order_classes(path, variables["params"], class_names)
+        teacher = Teacher(functools.partial(model_outputs, model), jax.tree.map(np.asarray, {"params": params}))
+    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    try:
+        shape = jax.eval_shape(teacher.outputs, teacher.variables, images)["logits"].shape
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{_KEY} {path} cannot be used with images of {image_size} x {image_size}: {reason}") from error
+    if shape != (2, len(class_names)):
+        raise UserError(
+            f"{_KEY} {path}: expected logits of {len(class_names)} classes, got an array {shape} for two images."
+        )
+    logger.info("Learning from the teacher %s.", path)
+    return teacher
+
+
+def _order_classes(path: str, params: Mapping[str, Any], class_names: Sequence[str]) -> Mapping[str, Any]:
+    """The parameters with the classes in the order of the student."""
+    count = count_classes(params)
+    recorded = read_class_names(path, count=count)
+    if recorded is None:
+        return params
+    if sorted(recorded) == sorted(class_names):
+        return reorder_classes(params, [recorded.index(name) for name in class_names])
+    raise UserError(f"{_KEY} {path} has other classes: {describe_difference(recorded, class_names)}.")
+
+
+def _load_program(path: str) -> jax.export.Exported:
+    try:
+        program = jax.export.deserialize(bytearray(fetch(path).read_bytes()))
+    except OSError as error:
+        raise UserError(f"{_KEY} {path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # jax raises several types for a format that it does not know
+        raise UserError(f"{_KEY} {path} is not a program that jax {jax.__version__} can read.") from error
+    if len(program.in_avals) != 1:
+        raise UserError(
+            f"{_KEY} {path}: expected a program of images only, got one with {len(program.in_avals)} arguments."
+        )
+    return program
+
+
+def _call_program(program: jax.export.Exported, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    del variables
+    dtype = program.in_avals[0].dtype
+    if dtype == jnp.uint8:
+        mean, std = (jnp.asarray(x, images.dtype).reshape(1, 1, 1, 3) for x in (IMAGENET_MEAN, IMAGENET_STD))
+        images = jnp.clip(jnp.round((images * std + mean) * 255), 0, 255)
+    outputs = program.call(images.astype(dtype))
+    return {"logits": outputs["logits"] if isinstance(outputs, Mapping) else outputs}
