@@ -39,7 +39,13 @@ class Teacher:
 
 
 def load_teacher(
-    path: str, *, kind: str, class_names: Sequence[str], image_size: int, dtype: Any = jnp.float32
+    path: str,
+    *,
+    kind: str,
+    class_names: Sequence[str],
+    image_size: int,
+    tokens: tuple[int, int] | None = None,
+    dtype: Any = jnp.float32,
 ) -> Teacher:
     """Load a teacher, and check that it fits the student.
 
@@ -49,8 +55,9 @@ def load_teacher(
         for a program with uint8 images, they are rounded to it.
       kind: what is learned, one of ``KINDS``.
       class_names: names of the classes of the student. If the teacher records its names in another order, its outputs are
-        reordered.
+        reordered. A teacher of features may have any classes.
       image_size: S, side of the images in pixels.
+      tokens: (height, width) of the last map of the student, which the teacher of tokens must have too; None: any.
       dtype: of the computation of a model of this project.
 
     Raises:
@@ -65,17 +72,23 @@ def load_teacher(
         model, variables = load_pretrained(path, dtype=dtype)
         if not isinstance(model, DAT):
             raise UserError(f"{_KEY} {path} is no classifier.")
-        params = _order_classes(path, variables["params"], class_names)
+        params = variables["params"] if kind == "features" else _order_classes(path, variables["params"], class_names)
         teacher = Teacher(functools.partial(model_outputs, model), jax.tree.map(np.asarray, {"params": params}))
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     try:
-        shape = jax.eval_shape(teacher.outputs, teacher.variables, images)["logits"].shape
+        shapes = {name: out.shape for name, out in jax.eval_shape(teacher.outputs, teacher.variables, images).items()}
+        shape = shapes[KINDS[kind]]
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{_KEY} {path} cannot be used with images of {image_size} x {image_size}: {reason}") from error
-    if shape != (2, len(class_names)):
+    if KINDS[kind] == "logits" and shape != (2, len(class_names)):
         raise UserError(
             f"{_KEY} {path}: expected logits of {len(class_names)} classes, got an array {shape} for two images."
+        )
+    if kind == "tokens" and tokens is not None and shape[1:3] != tokens:
+        raise UserError(
+            f"{_KEY} {path}: expected a last map of {tokens[0]} x {tokens[1]} positions, as that of the student, got "
+            f"{shape[1]} x {shape[2]}."
         )
     logger.info("Learning from the teacher %s.", path)
     return teacher

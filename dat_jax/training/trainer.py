@@ -142,11 +142,15 @@ class Trainer:
         keys = self.config.get("distillation")
         if keys is None or not keys.teacher:
             return None
+        side = self.config.data.image_size
+        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        outputs = jax.eval_shape(self.objective.outputs, self.abstract_state.eval_variables, images)
         teacher = load_teacher(
             keys.teacher,
             kind=keys.kind,
             class_names=self.task.class_names,
-            image_size=self.config.data.image_size,
+            image_size=side,
+            tokens=outputs["tokens"].shape[1:3],
             dtype=compute_dtype(self.config.model.dtype),
         )
         places = jax.tree.map(lambda leaf: sharding.replicated(self.mesh), teacher.variables)

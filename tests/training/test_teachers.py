@@ -116,6 +116,16 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_it(kind, trained):
 
 
 @pytest.mark.slow
+def test_tokens_need_maps_of_the_same_size(trained):
+    options = dict(class_names=("left", "right"), image_size=32)
+    assert load_teacher(str(trained), kind="tokens", tokens=(8, 8), **options)
+    with pytest.raises(UserError, match="expected a last map of 4 x 4 positions, .* got 8 x 8"):
+        load_teacher(str(trained), kind="tokens", tokens=(4, 4), **options)
+    other_classes = dict(options, class_names=("cat", "dog", "bird"))
+    assert load_teacher(str(trained), kind="features", **other_classes)
+
+
+@pytest.mark.slow
 def test_classes_of_the_teacher_are_ordered_by_name(trained, tmp_path):
     names, reversed_names = ("left", "right"), ("right", "left")
     options = dict(kind="soft", image_size=32)
