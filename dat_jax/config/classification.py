@@ -89,7 +89,16 @@ KEYS = merge_keys(
             ),
             "start": Key(float, 0.25, "Part of the run after which it begins.", minimum=0, maximum=1),
         },
-        "loss": {"label_smoothing": Key(float, 0.1, "Label smoothing of the cross-entropy.", minimum=0, below=1)},
+        "loss": {
+            "kind": Key(
+                str,
+                "cross_entropy",
+                "cross_entropy: of the softmax over the classes. binary: cross-entropy of a sigmoid for each class, a mean over "
+                "the classes, as in timm's recipes; it needs a larger learning rate.",
+                choices=("cross_entropy", "binary"),
+            ),
+            "label_smoothing": Key(float, 0.1, "Label smoothing.", minimum=0, below=1),
+        },
         "schedule": common.make_schedule_keys("cosine"),
         "eval": {
             "neighbors": Key(

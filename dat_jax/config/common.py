@@ -36,6 +36,12 @@ KEYS: dict[str, Any] = {
         minimum=0,
         below=1,
     ),
+    "ema_warmup": Key(
+        bool,
+        False,
+        "Whether the decay grows with the number of steps, 1 - (1 + steps) ** (-2 / 3), up to `ema_decay`, so that the average "
+        "of a short run forgets the initial weights.",
+    ),
     "log_every": Key(int, 50, "Steps between log lines.", minimum=1),
     "logs": Key(
         tuple,

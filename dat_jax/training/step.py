@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dat_jax.tasks.objective import Guides, Objective
+from dat_jax.training.averaging import Average
 from dat_jax.training.optimizers.clipping import global_norm
 from dat_jax.training.optimizers.parameter_groups import merge, select
 from dat_jax.training.state import TrainState
@@ -23,7 +24,7 @@ def make_train_step(
     schedule: optax.Schedule,
     seed: int,
     accumulate_steps: int = 1,
-    average: Callable[[Any, Any, optax.OptState], Any] | None = None,
+    average: Average | None = None,
     guide: Callable[..., Guides] | None = None,
 ) -> Callable[..., tuple[TrainState, dict]]:
     """Make ``train_step(state, batch) -> (state, metrics)``, to be jitted.
@@ -37,8 +38,7 @@ def make_train_step(
       schedule: learning rate by step, for the metrics only.
       seed: every random draw is a function of the seed, the step and the part of the batch.
       accumulate_steps: number of parts A into which a batch is split; their gradients are averaged.
-      average: (average, parameters that learn, optimizer state) -> the next average, all without frozen parameters; see
-        ``training.averaging``. None: the state has no average.
+      average: see ``training.averaging``; it is called without the frozen parameters. None: the state has no average.
       guide: (state, *arguments) -> models that the loss learns from, see ``tasks.objective.Guides``. The step then takes these
         arguments after the batch. None: it learns from the labels only.
 
@@ -85,7 +85,7 @@ def make_train_step(
         learned = optax.apply_updates(learned, updates)
         params, ema_params = merge(learned, state.params), state.ema_params
         if average is not None:  # frozen parameters are kept as they are: averaging would round them
-            ema_params = merge(average(select(ema_params, frozen), learned, opt_state), ema_params)
+            ema_params = merge(average(select(ema_params, frozen), learned, opt_state, state.step), ema_params)
         grad_norm, learning_rate = global_norm(grads), schedule(state.step)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         new = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params)

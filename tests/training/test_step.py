@@ -53,9 +53,9 @@ def test_five_steps_are_the_same_on_every_mesh(monkeypatch):
         assert state.params["cls_head"]["bias"].addressable_shards[0].data.shape == (2,)
 
 
-def moving_average(decay):
+def moving_average(decay, *, warmup=False):
     config = get_classification_config()
-    config.ema_decay = decay
+    config.update(ema_decay=decay, ema_warmup=warmup)
     return make_average(config)
 
 
@@ -106,6 +106,16 @@ def test_averaged_weights_follow_the_weights_and_are_what_is_evaluated():
     np.testing.assert_allclose(states[-1].ema_params["w"], average, rtol=1e-6)
     assert states[-1].eval_variables["params"] is states[-1].ema_params
     assert run_steps(1)[0][-1].ema_params is None
+
+
+def test_the_decay_of_averaged_weights_grows_during_a_warmup():
+    states, _ = run_steps(3, average=moving_average(0.5, warmup=True))
+    weights, average = [state.params["w"] for state in states], states[0].params["w"]
+    for step, after in enumerate(weights[1:]):
+        decay = min(0.5, 1 - (1 + step) ** (-2 / 3))
+        average = decay * average + (1 - decay) * after
+    np.testing.assert_allclose(states[-1].ema_params["w"], average, rtol=1e-5)
+    np.testing.assert_allclose(states[1].ema_params["w"], weights[1], rtol=1e-6)
 
 
 def test_a_step_that_is_not_finite_only_counts():

@@ -39,10 +39,24 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over the batch and the classes of the cross-entropy of a sigmoid for each class. Source: timm.
+
+    Args:
+      logits: (B, K).
+      targets: (B, K) probabilities.
+    """
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean()
+
+
+LOSSES = {"cross_entropy": soft_cross_entropy, "binary": binary_cross_entropy}
+
+
 def make_classification_objective(
     model: DAT,
     *,
     label_smoothing: float,
+    loss_kind: str = "cross_entropy",
     erasing_probability: float = 0.0,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
@@ -57,6 +71,7 @@ def make_classification_objective(
     Args:
       model: the classifier.
       label_smoothing: see ``smooth_labels``.
+      loss_kind: one of ``LOSSES``.
       erasing_probability: see ``erase_randomly``; 0 disables it.
       mixup_alpha, cutmix_alpha: see ``mix``; 0 disables that kind.
       distillation: "kind", "temperature" and "weight" of the loss of a teacher, see ``distillation_loss``. It is used if the
@@ -80,7 +95,7 @@ def make_classification_objective(
         else:
             outputs = model_outputs(model, variables, images, **options)
         logits = outputs["logits"]
-        value = soft_cross_entropy(logits, targets)
+        value = LOSSES[loss_kind](logits, targets)
         extra = {}
         if guides is not None and guides.teacher is not None and distillation is not None:
             kind, temperature, weight = (distillation[name] for name in ("kind", "temperature", "weight"))

@@ -111,6 +111,7 @@ class ClassificationTask(Task):
         return make_classification_objective(
             create_model(settings.pop("name"), dtype=dtype, num_classes=len(self.class_names), **settings),
             label_smoothing=self.config.loss.label_smoothing,
+            loss_kind=self.config.loss.kind,
             erasing_probability=augmentation.erasing_probability,
             mixup_alpha=augmentation.mixup_alpha,
             cutmix_alpha=augmentation.cutmix_alpha,
