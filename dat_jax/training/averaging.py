@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from dat_jax.training.optimizers.named import SCHEDULE_FREE, find_evaluation_params
 
-
 Average = Callable[[Any, Any, optax.OptState, jax.Array], Any]
 
 
