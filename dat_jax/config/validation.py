@@ -48,7 +48,18 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.schedule.drops must be positive numbers in ascending order, got {drops}.")
     if config.mesh.data == config.mesh.fsdp == -1:
         raise UserError("config.mesh.data or config.mesh.fsdp must be a number of devices, got -1 for both.")
+    _check_frozen_batch_norm(config)
     _TASKS[task].check(config)
+
+
+def _check_frozen_batch_norm(config: ConfigDict) -> None:
+    optimizer = config.optimizer
+    decays = optimizer.decay_rule == "all_but_norms" and optimizer.weight_decay > 0
+    if decays and "head" in config and config.head.get("frozen_batch_norm"):
+        raise UserError(
+            "config.head.frozen_batch_norm requires config.optimizer.decay_rule=all_but_norms_and_bn: with all_but_norms the "
+            "weight decay would change the parameters of BatchNorm."
+        )
 
 
 def _check_group(group: Mapping | ConfigDict, keys: Keys, path: str) -> None:
