@@ -4,11 +4,13 @@
   python -m dat_jax.export runs/dat_pp_s exported/dat_pp_s --formats=stablehlo --platforms=cpu --preprocessing=outside
   python -m dat_jax.export runs/mask_rcnn_t exported/mask_rcnn_t --batch=1 --image_size=800,1344
   python -m dat_jax.export runs/upernet_t exported/upernet_t --buckets=512x768,768x512
+  python -m dat_jax.export runs/dat_pp_s exported/dat_pp_s_features --features=0,1,2,3
   python -m dat_jax.export --check=exported
 
 The first command exports a classifier. The second exports only its program, for a CPU and for images that the caller
 normalizes. The third exports a detector for images padded to 800 x 1344. The fourth exports a segmentor as two programs, each
-for images of any size that fits into its bucket. The last one checks the files of an exported folder.
+for images of any size that fits into its bucket. The fifth exports a program that returns the feature maps of the backbone.
+The last one checks the files of an exported folder.
 
 TRAINED is the work directory of a run, or a folder of weights that dat_jax.conversion or dat_jax.export wrote. OUT_DIR is a
 new folder, which is written atomically:
@@ -37,6 +39,7 @@ _FLAGS = {
         "batch=symbolic|N",
         "image_size=SIDE | HEIGHT,WIDTH",
         "buckets=HxW,...",
+        "features=STAGE,...",
     ),
     "Classes and preprocessing": ("classes=FILE", "resize=PIXELS"),
     "Check instead of export": ("check=DIR",),
@@ -69,6 +72,11 @@ def define_flags(values: flags.FlagValues) -> None:
         "fits into the bucket, and their sizes. Cannot be combined with --image_size."
     )
     flags.DEFINE_string("buckets", None, help_text, flag_values=values)
+    help_text = (
+        "Comma-separated stages, from 0. The program returns their feature maps instead of predictions, for another head: with "
+        "their output norms from a segmentor or detector, without norms from a classifier. StableHLO only."
+    )
+    flags.DEFINE_list("features", None, help_text, flag_values=values)
     flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", flag_values=values)
     help_text = "Classifiers: side in pixels that images are resized to before their center is cropped."
     flags.DEFINE_integer("resize", None, help_text, flag_values=values)
@@ -96,6 +104,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
                 classes=values.classes,
                 resize=values.resize,
                 buckets=values.buckets,
+                features=values.features,
             )
     except UserError as error:
         fail(str(error))

@@ -15,8 +15,9 @@ from dat_jax.models.segmentation import Segmentor
 
 Model = DAT | Segmentor | Detector
 
-# Attributes of flax, of the backbone, and those that change how the function is computed but not which function.
-_OMITTED = {"parent", "name", "dtype", "implementation", "remat", "scan_blocks", "dat"}
+# Attributes of flax, of the backbone, those that change how the function is computed but not which function, and those of
+# training only.
+_OMITTED = {"parent", "name", "dtype", "implementation", "remat", "scan_blocks", "dat", "frozen_batch_norm"}
 _CREATE_DENSE = {"segmentor": create_segmentor, "detector": create_detector}
 
 

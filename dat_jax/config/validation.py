@@ -48,6 +48,12 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.schedule.drops must be positive numbers in ascending order, got {drops}.")
     if config.mesh.data == config.mesh.fsdp == -1:
         raise UserError("config.mesh.data or config.mesh.fsdp must be a number of devices, got -1 for both.")
+    _check_averaging(config)
+    _check_frozen_batch_norm(config)
+    _TASKS[task].check(config)
+
+
+def _check_averaging(config: ConfigDict) -> None:
     if config.optimizer.name == "schedule_free_adamw":
         if config.ema_decay > 0:
             raise UserError(
@@ -55,7 +61,16 @@ def validate(config: ConfigDict) -> None:
             )
         if config.optimizer.b1 == 0:
             raise UserError("config.optimizer.b1 must be above 0 for schedule_free_adamw.")
-    _TASKS[task].check(config)
+
+
+def _check_frozen_batch_norm(config: ConfigDict) -> None:
+    optimizer = config.optimizer
+    decays = optimizer.decay_rule == "all_but_norms" and optimizer.weight_decay > 0
+    if decays and "head" in config and config.head.get("frozen_batch_norm"):
+        raise UserError(
+            "config.head.frozen_batch_norm requires config.optimizer.decay_rule=all_but_norms_and_bn: with all_but_norms the "
+            "weight decay would change the parameters of BatchNorm."
+        )
 
 
 def _check_group(group: Mapping | ConfigDict, keys: Keys, path: str) -> None:

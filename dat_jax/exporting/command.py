@@ -25,6 +25,7 @@ def export(
     classes: str | None,
     resize: int | None,
     buckets: str | None = None,
+    features: Sequence[str] | None = None,
 ) -> None:
     """Export a trained model and print what was written.
 
@@ -34,22 +35,24 @@ def export(
       formats: see ``write_exported``.
       platforms: see ``make_program``.
       preprocessing: see ``make_program``.
-      batch: "symbolic", a number, or None for the default: 1 for a detector, symbolic otherwise.
+      batch: "symbolic", a number, or None for the default: 1 for the detections of a detector, symbolic otherwise.
       image_size: one or two numbers as text, SIDE or HEIGHT and WIDTH in pixels; None for that of the model.
       classes: text file with the class names, or None for those of the model.
       resize: side in pixels that a classifier resizes images to, or None for that of the model.
       buckets: heights and widths such as "608x832,832x608", or None for a program for images of one size.
+      features: indices of stages as text, or None for predictions, see ``write_exported``.
 
     Raises:
       UserError: an impossible value, ``out`` exists, or ``trained`` cannot be loaded. Nothing is written then.
     """
     check_absent(out)  # before the model is loaded, which takes long
     image_shape, batch_size = parse_image_size(image_size), parse_batch(batch)
+    stages = parse_features(features)
     bucket_list = None if buckets is None else parse_buckets(buckets, key="--buckets")
     predictor = inference.load(trained, classes=classes, resize=resize)
     if isinstance(predictor, inference.Classifier) and image_shape and image_shape[0] == image_shape[1]:
         predictor = inference.load(trained, classes=classes, resize=resize, image_size=image_shape[0])
-    if isinstance(predictor, inference.ObjectDetector) and batch is None:
+    if isinstance(predictor, inference.ObjectDetector) and batch is None and stages is None:
         batch_size = 1
     manifest = write_exported(
         out,
@@ -60,6 +63,7 @@ def export(
         preprocessing=preprocessing,
         batch=batch_size,
         buckets=bucket_list,
+        features=stages,
     )
     console = make_console()
     print_table(console, f"Exported to {out}", describe_manifest(manifest))
@@ -98,6 +102,15 @@ def parse_image_size(sides: Sequence[str] | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
+def parse_features(indices: Sequence[str] | None) -> list[int] | None:
+    """Indices of stages of the flag --features; None if the flag is not set."""
+    if indices is None:
+        return None
+    if not all(index.isdecimal() for index in indices):
+        raise UserError(f"--features must be indices of stages, such as 0,1,2,3, got {','.join(indices)}.")
+    return [int(index) for index in indices]
+
+
 def describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Table rows for an exported folder: task, classes, program, and the size of every file or folder in it."""
     programs = list_programs(manifest)
@@ -131,7 +144,7 @@ def format_loading_code(directory: str, manifest: Mapping[str, Any]) -> str:
         return f"import dat_jax\n\nmodel, variables = dat_jax.load({directory!r})" if has_weights else ""
     image_batch, *others = programs[0]["inputs"]
     count, height, width, _ = (1 if isinstance(side, str) else side for side in image_batch["shape"])
-    outputs = "logits" if len(programs[0]["outputs"]) == 1 else "detections"
+    outputs = {"detection": "detections", "features": "features"}.get(manifest["task"], "logits")
     choice = [
         'programs = json.loads((folder / "manifest.json").read_text())["programs"]  # the smallest bucket first',
         "chosen = next(p for p in programs if height <= p['bucket'][0] and width <= p['bucket'][1])",

@@ -1,10 +1,11 @@
 """The folder of an exported model: its files, and a manifest with the digest of each."""
 
+import functools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.export
 import numpy as np
 
 from dat_jax import __version__
+from dat_jax.checkpoints.backbone import extract_backbone
 from dat_jax.checkpoints.exports import write_model
 from dat_jax.checkpoints.integrity import check_digests, hash_file
 from dat_jax.checkpoints.model_description import describe_model
@@ -21,8 +23,16 @@ from dat_jax.errors import UserError
 from dat_jax.exporting.manifest import MANIFEST, PROGRAM_SUFFIX, choose_program, list_shapes, read_manifest
 from dat_jax.exporting.onnx import write_onnx
 from dat_jax.exporting.preprocessing import describe_preprocessing
-from dat_jax.exporting.programs import check_program, choose_image_shape, describe_arrays, make_program
+from dat_jax.exporting.programs import (
+    check_program,
+    check_settings,
+    choose_image_shape,
+    describe_arrays,
+    make_features_program,
+    make_program,
+)
 from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
+from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import DAT
 from dat_jax.models.registry import Detector
 from dat_jax.models.segmentation import Segmentor
@@ -44,6 +54,7 @@ def write_exported(
     preprocessing: str = "inside",
     batch: int | None = None,
     buckets: Sequence[Shape] | None = None,
+    features: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Export a trained model: write its files and their manifest into a new folder, atomically.
 
@@ -52,7 +63,7 @@ def write_exported(
       predictor: a model from ``inference.load``.
       formats: one or more of ``FORMATS``:
         "orbax": model.json and params/, which ``dat_jax.load`` reads, with the class names and the inference options.
-        "stablehlo": model.stablehlo, or model_HxW.stablehlo for each bucket, see ``make_program``.
+        "stablehlo": model.stablehlo, or model_HxW.stablehlo for each bucket, see ``make_program`` and ``make_features_program``.
         "safetensors": model.safetensors, weights with their published names.
         "onnx": model.onnx, see ``write_onnx``.
       image_shape: (height, width) of the program's images in pixels; None for ``choose_image_shape``.
@@ -61,14 +72,16 @@ def write_exported(
       batch: see ``make_program``.
       buckets: (height, width) of one or more buckets in pixels, for programs that take images of many sizes; None for a program
         for images of one size.
+      features: indices of the stages whose feature maps the programs return instead of predictions; None for predictions. The
+        maps have the output norms of a segmentor or detector, and none of a classifier. The weights are those of the whole model.
 
     Returns:
       Content of manifest.json. "program" describes the program for images of one size, and "programs" those of buckets, the
       smallest first.
 
     Raises:
-      UserError: unknown formats, buckets together with an image shape or ONNX, arguments that ``make_program`` refuses, or the
-        folder exists or cannot be written.
+      UserError: unknown formats, buckets together with an image shape or ONNX, features together with ONNX or of stages that the
+        model does not use, arguments that ``make_program`` refuses, or the folder exists or cannot be written.
     """
     directory = as_path(directory)
     if set(formats) - set(FORMATS) or not formats:
@@ -78,15 +91,20 @@ def write_exported(
         _check_buckets(buckets, formats, image_shape)
         buckets = sorted(buckets, key=math.prod)
     image_shape = image_shape or choose_image_shape(predictor)
+    if features is None:
+        make, check = functools.partial(make_program, predictor), functools.partial(check_program, predictor)
+    else:
+        backbone, variables = _get_backbone(predictor, features, formats)
+        make, check = functools.partial(make_features_program, backbone, variables), check_settings
     shapes = {PROGRAM_OF_BUCKET.format(*bucket): bucket for bucket in buckets} if buckets else {PROGRAM: image_shape}
     settings: dict[str, Any] = dict(preprocessing=preprocessing, batch=batch, is_bucket=bool(buckets))
     for shape in shapes.values():
-        check_program(predictor, image_shape=shape, platforms=platforms, **settings)
+        check(image_shape=shape, platforms=platforms, **settings)
     programs, onnx = [], None
     with atomic_path(directory) as unfinished:
         unfinished.mkdir()
         if "stablehlo" in formats:
-            programs = _write_programs(unfinished, predictor, shapes, platforms=platforms, **settings)
+            programs = _write_programs(unfinished, make, shapes, platforms=platforms, **settings)
         _write_weights(unfinished, predictor, formats, name=directory.name)
         if "onnx" in formats:
             arrays = write_onnx(
@@ -96,12 +114,16 @@ def write_exported(
         manifest = {
             "dat_jax": __version__,
             "jax": jax.__version__,
-            "task": _name_task(predictor),
+            "task": _name_task(predictor) if features is None else "features",
             "model": _describe_model(predictor.model),
             "classes": list(predictor.class_names),
             **({"category_ids": list(predictor.category_ids)} if isinstance(predictor, ObjectDetector) else {}),
             "preprocessing": describe_preprocessing(
-                predictor, image_shape=image_shape, buckets=buckets, inside=preprocessing == "inside"
+                predictor,
+                image_shape=image_shape,
+                buckets=buckets,
+                inside=preprocessing == "inside",
+                is_for_features=features is not None,
             ),
             "program": programs[0] if programs and not buckets else None,
             "programs": programs if buckets else [],
@@ -112,13 +134,37 @@ def write_exported(
     return manifest
 
 
+def _get_backbone(
+    predictor: Predictor, features: Sequence[int], formats: Sequence[str]
+) -> tuple[Backbone, dict[str, Any]]:
+    """Backbone of a trained model with the output norms that it was trained with, and its variables."""
+    if "stablehlo" not in formats or "onnx" in formats:
+        raise UserError(f"features are for the format stablehlo and not for onnx, got the formats {','.join(formats)}.")
+    has_norms = not isinstance(predictor, Classifier)
+    backbone, variables = extract_backbone(
+        predictor.model, predictor.variables, out_indices=features, output_norms=has_norms
+    )
+    untrained = has_norms and set(variables["params"]) - set(predictor.variables["params"]["backbone"])
+    if untrained:
+        index = min(untrained).removeprefix("norms_")
+        raise UserError(
+            f"This detector does not use the map of stage {index}, which has no norm: leave it out of features."
+        )
+    return backbone, variables
+
+
 def _write_programs(
-    directory: pathlib.Path, predictor: Predictor, shapes: Mapping[str, Shape], *, is_bucket: bool, **settings: Any
+    directory: pathlib.Path,
+    make: Callable[..., jax.export.Exported],
+    shapes: Mapping[str, Shape],
+    *,
+    is_bucket: bool,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Write a program for each file name and image shape, and return their descriptions."""
+    """Make and write a program for each file name and image shape, and return their descriptions."""
     described = []
     for name, shape in shapes.items():
-        program = make_program(predictor, image_shape=shape, is_bucket=is_bucket, **settings)
+        program = make(image_shape=shape, is_bucket=is_bucket, **settings)
         (directory / name).write_bytes(program.serialize())
         bucket = {"bucket": list(shape)} if is_bucket else {}
         described.append({**bucket, "file": name, **_describe_program(program)})
@@ -168,7 +214,8 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any]:
 def load_program(directory: str | os.PathLike, size: Shape | None = None) -> jax.export.Exported:
     """Load a program of a folder that ``write_exported`` wrote.
 
-    Call it as ``jax.jit(program.call)(images)``, or with ``(images, sizes)`` for a detector or a bucket.
+    Call it as ``jax.jit(program.call)(images)``, or with ``(images, sizes)`` for a detector or a bucket. A detector's features
+    take no sizes.
 
     Args:
       directory: the folder.

@@ -16,6 +16,7 @@ def describe_preprocessing(
     image_shape: tuple[int, int],
     buckets: Sequence[tuple[int, int]] | None = None,
     inside: bool,
+    is_for_features: bool = False,
 ) -> dict[str, Any]:
     """Preprocessing of an exported program, as values that JSON can hold.
 
@@ -24,12 +25,16 @@ def describe_preprocessing(
       image_shape: (height, width) of the program's images in pixels. With buckets it has no effect.
       buckets: (height, width) of the buckets in pixels, if the programs take images of many sizes.
       inside: whether the program normalizes images itself.
+      is_for_features: whether the program returns feature maps, for which images need not be resized in a certain way.
 
     Returns:
       "steps", sentences in order; the numbers of these steps by name; and layout, dtype and normalization of the images.
     """
     if buckets:
         steps, numbers = _describe_bucketed(predictor, buckets)
+    elif is_for_features:
+        height, width = image_shape
+        steps, numbers = [f"resize or crop to {height} x {width} pixels (height x width)"], {"size": [height, width]}
     elif isinstance(predictor, Classifier):
         steps, numbers = _describe_classifier(predictor, image_shape)
     elif isinstance(predictor, Segmenter):

@@ -1,5 +1,7 @@
-"""A trained model as one StableHLO program for several platforms, with its weights inside, by jax.export."""
+"""A trained model or its backbone as one StableHLO program for several platforms, with its weights inside, by jax.export."""
 
+import functools
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 from dat_jax.data.buckets import MAX_SIDE
 from dat_jax.errors import UserError
 from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
+from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.ops.dispatch import compiling_for
 from dat_jax.tasks.detection.objective import detect
@@ -57,29 +60,82 @@ def make_program(
     Raises:
       UserError: unknown platforms or preprocessing, an impossible image or batch size, or no batch size for a detector.
     """
-    check_program(
-        predictor,
-        image_shape=image_shape,
-        platforms=platforms,
-        preprocessing=preprocessing,
-        batch=batch,
-        is_bucket=is_bucket,
+    settings: dict[str, Any] = dict(
+        image_shape=image_shape, platforms=platforms, preprocessing=preprocessing, batch=batch
     )
-    dtype = choose_dtype(preprocessing)
+    check_program(predictor, is_bucket=is_bucket, **settings)
+    compute = functools.partial(_compute_outputs, predictor, is_bucket=is_bucket)
+    takes_sizes = is_bucket or isinstance(predictor, ObjectDetector)
+    return _export(compute, predictor.variables, takes_sizes=takes_sizes, **settings)
+
+
+def make_features_program(
+    backbone: Backbone,
+    variables: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int],
+    platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
+    preprocessing: str = "inside",
+    batch: int | None = None,
+    is_bucket: bool = False,
+) -> jax.export.Exported:
+    """Export a backbone as a program, as ``make_program`` does a whole model.
+
+    Args:
+      backbone: a backbone, such as that of ``load_backbone``.
+      variables: its variables.
+      image_shape: see ``make_program``; images need not be square.
+      platforms: see ``make_program``.
+      preprocessing: see ``make_program``.
+      batch: see ``make_program``.
+      is_bucket: see ``make_program``. The maps of an image of (h, w) are then the top left (h / stride, w / stride), with sides
+        rounded up (down for a DAT without ``conv_patches``).
+
+    Returns:
+      A program of images (B, H, W, 3), RGB, and for a bucket of sizes, see ``make_program``. Its outputs are a dictionary: for
+      each stage i of ``backbone.out_indices``, "features_i", float32 (B, H_i, W_i, C_i).
+
+    Raises:
+      UserError: unknown platforms or preprocessing, an impossible image or batch size, or wrong ``out_indices``.
+    """
+    settings: dict[str, Any] = dict(
+        image_shape=image_shape, platforms=platforms, preprocessing=preprocessing, batch=batch
+    )
+    check_settings(is_bucket=is_bucket, **settings)
+    try:
+        indices = backbone.dat.resolve_out_indices(backbone.out_indices)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    def compute(variables, images, *sizes):
+        maps = cast(Any, backbone.apply(variables, images, sizes=sizes[0] if is_bucket else None))
+        return {f"{_FEATURES}{index}": x.astype(jnp.float32) for index, x in zip(indices, maps, strict=True)}
+
+    return _export(compute, variables, takes_sizes=is_bucket, **settings)
+
+
+def _export(
+    compute: Callable,
+    variables: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int],
+    platforms: Sequence[str],
+    preprocessing: str,
+    batch: int | None,
+    takes_sizes: bool,
+) -> jax.export.Exported:
+    """Export ``compute(variables, images, *sizes)``, a function of normalized images."""
     size = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
-    inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), dtype)]
-    if isinstance(predictor, ObjectDetector) or is_bucket:
+    inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), choose_dtype(preprocessing))]
+    if takes_sizes:
         inputs.append(jax.ShapeDtypeStruct((size, 2), jnp.int32))
-    branches = {
-        name: make_branch(predictor, PLATFORMS[name], preprocessing=preprocessing, is_bucket=is_bucket)
-        for name in platforms
-    }
+    branches = {name: _make_branch(compute, PLATFORMS[name], preprocessing) for name in platforms}
 
     def program(images, *sizes):
         # Weights are operands, which all branches share. As constants of the branches they would be stored once for each.
         if len(branches) == 1:
-            return next(iter(branches.values()))(predictor.variables, images, *sizes)
-        return jax.lax.platform_dependent(predictor.variables, images, *sizes, **branches)
+            return next(iter(branches.values()))(variables, images, *sizes)
+        return jax.lax.platform_dependent(variables, images, *sizes, **branches)
 
     return jax.export.export(jax.jit(program), platforms=tuple(platforms))(*inputs)
 
@@ -98,20 +154,12 @@ def check_program(
     Raises:
       UserError: see ``make_program``.
     """
-    if set(platforms) - set(PLATFORMS) or not platforms or len(set(platforms)) < len(platforms):
-        raise UserError(
-            f"platforms must be one or more of {', '.join(PLATFORMS)}, each at most once, got "
-            f"{','.join(platforms) or 'none'}."
-        )
-    choose_dtype(preprocessing)
+    check_settings(
+        image_shape=image_shape, platforms=platforms, preprocessing=preprocessing, batch=batch, is_bucket=is_bucket
+    )
     height, width = image_shape
-    name = "buckets" if is_bucket else "image_size"
-    if min(image_shape) < MIN_IMAGE_SIDE:
-        raise UserError(f"{name} must be at least {MIN_IMAGE_SIDE} pixels per side, got {height} x {width}.")
     if isinstance(predictor, Classifier) and height != width and not is_bucket:
         raise UserError(f"image_size must be a single SIDE for a classifier, got {height} x {width}.")
-    if max(image_shape) > MAX_SIDE:
-        raise UserError(f"{name} must be at most {MAX_SIDE} pixels per side, got {height} x {width}.")
     if is_bucket and isinstance(predictor, ObjectDetector):
         multiple = predictor.options["multiple"]
         if height % multiple or width % multiple:
@@ -122,6 +170,33 @@ def check_program(
         raise UserError(
             f"batch must be a number for a detector, whose box selection has loops of fixed length, got {SYMBOLIC}."
         )
+
+
+def check_settings(
+    *,
+    image_shape: tuple[int, int],
+    platforms: Sequence[str],
+    preprocessing: str,
+    batch: int | None,
+    is_bucket: bool = False,
+) -> None:
+    """Check the arguments of ``make_features_program`` other than the backbone.
+
+    Raises:
+      UserError: see ``make_features_program``.
+    """
+    if set(platforms) - set(PLATFORMS) or not platforms or len(set(platforms)) < len(platforms):
+        raise UserError(
+            f"platforms must be one or more of {', '.join(PLATFORMS)}, each at most once, got "
+            f"{','.join(platforms) or 'none'}."
+        )
+    choose_dtype(preprocessing)
+    height, width = image_shape
+    name = "buckets" if is_bucket else "image_size"
+    if min(image_shape) < MIN_IMAGE_SIDE:
+        raise UserError(f"{name} must be at least {MIN_IMAGE_SIDE} pixels per side, got {height} x {width}.")
+    if max(image_shape) > MAX_SIDE:
+        raise UserError(f"{name} must be at most {MAX_SIDE} pixels per side, got {height} x {width}.")
     if batch is not None and not 1 <= batch <= _MAX_BATCH:
         raise UserError(f"batch must be {SYMBOLIC} or a number from 1 to {_MAX_BATCH:,}, got {batch}.")
 
@@ -137,11 +212,16 @@ def make_branch(
       preprocessing: see ``make_program``.
       is_bucket: see ``make_program``.
     """
+    return _make_branch(functools.partial(_compute_outputs, predictor, is_bucket=is_bucket), platform, preprocessing)
+
+
+def _make_branch(compute: Callable, platform: str, preprocessing: str) -> Callable:
+    """``compute`` with the algorithms of one platform, with or without the normalization of images."""
 
     def branch(variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
         with compiling_for(platform), jax.default_matmul_precision("float32"):
             images = normalize(images) if preprocessing == "inside" else images
-            return _compute_outputs(predictor, variables, images, *sizes, is_bucket=is_bucket)
+            return compute(variables, images, *sizes)
 
     return branch
 
@@ -173,6 +253,7 @@ def choose_dtype(preprocessing: str) -> jnp.dtype:
 
 
 _INPUTS = ("images", "sizes")  # in order
+_FEATURES = "features_"  # and the index of the stage
 _MEANINGS = {
     "images": "RGB images, preprocessed as described under preprocessing",
     "sizes": "height and width in pixels of the part of each image that is not padding",
@@ -182,6 +263,7 @@ _MEANINGS = {
     "labels": "class indices, from 0",
     "valid": "whether an entry is a detection; other entries are 0",
     "masks": "mask probabilities within each box",
+    _FEATURES: "feature map of the stage with this index, from 0: batch, height, width, channels",
 }
 
 
@@ -202,7 +284,8 @@ def describe_arrays(exported: jax.export.Exported) -> dict[str, list[dict[str, A
 def describe_array(name: str, array: Any) -> dict[str, Any]:
     """{"name", "shape", "dtype", "meaning"} of an array or a ``ShapeDtypeStruct``, as JSON can hold it."""
     shape = [side if isinstance(side, int) else str(side) for side in array.shape]
-    return {"name": name, "shape": shape, "dtype": array.dtype.name, "meaning": _MEANINGS[name]}
+    meaning = _MEANINGS[name.rstrip(string.digits)]
+    return {"name": name, "shape": shape, "dtype": array.dtype.name, "meaning": meaning}
 
 
 def choose_image_shape(predictor: Predictor) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """DAT and DAT++: the backbone and the classifier."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -308,25 +309,33 @@ class DAT(MeshModule):
         self.cls_head = Linear(self.num_classes, dtype=jnp.promote_types(self.dtype, jnp.float32))
 
     def features(
-        self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        sizes: jax.Array | None = None,
+        out_indices: Sequence[int] | None = None,
     ) -> tuple[jax.Array, ...]:
         """Images (B, H, W, 3) -> the map after each stage, (B, H_i, W_i, dims[i]), strides 4, 8, 16 and 32, without a norm.
 
         With ``sizes``, int (B, 2), each image is the top left (height, width) pixels of its array, at least 32 x 32. Its maps
         fill the top left of the arrays, up to ``map_sizes``, and have the values that the image gives by itself.
+
+        ``out_indices`` are the stages whose maps are returned, see ``resolve_out_indices``. Later ones are not computed.
         """
+        out_indices = self.resolve_out_indices(out_indices)
         self._check_images(images)
         self._check_sizes(images, sizes)
         with dispatch.gradients_for(self.implementation):
             x = self.patch_proj(clear(images.astype(self.dtype), sizes), sizes)
             maps, map_sizes = [], None
-            for index, stage in enumerate(self.stage_modules):
+            for index, stage in enumerate(self.stage_modules[: out_indices[-1] + 1]):
                 if index:
                     x = self.down_projs[index - 1](x, map_sizes)
                 map_sizes = None if sizes is None else self.map_sizes(sizes, stage=index)
                 x = stage(x, train=train, sizes=map_sizes)
                 maps.append(x)
-        return tuple(maps)
+        return tuple(maps[index] for index in out_indices)
 
     def __call__(self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None) -> jax.Array:
         """Images (B, H, W, 3) -> logits (B, num_classes). ``sizes``: see ``features``."""
@@ -388,6 +397,25 @@ class DAT(MeshModule):
 
         make_block = _remat(Block, self.remat)
         return lambda **place: make_block(make_attention, layer_scale_init=self.layer_scale_init[i], **common, **place)
+
+    @nn.nowrap
+    def resolve_out_indices(self, out_indices: Sequence[int] | None) -> tuple[int, ...]:
+        """Indices of stages as a tuple; those of all stages if ``out_indices`` is None.
+
+        Raises:
+          ValueError: they are not a sequence of one or more integers from 0 to the last stage in ascending order.
+        """
+        indices = range(len(self.stages)) if out_indices is None else out_indices
+        if (
+            not isinstance(indices, Sequence)
+            or not indices
+            or not all(type(index) is int and 0 <= index < len(self.stages) for index in indices)
+            or not all(index < later for index, later in itertools.pairwise(indices))
+        ):
+            raise ValueError(
+                f"out_indices must be one or more stages from 0 to {len(self.stages) - 1} in ascending order, got {out_indices}."
+            )
+        return tuple(indices)
 
     def map_shape(self, image_shape: Sequence[int], *, stage: int) -> tuple[int, int]:
         """(H, W) of the map of a stage for images of (height, width)."""

@@ -214,9 +214,12 @@ class BatchNorm(nn.Module):
 
     Attributes:
       dtype: of the output.
+      frozen: whether training normalizes with the running averages too, and updates neither them nor scale and bias, whose
+        gradients are zero. Weight decay must be masked by the optimizer.
     """
 
     dtype: Any
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x, *, train: bool, mask: jax.Array | None = None):
@@ -225,8 +228,10 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, channels)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)
+        if self.frozen:
+            scale, bias = jax.lax.stop_gradient((scale, bias))
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if train:
+        if train and not self.frozen:
             axes = tuple(range(x.ndim - 1))
             row_mask, count = None, x.size // x.shape[-1]
             if mask is not None:
@@ -254,11 +259,13 @@ class ConvUnit(nn.Module):
       features: output channels.
       kernel_size: side of the square kernel, odd.
       dtype: of the computation.
+      frozen_batch_norm: see ``BatchNorm.frozen``.
     """
 
     features: int
     kernel_size: int
     dtype: Any = jnp.float32
+    frozen_batch_norm: bool = False
 
     @nn.compact
     def __call__(self, x, *, train: bool, mask: jax.Array | None = None, sizes: jax.Array | None = None):
@@ -272,7 +279,8 @@ class ConvUnit(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        return nn.relu(BatchNorm(dtype=self.dtype, name="bn")(x, train=train, mask=mask))
+        norm = BatchNorm(dtype=self.dtype, frozen=self.frozen_batch_norm, name="bn")
+        return nn.relu(norm(x, train=train, mask=mask))
 
 
 class LayerScale(nn.Module):

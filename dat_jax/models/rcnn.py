@@ -29,6 +29,7 @@ class BoxHead(nn.Module):
       num_layers: number of hidden linear layers after them (published: 1 in a cascade, otherwise 2).
       width: features of the hidden linear layers.
       dtype: of the hidden layers.
+      frozen_batch_norm: see ``RCNN``.
     """
 
     num_classes: int
@@ -36,14 +37,16 @@ class BoxHead(nn.Module):
     num_layers: int = 2
     width: int = 1024
     dtype: Any = jnp.float32
+    frozen_batch_norm: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         wide = jnp.promote_types(self.dtype, jnp.float32)
+        options: dict[str, Any] = dict(dtype=self.dtype, frozen_batch_norm=self.frozen_batch_norm)
         for index in range(self.num_convs):
-            x = ConvUnit(x.shape[-1], 3, dtype=self.dtype, name=f"shared_convs_{index}")(x, train=train, mask=mask)
+            x = ConvUnit(x.shape[-1], 3, **options, name=f"shared_convs_{index}")(x, train=train, mask=mask)
         x = x.reshape(x.shape[0], -1)
         for index in range(self.num_layers):
             init = nn.initializers.xavier_uniform()
@@ -114,6 +117,7 @@ class RCNN(MeshModule):
         ``tasks.detection.rcnn``.
       box_stds: standard deviations of each box head's deltas, four numbers per head; empty for the published ones.
       dtype: of the computation.
+      frozen_batch_norm: whether training leaves the BatchNorm of a cascade as it is, see ``Segmentor``.
 
     Source: DAT++ (2309.01430), section 4.2, as published on MMDetection.
     """
@@ -135,6 +139,7 @@ class RCNN(MeshModule):
     box_means: tuple[tuple[float, ...], ...] = ()
     box_stds: tuple[tuple[float, ...], ...] = ()
     dtype: Any = jnp.float32
+    frozen_batch_norm: bool = False
 
     def setup(self):
         num_anchors = len(self.anchor_scales) * len(self.anchor_ratios)
@@ -148,7 +153,10 @@ class RCNN(MeshModule):
             for (name, default), value in zip(published.items(), (self.box_convs, self.box_layers), strict=True)
         }
         options: dict[str, Any] = dict(num_classes=self.num_classes, dtype=self.dtype)  # of several types
-        self.bbox_heads = [BoxHead(width=self.width, **sizes, **options) for _ in range(self.stages)]
+        box_options: dict[str, Any] = dict(
+            width=self.width, frozen_batch_norm=self.frozen_batch_norm, **sizes, **options
+        )
+        self.bbox_heads = [BoxHead(**box_options) for _ in range(self.stages)]
         self.mask_heads = [MaskHead(num_convs=self.mask_convs, **options) for _ in range(self.stages)]
 
     @property

@@ -114,7 +114,7 @@ class RetinaNet(MeshModule):
     ) -> tuple[jax.Array, ...]:
         """Images (B, H, W, 3) -> the five levels (B, H_i, W_i, features)."""
         maps = self.backbone(images, train=train, sizes=sizes)
-        return self.neck(maps[1:], sizes=self.backbone.level_sizes(sizes)[1:])
+        return self.neck(maps, sizes=self.backbone.level_sizes(sizes))
 
     @nn.nowrap
     def level_sizes(self, sizes: jax.Array | None) -> list[jax.Array | None]:

@@ -41,22 +41,25 @@ class SemanticFPNHead(nn.Module):
       channels: channels of the units.
       dropout: rate of channels dropped before the classifier.
       dtype: of the computation.
+      frozen_batch_norm: see ``Segmentor``.
     """
 
     num_classes: int
     channels: int = 128
     dropout: float = 0.1
     dtype: Any = jnp.float32
+    frozen_batch_norm: bool = False
 
     @nn.compact
     def __call__(
         self, maps: Sequence[jax.Array], *, train: bool, sizes: Sequence[jax.Array | None] | None = None
     ) -> jax.Array:
+        options: dict[str, Any] = dict(dtype=self.dtype, frozen_batch_norm=self.frozen_batch_norm)
         total, finest = None, None if sizes is None else sizes[0]
         for level, x in enumerate(maps):
             size = None if sizes is None else sizes[level]
             for index in range(max(1, level)):
-                unit = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"scale_heads_{level}_{2 * index}")
+                unit = ConvUnit(self.channels, 3, **options, name=f"scale_heads_{level}_{2 * index}")
                 x = unit(x, train=train, sizes=size)
                 if level:
                     doubled = None if size is None else 2 * size
@@ -77,6 +80,7 @@ class UperNetHead(nn.Module):
       dropout: rate of channels dropped before the classifier.
       pool_sides: sides of the maps of the pyramid pooling.
       dtype: of the computation.
+      frozen_batch_norm: see ``Segmentor``.
     """
 
     num_classes: int
@@ -84,13 +88,16 @@ class UperNetHead(nn.Module):
     dropout: float = 0.1
     pool_sides: tuple[int, ...] = (1, 2, 3, 6)
     dtype: Any = jnp.float32
+    frozen_batch_norm: bool = False
 
     @nn.compact
     def __call__(
         self, maps: Sequence[jax.Array], *, train: bool, sizes: Sequence[jax.Array | None] | None = None
     ) -> jax.Array:
+        options: dict[str, Any] = dict(dtype=self.dtype, frozen_batch_norm=self.frozen_batch_norm)
+
         def unit(x, side, name, size=None):
-            return ConvUnit(self.channels, side, dtype=self.dtype, name=name)(x, train=train, sizes=size)
+            return ConvUnit(self.channels, side, **options, name=name)(x, train=train, sizes=size)
 
         *finer, coarsest = maps
         level_sizes = [None] * len(maps) if sizes is None else list(sizes)
@@ -125,6 +132,7 @@ class FCNHead(nn.Module):
       num_convs: number of units (published: 1).
       dropout: rate of channels dropped before the classifier.
       dtype: of the computation.
+      frozen_batch_norm: see ``Segmentor``.
     """
 
     num_classes: int
@@ -132,11 +140,13 @@ class FCNHead(nn.Module):
     num_convs: int = 1
     dropout: float = 0.1
     dtype: Any = jnp.float32
+    frozen_batch_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, sizes: jax.Array | None = None) -> jax.Array:
+        options: dict[str, Any] = dict(dtype=self.dtype, frozen_batch_norm=self.frozen_batch_norm)
         for index in range(self.num_convs):
-            x = ConvUnit(self.channels, 3, dtype=self.dtype, name=f"convs_{index}")(x, train=train, sizes=sizes)
+            x = ConvUnit(self.channels, 3, **options, name=f"convs_{index}")(x, train=train, sizes=sizes)
         return PixelClassifier(self.num_classes, self.dropout, self.dtype, name="classifier")(x, train=train)
 
 
@@ -166,6 +176,8 @@ class Segmentor(MeshModule):
       auxiliary_convs: number of 3 x 3 units in the auxiliary head.
       dropout: rate of channels dropped before each classifier.
       dtype: of the computation.
+      frozen_batch_norm: whether training leaves BatchNorm as it is: it normalizes with the running averages and does not update
+        them, and the gradients of its scale and bias are zero. The optimizer must not decay them.
 
     Raises:
       ValueError: unknown head, or training with ``sizes``.
@@ -183,13 +195,18 @@ class Segmentor(MeshModule):
     auxiliary_convs: int = 1
     dropout: float = 0.1
     dtype: Any = jnp.float32
+    frozen_batch_norm: bool = False
 
     def setup(self):
         if self.head not in HEADS:
             raise ValueError(f"Unknown head {self.head!r}; choose one of {', '.join(HEADS)}.")
         self.backbone = Backbone(self.dat.clone(parent=None), dtype=self.dtype)
-        # Arguments of several types.
-        options: dict[str, Any] = dict(num_classes=self.num_classes, dropout=self.dropout, dtype=self.dtype)
+        options: dict[str, Any] = dict(  # of several types
+            num_classes=self.num_classes,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            frozen_batch_norm=self.frozen_batch_norm,
+        )
         if self.head == "sem_fpn":
             self.neck = FPN(self.neck_channels, dtype=self.dtype)
         pooling = dict(pool_sides=self.pool_sides) if self.head == "upernet" else {}

@@ -169,6 +169,17 @@ def test_errors_of_a_segmentor(key, value, message):
     check_refused(get_segmentation_config(), key, value, message)
 
 
+def test_frozen_batch_norm_must_not_decay():
+    config = get_segmentation_config()
+    config.head.frozen_batch_norm = True
+    with pytest.raises(UserError, match=r"requires config\.optimizer\.decay_rule=all_but_norms_and_bn"):
+        validate(config)
+    config.optimizer.decay_rule = "all_but_norms_and_bn"
+    assert validate(config) is None
+    config.optimizer.decay_rule, config.optimizer.weight_decay = "all_but_norms", 0.0
+    assert validate(config) is None
+
+
 def test_a_detector_may_keep_its_learning_rate():
     config = get_detection_config()
     config.schedule.drops = ()

@@ -196,11 +196,12 @@ class StandIns:
         if path in _RUNS:
             self.train([f"--config={_RUNS[path]}", f"--workdir={path}"])
         elif path.startswith("exported/"):
-            trained = f"runs/{where.name}"
+            trained = f"runs/{where.name.removesuffix('_features')}"
             self.need(trained)
             tool = importlib.import_module("dat_jax.export")
-            buckets = ["--buckets=64x128,128x64"] if where.name == "quickstart_segmentation" else []
-            values, positional = parse_flags("export", [trained, path, *buckets])
+            options = ["--buckets=64x128,128x64"] if where.name == "quickstart_segmentation" else []
+            options += ["--features=0,1,2,3"] if where.name.endswith("_features") else []
+            values, positional = parse_flags("export", [trained, path, *options])
             tool.main(positional, values)
         elif path.startswith("weights/"):
             of_maps = dict(name="dat_pp_nano", **tiny_segmentation.BACKBONE)

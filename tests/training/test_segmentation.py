@@ -77,6 +77,27 @@ def test_a_run_that_stopped_goes_through_the_same_numbers(workdir, tmp_path):
 
 
 @pytest.mark.slow
+def test_steps_do_not_change_frozen_batch_norm():
+    """Not by weight decay either, while they change the convolutions."""
+    config = tiny_segmentation.get_config().unlock()
+    config.head.frozen_batch_norm = True
+    config.mesh.update(data=1, fsdp=1)
+    config.optimizer.update(decay_rule="all_but_norms_and_bn", weight_decay=0.1)
+    trainer = Trainer(config, devices=jax.devices()[:1])
+    state = trainer.initialize()
+    before = jax.tree.map(np.asarray, {"params": state.params, **state.model_state})
+    for batch in itertools.islice(trainer.train_batches(start_step=0), 2):
+        state, _ = trainer.train_step(state, trainer.put_batch(batch))
+    after = flat({"params": state.params, **state.model_state})
+    for name, array in flat(before).items():
+        if "/bn/" in name:
+            np.testing.assert_array_equal(after[name], array)
+        elif "decode_head" in name and name.endswith("/kernel"):
+            assert np.any(after[name] != array), name
+    assert any("/bn/" in name for name in after)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["sem_fpn", "upernet"])
 def test_batch_norm_is_of_the_whole_batch_on_every_mesh(head):
     found = {}
