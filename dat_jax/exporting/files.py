@@ -14,7 +14,7 @@ import numpy as np
 from dat_jax import __version__
 from dat_jax.checkpoints.exports import write_model
 from dat_jax.checkpoints.integrity import check_digests, hash_file
-from dat_jax.checkpoints.model_description import describe_model
+from dat_jax.checkpoints.model_description import describe_model, get_backbone, name_model
 from dat_jax.conversion.command import write_official_weights
 from dat_jax.data.buckets import Shape
 from dat_jax.errors import UserError
@@ -44,6 +44,7 @@ def write_exported(
     preprocessing: str = "inside",
     batch: int | None = None,
     buckets: Sequence[Shape] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Export a trained model: write its files and their manifest into a new folder, atomically.
 
@@ -61,6 +62,7 @@ def write_exported(
       batch: see ``make_program``.
       buckets: (height, width) of one or more buckets in pixels, for programs that take images of many sizes; None for a program
         for images of one size.
+      training: what the manifest records about the training, see ``read_training``; None for nothing.
 
     Returns:
       Content of manifest.json. "program" describes the program for images of one size, and "programs" those of buckets, the
@@ -98,6 +100,8 @@ def write_exported(
             "jax": jax.__version__,
             "task": _name_task(predictor),
             "model": _describe_model(predictor.model),
+            "backbone": name_model(get_backbone(predictor.model)),
+            "training": training,
             "classes": list(predictor.class_names),
             **({"category_ids": list(predictor.category_ids)} if isinstance(predictor, ObjectDetector) else {}),
             "preprocessing": describe_preprocessing(
