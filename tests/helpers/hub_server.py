@@ -39,8 +39,8 @@ class Repository:
 
     def resolve(self, revision: str) -> str | None:
         """Hash of a branch, tag or commit; None if there is none."""
-        names = {**dict.fromkeys(self.commits), **self.tags, **self.branches}
-        return (names[revision] or revision) if revision in names else None
+        commits = {commit: commit for commit in self.commits}
+        return {**commits, **self.tags, **self.branches}.get(revision)
 
     @property
     def files(self) -> dict[str, bytes]:
