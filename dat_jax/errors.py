@@ -7,6 +7,7 @@ _EXTRAS = {  # extra of pyproject.toml -> modules of its packages
     "train": ("array_record", "grain", "mlxtend", "tensorboardX", "tensorflow_datasets"),
     "gcs": ("gcsfs",),
     "s3": ("s3fs",),
+    "hub": ("huggingface_hub",),
 }
 
 

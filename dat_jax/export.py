@@ -6,11 +6,12 @@
   python -m dat_jax.export runs/upernet_t exported/upernet_t --buckets=512x768,768x512
   python -m dat_jax.export runs/dat_pp_s exported/dat_pp_s_features --features=0,1,2,3
   python -m dat_jax.export --check=exported
+  python -m dat_jax.export exported --push=hf://USER/REPOSITORY
 
 The first command exports a classifier. The second exports only its program, for a CPU and for images that the caller
 normalizes. The third exports a detector for images padded to 800 x 1344. The fourth exports a segmentor as two programs, each
-for images of any size that fits into its bucket. The fifth exports a program that returns the feature maps of the backbone.
-The last one checks the files of an exported folder.
+for images of any size that fits into its bucket. The fifth exports a program that returns the feature maps of the backbone. The
+sixth checks the files of an exported folder. The last one pushes them to the Hugging Face Hub.
 
 TRAINED is the work directory of a run, or a folder of weights that dat_jax.conversion or dat_jax.export wrote. OUT_DIR is a
 new folder, which is written atomically:
@@ -20,6 +21,9 @@ new folder, which is written atomically:
   model.stablehlo     one program with its weights for all platforms; loading it takes jax and flatbuffers, not this package
                       (model_HxW.stablehlo for each bucket, with --buckets)
   model.safetensors   weights with their published names
+
+With --push=hf://USER/REPOSITORY[@BRANCH] the folder is also pushed to a repository of the Hub, as one commit, with a model card.
+Without OUT_DIR, TRAINED is an exported folder, which is pushed as it is. It is an optional extra: pip install "dat-jax[hub]".
 
 ONNX is an optional extra: pip install -e ".[onnx]". --formats=onnx then writes model.onnx for a classifier or a segmentor.
 """
@@ -42,8 +46,10 @@ _FLAGS = {
         "features=STAGE,...",
     ),
     "Classes and preprocessing": ("classes=FILE", "resize=PIXELS"),
+    "Hugging Face Hub": ("push=hf://USER/REPOSITORY[@BRANCH]", "license=ID", "private"),
     "Check instead of export": ("check=DIR",),
 }
+_EXPORT_GROUPS = ("Files to write", "Program (stablehlo and onnx)", "Classes and preprocessing")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -80,19 +86,31 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("classes", None, "Text file with the class names, one per line.", flag_values=values)
     help_text = "Classifiers: side in pixels that images are resized to before their center is cropped."
     flags.DEFINE_integer("resize", None, help_text, flag_values=values)
+    help_text = "Push the exported folder to this repository of the Hugging Face Hub. A missing repository or branch is created."
+    flags.DEFINE_string("push", None, help_text, flag_values=values)
+    help_text = "License of the weights for the model card, an identifier of the Hub such as apache-2.0."
+    flags.DEFINE_string("license", "unknown", help_text, flag_values=values)
+    flags.DEFINE_bool("private", False, "Create the repository as a private one.", flag_values=values)
     help_text = "Compare the files of an exported folder with its manifest instead of exporting."
     flags.DEFINE_string("check", None, help_text, flag_values=values)
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Export a model or check an exported folder; a ``UserError`` ends the program with one sentence."""
-    if len(argv) != (1 if values.check else 3):
-        fail(f"Expected TRAINED OUT_DIR [--formats=FORMAT,...] or --check=DIR, got {' '.join(argv[1:]) or 'nothing'}.")
+    """Export a model, or check or push an exported folder; a ``UserError`` ends the program with one sentence."""
+    _check_combinations(argv, values)
+    push_only = bool(values.push) and len(argv) == 2
+    if not push_only and len(argv) != (1 if values.check else 3):
+        fail(
+            "Expected TRAINED OUT_DIR [--formats=FORMAT,...], EXPORTED --push=hf://USER/REPOSITORY or --check=DIR, got "
+            f"{' '.join(argv[1:]) or 'nothing'}."
+        )
     from dat_jax.exporting import command  # takes seconds, so --help and mistakes in the flags come first
 
     try:
         if values.check:
             command.check(values.check)
+        elif push_only:
+            command.push(argv[1], values.push, license_id=values.license, private=values.private)
         else:
             command.export(
                 *argv[1:],
@@ -105,12 +123,27 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
                 resize=values.resize,
                 buckets=values.buckets,
                 features=values.features,
+                push_to=values.push,
+                license_id=values.license,
+                private=values.private,
             )
     except UserError as error:
         fail(str(error))
 
 
+def _check_combinations(argv: list[str], values: flags.FlagValues) -> None:
+    """End the program if a flag would have no effect."""
+    if values.push and values.check:
+        fail("--check and --push cannot be combined: --push checks the folder, too.")
+    if not values.push and (values["license"].present or values.private):
+        fail("--license and --private are for --push=hf://USER/REPOSITORY.")
+    of_export = [form.partition("=")[0] for title in _EXPORT_GROUPS for form in _FLAGS[title]]
+    used = [f"--{name}" for name in of_export if values[name].present]
+    if values.push and len(argv) == 2 and used:
+        fail(f"{', '.join(used)}: an exported folder is pushed as it is; export it again with OUT_DIR to change it.")
+
+
 if __name__ == "__main__":
     # A failed read leaves an event loop open in TensorStore's reader. At exit this would print a second, useless traceback.
     sys.unraisablehook = lambda _: None
-    run_tool(main, groups=_FLAGS, define_flags=define_flags, interrupted="Interrupted: nothing was written.")
+    run_tool(main, groups=_FLAGS, define_flags=define_flags)

@@ -10,8 +10,8 @@ its objects drawn; names of files from another program, with all detections as J
   python -m dat_jax.predict runs/quickstart_detection photos/ --output=drawn --min_score=0.5
   find photos -name '*.png' | python -m dat_jax.predict runs/quickstart_detection - --json=objects.json --quiet
 
-TRAINED is the work directory of a run, or an export. Each IMAGE is an image file, a folder of images, or "-" to read file
-names from stdin, one per line. Results are printed, one line per image:
+TRAINED is the work directory of a run, or an export, also one on the Hugging Face Hub (hf://USER/REPOSITORY). Each IMAGE is an
+image file, a folder of images, or "-" to read file names from stdin, one per line. Results are printed, one line per image:
 
   classifier  the most likely classes with their probabilities; --output is not supported
   segmentor   the classes in the image with their shares of the pixels; DIR/<stem>.png holds the class index of every pixel

@@ -12,8 +12,8 @@ The attention of a classifier to a photograph, with an interactive page:
 
   python -m dat_jax.visualize weights/dat_pp_t photo.jpg --output=figures --query=120,200 --html
 
-TRAINED is the work directory of a run, or an export. Each IMAGE is an image file, a folder of images, or "-" to read file
-names from stdin, one per line. DIR/<stem>.png shows:
+TRAINED is the work directory of a run, or an export, also one on the Hugging Face Hub (hf://USER/REPOSITORY). Each IMAGE is an
+image file, a folder of images, or "-" to read file names from stdin, one per line. DIR/<stem>.png shows:
 
   segmentor   the image, the predicted classes, and the probability of the most likely class; with --labels also the
               annotated classes

@@ -10,6 +10,7 @@ import pathlib
 import uuid
 
 from experiments.soak.bucket_server import make_bucket, run_server
+from tests.helpers.hub_server import run_hub_server, use_hub
 from tests.helpers.launch_stand_ins import Machines
 from tests.helpers.logs import collect_logs
 from tests.helpers.xla_flags import fast_compilation_flags
@@ -97,3 +98,11 @@ def bucket(bucket_server):
     name = f"test-{uuid.uuid4().hex}"
     make_bucket(bucket_server, name)
     return f"gs://{name}"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server without repositories that hf:// addresses refer to, with an empty cache."""
+    with run_hub_server() as server:
+        use_hub(server, tmp_path / "hub_cache", monkeypatch)
+        yield server

@@ -28,6 +28,7 @@ from tests.helpers.document_stand_ins import (
     parse_flags,
 )
 from tests.helpers.documents import ROOT, WALKTHROUGHS
+from tests.helpers.hub_server import run_hub_server, use_hub
 from tests.helpers.launch_stand_ins import LAUNCH_PROGRAMS
 from tests.helpers.xla_flags import fast_compilation_flags
 from tests.test_new_user import INSTALLS
@@ -102,11 +103,13 @@ def run_program(words, *, cwd, **changes):
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory, bucket_server):
-    """Commands are run in its folder. The bucket that they name exists."""
+    """Commands are run in its folder. The bucket that they name exists, and hf:// is a server of this machine."""
     make_bucket(bucket_server, "my-bucket")
     made = StandIns(tmp_path_factory.mktemp("documents"))
-    with contextlib.chdir(made.root), kept_programs(tmp_path_factory.mktemp("programs")):
-        yield made
+    with run_hub_server() as hub, pytest.MonkeyPatch.context() as patch:
+        use_hub(hub, tmp_path_factory.mktemp("hub_cache"), patch)
+        with contextlib.chdir(made.root), kept_programs(tmp_path_factory.mktemp("programs")):
+            yield made
 
 
 def test_every_block_has_a_rule():
@@ -267,7 +270,7 @@ def test_snippets_run(document, stand_ins, monkeypatch):
     assert blocks
     space = {}
     for block in blocks:  # the check is that none raises
-        for path in re.findall(r'(?:load(?:_backbone)?|open|Path)\("([\w./]+)"', block.text):
+        for path in re.findall(r'(?:load(?:_backbone)?|open|Path)\("([\w./:-]+)"', block.text):
             stand_ins.need(path)
         exec(compile(block.text, document, "exec"), space)
 

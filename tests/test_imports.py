@@ -52,6 +52,7 @@ ALLOWED = {
         *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints", "dat_jax.cli"),
         *("dat_jax.conversion.command", "dat_jax.data.buckets", "dat_jax.errors", "dat_jax.inference"),
         *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.storage", "dat_jax.tasks", "etils", "jax", "jax2onnx"),
+        "yaml",
     },
     "dat_jax.profiling": {
         *("dat_jax.profiling", "dat_jax.cli", "dat_jax.config", "dat_jax.data", "dat_jax.errors"),
@@ -74,7 +75,7 @@ ALLOWED = {
     "dat_jax.config": {"dat_jax.config", "dat_jax.errors", "dat_jax.storage", "absl", "ml_collections"},
     "dat_jax.cli": {"dat_jax.__version__", "dat_jax.errors", "dat_jax.storage", "absl", "rich"},
     "dat_jax.parallel": {"dat_jax.errors", "dat_jax.ops.dispatch", "jax"},
-    "dat_jax.storage": {"dat_jax.storage", "dat_jax.errors", "etils", "fsspec"},
+    "dat_jax.storage": {"dat_jax.storage", "dat_jax.errors", "etils", "fsspec", "huggingface_hub"},
     "dat_jax.errors": set(),
     # Entry points
     "dat_jax.__main__": {"dat_jax.__version__", "dat_jax.cli", "dat_jax.errors", "dat_jax.models.catalogue"},
@@ -130,6 +131,7 @@ def test_the_rules_cover_every_package():
         ("import tensorflow\n", set()),
         ("import tensorflow as", set()),
         ("import tensorflow_datasets", {"dat_jax/data/prepare.py", "dat_jax/data/sources.py"}),
+        ("from huggingface_hub", {"dat_jax/storage/hub.py"}),
         ("from pycocotools", {"dat_jax/data/coco.py", "dat_jax/evaluation/detection.py"}),
         ("import pycocotools", set()),
     ],

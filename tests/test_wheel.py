@@ -31,12 +31,13 @@ def run(*command, cwd, **variables):
     return result.stdout
 
 
-def test_requirements_are_the_dependencies_with_the_extras_inference_train_and_gcs():
+def test_requirements_are_the_dependencies_with_the_extras_inference_train_gcs_and_hub():
     lines = [line.partition("  #") for line in (ROOT / "requirements.txt").read_text().splitlines()]
     requirements = {name: reason for name, _, reason in lines if name and not name.startswith("#")}
     extras = PROJECT["optional-dependencies"]
     train = [name for name in extras["train"] if name != "dat-jax[inference]"]
-    assert list(requirements) == [*PROJECT["dependencies"], *extras["inference"], *train, *extras["gcs"]]
+    packages = [*PROJECT["dependencies"], *extras["inference"], *train, *extras["gcs"], *extras["hub"]]
+    assert list(requirements) == packages
     assert all(requirements.values())  # each has a reason
 
 

@@ -5,6 +5,7 @@ Modules:
   directory: the folders in the directory of a run's checkpoints.
   compatibility: whether a run can be resumed from a checkpoint.
   exports: folders of weights, without an optimizer.
+  hub: exports in repositories of the Hugging Face Hub.
   loading: trained weights as a model, or as the start of another training.
   adaptation: weights for another image size, other classes, or a network around the backbone.
   model_description: models as JSON.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dat_jax.checkpoints.hub import resolve_address
 from dat_jax.checkpoints.integrity import MANIFEST
 from dat_jax.errors import UserError
 from dat_jax.parallel import multihost
@@ -118,13 +119,15 @@ def _list_folder(directory: Path) -> list[Path]:
 
 
 def fetch_weights(path: str | os.PathLike) -> pathlib.Path:
-    """Local path of trained weights: the path itself, or a copy of a folder of weights or a work directory in a bucket.
+    """Local path of trained weights: the path itself, or a copy of what is in a bucket or on the Hugging Face Hub.
 
-    Of a work directory, the best checkpoint and the files beside the checkpoints are copied.
+    Of a work directory in a bucket, the best checkpoint and the files beside the checkpoints are copied, and of a repository on
+    the Hub model.json, the manifest and the weights.
 
     Raises:
-      UserError: there is nothing, or it cannot be read.
+      UserError: there is nothing, it cannot be read, or the copy of a repository is damaged.
     """
+    path = resolve_address(path)
     if not is_in_bucket(path):
         return pathlib.Path(path)
     directory = as_path(path)

@@ -28,6 +28,7 @@ from dat_jax.checkpoints.arrays import read_arrays
 from dat_jax.checkpoints.class_names import describe_difference, read_class_names
 from dat_jax.checkpoints.directory import fetch_weights, find_best_step, read_meta
 from dat_jax.checkpoints.exports import load_export
+from dat_jax.checkpoints.hub import resolve_address
 from dat_jax.checkpoints.integrity import check_digests, compute_fingerprints, name_leaves
 from dat_jax.checkpoints.model_description import (
     Model,
@@ -52,8 +53,9 @@ def load_pretrained(
     """Load a trained model. Use it as ``model.apply(variables, images, train=False)``.
 
     Args:
-      path: a folder of weights, as ``python -m dat_jax.conversion`` writes it, or the work directory of a run. From the
-        latter the best checkpoint is loaded, with the averaged weights if the run has them.
+      path: a folder of weights, as ``python -m dat_jax.conversion`` writes it, an export on the Hugging Face Hub,
+        hf://USER/REPOSITORY or hf://USER/REPOSITORY@REVISION, or the work directory of a run. From the latter the best
+        checkpoint is loaded, with the averaged weights if the run has them.
       adapter: file of adapters that were trained on these weights, adapter.safetensors in the work directory of a run with
         ``config.lora``. The model has its classes.
       **overrides: attributes of ``DAT`` (the backbone of a segmentor or detector) that replace those of the trained model,
@@ -129,7 +131,8 @@ def load_for_finetuning(
         ``model_name``, and otherwise the first arrays. With ``same_classes``, also weights of other classes; the names are
         listed.
     """
-    model, variables = load_trained(path)
+    source = resolve_address(path)
+    model, variables = load_trained(source)
     dat = get_backbone(model)
     trained_kind, kind = kind_of(variables["params"]), kind_of(fresh_variables["params"])
     if trained_kind not in ("classifier", kind):
@@ -139,7 +142,7 @@ def load_for_finetuning(
         )
     difference, class_notes = "", []
     if kind == trained_kind and class_names is not None and head_rows is None:
-        params, difference, class_notes = _match_classes(path, variables["params"], class_names)
+        params, difference, class_notes = _match_classes(source, variables["params"], class_names)
         variables = {**variables, "params": params}
     if difference and same_classes:
         raise UserError(
@@ -207,12 +210,12 @@ def _match_classes(
 
 
 def check_exists(path: str | os.PathLike) -> None:
-    """Check that there are trained weights at a path, without reading them.
+    """Check that there are trained weights at a path, without reading them. Those on the Hugging Face Hub are downloaded.
 
     Raises:
-      UserError: the path is neither a folder of weights nor the work directory of a run.
+      UserError: the path is neither a folder of weights nor the work directory of a run, or ``resolve_address`` fails.
     """
-    path = as_path(path)
+    path = as_path(resolve_address(path))
     try:
         if exists(path / "model.json") or exists(path / "checkpoints"):
             return
@@ -240,6 +243,7 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
     Raises:
       UserError: there is nothing to load at ``path``, or it is damaged or incomplete.
     """
+    path = resolve_address(path)
     check_exists(path)
     path = fetch_weights(path)
     if os.path.isfile(path / "model.json"):

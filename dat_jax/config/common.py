@@ -112,8 +112,8 @@ KEYS: dict[str, Any] = {
     "init_from": Key(
         str,
         "",
-        "Initial weights if WORKDIR has no checkpoint: weights converted by `python -m dat_jax.conversion`, or the work "
-        "directory of another run. Empty: random initialization.",
+        "Initial weights if WORKDIR has no checkpoint: weights converted by `python -m dat_jax.conversion`, an export on the "
+        "Hugging Face Hub (hf://USER/REPOSITORY@REVISION), or the work directory of another run. Empty: random initialization.",
     ),
     "data": {
         "name": Key(str, "imagenet", "Data set, for an empty `directory` the name of an embedded one."),

@@ -19,6 +19,7 @@ from dat_jax.checkpoints.adaptation import kind_of
 from dat_jax.checkpoints.class_names import read_class_names
 from dat_jax.checkpoints.directory import fetch_weights
 from dat_jax.checkpoints.exports import export_model, load_export
+from dat_jax.checkpoints.hub import resolve_address
 from dat_jax.checkpoints.inference_options import read_options
 from dat_jax.checkpoints.integrity import hash_arrays
 from dat_jax.checkpoints.loading import load_trained
@@ -202,7 +203,8 @@ def convert_to_official(trained: str, out: str, *, form: str | None = None) -> d
     check_absent(out)
     if pathlib.Path(out).suffix != ".safetensors":
         raise UserError(f"OUT must end in .safetensors if WEIGHTS is a folder, got {out}.")
-    model, variables = load_trained(trained, deformable_form=form)
+    source = resolve_address(trained)
+    model, variables = load_trained(source, deformable_form=form)
     recorded = _get_backbone(model).deformable_form
     if form not in (None, recorded):
         raise UserError(f"{trained} records the form {recorded} of deformable attention, got --form={form}.")
@@ -211,8 +213,8 @@ def convert_to_official(trained: str, out: str, *, form: str | None = None) -> d
         model=model,
         variables=variables,
         name=trained,
-        classes=read_class_names(trained, count=model.num_classes),
-        options=read_options(trained, kind=kind_of(variables["params"])),
+        classes=read_class_names(source, count=model.num_classes),
+        options=read_options(source, kind=kind_of(variables["params"])),
     )
 
 

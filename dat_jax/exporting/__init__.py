@@ -9,6 +9,7 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from dat_jax.exporting.files import check_files, load_program, write_exported
+    from dat_jax.exporting.hub import push_exported
     from dat_jax.exporting.programs import make_features_program, make_program
 
-__all__ = ["check_files", "load_program", "make_features_program", "make_program", "write_exported"]
+__all__ = ["check_files", "load_program", "make_features_program", "make_program", "push_exported", "write_exported"]

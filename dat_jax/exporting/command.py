@@ -1,5 +1,6 @@
-"""The command ``python -m dat_jax.export``: export a trained model, check an exported folder, and print the result."""
+"""The command ``python -m dat_jax.export``: export a trained model, check or push an exported folder, and print the result."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ from dat_jax.cli.console import format_size, make_console, print_table
 from dat_jax.data.buckets import parse_buckets
 from dat_jax.errors import UserError
 from dat_jax.exporting.files import check_files, load_program, write_exported
+from dat_jax.exporting.hub import push_exported
 from dat_jax.exporting.manifest import get_image_shape, list_programs
+from dat_jax.exporting.model_card import read_training
 from dat_jax.exporting.programs import SYMBOLIC
-from dat_jax.storage import as_path, check_absent, is_in_bucket
+from dat_jax.storage import as_path, check_absent, check_hub_address, is_in_bucket
 
 
 def export(
@@ -26,8 +29,11 @@ def export(
     resize: int | None,
     buckets: str | None = None,
     features: Sequence[str] | None = None,
+    push_to: str | None = None,
+    license_id: str = "unknown",
+    private: bool = False,
 ) -> None:
-    """Export a trained model and print what was written.
+    """Export a trained model, push it to the Hugging Face Hub if requested, and print what was written.
 
     Args:
       trained: work directory of a run, or a folder of weights.
@@ -41,11 +47,21 @@ def export(
       resize: side in pixels that a classifier resizes images to, or None for that of the model.
       buckets: heights and widths such as "608x832,832x608", or None for a program for images of one size.
       features: indices of stages as text, or None for predictions, see ``write_exported``.
+      push_to: address of a repository on the Hub, or None.
+      license_id: see ``push_exported``.
+      private: see ``push_exported``.
 
     Raises:
-      UserError: an impossible value, ``out`` exists, or ``trained`` cannot be loaded. Nothing is written then.
+      UserError: an impossible value, ``out`` exists, or ``trained`` cannot be loaded. Nothing is written then. If the push fails,
+        the exported folder is complete.
     """
     check_absent(out)  # before the model is loaded, which takes long
+    if push_to:
+        check_hub_address(push_to)
+        if "orbax" not in formats:
+            raise UserError(
+                f"--push needs the format orbax, which dat_jax.load reads; got --formats={','.join(formats)}."
+            )
     image_shape, batch_size = parse_image_size(image_size), parse_batch(batch)
     stages = parse_features(features)
     bucket_list = None if buckets is None else parse_buckets(buckets, key="--buckets")
@@ -64,11 +80,21 @@ def export(
         batch=batch_size,
         buckets=bucket_list,
         features=stages,
+        training=read_training(trained),
     )
     console = make_console()
     print_table(console, f"Exported to {out}", describe_manifest(manifest))
     if code := format_loading_code(out, manifest):
         console.print(f"To load it:\n\n{code}")
+    if push_to:
+        try:
+            push(out, push_to, license_id=license_id, private=private)
+        except UserError as error:
+            retry = ["python", "-m", "dat_jax.export", out, f"--push={push_to}", f"--license={license_id}"]
+            retry += ["--private"] if private else []
+            raise UserError(
+                f"{error} The exported folder is complete. To push it again: {shlex.join(retry)}"
+            ) from error
 
 
 def check(directory: str) -> None:
@@ -82,6 +108,12 @@ def check(directory: str) -> None:
         load_program(directory, get_image_shape(program))
     count = len(manifest["files"])
     make_console().print(f"{directory}: all {count} files are as they were written.")
+
+
+def push(directory: str, address: str, *, license_id: str, private: bool) -> None:
+    """Push an exported folder to the Hugging Face Hub, and print where it is. See ``push_exported``."""
+    url = push_exported(directory, address, license_id=license_id, private=private)
+    make_console().print(f'Pushed to {url}\nTo load it: dat_jax.load("{address}")', soft_wrap=True)
 
 
 def parse_batch(text: str | None) -> int | None:

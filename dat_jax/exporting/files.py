@@ -16,7 +16,7 @@ from dat_jax import __version__
 from dat_jax.checkpoints.backbone import extract_backbone
 from dat_jax.checkpoints.exports import write_model
 from dat_jax.checkpoints.integrity import check_digests, hash_file
-from dat_jax.checkpoints.model_description import describe_model
+from dat_jax.checkpoints.model_description import describe_model, get_backbone, name_model
 from dat_jax.conversion.command import write_official_weights
 from dat_jax.data.buckets import Shape
 from dat_jax.errors import UserError
@@ -55,6 +55,7 @@ def write_exported(
     batch: int | None = None,
     buckets: Sequence[Shape] | None = None,
     features: Sequence[int] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Export a trained model: write its files and their manifest into a new folder, atomically.
 
@@ -74,6 +75,7 @@ def write_exported(
         for images of one size.
       features: indices of the stages whose feature maps the programs return instead of predictions; None for predictions. The
         maps have the output norms of a segmentor or detector, and none of a classifier. The weights are those of the whole model.
+      training: what the manifest records about the training, see ``read_training``; None for nothing.
 
     Returns:
       Content of manifest.json. "program" describes the program for images of one size, and "programs" those of buckets, the
@@ -116,6 +118,8 @@ def write_exported(
             "jax": jax.__version__,
             "task": _name_task(predictor) if features is None else "features",
             "model": _describe_model(predictor.model),
+            "backbone": name_model(get_backbone(predictor.model)),
+            "training": training,
             "classes": list(predictor.class_names),
             **({"category_ids": list(predictor.category_ids)} if isinstance(predictor, ObjectDetector) else {}),
             "preprocessing": describe_preprocessing(

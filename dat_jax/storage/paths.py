@@ -94,7 +94,8 @@ def _check_url(text: str, scheme: str, rest: str) -> None:
     expected = f"{text!r}: expected a local path, gs://BUCKET/NAME or s3://BUCKET/NAME"
     known = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}.get(scheme.lower(), scheme.lower())
     if known not in BUCKET_SCHEMES:
-        hint = "leave out file://" if known == "file" else f"a folder {scheme}: in this one is ./{scheme}:"
+        hints = {"file": "leave out file://", "hf": "the Hugging Face Hub is for weights and `dat-jax export --push`"}
+        hint = hints.get(known, f"a folder {scheme}: in this one is ./{scheme}:")
         raise UserError(f"{expected}, got the scheme {scheme}; {hint}.")
     meant = f"{known}://{rest.strip().lstrip('/') or 'BUCKET/NAME'}"
     if scheme != known or text != text.strip() or not rest.startswith("/") or rest.startswith("//"):

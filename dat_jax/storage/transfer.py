@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dat_jax.errors import UserError
+from dat_jax.storage.hub import download_repository, is_on_hub
 from dat_jax.storage.paths import BUCKET_SCHEMES, Path, as_path, is_in_bucket, os_errors
 
 _PARALLEL_COPIES = 8
@@ -87,17 +88,20 @@ def move(path: Path, target: Path) -> None:
 
 
 def fetch(path: str | os.PathLike, *, wanted: Callable[[str], bool] = lambda name: True) -> pathlib.Path:
-    """A local path with the content of a file or folder: the path itself, or a copy of what is in a bucket.
+    """A local path with the content of a file or folder: the path itself, or a copy of what is in a bucket or on the Hub.
 
-    Copies are kept until the process ends. Files that have changed in the bucket are copied again.
+    Copies of what is in a bucket are kept until the process ends. Files that have changed in the bucket are copied again.
+    Repositories of the Hugging Face Hub are kept in the cache of its library.
 
     Args:
-      path: a path that a user gave.
-      wanted: which files of a folder in a bucket are needed, by their names relative to it.
+      path: a path that a user gave, or the address of a repository, hf://USER/REPOSITORY@REVISION.
+      wanted: which files of a folder in a bucket are needed, by their names relative to it. Repositories are copied as a whole.
 
     Raises:
-      UserError: there is nothing at a path in a bucket, or it cannot be read.
+      UserError: there is nothing at a path in a bucket or on the Hub, or it cannot be read.
     """
+    if is_on_hub(path):
+        return download_repository(path)
     path = as_path(path)
     if not is_in_bucket(path):
         return path

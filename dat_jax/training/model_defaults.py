@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dat_jax.checkpoints.hub import resolve_address
 from dat_jax.config.keys import DERIVED
 from dat_jax.errors import UserError
 from dat_jax.models.registry import create_model
@@ -58,9 +59,10 @@ def _resolve_image_size(config: ConfigDict, *, model_size: int) -> None:
 
 def _read_image_size(init_from: str) -> tuple[int | None, int | None]:
     """(image size, resize) that a run or an export records; None for what it does not record."""
-    path = (
-        fetch(init_from, wanted=lambda name: name in ("model.json", "config.json")) if init_from else pathlib.Path(".")
-    )
+    path = pathlib.Path(".")
+    if init_from:
+        source = resolve_address(init_from, only_description=True)
+        path = fetch(source, wanted=lambda name: name in ("model.json", "config.json"))
     stored: Any = {}
     for file, group, resize in (("model.json", "options", "resize"), ("config.json", "data", "eval_resize")):
         if init_from and not stored:

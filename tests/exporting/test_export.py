@@ -341,7 +341,7 @@ def test_onnx_is_refused_for_a_detector_and_without_jax2onnx(trained, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{trained}"], "TRAINED OUT_DIR [--formats=FORMAT,...] or --check=DIR, got {trained}"),
+        (["{trained}"], "EXPORTED --push=hf://USER/REPOSITORY or --check=DIR, got {trained}"),
         (["nothing", "{out}"], "got nothing"),
         (["{trained}", "{trained}"], "exists already and nothing is overwritten"),
         (

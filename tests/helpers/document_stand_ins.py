@@ -31,6 +31,7 @@ from dat_jax.config import validate
 from dat_jax.config.files import add_recorded_config, define_config_flag
 from dat_jax.conversion import detector_to_official, segmentor_to_official, to_official
 from dat_jax.data import segmentation_sources
+from dat_jax.exporting.hub import push_exported
 from dat_jax.models.registry import VARIANTS, create_segmentor
 from dat_jax.parallel import sharding
 from dat_jax.training import loop
@@ -179,6 +180,8 @@ class StandIns:
     def place(self, argument: str) -> str:
         """Move /data/... and /mnt/... of an argument below ``root``, and make the file or folder that it names."""
         flag, equals, path = argument.rpartition("=")
+        if path.startswith("hf://") and flag != "--push":
+            self.need(path)
         if not _PATHS.match(path):
             return argument
         inside = path.lstrip("/")
@@ -187,8 +190,13 @@ class StandIns:
         return f"{flag}{equals}{self.root / inside if path.startswith('/') else path}"
 
     def need(self, path: str) -> None:
-        """Make a file, folder, run or export, once."""
+        """Make a file, folder, run or export, once, or push an export to its address."""
         path = path.rstrip("/")
+        if path.startswith("hf://"):
+            exported = f"exported/{path.rpartition('/')[2].partition('@')[0]}"
+            self.need(exported)
+            push_exported(self.root / exported, path)
+            return
         where = self.root / path
         if where.exists():
             return
