@@ -16,11 +16,12 @@ from dat_jax.storage import parse_hub_address
 MODEL_CARD = "README.md"
 _SUMMARY = "summary.md"  # of a work directory
 _SETTINGS = ("model", "data", "batch", "length", "done", "versions")  # rows of the summary that name no place on a disk
-_KINDS = {"classification": "classifier", "segmentation": "segmentor", "detection": "detector"}
+_KINDS = {"classification": "classifier", "segmentation": "segmentor", "detection": "detector", "features": "backbone"}
 _PIPELINE_TAGS = {
     "classification": "image-classification",
     "segmentation": "image-segmentation",
     "detection": "object-detection",
+    "features": "image-feature-extraction",
 }
 _FILES = {
     "model.json": "weights (`model.json`, `params/`), read by `dat_jax.load` and every tool of dat_jax",

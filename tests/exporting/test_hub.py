@@ -159,6 +159,7 @@ def test_the_card_and_the_manifest_have_the_results_of_the_run(hub, trained, tmp
     [
         ("segmentation", {"head": "upernet"}, "segmentor", "image-segmentation"),
         ("detection", {"name": "mask_rcnn"}, "detector", "object-detection"),
+        ("features", {"head": "sem_fpn"}, "backbone", "image-feature-extraction"),
     ],
 )
 def test_cards_of_dense_models(task, model, kind, tag):
