@@ -356,7 +356,7 @@ class Trainer:
 
         That is three times the matrix products and convolutions of the forward pass: one for it and two for the backward
         pass. Recomputation (``remat``) and products that only a fast algorithm has are not counted: the model is traced
-        with its plain implementations.
+        with its plain implementations. Teachers are not counted either, and frozen parameters as if they learned.
         """
         objective = self.task.make_objective(implementation="plain", remat="none")
         batch = self.task.example_batch(1)

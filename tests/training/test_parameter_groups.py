@@ -10,6 +10,7 @@ import pytest
 import dat_jax
 from dat_jax.config import get_classification_config, load_config
 from dat_jax.errors import UserError
+from dat_jax.models.lora import init_adapters
 from dat_jax.training.optimizers.parameter_groups import (
     describe_groups,
     find_factors,
@@ -220,3 +221,18 @@ def test_a_factor_of_the_learning_rate_scales_the_first_step():
         factor = 1 if name.startswith("cls_") else 0.25
         for before, a, b in zip(*(jax.tree.leaves(tree[name]) for tree in (start.params, one, other)), strict=True):
             np.testing.assert_allclose(b - before, factor * (a - before), atol=2e-7)
+
+
+def test_table_of_one_group_and_of_adapters(classifier):
+    config = get_classification_config().optimizer
+    total = sum(leaf.size for leaf in jax.tree.leaves(classifier))
+    (row,) = describe_groups(classifier, find_groups(classifier, config), peak_rate=1e-3).items()
+    assert row[0] == "all"
+    assert row[1].startswith(f"{total:,} parameters, ")
+    assert row[1].endswith(" with weight decay, peak learning rate 0.001")
+    key = jax.random.key(0)
+    adapters = jax.eval_shape(lambda params: init_adapters(key, params, rank=2, layers=("mlp",)), classifier)
+    params = {**classifier, "lora": adapters}
+    frozen, learned = describe_groups(params, find_groups(params, config), peak_rate=1e-3)
+    assert learned.startswith("cls_head, cls_norm, adapters of stages_0/blocks_0-1, adapters of stages_1/blocks_0-3")
+    assert "cls_head" not in frozen

@@ -201,7 +201,7 @@ def describe_groups(params: Any, groups: ParameterGroups, *, peak_rate: float) -
         else:
             text += f", {sum(size for _, size, decays in group if decays):,} with weight decay"
             text += f", peak learning rate {peak_rate * factor:.3g}"
-        rows[_list_modules(name for name, _, _ in group)] = text
+        rows["all" if len(members) == 1 else _list_modules(name for name, _, _ in group)] = text
     return rows
 
 
@@ -233,11 +233,12 @@ def _find_stage(name: str, every: Sequence[str]) -> int | None:
 
 
 def _list_modules(names: Iterable[str]) -> str:
-    """The modules of parameters, such as "stages_2/blocks_0-5, down_projs_1"; whole stages without their blocks."""
+    """The modules of parameters, such as "down_projs_1, stages_2/blocks_0-5"."""
     modules: dict[str, set[int]] = {}
     for name in names:
-        name = name.removeprefix(_ADAPTERS).removeprefix(_BACKBONE).removeprefix("dat/")
-        module = "/".join(name.split("/")[: 2 if name.startswith("stages_") else 1])
+        inner = name.removeprefix(_ADAPTERS).removeprefix(_BACKBONE).removeprefix("dat/")
+        module = "/".join(inner.split("/")[: 2 if inner.startswith("stages_") else 1])
+        module = f"adapters of {module}" if name.startswith(_ADAPTERS) else module
         stem, _, index = module.rpartition("_")
         stem, index = (stem, int(index)) if index.isdigit() else (module, -1)
         modules.setdefault(stem, set()).add(index)
