@@ -423,6 +423,7 @@ class DAT(MeshModule):
         if self.deformable_form not in DEFORMABLE_FORMS:
             choices = ", ".join(DEFORMABLE_FORMS)
             raise ValueError(f"Unknown deformable_form {self.deformable_form!r}; choose one of {choices}.")
+        dispatch.check_name(self.implementation)
         for name in _PER_STAGE_FIELDS:
             if len(getattr(self, name)) != len(self.stages):
                 raise ValueError(

@@ -14,7 +14,8 @@ from dat_jax.config import validate
 from dat_jax.errors import UserError
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.ops.calls import OpCall, chosen_implementations, recorded_calls
-from dat_jax.ops.dispatch import compute_dtype, target_platform
+from dat_jax.ops.dispatch import check_name, check_platform, compute_dtype, target_platform
+from dat_jax.ops.triton import call as triton_kernels
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.registry import make_task
@@ -78,6 +79,7 @@ class Trainer:
 
         self.optimizer = make_optimizer(self.plan.schedule, **config.optimizer.to_dict())
         try:
+            _check_implementation(config.model.get("implementation", "auto"))
             objective = self.task.make_objective()
             # Kernels need at least one example per device; without them the same parameters need one example.
             objective = dataclasses.replace(objective, init=self.task.make_objective(implementation="auto").init)
@@ -277,6 +279,14 @@ class Trainer:
             return init_state(key, batch, objective=objective, optimizer=self.optimizer, ema=self.config.ema_decay > 0)
 
         return init
+
+
+def _check_implementation(name: str) -> None:
+    """Raise a ValueError if the model has no such implementation, or its kernels cannot run on these devices."""
+    check_name(name)
+    check_platform(name)
+    if name == "triton":
+        triton_kernels.check()
 
 
 def _check_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

@@ -240,7 +240,12 @@ def test_initialization_equals_the_published_one():
         (dict(stages=("E", "D"), num_heads=(8, 2)), (1, 64, 64), "multiple of 4 \\* 8 heads"),
         (dict(stages=("X", "D"), window_sizes=(4, 7)), (1, 64, 64), "X blocks need an odd window size, got 4"),
         (dict(drop_path_rate=1.0), (1, 64, 64), "drop_path_rate must be in .0, 1., got 1.0"),
-        (dict(implementation="fast"), (1, 64, 64), "no implementation 'fast'; choose one of auto"),
+        (dict(implementation="rows"), (1, 64, 64), "Unknown implementation 'rows'"),  # of one op, not of all
+        (
+            dict(implementation="fast"),
+            (1, 64, 64),
+            "Unknown implementation 'fast'; choose one of auto, plain, pallas, triton",
+        ),
     ],
 )
 def test_invalid_settings_raise(overrides, shape, message):
