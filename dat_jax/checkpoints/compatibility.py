@@ -25,6 +25,7 @@ _DATA_ORDER = ("batch_size", "seed", "data.name")
 _UNCHECKED = (
     "mesh",
     "compilation_cache",
+    "tune",
     "profile",
     "log_every",
     "logs",
