@@ -460,7 +460,9 @@ class DAT(MeshModule):
             )
 
     def _check_images(self, images):
-        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
+        is_map = images.ndim == 4 and images.shape[-1] == 3
+        if not is_map or not images.shape[0] or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
             raise ValueError(
-                f"DAT expected images (B, H, W, 3) with sides of at least {MIN_IMAGE_SIDE} pixels, got {images.shape}."
+                f"DAT expected images (B, H, W, 3), at least one, with sides of at least {MIN_IMAGE_SIDE} pixels, got "
+                f"{images.shape}."
             )

@@ -232,6 +232,7 @@ def test_initialization_equals_the_published_one():
     ("overrides", "shape", "message"),
     [
         (dict(), (1, 31, 64), "sides of at least 32 pixels, got"),
+        (dict(), (0, 64, 64), "at least one, with sides of at least 32 pixels, got .0, 64, 64, 3"),
         (dict(stages=("N", "Q")), (1, 64, 64), "Unknown block type 'Q'.*choose from"),
         (dict(num_heads=(3, 2)), (1, 64, 64), "3 heads do not divide 16 channels"),
         (dict(num_groups=(1, 5)), (1, 64, 64), "5 groups must divide"),
