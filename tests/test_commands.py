@@ -61,7 +61,7 @@ RULES = (
 # Languages of fenced blocks that are neither commands nor executed.
 NOT_EXECUTED = {"text": "formulas, and the layout", "diff": "applied by the test of its page", "bibtex": "citations"}
 # Package that an experiment needs and the tests do not.
-NEEDED = {"pytorch": "torch", "gpu_kernels": "jax_cuda12_plugin"}
+NEEDED = {"pytorch": "torch", "gpu_kernels": "jax_cuda12_plugin", "tuning.large_maps": "libtpu"}
 # Arguments with which an experiment takes seconds.
 _FAST = "--repeats=1 --min-seconds=0"
 SMALL_EXPERIMENTS = {
@@ -72,7 +72,8 @@ SMALL_EXPERIMENTS = {
     "soak": "--parts=signal",
     "image_sizes": "--parts=plan",
     "costs": "--configs=dat_pp_t",
-    "tuning": "--parts=differences --model=quickstart",
+    "tuning.benchmark": "--parts=differences --model=quickstart",
+    "tuning.large_maps": "--ops=conv_mlp --topologies=v5e",
     "gpu_kernels": "--batch=2 --dtypes=bfloat16",
     "pytorch.benchmark": f"--batches=1 --steps=eval --memory-batch=0 {_FAST}",
     "pytorch.parts": f"--batch=1 --no-compile {_FAST}",
@@ -182,8 +183,10 @@ def test_experiments_run(command, tmp_path, monkeypatch, capsys):
         module.main()
         assert "| decode, crop, flip, RandAugment |" in capsys.readouterr().out
     else:
-        if folder in NEEDED:
-            pytest.importorskip(NEEDED[folder])
+        for needed in {folder, f"{folder}.{name}"} & NEEDED.keys():
+            pytest.importorskip(NEEDED[needed])
+        if name == "large_maps":
+            monkeypatch.setattr(module, "MAPS", ((16, 16, 16, 2, 1, 4, 16),))
         if folder == "soak":
             monkeypatch.setattr(module, "CONFIG", "configs/tiny.py")
             monkeypatch.setattr(module, "ONE_EPOCH", {"steps": 200, "log_every": 1, "checkpoint.every": 10})
@@ -195,7 +198,7 @@ def test_experiments_run(command, tmp_path, monkeypatch, capsys):
         if folder == "attention_pictures":
             assert written == sorted(path.name for path in (ROOT / "docs").glob("attention_*.png"))
         else:
-            assert any(name in written for name in ("results.md", "profile.md", "parts.md"))
+            assert any(name in written for name in ("results.md", "profile.md", "parts.md", "large_maps.md"))
 
 
 @commands_of("small")

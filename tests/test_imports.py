@@ -39,8 +39,9 @@ ALLOWED = {
     },
     "dat_jax.training": {
         *("dat_jax.training", "dat_jax.checkpoints", "dat_jax.cli.console", "dat_jax.config", "dat_jax.errors"),
-        *("dat_jax.models", "dat_jax.ops.calls", "dat_jax.ops.dispatch", "dat_jax.parallel", "dat_jax.profiling"),
-        *("dat_jax.evaluation", "dat_jax.storage", "dat_jax.tasks", "dat_jax.tuning", "dat_jax.visualization"),
+        *("dat_jax.models", "dat_jax.ops.calls", "dat_jax.ops.dispatch", "dat_jax.ops.triton.call", "dat_jax.parallel"),
+        *("dat_jax.profiling", "dat_jax.evaluation", "dat_jax.storage", "dat_jax.tasks", "dat_jax.tuning"),
+        "dat_jax.visualization",
         *("flax", "jax", "ml_collections", "optax", "rich", "tensorboardX", "wandb"),
     },
     "dat_jax.inference": {

@@ -27,6 +27,7 @@ _OPTIMIZER = ("optimizer.name", "optimizer.freeze")
 _UNCHECKED = (
     "mesh",
     "compilation_cache",
+    "tune",
     "profile",
     "log_every",
     "logs",

@@ -187,7 +187,8 @@ class DeformableAttention(AttentionModule):
             return False
         keys = math.prod(self._key_shape(shape[1:3]))
         # It is used only with the kernel of the branch, so this is where its call is recorded.
-        choose_norm_linear(tuple(shape), shape[-1], self.dtype)
+        if self.implementation == "auto":
+            choose_norm_linear(tuple(shape), shape[-1], self.dtype)
         return deformable_uses_pallas(
             shape,
             points=(shape[0], self.num_groups, keys, 2),

@@ -456,6 +456,7 @@ class DAT(MeshModule):
         if self.deformable_form not in DEFORMABLE_FORMS:
             choices = ", ".join(DEFORMABLE_FORMS)
             raise ValueError(f"Unknown deformable_form {self.deformable_form!r}; choose one of {choices}.")
+        dispatch.check_name(self.implementation)
         for name in _PER_STAGE_FIELDS:
             if len(getattr(self, name)) != len(self.stages):
                 raise ValueError(
@@ -492,7 +493,9 @@ class DAT(MeshModule):
             )
 
     def _check_images(self, images):
-        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
+        is_map = images.ndim == 4 and images.shape[-1] == 3
+        if not is_map or not images.shape[0] or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
             raise ValueError(
-                f"DAT expected images (B, H, W, 3) with sides of at least {MIN_IMAGE_SIDE} pixels, got {images.shape}."
+                f"DAT expected images (B, H, W, 3), at least one, with sides of at least {MIN_IMAGE_SIDE} pixels, got "
+                f"{images.shape}."
             )

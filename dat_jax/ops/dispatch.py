@@ -53,6 +53,9 @@ PLAIN = {
     "depthwise_conv": "conv",
 }
 
+EVERY_OP = ("auto", "plain", "pallas", "triton")  # names that every op accepts
+_KERNEL_PLATFORMS = {"pallas": "tpu", "triton": "gpu"}
+
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -127,6 +130,30 @@ def interpreted_kernels() -> Iterator[None]:
         yield
     finally:
         _INTERPRET.reset(token)
+
+
+def check_name(implementation: str) -> None:
+    """Checks that an implementation is one of ``EVERY_OP``.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if implementation not in EVERY_OP:
+        raise ValueError(f"Unknown implementation {implementation!r}; choose one of {', '.join(EVERY_OP)}.")
+
+
+def check_platform(implementation: str) -> None:
+    """Checks that the kernels of an implementation can run on the target platform. Other implementations run on all of them.
+
+    Raises:
+      ValueError: the kernels are for another platform, and kernels are not interpreted.
+    """
+    platform = _KERNEL_PLATFORMS.get(implementation, target_platform())
+    if platform != target_platform() and not interprets_kernels():
+        raise ValueError(
+            f'implementation="{implementation}" is for {platform.upper()}s, but the program is compiled for '
+            f'{target_platform()}; choose "auto", or use dispatch.interpreted_kernels() in a test.'
+        )
 
 
 _BATCH_SPLIT: contextvars.ContextVar[tuple[Mesh | None, tuple[str, ...]]] = contextvars.ContextVar(

@@ -216,9 +216,11 @@ def measure_checkpoint(trainer: Trainer, state: TrainState, directory: Path) -> 
 
 
 def compare_algorithms(trainer: Trainer, batch: dict) -> tuple[float, float]:
-    """Compare the fast algorithms and kernels of the run with the plain ones, on these devices.
+    """Compare the fast algorithms with the plain ones, on these devices.
 
-    Loss and gradient of one image per device are computed in float32, with random weights.
+    Loss and gradient of one image per device are computed in float32, with random weights. The fast algorithms are the defaults,
+    or the kernels of ``config.model.implementation``. Choices by measurement are for the batch and dtype of the run, so they do
+    not apply here; they were compared with the plain implementations when they were made.
 
     Args:
       trainer: the run.

@@ -118,6 +118,8 @@ def compile_report(
 
 def _read_choices(path: str, trainer: Trainer, steps: Sequence[str]) -> dict[str, str]:
     """Names of the chosen implementations. It is said for how many of the calls of the steps there are choices."""
+    if (implementation := trainer.config.model.get("implementation", "auto")) != "auto":
+        raise UserError(f"Choices have no effect with config.model.implementation={implementation}; set it to auto.")
     choices = get_names(read_choices(path, device_kind=trainer.mesh.devices.ravel()[0].device_kind))
     calls = {key for step in steps for key in trainer.list_op_calls(step, every_shape=False)}
     found = len(calls & choices.keys())

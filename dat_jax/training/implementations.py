@@ -13,7 +13,7 @@ from dat_jax.ops.dispatch import interprets_kernels, target_platform
 from dat_jax.parallel import multihost
 from dat_jax.storage import Path
 from dat_jax.training.trainer import Trainer
-from dat_jax.tuning.choices import Choices, choices_file, get_names, read_stored_choices, store_choices
+from dat_jax.tuning.choices import Choices, get_names, read_stored_choices, store_choices
 from dat_jax.tuning.tune import tune
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,12 @@ def choose_implementations(trainer: Trainer, step: str, *, cache: Path | None) -
       cache: folder of compiled programs, where choices are stored, or None.
 
     Returns:
-      How often each implementation is used in the step by choice, or that the defaults are used, in words.
+      How often each implementation is used in the step by choice, or which are used without a choice, in words.
     """
     if not is_tuned(trainer):
+        implementation = trainer.config.model.get("implementation", "auto")
+        if implementation != "auto":
+            return f"{implementation}, the value of config.model.implementation"
         return f"the defaults for {target_platform()}"
     names, described = {}, "the defaults"
     if jax.process_index() == 0:
@@ -60,10 +63,9 @@ def _choose(calls: Mapping[str, OpCall], cache: Path | None) -> Choices:
     device = jax.local_devices()[0].device_kind
     start, known = time.monotonic(), read_stored_choices(cache, device)
     found = tune(calls, known=known)
-    store_choices(cache, found, device_kind=device)
     if found:
-        where = "not kept" if cache is None else f"kept in {choices_file(cache, device)}"
-        seconds = time.monotonic() - start
+        seconds, file = time.monotonic() - start, store_choices(cache, found, device_kind=device)
+        where = "not kept" if file is None else f"kept in {file}"
         logger.info("Compared the implementations of %d calls of ops in %.0f s; %s.", len(found), seconds, where)
     return {**known, **found}
 

@@ -15,7 +15,8 @@ from dat_jax.errors import UserError
 from dat_jax.evaluation import neighbors
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.ops.calls import OpCall, chosen_implementations, recorded_calls
-from dat_jax.ops.dispatch import compute_dtype, target_platform
+from dat_jax.ops.dispatch import check_name, check_platform, compute_dtype, target_platform
+from dat_jax.ops.triton import call as triton_kernels
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.objective import Guides
@@ -84,6 +85,7 @@ class Trainer:
         _check_eval_batch(config, self.mesh)
 
         try:
+            _check_implementation(config.model.get("implementation", "auto"))
             objective = self.task.make_objective()
             # Kernels need at least one example per device; without them the same parameters need one example.
             objective = dataclasses.replace(objective, init=self.task.make_objective(implementation="auto").init)
@@ -405,6 +407,14 @@ class Trainer:
         return make_state(
             variables, optimizer=self.optimizer, frozen=self.groups.frozen, averaged=self._average is not None
         )
+
+
+def _check_implementation(name: str) -> None:
+    """Raise a ValueError if the model has no such implementation, or its kernels cannot run on these devices."""
+    check_name(name)
+    check_platform(name)
+    if name == "triton":
+        triton_kernels.check()
 
 
 def _check_eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

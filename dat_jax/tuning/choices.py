@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -83,7 +84,7 @@ def write_choices(path: str | os.PathLike, choices: Choices, *, device_kind: str
 
 
 def read_choices(path: str | os.PathLike, *, device_kind: str | None = None) -> Choices:
-    """Read a file of choices.
+    """Read a file of choices. Choices of other versions than the installed ones are logged as a warning.
 
     Args:
       path: the file.
@@ -95,35 +96,48 @@ def read_choices(path: str | os.PathLike, *, device_kind: str | None = None) -> 
     try:
         with os_errors(path):
             text = as_path(path).read_text()
-        found, choices = parse_choices(text)
+        content = json.loads(text)
+        device, versions, choices = content["device"], dict(content["versions"]), _parse_choices(content)
     except OSError as error:
         raise UserError(f"The file of choices {path} cannot be read: {error.strerror or error}.") from error
     except _NOT_CHOICES as error:
         raise UserError(f"{path} is not a file of choices, as `dat-jax tune --output=FILE` writes them.") from error
-    if device_kind not in (None, found):
-        raise UserError(f"The choices in {path} are for {found}, expected {device_kind}.")
+    if device_kind not in (None, device):
+        raise UserError(f"The choices in {path} are for {device}, expected {device_kind}.")
+    if others := _describe_differences(versions, describe_versions()):
+        logger.warning("The choices in %s are of other versions than the installed ones: %s.", path, others)
     return choices
 
 
-def parse_choices(text: str) -> tuple[str, Choices]:
-    """Kind of the device, and its choices, from the text of a file.
+def _describe_differences(versions: Mapping[str, Any], installed: Mapping[str, str]) -> str:
+    names = sorted(name for name in {*versions, *installed} if versions.get(name) != installed.get(name))
+    return ", ".join(f"{name} {versions.get(name, 'none')}, now {installed.get(name, 'none')}" for name in names)
 
-    Raises:
-      ValueError, TypeError, KeyError, AttributeError, RecursionError: it is not the text of a file of choices.
-    """
-    content = json.loads(text)
+
+def _parse_choices(content: Mapping[str, Any]) -> Choices:
+    """The choices in the content of a file, or one of ``_NOT_CHOICES``."""
     if content["format"] != _FORMAT:
         raise ValueError(f"unknown format {content['format']}")
-    return content["device"], {key: _parse_choice(key, value) for key, value in content["calls"].items()}
+    return {key: _parse_choice(key, value) for key, value in content["calls"].items()}
 
 
 def _parse_choice(key: str, value: Mapping[str, Any]) -> Choice:
-    measured = {str(name): Measurement(**values) for name, values in value["measured"].items()}
+    measured = {str(name): _parse_measurement(values) for name, values in value["measured"].items()}
     op = get_op(key)
     known = {*IMPLEMENTATIONS[op], *(IMPLEMENTATIONS["position_bias"] if op == "deformable_attention" else ())}
     if value["chosen"] not in measured or not measured.keys() <= known:
         raise ValueError(f"{value['chosen']!r} was not measured, or the op has no such implementation")
+    if measured[value["chosen"]].problem and not all(other.problem for other in measured.values()):
+        raise ValueError(f"{value['chosen']!r} has a problem that others do not have")
     return Choice(chosen=value["chosen"], default=str(value["default"]), measured=measured)
+
+
+def _parse_measurement(values: Mapping[str, Any]) -> Measurement:
+    measurement = Measurement(**values)
+    for number in (measurement.seconds, measurement.error, measurement.bytes):
+        if number is not None and not 0 <= number < math.inf:  # also if it is NaN
+            raise ValueError(f"{number} is not a time, a difference or a number of bytes")
+    return measurement
 
 
 def read_stored_choices(folder: str | os.PathLike | None, device_kind: str) -> Choices:
@@ -132,16 +146,20 @@ def read_stored_choices(folder: str | os.PathLike | None, device_kind: str) -> C
         return {}
     path = choices_file(folder, device_kind)
     try:
-        return read_choices(path) if path.exists() else {}
+        return read_choices(path, device_kind=device_kind) if path.exists() else {}
     except (UserError, OSError) as error:
         logger.warning("Stored choices of implementations are not used. %s", error)
         return {}
 
 
-def store_choices(folder: str | os.PathLike | None, choices: Choices, *, device_kind: str) -> None:
-    """Add choices to those in the folder of compiled programs. A failure is logged as a warning."""
-    if folder is None or not choices:
-        return
+def store_choices(folder: str | os.PathLike | None, choices: Choices, *, device_kind: str) -> Path | None:
+    """Add choices to those in the folder of compiled programs.
+
+    Returns:
+      The file, or None if there is no folder or the file cannot be written, which is logged as a warning.
+    """
+    if folder is None:
+        return None
     path = choices_file(folder, device_kind)
     try:
         write_choices(path, {**read_stored_choices(folder, device_kind), **choices}, device_kind=device_kind)
@@ -149,6 +167,8 @@ def store_choices(folder: str | os.PathLike | None, choices: Choices, *, device_
         logger.warning(
             "Choices of implementations are not kept in %s: %s.", path, getattr(error, "strerror", None) or error
         )
+        return None
+    return path
 
 
 def get_names(choices: Choices) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The command ``python -m dat_jax.tune``: compare the implementations of the ops of a run, print and write the table."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +24,8 @@ from dat_jax.training.trainer import Trainer
 from dat_jax.tuning.choices import Choices, store_choices, write_choices
 from dat_jax.tuning.compiled import make_compiled_measure
 from dat_jax.tuning.tune import tune
+
+logger = logging.getLogger(__name__)
 
 
 def tune_run(
@@ -74,9 +77,16 @@ def _tune_attached(config: ConfigDict, steps: Sequence[str]) -> tuple[str, dict[
     """Kind of the attached devices, the calls of the steps, and the choices, which are stored where runs find them."""
     device = jax.local_devices()[0].device_kind
     calls = _list_calls(Trainer(config, sources=_make_sources(config)), steps)
+    if target_platform() == "cpu":
+        return device, calls, tune(calls)
+    cache = enable_cache(config.compilation_cache)  # before the comparison, whose programs are kept too
     choices = tune(calls)
-    if target_platform() != "cpu":
-        store_choices(enable_cache(config.compilation_cache), choices, device_kind=device)
+    if file := store_choices(cache, choices, device_kind=device):
+        logger.info("The choices for runs are kept in %s.", file)
+    else:
+        logger.warning(
+            "The choices are not kept for runs: set config.compilation_cache to a directory that can be written."
+        )
     return device, calls, choices
 
 

@@ -36,7 +36,8 @@ def test_metadata_has_the_position_in_the_data():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("mesh.fsdp", 2), ("log_every", 1), ("data.workers", 3), ("checkpoint.keep", 7), ("logs", ())]
+    ("key", "value"),
+    [("mesh.fsdp", 2), ("log_every", 1), ("data.workers", 3), ("checkpoint.keep", 7), ("logs", ()), ("tune", False)],
 )
 def test_keys_of_the_machine_and_of_logging_may_change(key, value):
     assert check(**{key: value}) == []

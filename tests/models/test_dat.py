@@ -232,6 +232,7 @@ def test_initialization_equals_the_published_one():
     ("overrides", "shape", "message"),
     [
         (dict(), (1, 31, 64), "sides of at least 32 pixels, got"),
+        (dict(), (0, 64, 64), "at least one, with sides of at least 32 pixels, got .0, 64, 64, 3"),
         (dict(stages=("N", "Q")), (1, 64, 64), "Unknown block type 'Q'.*choose from"),
         (dict(num_heads=(3, 2)), (1, 64, 64), "3 heads do not divide 16 channels"),
         (dict(num_groups=(1, 5)), (1, 64, 64), "5 groups must divide"),
@@ -240,7 +241,12 @@ def test_initialization_equals_the_published_one():
         (dict(stages=("E", "D"), num_heads=(8, 2)), (1, 64, 64), "multiple of 4 \\* 8 heads"),
         (dict(stages=("X", "D"), window_sizes=(4, 7)), (1, 64, 64), "X blocks need an odd window size, got 4"),
         (dict(drop_path_rate=1.0), (1, 64, 64), "drop_path_rate must be in .0, 1., got 1.0"),
-        (dict(implementation="fast"), (1, 64, 64), "no implementation 'fast'; choose one of auto"),
+        (dict(implementation="rows"), (1, 64, 64), "Unknown implementation 'rows'"),  # of one op, not of all
+        (
+            dict(implementation="fast"),
+            (1, 64, 64),
+            "Unknown implementation 'fast'; choose one of auto, plain, pallas, triton",
+        ),
     ],
 )
 def test_invalid_settings_raise(overrides, shape, message):

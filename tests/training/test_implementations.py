@@ -3,7 +3,9 @@
 import jax
 import pytest
 
+from dat_jax.errors import UserError
 from dat_jax.ops import calls, dispatch
+from dat_jax.ops.triton import call as triton_kernels
 from dat_jax.parallel import multihost, sharding
 from dat_jax.training import implementations, loop
 from dat_jax.training.implementations import choose_implementations
@@ -91,13 +93,54 @@ def test_another_version_and_another_folder_measure_again(tmp_path, measured, ma
     assert len(measured.calls) == 3 * count
 
 
-@pytest.mark.parametrize("settings", [{"tune": False}, {"model": {"implementation": "plain"}}])
-def test_nothing_is_measured_where_it_is_not_wanted(tmp_path, measured, make_trainer, settings):
+@pytest.mark.parametrize(
+    ("settings", "described"),
+    [
+        ({"tune": False}, "the defaults for cpu"),
+        ({"model": {"implementation": "plain"}}, "plain, the value of config.model.implementation"),
+        ({"model": {"implementation": "pallas"}}, "pallas, the value of config.model.implementation"),
+    ],
+)
+def test_nothing_is_measured_where_it_is_not_wanted(tmp_path, measured, make_trainer, settings, described):
     trainer = make_trainer(**settings)
-    assert choose_implementations(trainer, "train", cache=tmp_path) == "the defaults for cpu"
+    assert choose_implementations(trainer, "train", cache=tmp_path) == described
     assert trainer.choices == {}
     assert measured.calls == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fast", "Unknown implementation 'fast'; choose one of auto, plain, pallas, triton"),
+        ("rows", "Unknown implementation 'rows'; choose one of"),  # of one op, not of all
+        ("pallas", '"pallas" is for TPUs, but the program is compiled for cpu'),
+        ("triton", '"triton" is for GPUs, but the program is compiled for cpu'),
+    ],
+)
+def test_an_implementation_that_cannot_run_is_refused(make_trainer, name, message):
+    with pytest.raises(UserError, match=f"config.model cannot be built: .*{message}"):
+        make_trainer(model={"implementation": name})
+
+
+def test_kernels_for_gpus_are_refused_if_jax_cannot_compile_them(make_trainer, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "plgpu", None)
+    with dispatch.compiling_for("gpu"), pytest.raises(UserError, match="needs the Triton backend of Pallas"):
+        make_trainer(model={"implementation": "triton"})
+
+
+@pytest.mark.parametrize("name", ["plain", "pallas"])
+def test_a_model_with_a_fixed_implementation_has_no_calls_to_choose_for(measured, make_trainer, name):
+    assert make_trainer(model={"implementation": name}).list_op_calls("train") == {}
+
+
+def test_choices_that_cannot_be_written_are_not_said_to_be_kept(tmp_path, measured, make_trainer, logs):
+    (tmp_path / "file").write_text("")
+    trainer = make_trainer()
+    choose_implementations(trainer, "train", cache=tmp_path / "file")
+    assert trainer.choices
+    (compared,) = [line for line in logs if "Compared the implementations" in line]
+    assert compared.endswith("; not kept.")
 
 
 def test_nothing_is_measured_on_cpus(tmp_path, make_trainer):

@@ -29,6 +29,11 @@ CHOICES = {
 }
 
 
+def make_text(measured, *, chosen="gather"):
+    choice = {"chosen": chosen, "default": "gather", "measured": measured}
+    return json.dumps({"format": 1, "device": "gpu", "versions": {}, "calls": {"grid_sample()": choice}})
+
+
 def test_a_file_keeps_choices_and_what_was_measured(tmp_path):
     write_choices(tmp_path / "new" / "choices.json", CHOICES, device_kind="TPU v5 lite")
     assert read_choices(tmp_path / "new" / "choices.json") == CHOICES
@@ -60,8 +65,13 @@ def test_stored_choices_are_added_and_are_of_one_device_and_version(tmp_path, mo
         '{"format": 2, "calls": {}}',
         '{"format": 1, "calls": {"a": {"chosen": "x", "default": "x", "measured": {}}}}',
         '{"format": 1, "calls": {"a": {"chosen": "x", "default": "x", "measured": {"x": {"speed": 1}}}}}',
-        '{"format": 1, "calls": []}',
-        '{"format": 1, "device": "gpu", "calls": {"grid_sample()": {"chosen": "x", "default": "x", "measured": {"x": {}}}}}',
+        '{"format": 1, "device": "gpu", "versions": {}, "calls": []}',
+        make_text({"x": {}}, chosen="x"),
+        make_text({"gather": {}}, chosen="matmul"),
+        make_text({"gather": {"seconds": float("nan")}}),
+        make_text({"gather": {"seconds": -1.0}}),
+        make_text({"gather": {"bytes": "many"}}),
+        make_text({"gather": {"problem": "it fails: x"}, "matmul": {"seconds": 1.0}}),
         "[" * 200_000,
     ],
 )
@@ -84,6 +94,30 @@ def test_choices_of_another_device_are_refused(tmp_path):
         read_choices(tmp_path / "choices.json", device_kind="cpu")
 
 
+def test_stored_choices_of_another_device_are_not_used(tmp_path, logs):
+    write_choices(choices_file(tmp_path, "TPU v6 lite"), CHOICES, device_kind="TPU v5 lite")
+    assert read_stored_choices(tmp_path, "TPU v6 lite") == {}
+    assert "are for TPU v5 lite, expected TPU v6 lite" in "\n".join(logs)
+
+
+def test_choices_of_other_versions_are_read_with_a_warning(tmp_path, monkeypatch, logs):
+    write_choices(tmp_path / "choices.json", CHOICES, device_kind="gpu")
+    assert read_choices(tmp_path / "choices.json") == CHOICES
+    assert logs == []
+    versions = {**module.describe_versions(), "jax": "99", "libtpu": "0.0.99"}
+    monkeypatch.setattr(module, "describe_versions", lambda: versions)
+    assert read_choices(tmp_path / "choices.json") == CHOICES
+    assert "of other versions than the installed ones: jax " in "\n".join(logs)
+    assert "now 99, libtpu " in "\n".join(logs)
+
+
+def test_the_default_is_a_choice_if_everything_has_a_problem(tmp_path):
+    problem = Measurement(problem="it fails: x")
+    choices = {"grid_sample()": Choice("gather", "gather", {"gather": problem, "matmul": problem})}
+    write_choices(tmp_path / "choices.json", choices, device_kind="gpu")
+    assert read_choices(tmp_path / "choices.json") == choices
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"missing\.json cannot be read: No such file"):
         read_choices(tmp_path / "missing.json")
@@ -91,5 +125,6 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, logs):
     (tmp_path / "file").write_text("")
-    store_choices(tmp_path / "file", CHOICES, device_kind="gpu")
+    assert store_choices(tmp_path / "file", CHOICES, device_kind="gpu") is None
+    assert store_choices(tmp_path / "folder", CHOICES, device_kind="gpu") == choices_file(tmp_path / "folder", "gpu")
     assert "Choices of implementations are not kept in" in "\n".join(logs)

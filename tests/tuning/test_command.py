@@ -9,7 +9,8 @@ from dat_jax.ops import dispatch
 from dat_jax.profiling import step_report
 from dat_jax.profiling.command import report_steps
 from dat_jax.tuning import command
-from dat_jax.tuning.choices import get_names, read_choices
+from dat_jax.tuning.choices import Choice, get_names, read_choices, read_stored_choices
+from dat_jax.tuning.measurement import Measurement
 from tests.helpers import tiny_config
 
 
@@ -61,6 +62,26 @@ def test_the_compile_report_uses_choices(config, tmp_path, monkeypatch):
     monkeypatch.setattr("dat_jax.profiling.command.print_report", lambda *_: None)
     report_steps(config, topology="cpu", steps=["train"], examples=160, choices_file=str(file))
     assert seen == [get_names(choices)]
+
+
+def test_choices_without_effect_are_refused(config, tmp_path):
+    file = tmp_path / "choices.json"
+    command.tune_run(config, topology="cpu", output=file)
+    config.unlock().model.implementation = "plain"
+    with pytest.raises(UserError, match=r"no effect with config\.model\.implementation=plain; set it to auto"):
+        report_steps(config, topology="cpu", steps=["train"], examples=160, choices_file=str(file))
+
+
+@pytest.mark.parametrize("can_be_kept", [True, False])
+def test_on_a_device_the_command_logs_whether_runs_have_the_choices(config, tmp_path, monkeypatch, logs, can_be_kept):
+    choices = {"grid_sample()": Choice("gather", "gather", {"gather": Measurement(seconds=1.0, error=0.0)})}
+    monkeypatch.setattr(command, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(command, "tune", lambda calls: choices)
+    monkeypatch.setattr(command, "enable_cache", lambda setting: tmp_path if can_be_kept else None)
+    assert command.tune_run(config) == choices
+    assert read_stored_choices(tmp_path, "cpu") == (choices if can_be_kept else {})
+    expected = "are kept in" if can_be_kept else "are not kept for runs: set config.compilation_cache"
+    assert [line for line in logs if "The choices" in line and expected in line]
 
 
 def test_choices_of_another_batch_are_refused(config, tmp_path):

@@ -18,7 +18,7 @@ from dat_jax.ops.layers.local_perception import local_perception
 from dat_jax.ops.layers.mlp import conv_mlp
 from dat_jax.ops.layers.norm_linear import norm_linear
 from dat_jax.ops.pallas import sampling
-from dat_jax.tuning.candidates import find_default, list_candidates
+from dat_jax.tuning.candidates import find_default, get_tolerance, list_candidates
 from dat_jax.tuning.choices import Choice
 from dat_jax.tuning.measurement import Measurement, measure
 from dat_jax.tuning.programs import count_examples, expect_whole_batch, make_arrays
@@ -285,6 +285,14 @@ def test_all_implementations_of_every_op_agree(name):
     for value in measured.values():
         assert value.problem == ""
         assert value.error < 2e-5
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("float16", False), ("bfloat16", False)])
+def test_the_tolerance_follows_from_the_dtype(dtype, exact):
+    (call,) = record_sampling(dtype=dtype).values()
+    assert get_tolerance(call) == (1e-4 if exact else 0.03)
+    with dispatch.compiling_for("gpu"):  # which rounds products of float32
+        assert get_tolerance(call) == 0.03
 
 
 def test_kernels_are_candidates_only_where_they_can_run():

@@ -176,7 +176,8 @@ def fits_kernel(op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]) 
       arrays: its arrays by name, which may be ShapeDtypeStructs.
       options: its other arguments by name.
     """
-    if not is_unrolled(arrays["x"].shape[1:3]):
+    map_shape = arrays["x"].shape[1:3]
+    if not is_unrolled(map_shape) or (op == "deformable_branch" and not _is_table_of(arrays["table"].shape, map_shape)):
         return False
     return all_fit(lambda arrays: pallas_branch.list_calls(*_KERNEL_ARGUMENTS[op](**arrays, **options)), dict(arrays))
 
@@ -215,7 +216,7 @@ def deformable_uses_pallas(
       dtype: of ``x``, key and value. The points and parameters are float32.
       implementation: see ``deformable_branch``.
     """
-    if table[1:] != tuple(2 * side - 1 for side in shape[1:3]) or shape[3] > pallas_branch.MAX_CHANNELS:
+    if not _is_table_of(table, shape[1:3]) or shape[3] > pallas_branch.MAX_CHANNELS:
         return False
     whole = dispatch.choose_query_tile((shape[1], shape[2]), pairs_per_query=num_heads * points[2]) == tuple(shape[1:3])
     if not whole or not pallas_deformable.table_fits(table):
@@ -224,6 +225,11 @@ def deformable_uses_pallas(
     arrays = _shape_parameters(shape, shape[3]) | dict(key=pairs, value=pairs, points=points, table=table)
     options, batched = dict(num_heads=num_heads), _DEFORMABLE_BATCHED
     return _uses_pallas(deformable_branch, "deformable_branch", shape, dtype, arrays, batched, options, implementation)
+
+
+def _is_table_of(table: tuple[int, ...], map_shape: tuple[int, ...]) -> bool:
+    """Whether a position bias table was made for maps of this size."""
+    return table[1:] == tuple(2 * side - 1 for side in map_shape)
 
 
 def _shape_parameters(shape, width):

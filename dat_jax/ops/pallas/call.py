@@ -119,11 +119,7 @@ class KernelCall:
         Raises:
           ValueError: a step does not fit in VMEM, or the target platform is not a TPU and kernels are not interpreted.
         """
-        if dispatch.target_platform() != "tpu" and not dispatch.interprets_kernels():
-            raise ValueError(
-                f'implementation="pallas" is for TPUs, but the program is compiled for {dispatch.target_platform()}; choose '
-                '"auto", or use dispatch.interpreted_kernels() in a test.'
-            )
+        dispatch.check_platform("pallas")
         if not self.fits:
             raise ValueError(
                 f'implementation="pallas" needs {self.vmem_bytes / 2**20:.0f} MiB of VMEM for an example of this size, more '

@@ -48,12 +48,7 @@ def check(*arrays: jax.Array) -> None:
       ValueError: the target platform is not a GPU and kernels are not interpreted, jax has no Triton backend, or the kernels do
         not support the dtype.
     """
-    platform = dispatch.target_platform()
-    if platform != "gpu" and not dispatch.interprets_kernels():
-        raise ValueError(
-            f'implementation="triton" is for GPUs, but the program is compiled for {platform}; choose "auto", or use '
-            "dispatch.interpreted_kernels() in a test."
-        )
+    dispatch.check_platform("triton")
     if not is_supported():
         raise ValueError(
             f'implementation="triton" needs the Triton backend of Pallas, which jax {jax.__version__} does not have; choose '

@@ -61,6 +61,13 @@ def test_deformable_kernel_equals_the_plain_operations(x64, map_shape, heads, gr
     compare.assert_same(functions, with_implementation(deformable_branch, "plain", num_heads=heads), *arguments)
 
 
+def test_the_kernel_is_not_used_with_a_table_for_another_map():
+    arguments = [jnp.asarray(array) for array in make_deformable((4, 5), 4, 2, 6, 3)]
+    arguments[8] = jnp.ones((4, 5, 7))  # for a map of 3 x 4
+    outputs = [deformable_branch(*arguments, num_heads=4, implementation=name) for name in ("pallas", "products")]
+    np.testing.assert_array_equal(*outputs)
+
+
 def test_a_branch_consists_of_its_parts():
     x, *norm, kernel, bias, table, kernel_out, bias_out, factors = make_neighborhood((5, 4), 3, 2, 3)
     packed = np.asarray(layer_norm(jnp.asarray(x), *norm)) @ kernel + bias
