@@ -1,5 +1,6 @@
 """A trained model as one StableHLO program for several platforms, with its weights inside, by jax.export."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from dat_jax.data.buckets import MAX_SIDE
 from dat_jax.errors import UserError
+from dat_jax.exporting.preprocessing import get_statistics
 from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.ops.dispatch import compiling_for
@@ -41,14 +43,15 @@ def make_program(
       predictor: a model from ``inference.load``.
       image_shape: (height, width) of the images in pixels.
       platforms: one or more of ``PLATFORMS``.
-      preprocessing: "inside" for uint8 images, which the program normalizes; "outside" for normalized float32 images.
+      preprocessing: "inside" for images of the predictor's dtype, which the program normalizes; "outside" for normalized
+        float32 images.
       batch: batch size; None for a symbolic one, which accepts any number of images. Detectors require a number.
       is_bucket: whether the program takes images of all sizes up to ``image_shape``. Each image is then the top left of its
         array, and its results are those of the image alone, see ``ops.sizes``.
 
     Returns:
-      A program of images (B, H, W, 3), RGB. For a detector or a bucket it also takes sizes, int32 (B, 2): the height and width
-      of each image without its padding. Outputs:
+      A program of images (B, H, W, C), by default RGB. For a detector or a bucket it also takes sizes, int32 (B, 2): the
+      height and width of each image without its padding. Outputs:
         classifier: logits, float32 (B, K).
         segmentor: logits, float32 (B, H / 4, W / 4, K), with sides rounded up. In a bucket, those of an image of (h, w) are the
           top left (h / 4, w / 4), with sides rounded up.
@@ -65,9 +68,8 @@ def make_program(
         batch=batch,
         is_bucket=is_bucket,
     )
-    dtype = choose_dtype(preprocessing)
     size = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
-    inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), dtype)]
+    inputs = [describe_images(predictor, size, image_shape, preprocessing=preprocessing)]
     if isinstance(predictor, ObjectDetector) or is_bucket:
         inputs.append(jax.ShapeDtypeStruct((size, 2), jnp.int32))
     branches = {
@@ -103,7 +105,8 @@ def check_program(
             f"platforms must be one or more of {', '.join(PLATFORMS)}, each at most once, got "
             f"{','.join(platforms) or 'none'}."
         )
-    choose_dtype(preprocessing)
+    if preprocessing not in PREPROCESSING:
+        raise UserError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
     height, width = image_shape
     name = "buckets" if is_bucket else "image_size"
     if min(image_shape) < MIN_IMAGE_SIDE:
@@ -137,10 +140,11 @@ def make_branch(
       preprocessing: see ``make_program``.
       is_bucket: see ``make_program``.
     """
+    mean, std = get_statistics(predictor)
 
     def branch(variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
         with compiling_for(platform), jax.default_matmul_precision("float32"):
-            images = normalize(images) if preprocessing == "inside" else images
+            images = normalize(images, mean=mean, std=std) if preprocessing == "inside" else images
             return _compute_outputs(predictor, variables, images, *sizes, is_bucket=is_bucket)
 
     return branch
@@ -161,20 +165,17 @@ def _compute_outputs(
     return (outputs if isinstance(predictor, Classifier) else outputs["logits"]).astype(jnp.float32)
 
 
-def choose_dtype(preprocessing: str) -> jnp.dtype:
-    """Dtype of the images that a program takes.
-
-    Raises:
-      UserError: unknown preprocessing.
-    """
-    if preprocessing not in PREPROCESSING:
-        raise UserError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
-    return jnp.dtype(jnp.uint8 if preprocessing == "inside" else jnp.float32)
+def describe_images(
+    predictor: Predictor, size: Any, image_shape: tuple[int, int], *, preprocessing: str
+) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the images that a program takes, in batches of a number or a symbolic size."""
+    channels, dtype = dataclasses.astuple(predictor.image_format)
+    return jax.ShapeDtypeStruct((size, *image_shape, channels), dtype if preprocessing == "inside" else "float32")
 
 
 _INPUTS = ("images", "sizes")  # in order
 _MEANINGS = {
-    "images": "RGB images, preprocessed as described under preprocessing",
+    "images": "images, preprocessed as described under preprocessing",
     "sizes": "height and width in pixels of the part of each image that is not padding",
     "logits": "one logit per class, in the order of classes",
     "boxes": "x1, y1, x2, y2 in pixels of the input images",
