@@ -59,8 +59,8 @@ def define_flags(values: flags.FlagValues) -> None:
     help_text = "One or more of cpu, tpu, cuda and rocm. The platforms need not be attached. ONNX ignores them."
     flags.DEFINE_list("platforms", ["cpu", "tpu", "cuda"], help_text, flag_values=values)
     help_text = (
-        "inside: the program takes uint8 images and normalizes them. outside: it takes normalized float32 images. The caller "
-        "resizes images in both cases."
+        "inside: the program takes images of the trained dtype, by default uint8, and normalizes them. outside: it takes "
+        "normalized float32 images. The caller resizes images in both cases."
     )
     flags.DEFINE_enum("preprocessing", "inside", ["inside", "outside"], help_text, flag_values=values)
     help_text = (

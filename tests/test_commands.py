@@ -273,7 +273,7 @@ def test_snippets_run(document, stand_ins, monkeypatch):
     assert blocks
     space = {}
     for block in blocks:  # the check is that none raises
-        for path in re.findall(r'(?:load(?:_backbone)?|open|Path)\("([\w./:-]+)"', block.text):
+        for path in re.findall(r'(?:(?:load(?:_backbone)?|open|Path)\(|directory=)"([\w./:-]+)"', block.text):
             stand_ins.need(path)
         exec(compile(block.text, document, "exec"), space)
 

@@ -23,7 +23,7 @@ ALLOWED = {
     },
     "dat_jax.data": {
         *("dat_jax.data", "dat_jax.cli", "dat_jax.errors", "dat_jax.storage"),
-        *("PIL", "absl", "array_record", "cv2", "grain", "pycocotools", "rich", "tensorflow_datasets"),
+        *("PIL", "absl", "array_record", "cv2", "grain", "pycocotools", "rich", "tensorflow_datasets", "tifffile"),
     },
     "dat_jax.evaluation": {
         *("dat_jax.evaluation", "dat_jax.ops", "dat_jax.storage", "dat_jax.visualization", "jax", "pycocotools"),
@@ -51,9 +51,9 @@ ALLOWED = {
     },
     "dat_jax.exporting": {
         *("dat_jax.exporting", "dat_jax.__version__", "dat_jax.checkpoints", "dat_jax.cli"),
-        *("dat_jax.conversion.command", "dat_jax.data.buckets", "dat_jax.errors", "dat_jax.inference"),
-        *("dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.storage", "dat_jax.tasks", "etils", "jax", "jax2onnx"),
-        "yaml",
+        *("dat_jax.conversion.command", "dat_jax.data.buckets", "dat_jax.data.image_format", "dat_jax.errors"),
+        *("dat_jax.inference", "dat_jax.models", "dat_jax.ops.dispatch", "dat_jax.storage", "dat_jax.tasks"),
+        *("etils", "jax", "jax2onnx", "yaml"),
     },
     "dat_jax.profiling": {
         *("dat_jax.profiling", "dat_jax.cli", "dat_jax.config", "dat_jax.data", "dat_jax.errors"),

@@ -1,4 +1,8 @@
-"""Adaptation of trained weights to another model: another image or window size, other classes, or a network around it."""
+"""Adaptation of trained weights to another model.
+
+It has another image or window size, other classes, images with another number of channels, or it is a network around the
+trained one.
+"""
 
 import collections
 import math
@@ -13,6 +17,7 @@ from dat_jax.errors import UserError
 
 _HEAD = "cls_head"
 _BACKBONE = "backbone/dat/"  # prefix of the DAT in the parameters of a segmentor or detector
+_FIRST_KERNEL = "patch_proj/conv1/kernel"  # of the DAT, (height, width, channels of the images, features)
 # Parameters whose last axis depends on the number of classes.
 _CLASS_LAYERS = r"(.*/)?(cls_head|conv_seg|retina_cls|fc_cls|fc_reg|conv_logits)/(kernel|bias)"
 
@@ -24,11 +29,12 @@ def adapt_params(
     head_rows: np.ndarray | None = None,
     fixed_stages: Collection[int] = (),
 ) -> tuple[dict[str, Any], list[str]]:
-    """Adapt the parameters of a classifier to another image size, window size or number of classes.
+    """Adapt the parameters of a classifier to another image size, window size, number of classes or of channels.
 
     Position tables (``rpe_table`` of the kind "table", and ``relative_position_bias_table`` of windows) are resized
     bicubically, separately for each head. If the number of classes differs, the head is that of ``abstract_params``, or
-    selected rows of the trained one. Other parameters only change their dtype.
+    selected rows of the trained one. The first convolution is adapted from RGB to other channels by ``adapt_input_kernel``.
+    Other parameters only change their dtype.
 
     Args:
       params: trained parameters, nested dictionaries of arrays.
@@ -155,6 +161,19 @@ def count_classes(params: Mapping[str, Any]) -> int:
     raise UserError("These weights have no cls_head, conv_seg, retina_cls or fc_cls: they are of no known model.")
 
 
+def count_channels(params: Mapping[str, Any]) -> int:
+    """Number of channels of the images of a classifier, segmentor or detector, from the shapes of its parameters.
+
+    Raises:
+      UserError: the parameters are of no known model.
+    """
+    arrays = _flatten(params)
+    kernel = arrays.get(_FIRST_KERNEL, arrays.get(_BACKBONE + _FIRST_KERNEL))
+    if kernel is None:
+        raise UserError(f"These weights have no {_FIRST_KERNEL}: they are of no known model.")
+    return kernel.shape[2]
+
+
 def kind_of(params: Mapping[str, Any]) -> str:
     """Kind of the model that parameters belong to, by their names: "classifier", "segmentor" or "detector"."""
     if "backbone" not in params:
@@ -166,7 +185,7 @@ def _adapt(
     trained: Mapping[str, Any], expected: Mapping[str, Any], fixed_stages: Collection[int]
 ) -> tuple[dict[str, Any], list[str]]:
     """Adapt arrays by name. Layers for another number of classes are taken from ``expected``."""
-    adapted, missing, other_shapes, resized = {}, [], [], collections.Counter()
+    adapted, notes, missing, other_shapes, resized = {}, [], [], [], collections.Counter()
     for name, leaf in expected.items():
         if name not in trained:
             missing.append(f"{name} is missing, expected {tuple(leaf.shape)}")
@@ -177,6 +196,11 @@ def _adapt(
             adapted[name] = array.astype(leaf.dtype, copy=False)
         elif re.fullmatch(_CLASS_LAYERS, name) and array.shape[:-1] == leaf.shape[:-1]:
             adapted[name] = leaf
+        elif name.removeprefix(_BACKBONE) == _FIRST_KERNEL and _differ_in_channels(array.shape, leaf.shape):
+            channels = leaf.shape[2]
+            adapted[name] = adapt_input_kernel(array, channels).astype(leaf.dtype)
+            change = "summed over RGB" if channels == 1 else f"those of RGB, repeated and scaled by 3/{channels}"
+            notes.append(f"The kernels of the first convolution, for images of {channels} channels, are {change}.")
         elif old_table and new_table and old_table[0] == new_table[0]:
             adapted[name] = _resize_table(array, old_table, new_table).astype(leaf.dtype)
             resized["{1} x {2} to {4} x {5}".format(*old_table, *new_table)] += 1
@@ -185,7 +209,41 @@ def _adapt(
     unknown = [f"{name} is unknown" for name in trained if name not in expected]
     if problems := [_list_some(lines) for lines in (other_shapes, missing, unknown) if lines]:
         raise UserError(f"These weights are of another model: {'; '.join(problems)}.")
-    return adapted, [f"Position tables resized from {change}: {count}." for change, count in resized.items()]
+    notes += [f"Position tables resized from {change}: {count}." for change, count in resized.items()]
+    return adapted, notes
+
+
+def _differ_in_channels(trained: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether only the channels of the images can differ between two shapes of the first kernel."""
+    return (trained[:2], trained[3:]) == (expected[:2], expected[3:])
+
+
+def adapt_input_kernel(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Adapt the kernel of a convolution of RGB images to images with another number of channels.
+
+    For one channel it is the sum over the RGB channels. For any other number, the RGB channels are repeated and scaled by
+    3 / channels, so that an image whose channels are equal gives about the same result.
+
+    Args:
+      kernel: (height, width, 3, features).
+      channels: number of channels C.
+
+    Returns:
+      (height, width, C, features).
+
+    Raises:
+      UserError: the kernel is not for three channels.
+
+    Source: ``adapt_input_conv`` of timm.
+    """
+    if kernel.shape[2] != 3:
+        raise UserError(
+            f"These weights are for images of {kernel.shape[2]} channels: expected weights for {channels}, or for RGB, whose "
+            "kernels are adapted."
+        )
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    return kernel[:, :, np.arange(channels) % 3] * (3 / channels)
 
 
 def _list_some(problems: list[str]) -> str:

@@ -63,7 +63,7 @@ def extract_backbone(
         raise UserError(str(error)) from error
     backbone = Backbone(dat, out_indices=indices, output_norms=output_norms, dtype=dat.dtype)
     trained = {"dat": variables["params"]} if isinstance(model, DAT) else variables["params"]["backbone"]
-    needed = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    needed = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 64, 64, dat.in_channels)))["params"]
     params: dict[str, Any] = {"dat": {name: trained["dat"][name] for name in needed["dat"]}}
     for index, channels in zip(indices, backbone.channels, strict=True):
         name = f"norms_{index}"

@@ -41,7 +41,18 @@ _UNCHECKED = (
     "data.max_damaged",
 )
 # Values of keys that older versions did not have, which computed only this.
-_IMPLIED = {"model.deformable_form": "dat_pp", "optimizer.name": "adamw", "optimizer.freeze": [], "lora.rank": 0}
+_IMPLIED = {
+    "model.deformable_form": "dat_pp",
+    "optimizer.name": "adamw",
+    "optimizer.freeze": [],
+    "lora.rank": 0,
+    "data.channels": 3,
+    "data.dtype": "uint8",
+    "data.mean": [0.485, 0.456, 0.406],
+    "data.std": [0.229, 0.224, 0.225],
+}
+# Keys of config.data that determine what the network gets as its input.
+_INPUT = ("data.channels", "data.dtype", "data.mean", "data.std")
 
 
 def describe(config: ConfigDict, *, step: int, class_names: Sequence[str]) -> dict[str, Any]:
@@ -129,7 +140,8 @@ def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, class_names:
 
 def _determines_function(key: str) -> bool:
     group, _, name = key.partition(".")
-    return key == "task" or group in ("head", "lora") or (group == "model" and name not in _IMPLEMENTATION)
+    of_model = group in ("head", "lora") or (group == "model" and name not in _IMPLEMENTATION)
+    return key == "task" or key in _INPUT or of_model
 
 
 def _is_unchecked(key: str) -> bool:
@@ -139,7 +151,7 @@ def _is_unchecked(key: str) -> bool:
 def _compare(saved: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """Keys with other values, as {key: (saved value, current value)}. The value of a missing key is None."""
     saved, current = (_flatten(mapping) for mapping in (saved, config.to_dict()))
-    saved = {**_IMPLIED, **saved}
+    saved = {key: value for key, value in _IMPLIED.items() if key in current} | saved
     # Other keys that older versions did not have are not compared: they compute the same with their defaults.
     keys = sorted(saved.keys() | {key for key in current if key.startswith("model.")})
     return {key: (saved.get(key), current.get(key)) for key in keys if saved.get(key) != current.get(key)}

@@ -12,7 +12,13 @@ from dat_jax.checkpoints.directory import fetch_weights
 
 # Kind of model -> option of ``inference.load`` -> its "group.key" in the configuration of a run.
 _CONFIG_KEYS = {
-    "classifier": {"image_size": "data.image_size", "resize": "data.eval_resize"},
+    "classifier": {
+        "image_size": "data.image_size",
+        "resize": "data.eval_resize",
+        "image_dtype": "data.dtype",
+        "mean": "data.mean",
+        "std": "data.std",
+    },
     "segmentor": {
         "long_side": "data.long_side",
         "short_side": "data.short_side",

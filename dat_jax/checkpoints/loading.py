@@ -18,6 +18,7 @@ from dat_jax.checkpoints.adaptation import (
     adapt_backbone,
     adapt_dense,
     adapt_params,
+    count_channels,
     count_classes,
     kind_of,
     reorder_classes,
@@ -59,8 +60,8 @@ def load_pretrained(
       adapter: file of adapters that were trained on these weights, adapter.safetensors in the work directory of a run with
         ``config.lora``. The model has its classes.
       **overrides: attributes of ``DAT`` (the backbone of a segmentor or detector) that replace those of the trained model,
-        such as num_classes, image_size or dtype (float32 by default). If they change shapes, the weights are adapted, see
-        ``adapt_params``; the head of a classifier with another number of classes is initialized from a fixed key.
+        such as num_classes, in_channels, image_size or dtype (float32 by default). If they change shapes, the weights are
+        adapted, see ``adapt_params``; the head of a classifier with another number of classes is initialized from a fixed key.
         ``deformable_form`` is required for a DAT v1 whose file does not record it.
 
     Returns:
@@ -76,7 +77,7 @@ def load_pretrained(
     trained_dat = get_backbone(trained_model)
     dat = create_dat({**describe_model(trained_dat), **overrides}, source=path)
     model = dat if isinstance(trained_model, DAT) else trained_model.clone(dat=dat, dtype=dat.dtype)
-    images = jnp.zeros((1, 64, 64, 3))
+    images = jnp.zeros((1, 64, 64, dat.in_channels))
     try:
         abstract_variables = jax.eval_shape(model.init, jax.random.key(0), images)
     except (ValueError, TypeError) as error:  # attributes that do not fit together
@@ -262,6 +263,7 @@ def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None)
             raise UserError(f"{path / 'config.json'} does not describe the head of the checkpoints beside it.")
         described = settings if kind == "classifier" or head is None else head
         described["num_classes"] = count_classes(variables["params"])
+        settings["in_channels"] = count_channels(variables["params"])
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not record which model its weights belong to.")
     settings = add_deformable_form(settings, deformable_form, source=path)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dat_jax.checkpoints import compatibility
 from dat_jax.checkpoints.class_names import add_class_names
+from dat_jax.checkpoints.inference_options import read_options
 from dat_jax.checkpoints.loading import load_for_finetuning
 from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.errors import UserError
@@ -86,8 +87,21 @@ def initialize_state(
     )
     for sentence in [f"Starting from the weights of {config.init_from}.", *adaptations]:
         logger.info(sentence)
+    _warn_about_statistics(config)
     del state, fresh_params  # free their memory for the new state
     return initialize_from({**variables, "params": {**variables["params"], **adapters}})
+
+
+def _warn_about_statistics(config: ConfigDict) -> None:
+    """Log a warning if images are normalized differently from those that the initial weights were trained on."""
+    recorded = read_options(config.init_from, kind="classifier")
+    for name in ("mean", "std"):
+        trained, current = recorded.get(name), list(config.data.get(name) or ())
+        if isinstance(trained, list) and len(trained) == len(current) and trained != current:
+            logger.warning(
+                "The weights of %s were trained with config.data.%s=%s, and this run has %s.",
+                *(config.init_from, name, ",".join(map(str, trained)), ",".join(map(str, current))),
+            )
 
 
 def restore_for_evaluation(

@@ -18,6 +18,29 @@ KEYS = merge_keys(
             "randomly.",
         ),
         "data": {
+            "channels": Key(
+                int,
+                3,
+                "Number of channels of the images. -1: that of the weights `init_from`, else 3.",
+                minimum=1,
+                or_value=-1,
+            ),
+            "dtype": Key(
+                str,
+                "uint8",
+                "Type of the values in the image files. auto: that of the weights `init_from`, else uint8.",
+                choices=("auto", "uint8", "uint16", "float32"),
+            ),
+            "mean": Key(
+                tuple,
+                (0.485, 0.456, 0.406),
+                "Mean of each channel, or one number for all of them, that images are normalized with. Values of uint8 are "
+                "divided by 255 before. Empty: those of the weights `init_from`, else those of ImageNet for RGB.",
+                items=float,
+            ),
+            "std": Key(
+                tuple, (0.229, 0.224, 0.225), "Standard deviation of each channel, as `mean`.", items=float, above=0
+            ),
             "image_size": Key(
                 int,
                 224,

@@ -5,8 +5,11 @@ The defaults are the recipe of the paper (https://arxiv.org/abs/2309.01430, appe
 
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from dat_jax.config.keys import Key, OpenGroup
 from dat_jax.config.optimizers import OPTIMIZER
+from dat_jax.errors import UserError
 
 KEYS: dict[str, Any] = {
     "seed": Key(int, 0, "Seed of initial weights, data order, augmentation and dropout.", minimum=0),
@@ -122,6 +125,9 @@ KEYS: dict[str, Any] = {
             "",
             "Data set directory: TFDS array_record, as written by `python -m dat_jax.data.prepare`, or folders train/<class> "
             "and val/<class>. Empty: embedded data.",
+        ),
+        "channels": Key(
+            int, 3, "Number of channels of the images. Segmentation and detection take RGB images, 3.", minimum=1
         ),
         "apply_orientation": Key(
             bool,
@@ -262,6 +268,14 @@ EVAL_BUCKETS = Key(
     'pixels. "exact": one for each size. Or a list in pixels, such as "512x704,704x512". The choice changes no result, except '
     "for rounding.",
 )
+
+
+def check_rgb(config: ConfigDict) -> None:
+    """Raises UserError unless images have three channels."""
+    if config.data.channels != 3:
+        raise UserError(
+            f"config.data.channels must be 3 for {config.task}, which takes RGB images only, got {config.data.channels}."
+        )
 
 
 def make_schedule_keys(kind: str) -> dict[str, Key]:

@@ -124,6 +124,7 @@ def get_detection_config() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that do not fit each other."""
+    common.check_rgb(config)
     data, augmentation = config.data, config.augmentation
     pairs = (
         ("data.long_side", data.long_side, "the largest of short_sides", max(data.short_sides)),

@@ -110,6 +110,7 @@ def get_segmentation_config() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that do not fit each other."""
+    common.check_rgb(config)
     augmentation, evaluation = config.augmentation, config.eval
     if augmentation.min_ratio > augmentation.max_ratio:
         raise UserError(

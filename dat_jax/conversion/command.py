@@ -388,10 +388,15 @@ def _read_dense_config(family: _Family, path: str, weights: str) -> tuple[Segmen
 
 
 def _create(state_dict: Mapping[str, np.ndarray], name: str) -> DAT:
-    """A registered classifier with the number of classes of the weights."""
-    head = state_dict.get("cls_head.weight")
+    """A registered classifier with the number of classes and of channels of the weights."""
+    arrays = {"num_classes": ("cls_head.weight", 0), "in_channels": ("patch_proj.0.weight", 1)}
+    sizes = {
+        attribute: state_dict[array].shape[axis]
+        for attribute, (array, axis) in arrays.items()
+        if array in state_dict and state_dict[array].ndim > axis
+    }
     try:
-        return create_model(name, **({} if head is None or not head.ndim else {"num_classes": head.shape[0]}))
+        return create_model(name, **sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -306,7 +306,7 @@ def _entries(model: DAT) -> Entries:
 @functools.lru_cache(maxsize=8)  # tracing a large model takes seconds
 def _param_shapes(model: DAT) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter."""
-    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, 64, 64, model.in_channels), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     return {path: leaf.shape for path, leaf in sorted(flatten_dict(params).items())}
 

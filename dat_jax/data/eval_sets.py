@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dat_jax.data.image_files import Member, list_images, read_member
-from dat_jax.data.images import decode_image
+from dat_jax.data.image_format import RGB
 from dat_jax.data.sources import EncodedSource, has_metadata, load_source
 from dat_jax.errors import UserError, name_some
 from dat_jax.storage import check_local
@@ -28,7 +28,7 @@ def load_eval_sets(paths: dict[str, str], eval_source) -> dict[str, tuple[Any, n
     Args:
       paths: name -> path; sets with the path "" are omitted. The path of "real" is the file real.json. Any other path is a
         directory: one folder per class, named by class or by label, or a TFDS data set in array_record format.
-      eval_source: source of the validation images, which defines the classes and whether orientation tags are applied.
+      eval_source: source of the validation images, which defines the classes and how images are decoded.
 
     Returns:
       name -> (source, labels of the classes that occur in the set, or None if all classes occur).
@@ -41,17 +41,22 @@ def load_eval_sets(paths: dict[str, str], eval_source) -> dict[str, tuple[Any, n
     return {
         name: (load_reassessed(path, eval_source), None)
         if name == "real"
-        else _load_set(pathlib.Path(path), eval_source.class_names, getattr(eval_source, "apply_orientation", True))
+        else _load_set(pathlib.Path(path), eval_source)
         for name, path in paths.items()
         if path
     }
 
 
-def _load_set(directory: pathlib.Path, class_names: Sequence[str], apply_orientation: bool):
+def _load_set(directory: pathlib.Path, eval_source):
     if not directory.is_dir():
         raise UserError(f"There is no directory {directory} of images to evaluate.")
+    class_names = eval_source.class_names
+    decoding: dict[str, Any] = {
+        "apply_orientation": getattr(eval_source, "apply_orientation", True),
+        "image_format": getattr(eval_source, "image_format", RGB),
+    }
     if has_metadata(directory):
-        source = load_source("", split="validation", directory=str(directory), apply_orientation=apply_orientation)
+        source = load_source("", split="validation", directory=str(directory), **decoding)
         labels = index_by_name_or_number(source.class_names, class_names, place=str(directory))
         source = _RelabeledSource(source, labels, tuple(class_names))
     else:
@@ -61,7 +66,7 @@ def _load_set(directory: pathlib.Path, class_names: Sequence[str], apply_orienta
         label_of = dict(zip(folders, labels.tolist(), strict=True))
         member_labels = np.array([label_of[member.class_name] for member in members], np.int32)
         records = _MemberRecords(tuple(members), member_labels)
-        source = EncodedSource(records, tuple(class_names), skip_damaged=False, apply_orientation=apply_orientation)
+        source = EncodedSource(records, tuple(class_names), skip_damaged=False, **decoding)
     classes = np.unique(labels)
     return source, None if len(classes) == len(class_names) else classes
 
@@ -143,8 +148,7 @@ class _ReassessedSource:
             )
         acceptable = np.zeros(len(self.class_names), bool)
         acceptable[list(self.acceptable[int(number[1]) - 1])] = True
-        image = decode_image(data, name=name, apply_orientation=self.source.apply_orientation)
-        return {"image": image, "label": np.int32(label), "acceptable": acceptable}
+        return {"image": self.source.decode(data, name=name), "label": np.int32(label), "acceptable": acceptable}
 
 
 def load_reassessed(path: str, eval_source: EncodedSource) -> _ReassessedSource:

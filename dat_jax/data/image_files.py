@@ -21,6 +21,7 @@ IMAGE_SUFFIXES = (
     *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+ARRAY_SUFFIX = ".npy"  # of class folders and images to predict
 _COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _TAR_BLOCK = 512
 
@@ -138,8 +139,12 @@ def read_member(member: Member) -> bytes:
     return data
 
 
-def scan_folder(path: str | os.PathLike) -> Listing:
+def scan_folder(path: str | os.PathLike, *, arrays: bool = False) -> Listing:
     """List a folder.
+
+    Args:
+      path: the folder.
+      arrays: whether files of NumPy arrays are images.
 
     Raises:
       UserError: the folder cannot be read.
@@ -154,7 +159,7 @@ def scan_folder(path: str | os.PathLike) -> Listing:
                 elif entry.is_dir():
                     listing.folders.append(entry.name)
                 else:
-                    (listing.images if is_image(entry.name) else listing.others).append(entry.name)
+                    (listing.images if is_image(entry.name, arrays=arrays) else listing.others).append(entry.name)
     except OSError as error:
         raise UserError(f"The folder {path} cannot be read: {error.strerror}.") from error
     return Listing(*map(sorted, listing))
@@ -233,14 +238,16 @@ def _simplify(name: str) -> str:
     return unicodedata.normalize("NFC", last).casefold().strip()
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file name has the suffix of an image and is not hidden."""
-    return not posixpath.basename(name).startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+def is_image(name: str, *, arrays: bool = False) -> bool:
+    """Return whether a file name has the suffix of an image (with ``arrays``, also of a NumPy array) and is not hidden."""
+    suffixes = (*IMAGE_SUFFIXES, ARRAY_SUFFIX) if arrays else IMAGE_SUFFIXES
+    return not posixpath.basename(name).startswith(".") and name.lower().endswith(suffixes)
 
 
-def list_suffixes() -> str:
+def list_suffixes(*, arrays: bool = False) -> str:
     """Return the suffixes of images in words."""
-    return f"{', '.join(f'*{suffix}' for suffix in IMAGE_SUFFIXES[:-1])} or *{IMAGE_SUFFIXES[-1]}"
+    *suffixes, last = (*IMAGE_SUFFIXES, ARRAY_SUFFIX) if arrays else IMAGE_SUFFIXES
+    return f"{', '.join(f'*{suffix}' for suffix in suffixes)} or *{last}"
 
 
 def error_text(error: object) -> str:

@@ -21,6 +21,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # Exceptions that Pillow raises for damaged files; RuntimeError for AVIF.
 DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, *_TOO_LARGE)
+_OPENCV_CHANNELS = 4  # that cv2.resize takes when it averages areas
 # Modes of Pillow with at most 8 bits per channel that it converts to RGB.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
@@ -182,12 +183,21 @@ def resize_bicubic(image: np.ndarray, *, width: int, height: int) -> np.ndarray:
     averaging in twice the time (experiments/input_pipeline).
 
     Args:
-      image: uint8 (H, W, 3).
+      image: uint8, uint16 or float32 (H, W, C).
       width, height: size of the result in pixels.
 
     Returns:
-      uint8 (height, width, 3).
+      (height, width, C) of the same dtype.
     """
+    if image.shape[2] > _OPENCV_CHANNELS:
+        starts = range(0, image.shape[2], _OPENCV_CHANNELS)
+        parts = [image[:, :, start : start + _OPENCV_CHANNELS] for start in starts]
+        return np.concatenate([resize_bicubic(part, width=width, height=height) for part in parts], axis=2)
+    resized = _resize_by_opencv(image, width=width, height=height)
+    return resized.reshape(height, width, -1)  # OpenCV drops the axis of a single channel
+
+
+def _resize_by_opencv(image: np.ndarray, *, width: int, height: int) -> np.ndarray:
     scale_x, scale_y = image.shape[1] / width, image.shape[0] / height
     if max(scale_x, scale_y) > 2:
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
@@ -195,3 +205,22 @@ def resize_bicubic(image: np.ndarray, *, width: int, height: int) -> np.ndarray:
         sigma_x, sigma_y = (max(np.sqrt(max(scale**2 - 1, 0)) / 2, 1e-3) for scale in (scale_x, scale_y))
         image = cv2.GaussianBlur(image, (5, 5), sigmaX=sigma_x, sigmaY=sigma_y)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def resize_as_pillow(image: np.ndarray, *, width: int, height: int) -> np.ndarray:
+    """Resize every channel by Pillow's bicubic filter.
+
+    Args:
+      image: uint8, uint16 or float32 (H, W, C).
+      width, height: size of the result in pixels.
+
+    Returns:
+      (height, width, C) of the same dtype. Integers are rounded, and clipped to the values of the dtype.
+    """
+    values = image if image.dtype == np.uint8 else image.astype(np.float32)
+    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(values, 2, 0)]
+    channels = [channel.resize((width, height), Image.Resampling.BICUBIC) for channel in channels]
+    resized = np.stack([np.asarray(channel) for channel in channels], axis=2)
+    if image.dtype == np.uint16:
+        resized = np.clip(np.rint(resized), 0, np.iinfo(np.uint16).max)
+    return resized.astype(image.dtype)

@@ -1,7 +1,7 @@
 """Random-access sources of labeled images for classification.
 
-A source has ``len``, ``class_names``, and ``source[i]``, a record {"image": uint8 (H, W, 3) RGB, "label": np.int32}. An index
-always gives the same record. Sources are pickled for data workers and read by several threads at once.
+A source has ``len``, ``class_names``, and ``source[i]``, a record {"image": (H, W, C), "label": np.int32}. An index always gives
+the same record. Sources are pickled for data workers and read by several threads at once.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from dat_jax.data.image_files import (
     read_member,
     scan_folder,
 )
-from dat_jax.data.images import decode_image
+from dat_jax.data.image_format import RGB, ImageFormat, decode
 from dat_jax.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class ArraySource:
     """Images in memory.
 
     Attributes:
-      images: uint8 (N, H, W, 3).
+      images: uint8, uint16 or float32 (N, H, W, C).
       labels: int (N,).
       class_names: names of the classes, in label order.
     """
@@ -75,12 +75,14 @@ class EncodedSource:
       skip_damaged: whether a damaged image is replaced by the next readable one instead of raising an error. If True, every
         record has "damaged", the number of damaged images that it replaces, int32.
       apply_orientation: see ``decode_image``.
+      image_format: channels and dtype of the images.
     """
 
     records: Records
     class_names: tuple[str, ...]
     skip_damaged: bool
     apply_orientation: bool = True
+    image_format: ImageFormat = RGB
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -96,10 +98,11 @@ class EncodedSource:
     def read(self, index: int) -> dict:
         """Return a record, or raise a DamagedFile error if its image cannot be read."""
         data, label, name = self.records[index]
-        return {
-            "image": decode_image(data, name=name, apply_orientation=self.apply_orientation),
-            "label": np.int32(label),
-        }
+        return {"image": self.decode(data, name=name), "label": np.int32(label)}
+
+    def decode(self, data: bytes, *, name: str) -> np.ndarray:
+        """Decode an image of this source, see ``image_format.decode``."""
+        return decode(data, name=name, image_format=self.image_format, apply_orientation=self.apply_orientation)
 
 
 def read_record(read: Callable[[int], dict], index: int, *, count: int, skip_damaged: bool) -> dict:
@@ -171,7 +174,12 @@ def describe_damage(source: Any, index: int) -> str | None:
 
 
 def load_source(
-    name: str, *, split: str, directory: str = "", apply_orientation: bool = True
+    name: str,
+    *,
+    split: str,
+    directory: str = "",
+    apply_orientation: bool = True,
+    image_format: ImageFormat = RGB,
 ) -> ArraySource | EncodedSource:
     """Load a split of an embedded data set or of a directory.
 
@@ -187,15 +195,18 @@ def load_source(
       split: "train" or "validation".
       directory: "" or a path.
       apply_orientation: see ``decode_image``.
+      image_format: channels and dtype of the images. Files are checked when they are read.
 
     Raises:
-      UserError: the name or the split is unknown, files are missing, or the directory has neither layout.
+      UserError: the name or the split is unknown, files are missing, or the directory has neither layout; or an embedded data
+        set has images of another format.
     """
     if split not in SPLITS:
         raise UserError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
     if directory:
         try:
-            return _load_directory(pathlib.Path(directory), split, apply_orientation)
+            records, class_names = _load_directory(pathlib.Path(directory), split)
+            return EncodedSource(records, class_names, split == "train", apply_orientation, image_format)
         except OSError as error:
             raise UserError(f"{directory} cannot be read: {error.strerror}.") from error
     if name not in _SOURCES:
@@ -203,7 +214,9 @@ def load_source(
             f"Unknown data set {name!r}; choose one of {', '.join(_SOURCES)}, or set config.data.directory to the directory "
             "of a data set."
         )
-    return _SOURCES[name](split)
+    source = _SOURCES[name](split)
+    image_format.check(source[0]["image"], name=f"of the embedded data set {name}")
+    return source
 
 
 def _load_mnist5k(split: str) -> ArraySource:
@@ -213,18 +226,19 @@ def _load_mnist5k(split: str) -> ArraySource:
 _SOURCES = {"mnist5k": _load_mnist5k}
 
 
-def _load_directory(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
+def _load_directory(directory: pathlib.Path, split: str) -> tuple[Records, tuple[str, ...]]:
+    """Records and class names of a split."""
     if not directory.is_dir():
         raise UserError(f"There is no directory {directory} to read images from.")
     if has_metadata(directory):
-        return _load_tfds(directory, split, apply_orientation)
+        return _load_tfds(directory, split)
     if (directory / PREPARE_INPUTS).is_file():
         raise UserError(f"The data set in {directory} is incomplete: run `python -m dat_jax.data.prepare` again.")
     if (directory / "train").is_dir():
-        return _load_folders(directory, split, apply_orientation)
+        return _load_folders(directory, split)
     nested = [path for pattern in ("*", "*/*") for path in sorted(directory.glob(pattern)) if has_metadata(path)]
     if len(nested) == 1:
-        return _load_tfds(nested[0], split, apply_orientation)
+        return _load_tfds(nested[0], split)
     if nested:
         raise UserError(f"{directory} contains several data sets; choose one of {name_some(list(map(str, nested)))}.")
     content = sorted(path.name for path in directory.iterdir())
@@ -268,7 +282,7 @@ class _FolderRecords:
 _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
-def _load_folders(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
+def _load_folders(directory: pathlib.Path, split: str) -> tuple[Records, tuple[str, ...]]:
     class_names = scan_folder(directory / "train").folders
     check_class_names(class_names, source=directory / "train")
     roots = [path for path in map(directory.joinpath, _FOLDERS[split]) if path.is_dir()]
@@ -277,22 +291,25 @@ def _load_folders(directory: pathlib.Path, split: str, apply_orientation: bool) 
     if len(roots) > 1:
         raise UserError(f"{directory} has the folders {' and '.join(_FOLDERS[split])}: expected only one of them.")
     (root,) = roots
-    outer, left_out = scan_folder(root), LeftOut()
+    outer, left_out = scan_folder(root, arrays=True), LeftOut()
     left_out.add("images outside class folders", outer.images)
     left_out.add_listing(outer, subfolders=True)
     folders, files = outer.folders, {}
     for folder in folders:
-        listing = scan_folder(root / folder)
+        listing = scan_folder(root / folder, arrays=True)
         left_out.add_listing(listing, folder=folder)
         files[folder] = listing.images
     left_out.log(root, f"{sum(map(len, files.values())):,} images in {len(folders):,} class folders")
     empty = [folder for folder in folders if not files[folder]]
     if split == "train" and empty:
         raise UserError(
-            f"These class folders of {root} contain no images: {name_some(empty)}. Images are files named {list_suffixes()}."
+            f"These class folders of {root} contain no images: {name_some(empty)}. Images are files named "
+            f"{list_suffixes(arrays=True)}."
         )
     if not any(files.values()):
-        raise UserError(f"{root} contains no images in class folders. Images are files named {list_suffixes()}.")
+        raise UserError(
+            f"{root} contains no images in class folders. Images are files named {list_suffixes(arrays=True)}."
+        )
     folder_labels = np.array(index_classes(folders, class_names, source=str(root)), np.int32)
     records = _FolderRecords(
         str(root),
@@ -300,7 +317,7 @@ def _load_folders(directory: pathlib.Path, split: str, apply_orientation: bool) 
         tuple(name for folder in folders for name in files[folder]),
         np.repeat(folder_labels, list(map(len, files.values()))),
     )
-    return EncodedSource(records, tuple(class_names), split == "train", apply_orientation)
+    return records, tuple(class_names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +351,7 @@ class _TfdsRecords:
 _TFDS_SPLITS = {"train": ("train",), "validation": ("validation", "test")}
 
 
-def _load_tfds(directory: pathlib.Path, split: str, apply_orientation: bool) -> EncodedSource:
+def _load_tfds(directory: pathlib.Path, split: str) -> tuple[Records, tuple[str, ...]]:
     import tensorflow_datasets as tfds  # imported here because it takes a second
 
     try:
@@ -364,5 +381,4 @@ def _load_tfds(directory: pathlib.Path, split: str, apply_orientation: bool) -> 
     decoders = {"image": tfds.decode.SkipDecoding()}
     data_source = builder.as_data_source(split=stored, decoders=decoders)  # pyright: ignore[reportCallIssue] (decorated)
     names = label.names or map(str, range(label.num_classes or 0))
-    records = _TfdsRecords(data_source, f"{stored} in {directory}")
-    return EncodedSource(records, tuple(names), split == "train", apply_orientation)
+    return _TfdsRecords(data_source, f"{stored} in {directory}"), tuple(names)

@@ -47,11 +47,11 @@ def split_folder(folder: str, output: str, *, validation: float = 0.2, seed: int
     check_local(output, key="--output")
     if pathlib.Path(folder).resolve() in (pathlib.Path(output).resolve(), *pathlib.Path(output).resolve().parents):
         raise UserError(f"--output is {output}: expected a folder outside {folder}, which is only read.")
-    root, left_out, files = scan_folder(folder), LeftOut(), {}
+    root, left_out, files = scan_folder(folder, arrays=True), LeftOut(), {}
     left_out.add("images outside class folders", root.images)
     left_out.add_listing(root, subfolders=True)
     for name in root.folders:
-        listing = scan_folder(os.path.join(folder, name))
+        listing = scan_folder(os.path.join(folder, name), arrays=True)
         left_out.add_listing(listing, folder=name)
         files[name] = listing.images
     check_class_names(list(files), source=folder)
@@ -62,7 +62,7 @@ def split_folder(folder: str, output: str, *, validation: float = 0.2, seed: int
     if small:
         raise UserError(
             f"These class folders of {folder} have fewer than two images: {name_some(small)}. Images are files named "
-            f"{list_suffixes()}."
+            f"{list_suffixes(arrays=True)}."
         )
     counts = {"train": 0, "val": 0}
     with atomic_path(output) as temporary:

@@ -1,4 +1,4 @@
-"""Transforms of one classification example on the host, in uint8.
+"""Transforms of one classification example on the host, in the dtype of the images.
 
 Operations, their order and their distributions are those of the published recipe: random resized crop, flip, RandAugment. All
 random draws come from the generator that is passed in. Normalization, random erasing and mixing run on the device
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dat_jax.data.images import resize_bicubic
+from dat_jax.data.images import resize_as_pillow, resize_bicubic
 from dat_jax.data.randaugment import apply_operation, draw_operations
 
 _CROP_TRIES = 10
@@ -21,20 +21,25 @@ _CROP_TRIES = 10
 def make_eval_transform(*, resize: int, image_size: int) -> Callable[[dict], dict]:
     """Make a transform that resizes an image to a square, ignoring its aspect ratio, and takes the central crop.
 
-    Pixels equal those of Pillow's bicubic filter. The recipe uses (resize, image_size) = (256, 224) or (384, 384) (spec: the
-    published evaluation).
+    Pixels equal those of Pillow's bicubic filter, channel by channel. The recipe uses (resize, image_size) = (256, 224) or
+    (384, 384) (spec: the published evaluation).
 
     Args:
       resize: side of the square before the crop, in pixels.
       image_size: side of the crop.
 
     Returns:
-      A function of a record with "image", uint8 (H, W, 3), that replaces it by uint8 (image_size, image_size, 3).
+      A function of a record with "image", uint8, uint16 or float32 (H, W, C), that replaces it by (image_size, image_size, C)
+      of the same dtype.
     """
     border = round((resize - image_size) / 2)
 
     def transform(record: dict) -> dict:
-        image = Image.fromarray(record["image"]).resize((resize, resize), Image.Resampling.BICUBIC)
+        image = record["image"]
+        if image.dtype != np.uint8 or image.shape[2] != 3:
+            resized = resize_as_pillow(image, width=resize, height=resize)
+            return {**record, "image": resized[border:, border:][:image_size, :image_size]}
+        image = Image.fromarray(image).resize((resize, resize), Image.Resampling.BICUBIC)
         image = image.crop((border, border, border + image_size, border + image_size))
         return {**record, "image": np.asarray(image)}
 
@@ -58,11 +63,12 @@ def make_train_transform(
       min_crop_area: smallest area of the crop, as a fraction of the image; the fraction is uniform between it and 1.
       max_crop_aspect: largest aspect ratio r; width / height is log-uniform between 1 / r and r.
       flip_probability: probability of a horizontal flip.
-      rand_augment_count, rand_augment_magnitude, rand_augment_std: see ``draw_operations``; a count of 0 disables RandAugment.
+      rand_augment_count, rand_augment_magnitude, rand_augment_std: see ``draw_operations``; a count of 0 disables RandAugment,
+        which is for RGB images with 8 bits.
 
     Returns:
-      A function of a record with "image", uint8 (H, W, 3), and a generator, that replaces the image by uint8
-      (image_size, image_size, 3).
+      A function of a record with "image", uint8, uint16 or float32 (H, W, C), and a generator, that replaces the image by
+      (image_size, image_size, C) of the same dtype.
     """
 
     def transform(record: dict, rng: np.random.Generator) -> dict:
@@ -71,7 +77,8 @@ def make_train_transform(
         x, y, w, h = draw_crop(rng, width=width, height=height, min_area=min_crop_area, max_aspect=max_crop_aspect)
         image = resize_bicubic(image[y : y + h, x : x + w], width=image_size, height=image_size)
         if rng.uniform() < flip_probability:
-            image = cv2.flip(image, 1)  # left and right; a copy by numpy takes 20 times as long
+            # Left and right; a copy by numpy takes 20 times as long. OpenCV drops the axis of a single channel.
+            image = cv2.flip(image, 1).reshape(image.shape)
         operations = draw_operations(
             rng, count=rand_augment_count, magnitude=rand_augment_magnitude, magnitude_std=rand_augment_std
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.visualization import charts
+from dat_jax.visualization.displayable import to_rgb
 
 _MAX_CONFUSION = 2000  # classes of a confusion matrix; it takes 16 MB on the device
 METRIC = "top1"  # the best checkpoint has the highest value of this metric
@@ -88,15 +89,16 @@ def save_figures(predict: Callable, variables, batch: dict, *, class_names, dire
       predict: function of (variables, batch) that returns {"logits": (B, K), "positions": block -> (B, G, Hk, Wk, 2),
         "map_shapes": block -> (height, width)}.
       variables: variables of the model.
-      batch: arrays of this process, "image" uint8 (B, H, W, 3) and "label" (B,).
+      batch: arrays of this process, "image" (B, H, W, C) and "label" (B,). Images are drawn as ``to_rgb`` shows them.
       class_names: names of the K classes.
       directory: folder of the figures.
     """
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
     outputs = jax.device_get(jax.jit(predict)(variables, {"image": images, "label": labels}))
+    shown = np.stack([to_rgb(image) for image in images])
     charts.save_predictions(
         directory / "predictions.png",
-        images,
+        shown,
         labels=labels.tolist(),
         predictions=outputs["logits"].argmax(axis=-1),
         class_names=class_names,
@@ -105,7 +107,7 @@ def save_figures(predict: Callable, variables, batch: dict, *, class_names, dire
         examples = slice(0, 5)
         charts.save_sampled_points(
             directory / "sampled_points.png",
-            images[examples],
+            shown[examples],
             {name: points[examples] for name, points in outputs["positions"].items()},
             map_shapes=outputs["map_shapes"],
         )

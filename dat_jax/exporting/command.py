@@ -175,7 +175,7 @@ def format_loading_code(directory: str, manifest: Mapping[str, Any]) -> str:
         has_weights = "model.json" in manifest["files"]
         return f"import dat_jax\n\nmodel, variables = dat_jax.load({directory!r})" if has_weights else ""
     image_batch, *others = programs[0]["inputs"]
-    count, height, width, _ = (1 if isinstance(side, str) else side for side in image_batch["shape"])
+    count, height, width, channels = (1 if isinstance(side, str) else side for side in image_batch["shape"])
     outputs = {"detection": "detections", "features": "features"}.get(manifest["task"], "logits")
     choice = [
         'programs = json.loads((folder / "manifest.json").read_text())["programs"]  # the smallest bucket first',
@@ -192,7 +192,7 @@ def format_loading_code(directory: str, manifest: Mapping[str, Any]) -> str:
             f"height, width = {height}, {width}  # of the image, preprocessed as described in manifest.json",
             *(choice if "bucket" in programs[0] else single),
             "program = jax.jit(jax.export.deserialize(bytearray(file.read_bytes())).call)",
-            f"images = numpy.zeros(({count}, *bucket, 3), numpy.{image_batch['dtype']})  # the image at the top left",
+            f"images = numpy.zeros(({count}, *bucket, {channels}), numpy.{image_batch['dtype']})  # the image at the top left",
             *([sizes] if others else []),
             f"{outputs} = program({', '.join(array['name'] for array in programs[0]['inputs'])})",
         ]

@@ -22,7 +22,7 @@ from dat_jax.data.buckets import Shape
 from dat_jax.errors import UserError
 from dat_jax.exporting.manifest import MANIFEST, PROGRAM_SUFFIX, choose_program, list_shapes, read_manifest
 from dat_jax.exporting.onnx import write_onnx
-from dat_jax.exporting.preprocessing import describe_preprocessing
+from dat_jax.exporting.preprocessing import describe_preprocessing, get_statistics
 from dat_jax.exporting.programs import (
     check_program,
     check_settings,
@@ -97,7 +97,9 @@ def write_exported(
         make, check = functools.partial(make_program, predictor), functools.partial(check_program, predictor)
     else:
         backbone, variables = _get_backbone(predictor, features, formats)
-        make, check = functools.partial(make_features_program, backbone, variables), check_settings
+        mean, std = get_statistics(predictor)
+        options = dict(image_format=predictor.image_format, mean=mean, std=std)
+        make, check = functools.partial(make_features_program, backbone, variables, **options), check_settings
     shapes = {PROGRAM_OF_BUCKET.format(*bucket): bucket for bucket in buckets} if buckets else {PROGRAM: image_shape}
     settings: dict[str, Any] = dict(preprocessing=preprocessing, batch=batch, is_bucket=bool(buckets))
     for shape in shapes.values():

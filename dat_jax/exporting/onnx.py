@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from dat_jax.errors import UserError
-from dat_jax.exporting.programs import BATCH, choose_dtype, describe_array, make_branch
+from dat_jax.exporting.programs import BATCH, describe_array, describe_images, make_branch
 from dat_jax.inference import ObjectDetector, Predictor
 
 _ALGORITHMS = "tpu"  # matrix products; jax2onnx does not support the gathers of other platforms
@@ -49,7 +49,8 @@ def write_onnx(
     compute_logits = functools.partial(
         make_branch(predictor, _ALGORITHMS, preprocessing=preprocessing), predictor.variables
     )
-    images = jax.ShapeDtypeStruct((BATCH if batch is None else batch, *image_shape, 3), choose_dtype(preprocessing))
+    size = BATCH if batch is None else batch
+    images = describe_images(predictor.image_format, size, image_shape, preprocessing=preprocessing)
     try:
         jax2onnx.to_onnx(
             compute_logits,
@@ -67,7 +68,7 @@ def write_onnx(
             f"jax2onnx does not support this model at {image_shape[0]} x {image_shape[1]} pixels ({reason})."
         ) from error
     # A symbolic batch size is only a name here, so shapes are computed for one image.
-    single = jax.ShapeDtypeStruct((batch or 1, *image_shape, 3), images.dtype)
+    single = jax.ShapeDtypeStruct((batch or 1, *images.shape[1:]), images.dtype)
     logits = jax.eval_shape(compute_logits, single)
     logits = jax.ShapeDtypeStruct((images.shape[0], *logits.shape[1:]), logits.dtype)
     return {"inputs": [describe_array("images", images)], "outputs": [describe_array("logits", logits)]}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dat_jax.data.image_format import RGB
 from dat_jax.inference import Classifier, Predictor, Segmenter
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -41,22 +42,33 @@ def describe_preprocessing(
         steps, numbers = _describe_segmentor(image_shape)
     else:
         steps, numbers = _describe_detector(predictor, image_shape)
-    normalize = "divide by 255, subtract the mean and divide by the standard deviation (std) of each channel"
+    image_format, (mean, std) = predictor.image_format, get_statistics(predictor)
+    is_rgb, is_uint8 = image_format == RGB, image_format.dtype == "uint8"
+    colors = "RGB with 8 bits per value" if is_rgb else f"{image_format}, with values as they are stored"
+    scale = "divide by 255, " if is_uint8 else ""
+    normalize = f"{scale}subtract the mean and divide by the standard deviation (std) of each channel"
+    stored, scaled = ([0, 255], "[0, 1]") if is_uint8 else ("as stored", "as stored")
     return {
         "steps": [
-            "decode to RGB with 8 bits per value, and turn upright as the EXIF orientation tag says",
+            f"decode to {colors}, and turn upright as the EXIF orientation tag says",
             *steps,
             f"done by the program: {normalize}" if inside else normalize,
         ],
         **numbers,
-        "channels": "RGB",
+        "channels": "RGB" if is_rgb else image_format.channels,
         "layout": "NHWC",
-        "dtype": "uint8" if inside else "float32",
-        "value_range": [0, 255] if inside else "[0, 1], minus mean, divided by std",
+        "dtype": image_format.dtype if inside else "float32",
+        "value_range": stored if inside else f"{scaled}, minus mean, divided by std",
         "normalized_in_the_program": inside,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(mean),
+        "std": list(std),
     }
+
+
+def get_statistics(predictor: Predictor) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the channels that images are normalized with."""
+    options = predictor.options
+    return (options["mean"], options["std"]) if isinstance(predictor, Classifier) else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _describe_classifier(predictor: Classifier, image_shape: tuple[int, int]) -> tuple[list[str], dict[str, Any]]:

@@ -10,13 +10,15 @@ import jax.export
 import jax.numpy as jnp
 
 from dat_jax.data.buckets import MAX_SIDE
+from dat_jax.data.image_format import RGB, ImageFormat
 from dat_jax.errors import UserError
+from dat_jax.exporting.preprocessing import get_statistics
 from dat_jax.inference import Classifier, ObjectDetector, Predictor, Segmenter
 from dat_jax.models.backbone import Backbone
 from dat_jax.models.dat import MIN_IMAGE_SIDE
 from dat_jax.ops.dispatch import compiling_for
 from dat_jax.tasks.detection.objective import detect
-from dat_jax.tasks.preprocessing import normalize
+from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}  # name in jax.export -> name in ``ops.dispatch``
 PREPROCESSING = ("inside", "outside")
@@ -44,14 +46,15 @@ def make_program(
       predictor: a model from ``inference.load``.
       image_shape: (height, width) of the images in pixels.
       platforms: one or more of ``PLATFORMS``.
-      preprocessing: "inside" for uint8 images, which the program normalizes; "outside" for normalized float32 images.
+      preprocessing: "inside" for images of the predictor's dtype, which the program normalizes; "outside" for normalized
+        float32 images.
       batch: batch size; None for a symbolic one, which accepts any number of images. Detectors require a number.
       is_bucket: whether the program takes images of all sizes up to ``image_shape``. Each image is then the top left of its
         array, and its results are those of the image alone, see ``ops.sizes``.
 
     Returns:
-      A program of images (B, H, W, 3), RGB. For a detector or a bucket it also takes sizes, int32 (B, 2): the height and width
-      of each image without its padding. Outputs:
+      A program of images (B, H, W, C), by default RGB. For a detector or a bucket it also takes sizes, int32 (B, 2): the
+      height and width of each image without its padding. Outputs:
         classifier: logits, float32 (B, K).
         segmentor: logits, float32 (B, H / 4, W / 4, K), with sides rounded up. In a bucket, those of an image of (h, w) are the
           top left (h / 4, w / 4), with sides rounded up.
@@ -65,8 +68,14 @@ def make_program(
     )
     check_program(predictor, is_bucket=is_bucket, **settings)
     compute = functools.partial(_compute_outputs, predictor, is_bucket=is_bucket)
-    takes_sizes = is_bucket or isinstance(predictor, ObjectDetector)
-    return _export(compute, predictor.variables, takes_sizes=takes_sizes, **settings)
+    return _export(
+        compute,
+        predictor.variables,
+        images=describe_images(predictor.image_format, _choose_size(batch), image_shape, preprocessing=preprocessing),
+        normalization=choose_normalization(preprocessing, *get_statistics(predictor)),
+        platforms=platforms,
+        takes_sizes=is_bucket or isinstance(predictor, ObjectDetector),
+    )
 
 
 def make_features_program(
@@ -78,6 +87,9 @@ def make_features_program(
     preprocessing: str = "inside",
     batch: int | None = None,
     is_bucket: bool = False,
+    image_format: ImageFormat = RGB,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> jax.export.Exported:
     """Export a backbone as a program, as ``make_program`` does a whole model.
 
@@ -90,10 +102,12 @@ def make_features_program(
       batch: see ``make_program``.
       is_bucket: see ``make_program``. The maps of an image of (h, w) are then the top left (h / stride, w / stride), with sides
         rounded up (down for a DAT without ``conv_patches``).
+      image_format: channels and dtype of the images that the program normalizes.
+      mean, std: of each channel, see ``tasks.preprocessing.normalize``.
 
     Returns:
-      A program of images (B, H, W, 3), RGB, and for a bucket of sizes, see ``make_program``. Its outputs are a dictionary: for
-      each stage i of ``backbone.out_indices``, "features_i", float32 (B, H_i, W_i, C_i).
+      A program of images (B, H, W, C), by default RGB, and for a bucket of sizes, see ``make_program``. Its outputs are a
+      dictionary: for each stage i of ``backbone.out_indices``, "features_i", float32 (B, H_i, W_i, C_i).
 
     Raises:
       UserError: unknown platforms or preprocessing, an impossible image or batch size, or wrong ``out_indices``.
@@ -111,25 +125,30 @@ def make_features_program(
         maps = cast(Any, backbone.apply(variables, images, sizes=sizes[0] if is_bucket else None))
         return {f"{_FEATURES}{index}": x.astype(jnp.float32) for index, x in zip(indices, maps, strict=True)}
 
-    return _export(compute, variables, takes_sizes=is_bucket, **settings)
+    return _export(
+        compute,
+        variables,
+        images=describe_images(image_format, _choose_size(batch), image_shape, preprocessing=preprocessing),
+        normalization=choose_normalization(preprocessing, mean, std),
+        platforms=platforms,
+        takes_sizes=is_bucket,
+    )
 
 
 def _export(
     compute: Callable,
     variables: Mapping[str, Any],
     *,
-    image_shape: tuple[int, int],
+    images: jax.ShapeDtypeStruct,
+    normalization: Callable,
     platforms: Sequence[str],
-    preprocessing: str,
-    batch: int | None,
     takes_sizes: bool,
 ) -> jax.export.Exported:
     """Export ``compute(variables, images, *sizes)``, a function of normalized images."""
-    size = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
-    inputs = [jax.ShapeDtypeStruct((size, *image_shape, 3), choose_dtype(preprocessing))]
+    inputs = [images]
     if takes_sizes:
-        inputs.append(jax.ShapeDtypeStruct((size, 2), jnp.int32))
-    branches = {name: _make_branch(compute, PLATFORMS[name], preprocessing) for name in platforms}
+        inputs.append(jax.ShapeDtypeStruct((images.shape[0], 2), jnp.int32))
+    branches = {name: _make_branch(compute, PLATFORMS[name], normalization) for name in platforms}
 
     def program(images, *sizes):
         # Weights are operands, which all branches share. As constants of the branches they would be stored once for each.
@@ -190,7 +209,8 @@ def check_settings(
             f"platforms must be one or more of {', '.join(PLATFORMS)}, each at most once, got "
             f"{','.join(platforms) or 'none'}."
         )
-    choose_dtype(preprocessing)
+    if preprocessing not in PREPROCESSING:
+        raise UserError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
     height, width = image_shape
     name = "buckets" if is_bucket else "image_size"
     if min(image_shape) < MIN_IMAGE_SIDE:
@@ -212,16 +232,21 @@ def make_branch(
       preprocessing: see ``make_program``.
       is_bucket: see ``make_program``.
     """
-    return _make_branch(functools.partial(_compute_outputs, predictor, is_bucket=is_bucket), platform, preprocessing)
+    normalization = choose_normalization(preprocessing, *get_statistics(predictor))
+    return _make_branch(functools.partial(_compute_outputs, predictor, is_bucket=is_bucket), platform, normalization)
 
 
-def _make_branch(compute: Callable, platform: str, preprocessing: str) -> Callable:
-    """``compute`` with the algorithms of one platform, with or without the normalization of images."""
+def choose_normalization(preprocessing: str, mean: Sequence[float], std: Sequence[float]) -> Callable:
+    """The function that a program applies to its images: it normalizes them, or returns them as they are."""
+    return functools.partial(normalize, mean=mean, std=std) if preprocessing == "inside" else lambda images: images
+
+
+def _make_branch(compute: Callable, platform: str, normalization: Callable) -> Callable:
+    """``compute`` with the algorithms of one platform, after a normalization of the images."""
 
     def branch(variables: Mapping[str, Any], images: jax.Array, *sizes: jax.Array):
         with compiling_for(platform), jax.default_matmul_precision("float32"):
-            images = normalize(images) if preprocessing == "inside" else images
-            return compute(variables, images, *sizes)
+            return compute(variables, normalization(images), *sizes)
 
     return branch
 
@@ -241,21 +266,22 @@ def _compute_outputs(
     return (outputs if isinstance(predictor, Classifier) else outputs["logits"]).astype(jnp.float32)
 
 
-def choose_dtype(preprocessing: str) -> jnp.dtype:
-    """Dtype of the images that a program takes.
+def _choose_size(batch: int | None) -> Any:
+    return jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
 
-    Raises:
-      UserError: unknown preprocessing.
-    """
-    if preprocessing not in PREPROCESSING:
-        raise UserError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing}.")
-    return jnp.dtype(jnp.uint8 if preprocessing == "inside" else jnp.float32)
+
+def describe_images(
+    image_format: ImageFormat, size: Any, image_shape: tuple[int, int], *, preprocessing: str
+) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the images that a program takes, in batches of a number or a symbolic size."""
+    dtype = image_format.dtype if preprocessing == "inside" else "float32"
+    return jax.ShapeDtypeStruct((size, *image_shape, image_format.channels), dtype)
 
 
 _INPUTS = ("images", "sizes")  # in order
 _FEATURES = "features_"  # and the index of the stage
 _MEANINGS = {
-    "images": "RGB images, preprocessed as described under preprocessing",
+    "images": "images, preprocessed as described under preprocessing",
     "sizes": "height and width in pixels of the part of each image that is not padding",
     "logits": "one logit per class, in the order of classes",
     "boxes": "x1, y1, x2, y2 in pixels of the input images",

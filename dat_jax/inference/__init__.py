@@ -1,8 +1,9 @@
 """Trained classifiers, segmentors and detectors as functions of images.
 
 ``load`` returns a predictor: a ``Classifier``, ``Segmenter`` or ``ObjectDetector``. Every predictor has the attributes
-``class_names``, ``model``, ``variables``, ``options`` (preprocessing and postprocessing settings) and ``columns`` (header of
-``to_rows``), and these methods, where an image is uint8 (H, W, 3), RGB:
+``class_names``, ``model``, ``variables``, ``options`` (preprocessing and postprocessing settings), ``image_format`` (channels and
+dtype of images) and ``columns`` (header of ``to_rows``), and these methods, where an image is uint8 (H, W, 3), RGB, or for a
+classifier an array (H, W, C) of its ``image_format``:
 
 - ``predictor(image)``: prediction for the image, in the form that the class documents.
 - ``describe(prediction)``: {class name: text} of the classes in a prediction, the most important first.

@@ -15,6 +15,7 @@ from dat_jax.errors import UserError
 from dat_jax.inference.classification import Classifier
 from dat_jax.models.attention_weights import compute_attention
 from dat_jax.tasks.preprocessing import normalize
+from dat_jax.visualization.displayable import to_rgb
 
 NO_ATTENTION = "The model has no deformable (D) or neighborhood (N) block whose attention could be drawn."
 
@@ -114,7 +115,7 @@ class ImageAttention:
     """Attention of all D and N blocks of a classifier to one image.
 
     Attributes:
-      image: the input of the network, uint8 (S, S, 3), RGB.
+      image: the input of the network, as ``to_rgb`` shows it, uint8 (S, S, 3).
       ranking: class name -> probability, see ``Classifier.rank``.
       blocks: block name -> attention, in the order of the model.
     """
@@ -125,7 +126,7 @@ class ImageAttention:
 
 
 def make_attention_reader(classifier: Classifier) -> Callable[[np.ndarray], ImageAttention]:
-    """Make a function of an image, uint8 (H, W, 3), RGB, that computes the attention of the classifier to it.
+    """Make a function of an image (H, W, C) of ``classifier.image_format`` that computes the attention of the classifier to it.
 
     Raises:
       UserError: the model has no deformable or neighborhood block.
@@ -134,7 +135,8 @@ def make_attention_reader(classifier: Classifier) -> Callable[[np.ndarray], Imag
     names = block_names(model, "DN")
     if not names:
         raise UserError(NO_ATTENTION)
-    compute = jax.jit(lambda variables, images: compute_attention(model, variables, normalize(images)))
+    statistics = {name: classifier.options[name] for name in ("mean", "std")}
+    compute = jax.jit(lambda variables, images: compute_attention(model, variables, normalize(images, **statistics)))
 
     def read(image: np.ndarray) -> ImageAttention:
         network_input = classifier.transform({"image": image})["image"]
@@ -142,7 +144,7 @@ def make_attention_reader(classifier: Classifier) -> Callable[[np.ndarray], Imag
         blocks = {
             name: _make_block(name, arrays[name], model, network_input.shape[:2]) for name in names if name in arrays
         }
-        return ImageAttention(image=network_input, ranking=classifier.rank(classifier(image)), blocks=blocks)
+        return ImageAttention(image=to_rgb(network_input), ranking=classifier.rank(classifier(image)), blocks=blocks)
 
     return read
 

@@ -11,18 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from dat_jax.data import imagenet_names
+from dat_jax.data.image_format import DTYPES, ImageFormat
 from dat_jax.data.transforms import make_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.inference.image_files import check_image
 from dat_jax.inference.settings import check_at_least_1, choose_options, find_names
 from dat_jax.models.dat import DAT, MIN_IMAGE_SIDE
 from dat_jax.tasks.classification.objective import make_classification_objective
+from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD, repeat_for_channels
 
 OPTIONS = {  # default values; ``_choose_sizes`` replaces None
     "image_size": None,
     "resize": None,
     "top": 5,
     "batch_size": 8,
+    "image_dtype": "uint8",
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
 }
 _RESIZE = 256 / 224  # resize / image_size as published; only DAT++ at 384 is evaluated without a crop
 
@@ -33,7 +38,8 @@ class Classifier:
 
     Attributes:
       class_names: names of the K classes.
-      transform: preprocessing of a record {"image": uint8 (H, W, 3)} to image_size x image_size pixels.
+      image_format: channels and dtype of images.
+      transform: preprocessing of a record {"image": (H, W, C)} to image_size x image_size pixels.
       predict: jitted ``predict`` of ``make_classification_objective``.
       model: the network.
       variables: weights of the network.
@@ -44,6 +50,7 @@ class Classifier:
     columns: ClassVar[tuple[str, ...]] = ("image", "rank", "class", "probability")
 
     class_names: tuple[str, ...]
+    image_format: ImageFormat
     transform: Callable[[dict], dict]
     predict: Callable
     model: DAT
@@ -51,14 +58,14 @@ class Classifier:
     options: Mapping[str, Any]
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Probabilities, float32 (K,), of an image, uint8 (H, W, 3), RGB."""
+        """Probabilities, float32 (K,), of an image (H, W, C) of ``image_format``, by default uint8 RGB."""
         return self.classify([image])[0]
 
     def classify(self, images: Sequence[np.ndarray], *, pad_to: int = 1) -> np.ndarray:
         """Classify a batch of images. Every batch size is compiled once.
 
         Args:
-          images: N images of any sizes, uint8 (H, W, 3), RGB.
+          images: N images (H, W, C) of ``image_format`` and any sizes.
           pad_to: batch size to which fewer images are padded with black ones.
 
         Returns:
@@ -66,7 +73,7 @@ class Classifier:
         """
         if not len(images):
             raise UserError("Expected at least one image, got none.")
-        batch = [self.transform({"image": check_image(image)})["image"] for image in images]
+        batch = [self.transform({"image": check_image(image, self.image_format)})["image"] for image in images]
         batch += [np.zeros_like(batch[0])] * (pad_to - len(batch))
         logits = self.predict(self.variables, {"image": np.stack(batch)})["logits"]
         return np.asarray(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))[: len(images)]
@@ -124,6 +131,8 @@ def from_trained(
           v1). If only image_size is passed, resize changes in proportion.
         top: number of classes to report, by default 5.
         batch_size: number of images per batch, by default 8.
+        image_dtype: dtype of images, "uint8", "uint16" or "float32".
+        mean, std: see ``normalize``, a number for each channel or one for all; those of ImageNet if none are stored.
 
     Raises:
       UserError: an option is unknown or impossible, or the class names cannot be read.
@@ -138,10 +147,13 @@ def from_trained(
             f"{options['resize']}."
         )
     check_at_least_1(options, "top", "batch_size")
+    _check_input(options, model.in_channels)
+    statistics = {name: options[name] for name in ("mean", "std")}
     return Classifier(
         class_names=find_names(path, classes, count=model.num_classes, published=imagenet_names.CLASS_NAMES),
+        image_format=ImageFormat(model.in_channels, options["image_dtype"]),
         transform=make_eval_transform(resize=options["resize"], image_size=size),
-        predict=jax.jit(make_classification_objective(model, label_smoothing=0.0).predict),
+        predict=jax.jit(make_classification_objective(model, label_smoothing=0.0, **statistics).predict),
         model=model,
         variables=variables,
         options=options,
@@ -158,3 +170,14 @@ def _choose_sizes(options, stored, passed, model):
     if options["resize"] is None:
         without_crop = size >= 384 and model.deformable_form == "dat_pp"
         options["resize"] = size if without_crop else int(size * _RESIZE)
+
+
+def _check_input(options, channels):
+    """Check image_dtype, mean and std in ``options``, and repeat a single mean or standard deviation for every channel."""
+    if options["image_dtype"] not in DTYPES:
+        raise UserError(f"image_dtype must be one of {', '.join(DTYPES)}, got {options['image_dtype']!r}.")
+    for name in ("mean", "std"):
+        values = options[name] if isinstance(options[name], tuple) else (options[name],)
+        options[name] = repeat_for_channels(values, channels=channels, name=name)
+    if min(options["std"]) <= 0:
+        raise UserError(f"std must be above 0, got {options['std']}.")

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -193,8 +194,9 @@ def iterate_predictions(
     """
     in_batches = isinstance(predictor, Classifier)
     size = min(predictor.options["batch_size"], len(images)) if in_batches else 1
+    read = functools.partial(read_image, image_format=predictor.image_format)
     for start in range(0, len(images), size):
-        pixels = [_try(read_image, path) for path in images[start : start + size]]
+        pixels = [_try(read, path) for path in images[start : start + size]]
         readable = [image for image in pixels if not isinstance(image, UserError)]
         if in_batches and readable:
             predictions = iter(predictor.classify(readable, pad_to=size))

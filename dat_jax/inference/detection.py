@@ -14,6 +14,7 @@ from dat_jax.data import coco_names
 from dat_jax.data.ade20k import make_palette
 from dat_jax.data.coco_ids import CATEGORIES, read_category_ids
 from dat_jax.data.detection_transforms import DetectionEvalTransform, make_detection_eval_transform
+from dat_jax.data.image_format import RGB, ImageFormat
 from dat_jax.errors import UserError
 from dat_jax.evaluation.detection import detect_record, make_detections
 from dat_jax.inference.image_files import check_image
@@ -64,9 +65,11 @@ class ObjectDetector:
       min_score: lowest score of the detections that are drawn and described.
       arrays: shapes of the arrays of images.
       columns: column names of ``to_rows``.
+      image_format: channels and dtype of images.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("image", "class", "score", "x", "y", "width", "height")
+    image_format: ClassVar[ImageFormat] = RGB
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]

@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 
 from dat_jax.data.image_files import is_image, list_suffixes
-from dat_jax.data.images import decode_image
+from dat_jax.data.image_format import RGB, ImageFormat, decode
 from dat_jax.errors import UserError, name_some
 from dat_jax.storage import fetch
 
 
-def check_image(image: Any) -> np.ndarray:
+def check_image(image: Any, image_format: ImageFormat = RGB) -> np.ndarray:
     """Return an image as an array.
 
     Raises:
-      UserError: it is not an array, uint8 (H, W, 3), with at least one pixel.
+      UserError: it is not an array (H, W, C) of the format with at least one pixel, or has values that are not finite.
     """
     array = image if isinstance(image, np.ndarray) else np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise UserError(f"Expected an image as an array, uint8 (H, W, 3), got {array.dtype} {array.shape}.")
+    channels, dtype = image_format.channels, image_format.dtype
+    if array.dtype != dtype or array.ndim != 3 or array.shape[2] != channels or not array.size:
+        raise UserError(f"Expected an image as an array, {dtype} (H, W, {channels}), got {array.dtype} {array.shape}.")
+    image_format.check(array, name="passed")
     return array
 
 
@@ -61,7 +63,7 @@ def _find_in_folder(path: pathlib.Path, *, recursive: bool) -> list[pathlib.Path
     files = sorted(
         file
         for file in entries
-        if is_image(file.name)
+        if is_image(file.name, arrays=True)
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
@@ -71,20 +73,20 @@ def _find_in_folder(path: pathlib.Path, *, recursive: bool) -> list[pathlib.Path
     advice = (
         f" Its folders are not read: {name_some(folders)}. --recursive reads them." if folders and not recursive else ""
     )
-    raise UserError(f"There is no image in {path}: expected files named {list_suffixes()}.{advice}")
+    raise UserError(f"There is no image in {path}: expected files named {list_suffixes(arrays=True)}.{advice}")
 
 
-def read_image(path: pathlib.Path) -> np.ndarray:
-    """Read an image file as uint8 (H, W, 3), RGB, upright; see ``decode_image``.
+def read_image(path: pathlib.Path, image_format: ImageFormat = RGB) -> np.ndarray:
+    """Read an image file as an array (H, W, C) of a format, upright; see ``image_format.decode``.
 
     Raises:
-      UserError: the file cannot be read or decoded, or has more than 8 bits per channel.
+      UserError: the file cannot be read or decoded, or has another format.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"The image {path} cannot be read: {error.strerror}.") from error
-    return decode_image(data, name=str(path))
+    return decode(data, name=str(path), image_format=image_format)
 
 
 def numbers_are_names(images: Sequence[pathlib.Path]) -> bool:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dat_jax.data import ade20k
 from dat_jax.data.buckets import check_sizes
+from dat_jax.data.image_format import RGB, ImageFormat
 from dat_jax.data.segmentation_transforms import SegmentationEvalTransform, make_segmentation_eval_transform
 from dat_jax.errors import UserError
 from dat_jax.evaluation.segmentation import make_segmenter, segment_record
@@ -51,9 +52,11 @@ class Segmenter:
       options: value of every option.
       arrays: shapes of the arrays of images.
       columns: column names of ``to_rows``.
+      image_format: channels and dtype of images.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("image", "class", "share")
+    image_format: ClassVar[ImageFormat] = RGB
 
     class_names: tuple[str, ...]
     palette: np.ndarray

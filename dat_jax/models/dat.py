@@ -209,12 +209,13 @@ def _period(kinds: str) -> int:
 class DAT(MeshModule):
     """Vision transformer with deformable attention.
 
-    ``model.apply(variables, images, train=False)`` takes images (B, H, W, 3) of any size from 32 x 32, normalized by the ImageNet
-    mean and standard deviation, and returns logits (B, num_classes) in float32 or better. Training needs a random key "dropout"
-    if the drop path rate is not zero.
+    ``model.apply(variables, images, train=False)`` takes images (B, H, W, in_channels) of any size from 32 x 32, normalized by
+    the mean and standard deviation of each channel, such as those of ImageNet, and returns logits (B, num_classes) in float32
+    or better. Training needs a random key "dropout" if the drop path rate is not zero.
 
     Attributes:
       num_classes: number of classes.
+      in_channels: number of channels of the images.
       image_size: side, or (height, width), of the images that position tables are made for; other sizes work as well.
       dim_stem: channels of the stem.
       dims: channels of each stage. All tuples have one entry per stage.
@@ -259,6 +260,7 @@ class DAT(MeshModule):
     """
 
     num_classes: int = 1000
+    in_channels: int = 3
     image_size: int | tuple[int, int] = 224
     dim_stem: int = 64
     dims: tuple[int, ...] = (64, 128, 256, 512)
@@ -316,10 +318,11 @@ class DAT(MeshModule):
         sizes: jax.Array | None = None,
         out_indices: Sequence[int] | None = None,
     ) -> tuple[jax.Array, ...]:
-        """Images (B, H, W, 3) -> the map after each stage, (B, H_i, W_i, dims[i]), strides 4, 8, 16 and 32, without a norm.
+        """Images (B, H, W, in_channels) -> the map after each stage, (B, H_i, W_i, dims[i]), without a norm.
 
-        With ``sizes``, int (B, 2), each image is the top left (height, width) pixels of its array, at least 32 x 32. Its maps
-        fill the top left of the arrays, up to ``map_sizes``, and have the values that the image gives by itself.
+        The strides are 4, 8, 16 and 32. With ``sizes``, int (B, 2), each image is the top left (height, width) pixels of its
+        array, at least 32 x 32. Its maps fill the top left of the arrays, up to ``map_sizes``, and have the values that the
+        image gives by itself.
 
         ``out_indices`` are the stages whose maps are returned, see ``resolve_out_indices``. Later ones are not computed.
         """
@@ -338,7 +341,7 @@ class DAT(MeshModule):
         return tuple(maps[index] for index in out_indices)
 
     def __call__(self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None) -> jax.Array:
-        """Images (B, H, W, 3) -> logits (B, num_classes). ``sizes``: see ``features``."""
+        """Images (B, H, W, in_channels) -> logits (B, num_classes). ``sizes``: see ``features``."""
         return self.classify(self.features(images, train=train, sizes=sizes)[-1], sizes=sizes)
 
     def classify(self, last_map: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
@@ -493,9 +496,9 @@ class DAT(MeshModule):
             )
 
     def _check_images(self, images):
-        is_map = images.ndim == 4 and images.shape[-1] == 3
-        if not is_map or not images.shape[0] or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
+        is_batch = images.ndim == 4 and images.shape[-1] == self.in_channels and images.shape[0] > 0
+        if not is_batch or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
             raise ValueError(
-                f"DAT expected images (B, H, W, 3), at least one, with sides of at least {MIN_IMAGE_SIDE} pixels, got "
-                f"{images.shape}."
+                f"DAT expected images (B, H, W, {self.in_channels}), at least one, with sides of {MIN_IMAGE_SIDE} pixels or more, "
+                f"got {images.shape}."
             )

@@ -12,7 +12,7 @@ from dat_jax.ops.sizes import clear, convolved
 
 
 class Stem(nn.Module):
-    """Images (B, H, W, 3) -> (B, H / 4, W / 4, features). ``sizes``: of the images, see ``ops.sizes``; zeros lie beyond them.
+    """Images (B, H, W, C) -> (B, H / 4, W / 4, features). ``sizes``: of the images, see ``ops.sizes``; zeros lie beyond them.
 
     Attributes:
       features: output channels.
@@ -27,10 +27,10 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x, sizes: jax.Array | None = None):
         if not self.conv_patches:
-            x = conv(self.features, 3, kernel_size=4, stride=4, padding=0, name="conv1", dtype=self.dtype)(x)
+            x = conv(self.features, x.shape[-1], kernel_size=4, stride=4, padding=0, name="conv1", dtype=self.dtype)(x)
             return LayerNorm(name="norm1", dtype=self.dtype)(x)
         half = self.features // 2
-        x = conv(half, 3, kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
+        x = conv(half, x.shape[-1], kernel_size=3, stride=2, padding=1, name="conv1", dtype=self.dtype)(x)
         x = gelu(LayerNorm(name="norm1", dtype=self.dtype)(x))
         x = clear(x, convolved(sizes, kernel_size=3, stride=2, padding=1))
         x = conv(self.features, half, kernel_size=3, stride=2, padding=1, name="conv2", dtype=self.dtype)(x)

@@ -107,7 +107,7 @@ class Task(abc.ABC):
     def eval_example(self, size: int, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
         """``example_batch`` of an evaluation, with images in arrays of (height, width), see ``count_eval_arrays``."""
         example = self.example_batch(size, train=False)
-        example["image"] = jax.ShapeDtypeStruct((size, *shape, 3), example["image"].dtype)
+        example["image"] = jax.ShapeDtypeStruct((size, *shape, example["image"].shape[-1]), example["image"].dtype)
         if self.eval_buckets is not None:
             example["sizes"] = jax.ShapeDtypeStruct((size, 2), "int32")
         return example

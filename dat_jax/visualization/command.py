@@ -85,7 +85,7 @@ def visualize_files(
     )
 
     def process(index):
-        image = read_image(images[index])
+        image = read_image(images[index], predictor.image_format)
         if isinstance(predictor, Classifier):
             save_attention(outputs[index], image)
         elif isinstance(predictor, Segmenter):

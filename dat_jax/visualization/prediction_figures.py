@@ -111,8 +111,8 @@ def make_attention_saver(
       page: whether the function also writes an interactive page with the same name and the suffix .html.
 
     Returns:
-      A function of the PNG file and an image, uint8 (H, W, 3), RGB. It raises a UserError if the query lies outside the
-      image or a file cannot be written.
+      A function of the PNG file and an image (H, W, C) of ``classifier.image_format``. It raises a UserError if the query lies
+      outside the image or a file cannot be written.
 
     Raises:
       UserError: the model or the blocks are impossible.

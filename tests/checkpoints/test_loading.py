@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dat_jax
-from dat_jax.checkpoints.adaptation import adapt_params, resize_bicubic
+from dat_jax.checkpoints.adaptation import adapt_input_kernel, adapt_params, resize_bicubic
 from dat_jax.checkpoints.exports import export_model, load_export, save_export
 from dat_jax.checkpoints.loading import load_for_finetuning, load_trained
 from dat_jax.checkpoints.manager import Checkpoints
@@ -358,3 +358,30 @@ def test_importing_the_package_does_not_import_orbax():
     root = pathlib.Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_first_kernel_is_adapted_as_by_timm():
+    """By hand: the RGB kernels are summed for one channel; for 5 they are R, G, B, R and G times 3/5."""
+    kernel = np.array([[[[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]]], np.float32)
+    assert adapt_input_kernel(kernel, 1).tolist() == [[[[7.0, 70.0]]]]
+    expected = 0.6 * np.array([[1, 10], [2, 20], [4, 40], [1, 10], [2, 20]])
+    np.testing.assert_allclose(adapt_input_kernel(kernel, 5)[0, 0], expected, rtol=1e-6)
+    assert adapt_input_kernel(kernel, 12).shape == (1, 1, 12, 2)
+    with pytest.raises(UserError, match="for images of 5 channels: expected weights for 2, or for RGB"):
+        adapt_input_kernel(adapt_input_kernel(kernel, 5), 2)
+
+
+def test_rgb_weights_are_loaded_for_other_channels(tmp_path):
+    """An image whose channels are equal gives the same logits."""
+    model, params = tiny()
+    export_model(tmp_path / "rgb", model=model, variables={"params": params})
+    gray = np.random.default_rng(0).standard_normal((2, 64, 64, 1)).astype(np.float32)
+    expected = jax.jit(model.apply)({"params": params}, np.repeat(gray, 3, axis=-1))
+    for channels in (1, 6):
+        adapted_model, adapted = dat_jax.load(tmp_path / "rgb", in_channels=channels)
+        logits = jax.jit(adapted_model.apply)(adapted, np.repeat(gray, channels, axis=-1))
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+    export_model(tmp_path / "six", model=adapted_model, variables=adapted)
+    assert dat_jax.load(tmp_path / "six")[0].in_channels == 6
+    with pytest.raises(UserError, match="for images of 6 channels: expected weights for 4"):
+        dat_jax.load(tmp_path / "six", in_channels=4)

@@ -41,7 +41,7 @@ def write_yaml(path, settings):
 
 def nano(**settings):
     model = dat_jax.create_model("dat_pp_nano", num_classes=3, **settings)
-    return model, random_variables(model, np.zeros((1, 48, 48, 3), np.float32))["params"]
+    return model, random_variables(model, np.zeros((1, 48, 48, model.in_channels), np.float32))["params"]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,19 @@ def nano_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("nano") / "nano.safetensors"
     write_safetensors(path, to_official(*nano()))
     return path
+
+
+def test_channels_and_statistics_round_trip(tmp_path):
+    """The channels are those of the weights, and the statistics are in the metadata of the file."""
+    model, params = nano(in_channels=12)
+    options = {"image_dtype": "uint16", "mean": [7.0] * 12, "std": [5.0] * 12}
+    export_model(tmp_path / "export", model=model, variables={"params": params}, options=options)
+    convert_to_official(str(tmp_path / "export"), str(tmp_path / "w.safetensors"))
+    convert_from_official(str(tmp_path / "w.safetensors"), str(tmp_path / "again"))
+    classifier = inference.load(tmp_path / "again")
+    assert str(classifier.image_format) == "12 channels of uint16"
+    assert (classifier.options["mean"], classifier.options["std"]) == ((7.0,) * 12, (5.0,) * 12)
+    jax.tree.map(np.testing.assert_array_equal, classifier.variables["params"], params)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dat_jax.cli.console import make_console
 from dat_jax.cli.flags import expand_home, run_interruptible
+from dat_jax.data.image_format import RGB
 from dat_jax.inference.command import report_predictions
 from dat_jax.training.compilation import enable_cache
 from tests.helpers.logs import collect_logs
@@ -221,6 +222,7 @@ class Brightness:
     """A predictor whose prediction is the brightness of the image."""
 
     columns = ("image", "brightness")
+    image_format = RGB
 
     def __call__(self, image):
         return float(np.mean(image))

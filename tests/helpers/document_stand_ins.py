@@ -124,6 +124,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
         tiny.steps = tiny.eval.every_steps = 2
     if config.data.directory:
         tiny.data.name, tiny.data.directory = config.data.name, config.data.directory
+        if config.task == "classification" and config.data.channels not in (3, -1):
+            tiny.data.update({key: config.data[key] for key in ("channels", "dtype", "mean", "std")})
+            tiny.augmentation.rand_augment_count = 0
         if config.task == "segmentation":
             tiny.data.zero_is_ignored = config.data.zero_is_ignored
     tiny.log_every = 2
@@ -244,8 +247,13 @@ class StandIns:
         for name in ("left", "right"):
             (directory / name).mkdir(parents=True)
             for index in range(count):
+                file = directory / name / f"{directory.name}_{name}_{index}"
+                if "satellite" in directory.parts:
+                    np.save(file, rng.integers(0, 4000, (40, 40, 12), dtype=np.uint16))
+                    continue
                 image = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(image).save(directory / name / f"{directory.name}_{name}_{index}.jpg")
+                image = image[:, :, 0] if "gray" in directory.parts else image
+                Image.fromarray(image).save(file.with_suffix(".jpg"))
 
     def _write_ade20k(self, directory):
         """Write data in the layout of the ADE20K release. Every second image has class 1 on one half and class 2 on the other."""

@@ -10,4 +10,5 @@ from tests.helpers.random_variables import random_variables
 def random_classifier(*, scale: float = 0.4, **settings):
     """Make a model of five classes and random variables whose predicted classes differ between images."""
     model = create_model("dat_pp_nano", **{"num_classes": 5, **tiny_segmentation.BACKBONE, **settings})
-    return model, random_variables(model, np.zeros((1, 64, 64, 3), np.float32), scale=scale)
+    images = np.zeros((1, 64, 64, model.in_channels), np.float32)
+    return model, random_variables(model, images, scale=scale)

@@ -68,7 +68,8 @@ def test_classifier_returns_the_probabilities_of_the_model(export, folder):
         assert (probabilities.dtype, probabilities.shape) == (np.float32, (5,))
         np.testing.assert_allclose(probabilities, expected(export, folder / name), atol=1e-5)
     assert classifier.class_names == NAMES
-    assert dict(classifier.options) == {**OPTIONS, "top": 5, "batch_size": 8}
+    statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    assert dict(classifier.options) == {**OPTIONS, "top": 5, "batch_size": 8, "image_dtype": "uint8", **statistics}
     logits = classifier.model.apply(classifier.variables, np.zeros((1, 64, 64, 3), np.float32))
     assert logits.shape == (1, 5)
 

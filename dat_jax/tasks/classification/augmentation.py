@@ -1,7 +1,7 @@
 """Augmentation of a batch on the devices, inside the training step: random erasing, mixup and cutmix.
 
-Every draw is a function of the key, so of the seed, the step and the example's place in the batch. Images are (B, H, W, 3),
-normalised.
+Every draw is a function of the key, so of the seed, the step and the example's place in the batch. Images are (B, H, W, C),
+normalized.
 """
 
 import math
@@ -59,7 +59,7 @@ def mix(
     on whatever mesh. The last of an odd number stays as it is.
 
     Args:
-      images: (B, H, W, 3).
+      images: (B, H, W, C).
       targets: (B, K) probabilities.
       mixup_alpha, cutmix_alpha: of the Beta(alpha, alpha) that the weight of the batch itself comes from.
     """

@@ -1,7 +1,7 @@
 """Loss and prediction of an image classifier."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -12,7 +12,7 @@ from dat_jax.models.key_positions import name_positions
 from dat_jax.tasks.classification.augmentation import erase_randomly, mix
 from dat_jax.tasks.classification.distillation import distillation_loss, model_outputs, self_distillation_loss
 from dat_jax.tasks.objective import Objective
-from dat_jax.tasks.preprocessing import normalize
+from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 def smooth_labels(labels: jax.Array, *, num_classes: int, smoothing: float) -> jax.Array:
@@ -60,13 +60,15 @@ def make_classification_objective(
     erasing_probability: float = 0.0,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     distillation: Mapping[str, Any] | None = None,
     mesa: Mapping[str, Any] | None = None,
 ) -> Objective:
     """Make a classifier's objective: cross-entropy on smoothed labels of randomly erased and mixed images.
 
-    Batches hold "image", (B, H, W, 3) uint8, and "label", (B,) int. ``predict`` returns "logits", (B, K), and "positions"
-    and "map_shapes" of ``name_positions``. ``embed`` returns the input of the head, (B, C).
+    Batches hold "image", (B, H, W, C) as ``normalize`` takes it, and "label", (B,) int. ``predict`` returns "logits", (B, K), and
+    "positions" and "map_shapes" of ``name_positions``. ``embed`` returns the input of the head, (B, C).
 
     Args:
       model: the classifier.
@@ -74,17 +76,19 @@ def make_classification_objective(
       loss_kind: one of ``LOSSES``.
       erasing_probability: see ``erase_randomly``; 0 disables it.
       mixup_alpha, cutmix_alpha: see ``mix``; 0 disables that kind.
+      mean, std: see ``normalize``.
       distillation: "kind", "temperature" and "weight" of the loss of a teacher, see ``distillation_loss``. It is used if the
         loss is called with a teacher.
       mesa: "start" and "weight" of the loss of the averaged model, see ``self_distillation_loss``, likewise.
     """
+    normalize_images = functools.partial(normalize, mean=mean, std=std)
 
     def init(key, batch):
-        return model.init(key, normalize(batch["image"]))
+        return model.init(key, normalize_images(batch["image"]))
 
     def loss(variables, batch, key, guides=None):
         dropout_key, erasing_key, mixing_key = jax.random.split(key, 3)
-        images = normalize(batch["image"])
+        images = normalize_images(batch["image"])
         targets = smooth_labels(batch["label"], num_classes=model.num_classes, smoothing=label_smoothing)
         if erasing_probability > 0:
             images = erase_randomly(images, erasing_key, probability=erasing_probability)
@@ -113,7 +117,7 @@ def make_classification_objective(
         return value, {"loss": value, "top1": top1, **extra}, {}
 
     def predict(variables, batch):
-        images = normalize(batch["image"])
+        images = normalize_images(batch["image"])
         logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
         return {"logits": logits, **name_positions(dict(state).get("intermediates", {}), model, images.shape[1:3])}
 
@@ -121,7 +125,7 @@ def make_classification_objective(
         def pool_features(model, images):
             return model.pool(model.features(images)[-1])
 
-        return model.apply(variables, normalize(batch["image"]), method=pool_features)
+        return model.apply(variables, normalize_images(batch["image"]), method=pool_features)
 
     outputs = functools.partial(model_outputs, model)
     return Objective(init=init, loss=loss, predict=predict, outputs=outputs, embed=embed)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dat_jax.data import batching
 from dat_jax.data.eval_sets import load_eval_sets
+from dat_jax.data.image_format import RGB, ImageFormat
 from dat_jax.data.sources import SPLITS, load_source, read_spread_examples
 from dat_jax.data.transforms import make_eval_transform, make_train_transform
 from dat_jax.errors import name_some
@@ -25,7 +26,7 @@ _FIGURE_EXAMPLES = 32
 
 
 class ClassificationTask(Task):
-    """A label per image. Batches hold "image", (B, S, S, 3) uint8, and "label", (B,) int32."""
+    """A label per image. Batches hold "image", (B, S, S, C) of the dtype of the images, and "label", (B,) int32."""
 
     name = "classification"
     metric = evaluation.METRIC
@@ -34,7 +35,11 @@ class ClassificationTask(Task):
     def load_sources(self) -> tuple[Source, Source]:
         """See ``Task``."""
         data = self.config.data
-        options = dict(directory=data.directory, apply_orientation=data.apply_orientation)
+        options: dict[str, Any] = dict(
+            directory=data.directory,
+            apply_orientation=data.apply_orientation,
+            image_format=ImageFormat(data.channels, data.dtype),
+        )
         train, validation = (load_source(data.name, split=split, **options) for split in SPLITS)
         return train, validation
 
@@ -93,23 +98,27 @@ class ClassificationTask(Task):
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
         """See ``Task``."""
         del train
-        side = self.config.data.image_size
+        data = self.config.data
         return {
-            "image": jax.ShapeDtypeStruct((size, side, side, 3), "uint8"),
+            "image": jax.ShapeDtypeStruct((size, data.image_size, data.image_size, data.channels), data.dtype),
             "label": jax.ShapeDtypeStruct((size,), "int32"),
         }
 
     def describe_images(self) -> str:
         """See ``Task``."""
-        return f"crops of {self.config.data.image_size} x {self.config.data.image_size} pixels"
+        data = self.config.data
+        image_format = ImageFormat(data.channels, data.dtype)
+        described = "" if image_format == RGB else f", {image_format}"
+        return f"crops of {data.image_size} x {data.image_size} pixels{described}"
 
     def make_objective(self, **backbone: Any) -> Objective:
         """See ``Task``."""
         settings = self.config.model.to_dict() | backbone
         dtype = compute_dtype(settings.pop("dtype"))
-        augmentation = self.config.augmentation
+        augmentation, data = self.config.augmentation, self.config.data
+        derived: dict[str, Any] = dict(num_classes=len(self.class_names), in_channels=data.channels)
         return make_classification_objective(
-            create_model(settings.pop("name"), dtype=dtype, num_classes=len(self.class_names), **settings),
+            create_model(settings.pop("name"), dtype=dtype, **derived, **settings),
             label_smoothing=self.config.loss.label_smoothing,
             loss_kind=self.config.loss.kind,
             erasing_probability=augmentation.erasing_probability,
@@ -117,6 +126,8 @@ class ClassificationTask(Task):
             cutmix_alpha=augmentation.cutmix_alpha,
             distillation=self.config.distillation.to_dict(),
             mesa=self.config.mesa.to_dict(),
+            mean=data.mean,
+            std=data.std,
         )
 
     def make_evaluator(self, predict: Callable) -> Evaluator:
