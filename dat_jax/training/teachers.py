@@ -16,6 +16,7 @@ from dat_jax.checkpoints.class_names import describe_difference, read_class_name
 from dat_jax.checkpoints.loading import load_pretrained
 from dat_jax.errors import UserError
 from dat_jax.models.dat import DAT
+from dat_jax.ops.dispatch import target_platform
 from dat_jax.storage import fetch
 from dat_jax.tasks.classification.distillation import KINDS, model_outputs
 from dat_jax.tasks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -44,6 +45,7 @@ def load_teacher(
     kind: str,
     class_names: Sequence[str],
     image_size: int,
+    batch_size: int = 2,
     tokens: tuple[int, int] | None = None,
     dtype: Any = jnp.float32,
 ) -> Teacher:
@@ -57,6 +59,7 @@ def load_teacher(
       class_names: names of the classes of the student. If the teacher records its names in another order, its outputs are
         reordered. A teacher of features may have any classes.
       image_size: S, side of the images in pixels.
+      batch_size: B, number of images per call.
       tokens: (height, width) of the last map of the student, which the teacher of tokens must have too; None: any.
       dtype: of the computation of a model of this project.
 
@@ -74,16 +77,18 @@ def load_teacher(
             raise UserError(f"{_KEY} {path} is no classifier.")
         params = variables["params"] if kind == "features" else _order_classes(path, variables["params"], class_names)
         teacher = Teacher(functools.partial(model_outputs, model), jax.tree.map(np.asarray, {"params": params}))
-    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
     try:
         shapes = {name: out.shape for name, out in jax.eval_shape(teacher.outputs, teacher.variables, images).items()}
         shape = shapes[KINDS[kind]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{_KEY} {path} cannot be used with images of {image_size} x {image_size}: {reason}") from error
-    if KINDS[kind] == "logits" and shape != (2, len(class_names)):
         raise UserError(
-            f"{_KEY} {path}: expected logits of {len(class_names)} classes, got an array {shape} for two images."
+            f"{_KEY} {path} cannot be used with {batch_size} images of {image_size} x {image_size}: {reason}"
+        ) from error
+    if KINDS[kind] == "logits" and shape != (batch_size, len(class_names)):
+        raise UserError(
+            f"{_KEY} {path}: expected logits of {len(class_names)} classes, got an array {shape} for {batch_size} images."
         )
     if kind == "tokens" and tokens is not None and shape[1:3] != tokens:
         raise UserError(
@@ -116,7 +121,20 @@ def _load_program(path: str) -> jax.export.Exported:
         raise UserError(
             f"{_KEY} {path}: expected a program of images only, got one with {len(program.in_avals)} arguments."
         )
+    platform = target_platform()
+    if not {"gpu": {"cuda", "rocm"}}.get(platform, {platform}) & set(program.platforms):
+        raise UserError(f"{_KEY} {path} is a program for {', '.join(program.platforms)}, but the run is on {platform}.")
+    dtype = program.in_avals[0].dtype
+    if dtype != jnp.uint8 and not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"{_KEY} {path}: expected a program of images that are uint8 or floats, got {dtype}.")
+    output = _get_logits(jax.tree.unflatten(program.out_tree, program.out_avals))
+    if not isinstance(output, jax.core.ShapedArray):
+        raise UserError(f'{_KEY} {path}: expected a program that returns logits, or a dict with "logits".')
     return program
+
+
+def _get_logits(outputs: Any) -> Any:
+    return outputs.get("logits") if isinstance(outputs, Mapping) else outputs
 
 
 def _call_program(program: jax.export.Exported, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
@@ -125,5 +143,4 @@ def _call_program(program: jax.export.Exported, variables: Any, images: jax.Arra
     if dtype == jnp.uint8:
         mean, std = (jnp.asarray(x, images.dtype).reshape(1, 1, 1, 3) for x in (IMAGENET_MEAN, IMAGENET_STD))
         images = jnp.clip(jnp.round((images * std + mean) * 255), 0, 255)
-    outputs = program.call(images.astype(dtype))
-    return {"logits": outputs["logits"] if isinstance(outputs, Mapping) else outputs}
+    return {"logits": _get_logits(program.call(images.astype(dtype)))}

@@ -25,16 +25,17 @@ def with_values(**values):
     return config.lock()
 
 
-def save_program(path, *, classes=2, dtype=jnp.float32, side=32, arguments=1):
+def save_program(path, *, classes=2, dtype=jnp.float32, side=32, arguments=1, batch=None, platform="cpu", wrap=dict):
     """A program whose logits are sums of the pixels of each half."""
 
     def classify(images, *others):
         halves = images.astype(jnp.float32).reshape(images.shape[0], side, classes, -1, 3)
-        return {"logits": halves.mean(axis=(1, 3, 4))}
+        return wrap(logits=halves.mean(axis=(1, 3, 4)))
 
-    (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, side, side, 3), dtype)
-    path.write_bytes(jax.export.export(jax.jit(classify))(*[images] * arguments).serialize())
+    (symbol,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch or symbol, side, side, 3), dtype)
+    export = jax.export.export(jax.jit(classify), platforms=[platform])
+    path.write_bytes(export(*[images] * arguments).serialize())
     return str(path)
 
 
@@ -62,7 +63,12 @@ def test_a_program_gets_normalized_images_or_their_pixels(dtype, tmp_path):
     ("options", "kind", "message"),
     [
         ({"classes": 4}, "soft", r"expected logits of 2 classes, got an array \(2, 4\)"),
-        ({"side": 64}, "soft", r"cannot be used with images of 32 x 32"),
+        ({"side": 64}, "soft", r"cannot be used with 2 images of 32 x 32"),
+        ({"batch": 3}, "soft", r"cannot be used with 2 images of 32 x 32"),
+        ({"platform": "tpu"}, "soft", r"is a program for tpu, but the run is on cpu"),
+        ({"dtype": jnp.int32}, "soft", r"expected a program of images that are uint8 or floats, got int32"),
+        ({"wrap": lambda logits: (logits, logits)}, "soft", r'that returns logits, or a dict with "logits"'),
+        ({"wrap": lambda logits: {"boxes": logits}}, "soft", r'that returns logits, or a dict with "logits"'),
         ({"arguments": 2}, "hard", "expected a program of images only, got one with 2 arguments"),
         ({}, "tokens", r"has logits only: expected config\.distillation\.kind soft or hard, got tokens"),
     ],
@@ -71,6 +77,11 @@ def test_programs_that_do_not_fit(options, kind, message, tmp_path):
     path = save_program(tmp_path / "teacher.stablehlo", **options)
     with pytest.raises(UserError, match=message):
         load_teacher(path, kind=kind, class_names=("left", "right"), image_size=32)
+
+
+def test_a_program_for_the_batch_of_the_run_is_a_teacher(tmp_path):
+    path = save_program(tmp_path / "teacher.stablehlo", batch=8)
+    assert Trainer(with_values(**{"distillation.teacher": path, "batch_size": 16, "accumulate_steps": 2})).teacher
 
 
 def test_teachers_that_do_not_exist_or_are_damaged(tmp_path):
