@@ -150,6 +150,7 @@ class Trainer:
             kind=keys.kind,
             class_names=self.task.class_names,
             image_size=side,
+            batch_size=self.config.batch_size // self.config.accumulate_steps,
             tokens=outputs["tokens"].shape[1:3],
             dtype=compute_dtype(self.config.model.dtype),
         )
@@ -273,7 +274,8 @@ class Trainer:
         features, labels = neighbors.collect_features(embed, variables, train)
         predict = neighbors.make_predict(embed, neighbors=self.config.eval.neighbors, num_classes=count)
         evaluator = self.task.make_evaluator(predict)
-        evaluation = evaluator({"model": variables, "features": features, "labels": labels}, validation)
+        known = jax.device_put({"features": features, "labels": labels}, sharding.replicated(self.mesh))
+        evaluation = evaluator({"model": variables, **known}, validation)
         metrics = {f"knn_{name}": value for name, value in evaluation.metrics.items() if name in ("top1", "top5")}
         return dataclasses.replace(evaluation, metrics={**metrics, "examples": evaluation.metrics["examples"]})
 
@@ -386,9 +388,10 @@ class Trainer:
             "length": f"{self.plan.total_steps / self.plan.steps_per_epoch:.4g} epochs, {self.plan.total_steps} steps",
         }
 
-    def get_learned_params(self, state: TrainState) -> Any:
-        """The parameters that learn, as they are evaluated, without the frozen ones: numpy arrays in every process."""
-        learned = without_frozen(state.eval_variables["params"], self.groups.frozen)
+    def get_learned_variables(self, state: TrainState) -> dict[str, Any]:
+        """The variables that are evaluated, without the frozen parameters: numpy arrays in every process."""
+        variables = state.eval_variables
+        learned = {**variables, "params": without_frozen(variables["params"], self.groups.frozen)}
         gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(self.mesh))
         return jax.device_get(gather(learned))
 
