@@ -72,7 +72,10 @@ def load_teacher(
             raise UserError(f"{_KEY} {path} has logits only: expected config.distillation.kind {kinds}, got {kind}.")
         teacher = Teacher(functools.partial(_call_program, _load_program(path)), {})
     else:
-        model, variables = load_pretrained(path, dtype=dtype)
+        try:
+            model, variables = load_pretrained(path, dtype=dtype)
+        except UserError as error:
+            raise UserError(f"{_KEY}: {error}") from error
         if not isinstance(model, DAT):
             raise UserError(f"{_KEY} {path} is no classifier.")
         params = variables["params"] if kind == "features" else _order_classes(path, variables["params"], class_names)
