@@ -68,7 +68,9 @@ def test_keys_that_determine_the_state_are_refused(name, key, value, refused):
     metadata = compatibility.describe(make_config(**{"optimizer.name": name}), step=3, class_names=NAMES)
     values = {"optimizer.name": name, key: value}
     if refused:
-        with pytest.raises(UserError, match=rf"started with {key} .*, now {value}\. The state of its optimizer or average"):
+        with pytest.raises(
+            UserError, match=rf"started with {key} .*, now {value}\. The state of its optimizer or average"
+        ):
             check(metadata, **values)
     else:
         assert len(check(metadata, **values)) == 1

@@ -222,6 +222,8 @@ def test_another_number_of_states_without_arrays_is_no_damage(tmp_path):
         checkpoints.save(states[0], metadata=METADATA)
         checkpoints.wait()
         assert checkpoints.restore_newest(abstract(states[0])) is not None
-        with pytest.raises(UserError, match=r"another model or optimizer: opt_state/2: expected no arrays, got nothing"):
+        with pytest.raises(
+            UserError, match=r"another model or optimizer: opt_state/2: expected no arrays, got nothing"
+        ):
             checkpoints.restore_newest(abstract(states[1]))
         assert checkpoints.steps() == [3]

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import dat_jax
 from dat_jax.checkpoints.adapters import FILE_NAME, apply_adapter, save_adapter
+from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.config import load_config
 from dat_jax.errors import UserError
 from dat_jax.models.layers import GeluLinear, Linear
@@ -98,7 +99,9 @@ def test_the_adapter_of_the_quickstart_is_small():
         sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, params["lora"], learned)
     )
     assert adapters < saved < 0.05 * (everything - adapters)
-    assert len(trainer.describe_groups()) == 2
+    frozen, learning = trainer.describe_groups()
+    assert "lora" not in frozen
+    assert "lora/stages_0/blocks_0-1" in learning
 
 
 def with_lora(**values):
@@ -149,8 +152,6 @@ def test_runs_with_adapters_are_resumed_and_started_from(adapted, tmp_path):
     with pytest.raises(UserError, match=r"another model: lora\.alpha 4\.0, now 2\.0"):
         loop.train(with_lora(**{"lora.alpha": 2.0}), directory, quiet=True)
     trainer = Trainer(with_lora(init_from=directory))
-    from dat_jax.checkpoints.restore import initialize_state
-
     state = initialize_state(trainer.config, **loop._state_options(trainer))
     params = dat_jax.load(directory)[1]["params"]
     merged = {name: group for name, group in state.params.items() if name != "lora"}
@@ -246,6 +247,14 @@ def test_every_kind_of_attention_has_adapters():
         "blocks_4": {"qkv", "proj"},
         "blocks_5": {"q", "kv", "proj"},
     }
+
+
+def test_random_weights_that_never_learn_are_a_warning(logs):
+    options = dict(class_names=("left", "right"), initialize=lambda: "state", initialize_from=None)
+    assert initialize_state(tiny_config.get_config(), **options) == "state"
+    assert not logs
+    initialize_state(with_lora(), **options)
+    assert "the frozen parameters keep their random values" in "".join(logs)
 
 
 def test_damaged_files_are_refused(tmp_path):

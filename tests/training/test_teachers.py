@@ -91,7 +91,9 @@ def test_teachers_that_do_not_exist_or_are_damaged(tmp_path):
     (tmp_path / "damaged.stablehlo").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"damaged\.stablehlo is not a program that jax .* can read"):
         load_teacher(str(tmp_path / "damaged.stablehlo"), **options)
-    with pytest.raises(UserError, match=r"config\.distillation\.teacher: Expected a folder of weights .* got .*nothing"):
+    with pytest.raises(
+        UserError, match=r"config\.distillation\.teacher: Expected a folder of weights .* got .*nothing"
+    ):
         load_teacher(str(tmp_path / "nothing"), **options)
 
 

@@ -236,8 +236,9 @@ def _list_modules(names: Iterable[str]) -> str:
     """The modules of parameters, such as "stages_2/blocks_0-5, down_projs_1"; whole stages without their blocks."""
     modules: dict[str, set[int]] = {}
     for name in names:
-        name = name.removeprefix(_ADAPTERS).removeprefix(_BACKBONE).removeprefix("dat/")
-        module = "/".join(name.split("/")[: 2 if name.startswith("stages_") else 1])
+        adapters = _ADAPTERS if name.startswith(_ADAPTERS) else ""
+        name = name.removeprefix(adapters).removeprefix(_BACKBONE).removeprefix("dat/")
+        module = adapters + "/".join(name.split("/")[: 2 if name.startswith("stages_") else 1])
         stem, _, index = module.rpartition("_")
         stem, index = (stem, int(index)) if index.isdigit() else (module, -1)
         modules.setdefault(stem, set()).add(index)
