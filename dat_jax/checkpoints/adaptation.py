@@ -174,6 +174,11 @@ def count_channels(params: Mapping[str, Any]) -> int:
     return kernel.shape[2]
 
 
+def depends_on_classes(name: str) -> bool:
+    """Whether the last axis of a parameter depends on the number of classes, by its name, such as "cls_head/kernel"."""
+    return re.fullmatch(_CLASS_LAYERS, name) is not None
+
+
 def kind_of(params: Mapping[str, Any]) -> str:
     """Kind of the model that parameters belong to, by their names: "classifier", "segmentor" or "detector"."""
     if "backbone" not in params:

@@ -21,8 +21,15 @@ logger = logging.getLogger(__name__)
 _IMPLEMENTATION = ("dtype", "remat", "scan_blocks", "implementation")
 # Keys that determine the order of the training data, which a resumed run continues.
 _DATA_ORDER = ("batch_size", "seed", "data.name")
-# Keys that determine the arrays of the optimizer's state.
-_OPTIMIZER = ("optimizer.name", "optimizer.freeze")
+# Keys that determine the state of the optimizer and the averages.
+_OPTIMIZER = (
+    "optimizer.name",
+    "optimizer.freeze",
+    "optimizer.adafactor.min_side",
+    "optimizer.adafactor.scale_by_parameter",
+)
+# Numbers that determine it by being 0 or not.
+_SWITCHES = ("ema_decay", "optimizer.clip_norm", "optimizer.adafactor.momentum", "optimizer.adafactor.clip_rms")
 # Keys, or groups of keys, that may change without a warning: those of the machine, of logging and of the start of the run.
 _UNCHECKED = (
     "mesh",
@@ -94,10 +101,11 @@ def check(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Seque
             f"The run in this work directory was started with {_format(data)}. Its data would not continue where it stopped: "
             "restore the value, or choose another --workdir."
         )
-    if optimizer := {key: values for key, values in differences.items() if key in _OPTIMIZER}:
+    name = config.optimizer.name
+    if state := {key: values for key, values in differences.items() if _determines_state(key, *values, optimizer=name)}:
         raise UserError(
-            f"The run in this work directory was started with {_format(optimizer)}. The state of its optimizer is another one: "
-            "restore the value, or choose another --workdir and start from the weights of this run with --config.init_from."
+            f"The run in this work directory was started with {_format(state)}. The state of its optimizer or average is another "
+            "one: restore the value, or choose another --workdir and start from the weights of this run with --config.init_from."
         )
     changed = {key: values for key, values in differences.items() if not _is_unchecked(key)}
     if changed:
@@ -142,6 +150,15 @@ def _determines_function(key: str) -> bool:
     group, _, name = key.partition(".")
     of_model = group in ("head", "lora") or (group == "model" and name not in _IMPLEMENTATION)
     return key == "task" or key in _INPUT or of_model
+
+
+def _determines_state(key: str, saved: Any, current: Any, *, optimizer: str) -> bool:
+    """Whether the state of a run that was started with another value of a key cannot be continued."""
+    if key.startswith("optimizer.adafactor.") and optimizer != "adafactor":
+        return False
+    if key == "optimizer.b1":  # the average of schedule-free AdamW follows from the weights and this number
+        return optimizer == "schedule_free_adamw"
+    return key in _OPTIMIZER or (key in _SWITCHES and bool(saved) != bool(current))
 
 
 def _is_unchecked(key: str) -> bool:

@@ -103,10 +103,11 @@ def name_leaves(tree: Any) -> dict[str, Any]:
 
     The name is the same for attributes, dictionary keys and indices, so that a state and what Orbax stores of it agree.
     """
-    return {_join_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {join_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _join_path(path) -> str:
+def join_path(path) -> str:
+    """Name of a place in a tree, see ``name_leaves``."""
     keys = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))) for key in path)
     return "/".join(str(key) for key in keys)
 

@@ -72,7 +72,7 @@ def load_pretrained(
     """
     trained_model, variables = load_trained(path, deformable_form=overrides.get("deformable_form"))
     if adapter is not None:
-        variables = {**variables, "params": apply_adapter(adapter, variables["params"])}
+        variables = apply_adapter(adapter, variables)
         trained_model = trained_model.clone(num_classes=count_classes(variables["params"]))
     trained_dat = get_backbone(trained_model)
     dat = create_dat({**describe_model(trained_dat), **overrides}, source=path)

@@ -27,6 +27,7 @@ from dat_jax.checkpoints.integrity import (
     check_manifest,
     compute_fingerprints,
     hash_json,
+    join_path,
     name_leaves,
 )
 from dat_jax.checkpoints.orbax_messages import ORBAX_ERRORS, describe_error, quiet_orbax
@@ -324,12 +325,13 @@ class Checkpoints:
         # Not the manager's metadata: after a save to a bucket, Orbax 0.12 refuses it in all processes but the first.
         state: Any = self._absolute(self._path(step)) / "state"
         saved: Any = ocp.StandardCheckpointHandler().metadata(state)
-        saved = _get_shapes(saved.tree if hasattr(saved, "tree") else saved)
+        saved = saved.tree if hasattr(saved, "tree") else saved
         name = f"The checkpoint {self._path(step)}"
-        check_digests(name, saved=dict.fromkeys(names, True), actual=dict.fromkeys(saved, True))
+        check_digests(name, saved=dict.fromkeys(names, True), actual=dict.fromkeys(name_leaves(saved), True))
+        saved = _get_shapes(saved)
         expected = _get_shapes(abstract_state)
         differences = [
-            f"{key}: expected {expected.get(key, 'no array')}, got {saved.get(key, 'no array')}"
+            f"{key}: expected {expected.get(key, 'nothing')}, got {saved.get(key, 'nothing')}"
             for key in sorted(saved.keys() | expected.keys())
             if saved.get(key) != expected.get(key)
         ]
@@ -341,5 +343,7 @@ class Checkpoints:
             )
 
 
-def _get_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in name_leaves(tree).items()}
+def _get_shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
+    """Shapes by name. States without arrays are listed too, since Orbax restores them by their position."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
+    return {join_path(path): tuple(node.shape) if jax.tree.leaves(node) else "no arrays" for path, node in nodes}

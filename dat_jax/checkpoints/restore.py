@@ -73,6 +73,8 @@ def initialize_state(
     head_rows = _read_head_rows(config, len(class_names))
     state = initialize()
     if not config.init_from:
+        if config.optimizer.freeze or config.lora.rank:
+            logger.warning("config.init_from is empty, so the frozen parameters keep their random values.")
         return state
     fresh_params = dict(state.params)
     adapters = {name: fresh_params.pop(name) for name in (lora.GROUP,) if name in fresh_params}

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 GROUP = "lora"
-LAYERS = {"attention": r"attn/(qkv|proj\w*)", "mlp": r"mlp/linear[12]"}  # by name
+LAYERS = {"attention": r"attn/(q|kv|qkv|proj|proj_(q|k|v|qkv|out))", "mlp": r"mlp/linear[12]"}  # by name
 
 
 def init_adapters(key: jax.Array, params: Mapping[str, Any], *, rank: int, layers: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from dat_jax.checkpoints import adapters
 from dat_jax.cli.console import make_console, print_table
+from dat_jax.errors import UserError
 from dat_jax.evaluation import results
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.storage import atomic_write_text
@@ -39,13 +40,13 @@ def save_adapter(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> 
     keys = trainer.config.lora
     if not keys.rank:
         return
-    params = trainer.get_learned_params(state)
+    variables = trainer.get_learned_variables(state)
     if jax.process_index() > 0:
         return
     try:
-        adapters.save_adapter(workdir / adapters.FILE_NAME, params=params, alpha=keys.alpha, rank=keys.rank)
-    except OSError as error:
-        logger.warning("The adapters could not be saved in %s: %s.", workdir, error.strerror)
+        adapters.save_adapter(workdir / adapters.FILE_NAME, variables=variables, alpha=keys.alpha, rank=keys.rank)
+    except UserError as error:
+        logger.warning("The adapters could not be saved: %s", error)
 
 
 def save_summary(

@@ -237,7 +237,7 @@ def list_length_warnings(config: ConfigDict, *, steps_per_epoch: int, total_step
         )
     longest = total_steps * _LARGEST_PART
     time_constant = 1 / (1 - config.ema_decay)
-    if config.ema_decay and time_constant > longest:
+    if config.ema_decay and not config.ema_warmup and time_constant > longest:
         decay = math.floor((1 - 10 / total_steps) * 1000) / 1000
         better = f"--config.ema_decay={decay} or 0" if decay > 0 else "--config.ema_decay=0"
         warnings.append(

@@ -144,14 +144,15 @@ class Trainer:
         keys = self.config.get("distillation")
         if keys is None or not keys.teacher:
             return None
-        side = self.config.data.image_size
-        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        data = self.config.data
+        images = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32)
         outputs = jax.eval_shape(self.objective.outputs, self.abstract_state.eval_variables, images)
         teacher = load_teacher(
             keys.teacher,
             kind=keys.kind,
             class_names=self.task.class_names,
-            image_size=side,
+            data=data,
+            batch_size=self.config.batch_size // self.config.accumulate_steps,
             tokens=outputs["tokens"].shape[1:3],
             dtype=compute_dtype(self.config.model.dtype),
         )
@@ -275,7 +276,8 @@ class Trainer:
         features, labels = neighbors.collect_features(embed, variables, train)
         predict = neighbors.make_predict(embed, neighbors=self.config.eval.neighbors, num_classes=count)
         evaluator = self.task.make_evaluator(predict)
-        evaluation = evaluator({"model": variables, "features": features, "labels": labels}, validation)
+        known = jax.device_put({"features": features, "labels": labels}, sharding.replicated(self.mesh))
+        evaluation = evaluator({"model": variables, **known}, validation)
         metrics = {f"knn_{name}": value for name, value in evaluation.metrics.items() if name in ("top1", "top5")}
         return dataclasses.replace(evaluation, metrics={**metrics, "examples": evaluation.metrics["examples"]})
 
@@ -327,6 +329,7 @@ class Trainer:
         learns_from_average = mesa is not None and mesa.weight > 0
         if teacher is None and not learns_from_average:
             return None
+        assert self.objective.outputs is not None  # of a classifier
         outputs = sharding.with_whole_params(self.objective.outputs, self.state_sharding.params, self.mesh)
 
         def guide(state, *teacher_variables):
@@ -388,15 +391,16 @@ class Trainer:
             "length": f"{self.plan.total_steps / self.plan.steps_per_epoch:.4g} epochs, {self.plan.total_steps} steps",
         }
 
-    def get_learned_params(self, state: TrainState) -> Any:
-        """The parameters that learn, as they are evaluated, without the frozen ones: numpy arrays in every process."""
-        learned = without_frozen(state.eval_variables["params"], self.groups.frozen)
+    def get_learned_variables(self, state: TrainState) -> dict[str, Any]:
+        """The variables that are evaluated, without the frozen parameters: numpy arrays in every process."""
+        variables = state.eval_variables
+        learned = {**variables, "params": without_frozen(variables["params"], self.groups.frozen)}
         gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(self.mesh))
         return jax.device_get(gather(learned))
 
     def describe_groups(self) -> dict[str, str]:
         """Describe which parameters learn, and how fast, in the rows of a table."""
-        rates = jax.vmap(self.plan.schedule)(jnp.arange(self.plan.total_steps))
+        rates: Any = jax.vmap(self.plan.schedule)(jnp.arange(self.plan.total_steps))
         return describe_groups(self.abstract_state.params, self.groups, peak_rate=float(rates.max()))
 
     def _make_variables(self, objective):

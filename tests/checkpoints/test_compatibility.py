@@ -49,6 +49,34 @@ def test_the_state_of_another_optimizer_is_refused(key, value):
         check(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "refused"),
+    [
+        ("adamw", "ema_decay", 0.5, True),
+        ("adamw", "optimizer.clip_norm", 0.0, True),
+        ("adamw", "optimizer.clip_norm", 1.0, False),
+        ("adamw", "optimizer.b1", 0.5, False),
+        ("schedule_free_adamw", "optimizer.b1", 0.5, True),
+        ("adamw", "optimizer.adafactor.clip_rms", 0.0, False),
+        ("adafactor", "optimizer.adafactor.clip_rms", 0.0, True),
+        ("adafactor", "optimizer.adafactor.clip_rms", 2.0, False),
+        ("adafactor", "optimizer.adafactor.momentum", 0.9, True),
+        ("adafactor", "optimizer.adafactor.min_side", 4, True),
+        ("adafactor", "optimizer.adafactor.scale_by_parameter", True, True),
+    ],
+)
+def test_keys_that_determine_the_state_are_refused(name, key, value, refused):
+    metadata = compatibility.describe(make_config(**{"optimizer.name": name}), step=3, class_names=NAMES)
+    values = {"optimizer.name": name, key: value}
+    if refused:
+        with pytest.raises(
+            UserError, match=rf"started with {key} .*, now {value}\. The state of its optimizer or average"
+        ):
+            check(metadata, **values)
+    else:
+        assert len(check(metadata, **values)) == 1
+
+
 def test_checkpoints_of_the_first_versions_are_of_adamw():
     """Their configurations have no other keys of the optimizer than those of AdamW."""
     keys = ("b1", "b2", "eps", "weight_decay", "decay_rule", "clip_norm")
@@ -60,7 +88,7 @@ def test_checkpoints_of_the_first_versions_are_of_adamw():
 
 
 @pytest.mark.parametrize(
-    ("key", "saved", "value"), [("epochs", 2, 9), ("ema_decay", 0.0, 0.5), ("model.remat", None, "x")]
+    ("key", "saved", "value"), [("epochs", 2, 9), ("optimizer.b1", 0.9, 0.5), ("model.remat", None, "x")]
 )
 def test_other_differences_are_logged(key, saved, value):
     if key == "model.remat":

@@ -10,6 +10,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dat_jax.checkpoints import manager
@@ -211,3 +212,18 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, monkeypa
         assert checkpoints.save(make_state(3), metadata=METADATA, metrics={"score": 0.3})
         assert checkpoints.steps() == [1, 3]
     assert restore_newest(tmp_path) == (3, [])
+
+
+def test_another_number_of_states_without_arrays_is_no_damage(tmp_path):
+    """Adafactor with and without clipping has the same arrays. The checkpoint stays where it is, and is not called damaged."""
+    opt_state = optax.EmptyState(), {"count": jnp.zeros(2)}
+    states = [make_state(3).replace(opt_state=(*opt_state, *more)) for more in ((), (optax.EmptyState(),))]
+    with Checkpoints(tmp_path, metric="score") as checkpoints:
+        checkpoints.save(states[0], metadata=METADATA)
+        checkpoints.wait()
+        assert checkpoints.restore_newest(abstract(states[0])) is not None
+        with pytest.raises(
+            UserError, match=r"another model or optimizer: opt_state/2: expected no arrays, got nothing"
+        ):
+            checkpoints.restore_newest(abstract(states[1]))
+        assert checkpoints.steps() == [3]

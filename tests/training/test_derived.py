@@ -75,7 +75,15 @@ def test_image_size_is_that_of_the_weights_else_of_the_model(tmp_path):
 def finetuning(**settings):
     schedule = ConfigDict({"warmup_epochs": 1.0})
     return ConfigDict(
-        {"init_from": "w", "steps": 0, "batch_size": 128, "ema_decay": 0.0, "schedule": schedule, **settings}
+        {
+            "init_from": "w",
+            "steps": 0,
+            "batch_size": 128,
+            "ema_decay": 0.0,
+            "ema_warmup": False,
+            "schedule": schedule,
+            **settings,
+        }
     )
 
 
@@ -88,6 +96,11 @@ def test_warnings_name_the_number_and_what_to_set():
         warmup: ("30 steps", "--config.schedule.warmup_epochs=3"),
     }
     assert all(part in sentence for sentence, parts in expected.items() for part in parts)
+
+
+def test_an_average_with_a_warm_up_may_be_longer_than_the_run():
+    assert list_length_warnings(finetuning(ema_decay=0.9999), steps_per_epoch=62, total_steps=1000)
+    assert not list_length_warnings(finetuning(ema_decay=0.9999, ema_warmup=True), steps_per_epoch=62, total_steps=1000)
 
 
 def test_runs_from_scratch_may_be_shorter_than_finetuning():

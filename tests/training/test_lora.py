@@ -1,5 +1,7 @@
 """Low-rank adapters: merged and applied, what learns, files of adapters, runs that start from other weights and are resumed."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import dat_jax
 from dat_jax.checkpoints.adapters import FILE_NAME, apply_adapter, save_adapter
+from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.config import load_config
 from dat_jax.errors import UserError
 from dat_jax.models.layers import GeluLinear, Linear
 from dat_jax.models.lora import init_adapters, merge_adapters
-from dat_jax.training import loop
+from dat_jax.training import loop, report
 from dat_jax.training.optimizers.parameter_groups import without_frozen
 from dat_jax.training.trainer import Trainer
 from tests.helpers import tiny_config
@@ -96,7 +99,9 @@ def test_the_adapter_of_the_quickstart_is_small():
         sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, params["lora"], learned)
     )
     assert adapters < saved < 0.05 * (everything - adapters)
-    assert len(trainer.describe_groups()) == 2
+    frozen, learning = trainer.describe_groups()
+    assert "lora" not in frozen
+    assert "lora/stages_0/blocks_0-1" in learning
 
 
 def with_lora(**values):
@@ -147,8 +152,6 @@ def test_runs_with_adapters_are_resumed_and_started_from(adapted, tmp_path):
     with pytest.raises(UserError, match=r"another model: lora\.alpha 4\.0, now 2\.0"):
         loop.train(with_lora(**{"lora.alpha": 2.0}), directory, quiet=True)
     trainer = Trainer(with_lora(init_from=directory))
-    from dat_jax.checkpoints.restore import initialize_state
-
     state = initialize_state(trainer.config, **loop._state_options(trainer))
     params = dat_jax.load(directory)[1]["params"]
     merged = {name: group for name, group in state.params.items() if name != "lora"}
@@ -156,32 +159,107 @@ def test_runs_with_adapters_are_resumed_and_started_from(adapted, tmp_path):
     assert not any(np.any(leaf) for name, leaf in flatten_dict(state.params["lora"]).items() if name[-1] == "b")
 
 
+LAYER = "lora.stages_0.blocks_0.mlp.linear1"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda arrays: {**arrays, "lora.stages_9.mlp.linear1.a": np.zeros((3, 2))}, "lora.stages_9.mlp.linear1.a do"),
-        (lambda arrays: {name: np.zeros((5, 5)) for name in arrays}, "of another model"),
-        (lambda arrays: {"else": np.zeros(3)}, "else do"),
+        ({"lora.stages_9.mlp.linear1.a": np.zeros((3, 2))}, r"lora\.stages_9\.mlp\.linear1\.a do"),
+        ({f"{LAYER}.a": np.zeros((5, 2))}, "of another model"),
+        ({"else": np.zeros(3)}, "else do"),
+        ({f"{LAYER}.b": None}, r"or is incomplete: .*linear1\.a do"),
+        ({f"{LAYER}.a": None}, r"or is incomplete: .*linear1\.b do"),
+        ({f"{LAYER}.b": np.ones((3, 8))}, r"linear1\.a, .*linear1\.b do"),
+        ({f"{LAYER}.a": np.ones((4, 3)), f"{LAYER}.b": np.ones((3, 8))}, "do not fit the weights"),
+        ({f"{LAYER}.a": np.full((4, 2), np.nan)}, r"is damaged: .*linear1\.a are not finite"),
+        ({"cls_norm.scale": np.ones(9)}, r"cls_norm\.scale do"),
+        ({"cls_head.kernel": np.ones((8, 3))}, r"cls_head\.kernel do"),
+        ({"cls_head.kernel": np.ones((8, 3)), "cls_head.bias": np.ones(2)}, r"cls_head\.bias, cls_head\.kernel do"),
+        ({f"{LAYER}.a": None, f"{LAYER}.b": None}, "has no adapters"),
     ],
 )
 def test_files_of_other_models_are_refused(change, message, tmp_path):
-    base = {"stages_0": {"blocks_0": {"mlp": {"linear1": {"kernel": np.ones((4, 8), np.float32)}}}}}
-    arrays = {
-        f"lora.stages_0.blocks_0.mlp.linear1.{name}": array
-        for name, array in (("a", np.ones((4, 2), np.float32)), ("b", np.ones((2, 8), np.float32)))
+    path = tmp_path / FILE_NAME
+    base = {
+        "stages_0": {"blocks_0": {"mlp": {"linear1": {"kernel": np.ones((4, 8), np.float32)}}}},
+        "cls_norm": {"scale": np.ones(8)},
+        "cls_head": {"kernel": np.ones((8, 5)), "bias": np.ones(5)},
     }
-    save_adapter(tmp_path / FILE_NAME, params=unflatten_dict(arrays, sep="."), alpha=1.0, rank=2)
-    kernel = apply_adapter(tmp_path / FILE_NAME, base)["stages_0"]["blocks_0"]["mlp"]["linear1"]["kernel"]
-    np.testing.assert_array_equal(kernel, np.full((4, 8), 2.0))
-    arrays = change(arrays)
-    save_adapter(tmp_path / FILE_NAME, params=unflatten_dict(arrays, sep="."), alpha=1.0, rank=2)
+    arrays = {f"{LAYER}.a": np.ones((4, 2), np.float32), f"{LAYER}.b": np.ones((2, 8), np.float32)}
+    arrays |= {"cls_head.kernel": np.zeros((8, 3)), "cls_head.bias": np.zeros(3)}
+    save_adapter(path, variables={"params": unflatten_dict(arrays, sep=".")}, alpha=1.0, rank=2)
+    params = apply_adapter(path, {"params": base})["params"]
+    np.testing.assert_array_equal(params["stages_0"]["blocks_0"]["mlp"]["linear1"]["kernel"], np.full((4, 8), 2.0))
+    np.testing.assert_array_equal(params["cls_head"]["kernel"], np.zeros((8, 3)))
+    if "cls_head.kernel" in change and "cls_head.bias" not in change:
+        del arrays["cls_head.bias"]
+    arrays = {name: array for name, array in {**arrays, **change}.items() if array is not None}
+    save_adapter(path, variables={"params": unflatten_dict(arrays, sep=".")}, alpha=1.0, rank=2)
     with pytest.raises(UserError, match=message):
-        apply_adapter(tmp_path / FILE_NAME, base)
+        apply_adapter(path, {"params": base})
+
+
+def test_files_with_an_impossible_scale_are_refused(tmp_path):
+    base = {"params": {"mlp": {"linear1": {"kernel": np.ones((4, 8), np.float32)}}}}
+    adapters = {"lora": {"mlp": {"linear1": {"a": np.ones((4, 2)), "b": np.ones((2, 8))}}}}
+    for alpha, rank in ((float("nan"), 2), (1.0, -2), (1.0, 0)):
+        save_adapter(tmp_path / FILE_NAME, variables={"params": adapters}, alpha=alpha, rank=rank)
+        with pytest.raises(UserError, match=f"is damaged: alpha {alpha} and rank {rank}"):
+            apply_adapter(tmp_path / FILE_NAME, base)
+
+
+def test_statistics_of_batch_norm_are_those_of_the_file(tmp_path):
+    """A segmentor whose head learns has other statistics than the one that the run started from."""
+    kernel = {"blocks_0": {"mlp": {"linear1": {"kernel": np.ones((4, 8), np.float32)}}}}
+    base = {"params": {"backbone": kernel}, "batch_stats": {"decode_head": {"mean": np.zeros(3)}}}
+    adapters = init_adapters(jax.random.key(0), base["params"], rank=2, layers=("mlp",))
+    learned = {"params": {"lora": adapters}, "batch_stats": {"decode_head": {"mean": np.ones(3)}}}
+    save_adapter(tmp_path / FILE_NAME, variables=learned, alpha=1.0, rank=2)
+    adapted = apply_adapter(tmp_path / FILE_NAME, base)
+    jax.tree.map(np.testing.assert_array_equal, adapted, {**base, "batch_stats": learned["batch_stats"]})
+
+
+def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, logs):
+    (tmp_path / FILE_NAME).mkdir()
+    state = types.SimpleNamespace()
+    trainer = types.SimpleNamespace(
+        config=with_lora(), get_learned_variables=lambda state: {"params": {"lora": {"a": np.ones(2)}}}
+    )
+    report.save_adapter(trainer, state, tmp_path)
+    assert "The adapters could not be saved" in "".join(logs)
+
+
+def test_every_kind_of_attention_has_adapters():
+    """Spatial reduction (P) has linear layers of other names, beside a convolution."""
+    settings = {**tiny_config.ONE_STAGE, "stages": ("NDLSEP",), "window_sizes": (4,), "reduction_ratios": (2,)}
+    model = dat_jax.create_model("dat_pp_nano", num_classes=2, **settings)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    adapters = jax.eval_shape(
+        lambda params: init_adapters(jax.random.key(0), params, rank=2, layers=("attention",)), params
+    )
+    layers = {block: set(group["attn"]) for block, group in adapters["stages_0"].items()}
+    assert layers == {
+        "blocks_0": {"qkv", "proj"},
+        "blocks_1": {"proj_q", "proj_k", "proj_v", "proj_out"},
+        "blocks_2": {"proj_qkv", "proj_out"},
+        "blocks_3": {"proj_qkv", "proj_out"},
+        "blocks_4": {"qkv", "proj"},
+        "blocks_5": {"q", "kv", "proj"},
+    }
+
+
+def test_random_weights_that_never_learn_are_a_warning(logs):
+    options = dict(class_names=("left", "right"), initialize=lambda: "state", initialize_from=None)
+    assert initialize_state(tiny_config.get_config(), **options) == "state"
+    assert not logs
+    initialize_state(with_lora(), **options)
+    assert "the frozen parameters keep their random values" in "".join(logs)
 
 
 def test_damaged_files_are_refused(tmp_path):
     (tmp_path / FILE_NAME).write_bytes(b"damaged")
     with pytest.raises(UserError, match="is not a file of adapters, or is damaged"):
-        apply_adapter(tmp_path / FILE_NAME, {})
+        apply_adapter(tmp_path / FILE_NAME, {"params": {}})
     with pytest.raises(UserError, match=r"missing\.safetensors"):
-        apply_adapter(tmp_path / "missing.safetensors", {})
+        apply_adapter(tmp_path / "missing.safetensors", {"params": {}})

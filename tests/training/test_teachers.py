@@ -25,16 +25,17 @@ def with_values(**values):
     return config.lock()
 
 
-def save_program(path, *, classes=2, dtype=jnp.float32, side=32, arguments=1):
+def save_program(path, *, classes=2, dtype=jnp.float32, side=32, arguments=1, batch=None, platform="cpu", wrap=dict):
     """A program whose logits are sums of the pixels of each half."""
 
     def classify(images, *others):
         halves = images.astype(jnp.float32).reshape(images.shape[0], side, classes, -1, 3)
-        return {"logits": halves.mean(axis=(1, 3, 4))}
+        return wrap(logits=halves.mean(axis=(1, 3, 4)))
 
-    (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, side, side, 3), dtype)
-    path.write_bytes(jax.export.export(jax.jit(classify))(*[images] * arguments).serialize())
+    (symbol,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch or symbol, side, side, 3), dtype)
+    export = jax.export.export(jax.jit(classify), platforms=[platform])
+    path.write_bytes(export(*[images] * arguments).serialize())
     return str(path)
 
 
@@ -51,7 +52,7 @@ def run_steps(config, count=3):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint8])
 def test_a_program_gets_normalized_images_or_their_pixels(dtype, tmp_path):
     path = save_program(tmp_path / "halves.stablehlo", dtype=dtype)
-    teacher = load_teacher(path, kind="soft", class_names=("left", "right"), image_size=32)
+    teacher = load_teacher(path, kind="soft", class_names=("left", "right"), data=tiny_config.get_config().data)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     got = teacher.outputs(teacher.variables, normalize(jnp.asarray(images)))["logits"]
     pixels = images.astype(np.float32) if dtype == jnp.uint8 else np.asarray(normalize(jnp.asarray(images)))
@@ -62,7 +63,12 @@ def test_a_program_gets_normalized_images_or_their_pixels(dtype, tmp_path):
     ("options", "kind", "message"),
     [
         ({"classes": 4}, "soft", r"expected logits of 2 classes, got an array \(2, 4\)"),
-        ({"side": 64}, "soft", r"cannot be used with images of 32 x 32"),
+        ({"side": 64}, "soft", r"cannot be used with 2 images of 32 x 32"),
+        ({"batch": 3}, "soft", r"cannot be used with 2 images of 32 x 32"),
+        ({"platform": "tpu"}, "soft", r"is a program for tpu, but the run is on cpu"),
+        ({"dtype": jnp.int32}, "soft", r"expected a program of images that are uint8 or floats, got int32"),
+        ({"wrap": lambda logits: (logits, logits)}, "soft", r'that returns logits, or a dict with "logits"'),
+        ({"wrap": lambda logits: {"boxes": logits}}, "soft", r'that returns logits, or a dict with "logits"'),
         ({"arguments": 2}, "hard", "expected a program of images only, got one with 2 arguments"),
         ({}, "tokens", r"has logits only: expected config\.distillation\.kind soft or hard, got tokens"),
     ],
@@ -70,17 +76,24 @@ def test_a_program_gets_normalized_images_or_their_pixels(dtype, tmp_path):
 def test_programs_that_do_not_fit(options, kind, message, tmp_path):
     path = save_program(tmp_path / "teacher.stablehlo", **options)
     with pytest.raises(UserError, match=message):
-        load_teacher(path, kind=kind, class_names=("left", "right"), image_size=32)
+        load_teacher(path, kind=kind, class_names=("left", "right"), data=tiny_config.get_config().data)
+
+
+def test_a_program_for_the_batch_of_the_run_is_a_teacher(tmp_path):
+    path = save_program(tmp_path / "teacher.stablehlo", batch=8)
+    assert Trainer(with_values(**{"distillation.teacher": path, "batch_size": 16, "accumulate_steps": 2})).teacher
 
 
 def test_teachers_that_do_not_exist_or_are_damaged(tmp_path):
-    options = dict(kind="soft", class_names=("left", "right"), image_size=32)
+    options = dict(kind="soft", class_names=("left", "right"), data=tiny_config.get_config().data)
     with pytest.raises(UserError, match=r"missing\.stablehlo cannot be read: No such file"):
         load_teacher(str(tmp_path / "missing.stablehlo"), **options)
     (tmp_path / "damaged.stablehlo").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"damaged\.stablehlo is not a program that jax .* can read"):
         load_teacher(str(tmp_path / "damaged.stablehlo"), **options)
-    with pytest.raises(UserError, match=r"Expected a folder of weights .* got .*nothing"):
+    with pytest.raises(
+        UserError, match=r"config\.distillation\.teacher: Expected a folder of weights .* got .*nothing"
+    ):
         load_teacher(str(tmp_path / "nothing"), **options)
 
 
@@ -117,7 +130,7 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_it(kind, trained):
 
 @pytest.mark.slow
 def test_tokens_need_maps_of_the_same_size(trained):
-    options = dict(class_names=("left", "right"), image_size=32)
+    options = dict(class_names=("left", "right"), data=tiny_config.get_config().data)
     assert load_teacher(str(trained), kind="tokens", tokens=(8, 8), **options)
     with pytest.raises(UserError, match="expected a last map of 4 x 4 positions, .* got 8 x 8"):
         load_teacher(str(trained), kind="tokens", tokens=(4, 4), **options)
@@ -128,7 +141,7 @@ def test_tokens_need_maps_of_the_same_size(trained):
 @pytest.mark.slow
 def test_classes_of_the_teacher_are_ordered_by_name(trained, tmp_path):
     names, reversed_names = ("left", "right"), ("right", "left")
-    options = dict(kind="soft", image_size=32)
+    options = dict(kind="soft", data=tiny_config.get_config().data)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     logits = []
     for class_names in (names, reversed_names):
