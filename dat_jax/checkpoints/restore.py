@@ -50,8 +50,7 @@ def restore_or_initialize(
     check = _make_check(compatibility.check, checkpoints, config, class_names)
     restored = checkpoints.restore_newest(abstract_state, check=check)
     if restored is None:
-        options = dict(class_names=class_names, initialize=initialize, initialize_from=initialize_from)
-        return initialize_state(config, **options)
+        return initialize_state(config, class_names=class_names, initialize=initialize, initialize_from=initialize_from)
     return restored[0]
 
 

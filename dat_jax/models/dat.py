@@ -499,6 +499,6 @@ class DAT(MeshModule):
         is_batch = images.ndim == 4 and images.shape[-1] == self.in_channels and images.shape[0] > 0
         if not is_batch or min(images.shape[1:3]) < MIN_IMAGE_SIDE:
             raise ValueError(
-                f"DAT expected images (B, H, W, {self.in_channels}), at least one, with sides of {MIN_IMAGE_SIDE} pixels or more, "
-                f"got {images.shape}."
+                f"DAT expected images (B, H, W, {self.in_channels}), at least one, with sides of at least {MIN_IMAGE_SIDE} "
+                f"pixels, got {images.shape}."
             )

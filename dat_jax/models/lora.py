@@ -37,7 +37,9 @@ def init_adapters(key: jax.Array, params: Mapping[str, Any], *, rank: int, layer
       ValueError: the model has no such layer.
     """
     pattern = re.compile(rf"(?:.*/)?blocks_\d+/(?:{'|'.join(LAYERS[name] for name in layers)})/kernel")
-    kernels = {name: leaf for name, leaf in flatten_dict(params, sep="/").items() if pattern.fullmatch(name)}
+    kernels: dict[str, Any] = {
+        name: leaf for name, leaf in flatten_dict(params, sep="/").items() if pattern.fullmatch(name)
+    }
     if not kernels:
         raise ValueError(f"The model has no linear layers of {' or '.join(layers)}.")
     adapters = {}
@@ -60,8 +62,8 @@ def merge_adapters(params: Mapping[str, Any], *, scale: float) -> dict[str, Any]
     Returns:
       Parameters of the model, without "lora".
     """
-    adapters = flatten_dict(params.get(GROUP, {}), sep="/")
-    merged = flatten_dict({name: group for name, group in params.items() if name != GROUP}, sep="/")
+    adapters: dict[str, Any] = flatten_dict(params.get(GROUP, {}), sep="/")
+    merged: dict[str, Any] = flatten_dict({name: group for name, group in params.items() if name != GROUP}, sep="/")
     for name, a in adapters.items():
         if name.endswith("/a"):
             layer = name.removesuffix("a")

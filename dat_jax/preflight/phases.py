@@ -271,8 +271,12 @@ def _make_state(session: Session) -> TrainState:
         directory = session.workdir / "checkpoints"
         with Checkpoints(directory, metric=trainer.task.metric, read_only=True) as checkpoints:
             return checkpoints.restore(step, trainer.abstract_state)[0]
-    options = dict(initialize=trainer.initialize, initialize_from=trainer.initialize_from)
-    return initialize_state(config, class_names=class_names, **options)
+    return initialize_state(
+        config,
+        class_names=class_names,
+        initialize=trainer.initialize,
+        initialize_from=trainer.initialize_from,
+    )
 
 
 def _describe_start(session: Session) -> str:

@@ -144,6 +144,7 @@ class Trainer:
         keys = self.config.get("distillation")
         if keys is None or not keys.teacher:
             return None
+        assert self.objective.outputs is not None  # of a classifier
         data = self.config.data
         images = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32)
         outputs = jax.eval_shape(self.objective.outputs, self.abstract_state.eval_variables, images)

@@ -4,7 +4,7 @@ The outputs of both are those of ``model_outputs``; a teacher that is no model o
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def model_outputs(model: DAT, variables: Any, images: jax.Array, **options: Any)
             "tokens": model.classify(pixels).reshape(*last_map.shape[:-1], -1),
         }
 
-    return model.apply(variables, images, method=compute, **options)
+    return cast(dict[str, jax.Array], model.apply(variables, images, method=compute, **options))
 
 
 def distillation_loss(student: Outputs, teacher: Outputs, *, kind: str, temperature: float) -> jax.Array:
