@@ -105,6 +105,11 @@ class EncodedSource:
         return decode(data, name=name, image_format=self.image_format, apply_orientation=self.apply_orientation)
 
 
+def report_damage(source: Any) -> Any:
+    """The source as evaluations read it: a damaged image is an error, and is not replaced by another one."""
+    return dataclasses.replace(source, skip_damaged=False) if isinstance(source, EncodedSource) else source
+
+
 def read_record(read: Callable[[int], dict], index: int, *, count: int, skip_damaged: bool) -> dict:
     """Read a record, or the next readable one if it is damaged and ``skip_damaged`` is True.
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dat_jax.data import batching
 from dat_jax.data.buckets import Shape
-from dat_jax.data.sources import describe_damage
+from dat_jax.data.sources import describe_damage, report_damage
 from dat_jax.evaluation.results import Evaluation
 from dat_jax.storage import check_local
 from dat_jax.tasks.objective import Objective
@@ -95,6 +95,11 @@ class Task(abc.ABC):
     def describe_damage(source: Source, index: int) -> str | None:
         """Return why an example of a source cannot be read, or None if it can."""
         return describe_damage(source, index)
+
+    @staticmethod
+    def report_damage(source: Source) -> Source:
+        """The source as evaluations read it: a damaged example is an error, and is not replaced by another one."""
+        return report_damage(source)
 
     @abc.abstractmethod
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

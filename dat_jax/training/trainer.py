@@ -272,7 +272,7 @@ class Trainer:
             raise UserError(f"--mode=knn is for a single process, got {jax.process_count()} processes.")
         train, validation = (
             (self.put_batch(batch) for batch in self._eval_batches(source))
-            for source in (self.task.train_source, self.task.eval_source)
+            for source in (self.task.report_damage(self.task.train_source), self.task.eval_source)
         )
         features, labels = neighbors.collect_features(embed, variables, train)
         predict = neighbors.make_predict(embed, neighbors=self.config.eval.neighbors, num_classes=count)

@@ -1,9 +1,13 @@
 """Nearest neighbors of frozen features, against a plain computation, and of a run."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dat_jax.errors import UserError
 from dat_jax.evaluation import neighbors
@@ -61,6 +65,30 @@ def test_features_of_a_run_are_evaluated(tmp_path):
     same = Trainer(config, sources=(trainer.task.train_source, trainer.task.train_source))
     config.eval.neighbors = 1
     assert same.evaluate_neighbors(trainer.initialize().eval_variables).metrics["knn_top1"] == 100
+
+
+def test_damaged_training_images_do_not_vote(tmp_path, monkeypatch, logs):
+    """They are not replaced by the next image, as in training, and are logged."""
+    rng = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for index in range(2):
+            pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.png")
+    (tmp_path / "train" / "a" / "damaged.png").write_bytes(b"no image")
+    config = tiny_config.get_config().unlock()
+    config.data.update(name="folders", directory=str(tmp_path))
+    config.batch_size, config.mesh.data = 2, 1
+    trainer = Trainer(config, devices=jax.devices()[:1])
+    embed = lambda variables, batch: batch["image"].mean(axis=(1, 2))  # noqa: E731
+    trainer.objective = dataclasses.replace(trainer.objective, embed=embed)
+    collected, collect = [], neighbors.collect_features
+    monkeypatch.setattr(
+        neighbors, "collect_features", lambda *arguments: collected.append(collect(*arguments)) or collected[-1]
+    )
+    assert trainer.evaluate_neighbors({}).metrics["examples"] == 4
+    assert collected[0][1].tolist() == [0, 0, 1, 1]
+    assert any("damaged.png" in message and "left out" in message for message in logs)
 
 
 def test_other_tasks_and_several_processes_are_refused(monkeypatch):
