@@ -17,7 +17,7 @@ DERIVED = -1  # value of a key that a run derives from its data, its model or it
 
 _ABSTRACT_TYPES = {int: numbers.Integral, float: numbers.Real}
 _NOUNS = {int: "an integer", float: "a number", str: "a string"}
-_ITEM_NOUNS = {int: "integers", float: "numbers"}
+_ITEM_NOUNS = {int: "integers", float: "numbers", str: "strings"}
 
 
 @dataclasses.dataclass(frozen=True)
