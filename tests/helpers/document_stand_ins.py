@@ -253,7 +253,7 @@ class StandIns:
                     continue
                 image = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
                 image = image[:, :, 0] if "gray" in directory.parts else image
-                Image.fromarray(image).save(file.with_suffix(".jpg"))
+                Image.fromarray(image).save(f"{file}.jpg")
 
     def _write_ade20k(self, directory):
         """Write data in the layout of the ADE20K release. Every second image has class 1 on one half and class 2 on the other."""
