@@ -100,8 +100,8 @@ def test_the_adapter_of_the_quickstart_is_small():
     )
     assert adapters < saved < 0.05 * (everything - adapters)
     frozen, learning = trainer.describe_groups()
-    assert "lora" not in frozen
-    assert "lora/stages_0/blocks_0-1" in learning
+    assert "adapters" not in frozen
+    assert "adapters of stages_0/blocks_0-1" in learning
 
 
 def with_lora(**values):
