@@ -171,11 +171,7 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
 
 def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str, float]:
     """See ``evaluate``."""
-    _check_initial_weights(config, directory)
-    trainer = Trainer(config)
-    cache = enable_cache(trainer.config.compilation_cache)
-    state, weights = _restore_weights(trainer, directory, same_classes=True)
-    choose_implementations(trainer, "eval", cache=cache)
+    trainer, state, weights = _prepare_evaluation(config, directory, same_classes=True)
     evaluation = trainer.evaluate(state.eval_variables)
     report.save_class_results(trainer, evaluation, directory.files)
     metrics = dict(evaluation.metrics)
@@ -205,14 +201,20 @@ def evaluate_neighbors(config, workdir: str, *, quiet: bool = False) -> dict[str
     multihost.check_started()
     console = _configure_console(quiet)
     with WorkDirectory(workdir) as directory:
-        _check_initial_weights(config, directory)
-        trainer = Trainer(config)
-        cache = enable_cache(trainer.config.compilation_cache)
-        state, weights = _restore_weights(trainer, directory, same_classes=False)
-        choose_implementations(trainer, "eval", cache=cache)
+        trainer, state, weights = _prepare_evaluation(config, directory, same_classes=False)
         evaluation = trainer.evaluate_neighbors(state.eval_variables)
         report.print_result(console, evaluation, class_names=trainer.task.class_names, weights=weights)
         return evaluation.metrics
+
+
+def _prepare_evaluation(config, directory: WorkDirectory, *, same_classes: bool) -> tuple[Trainer, TrainState, str]:
+    """The run of a configuration, the state with the weights to evaluate, and where they are from."""
+    _check_initial_weights(config, directory)
+    trainer = Trainer(config)
+    cache = enable_cache(trainer.config.compilation_cache)
+    state, weights = _restore_weights(trainer, directory, same_classes=same_classes)
+    choose_implementations(trainer, "eval", cache=cache)
+    return trainer, state, weights
 
 
 def _restore_weights(trainer: Trainer, directory: WorkDirectory, *, same_classes: bool) -> tuple[TrainState, str]:

@@ -17,7 +17,7 @@ Outputs = Mapping[str, jax.Array]
 
 
 def model_outputs(model: DAT, variables: Any, images: jax.Array, **options: Any) -> dict[str, jax.Array]:
-    """What a student or a teacher computes from a batch of images.
+    """Compute the outputs of a classifier that distillation compares.
 
     Args:
       model: a classifier.

@@ -63,7 +63,7 @@ def _adamw(schedule, config, mask):
 
 
 def _schedule_free_adamw(schedule, config, mask):
-    """Without momentum, which the average of ``contrib.schedule_free`` replaces, as optax's schedule_free_adamw."""
+    """The base of schedule-free AdamW: it has no momentum, which the average of ``contrib.schedule_free`` replaces."""
     rms = optax.scale_by_rms(decay=config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=True)
     decay = optax.add_decayed_weights(config.weight_decay, mask)
     return optax.chain(rms, decay, optax.scale_by_learning_rate(schedule))
@@ -78,7 +78,7 @@ def _lion(schedule, config, mask):
 
 
 def _sgd(schedule, config, mask):
-    """As in PyTorch: the decay is added to the gradient, before the momentum."""
+    """SGD whose weight decay is added to the gradient, before the momentum, as in PyTorch."""
     decay = optax.add_decayed_weights(config.weight_decay, mask)
     return optax.chain(decay, optax.sgd(schedule, **config.sgd))
 
