@@ -202,7 +202,9 @@ def test_large_files_are_refused_before_they_are_decoded(monkeypatch):
         decode(WRITERS["interleaved"](draw(12, "uint8")), name="a", image_format=ImageFormat(12))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("imagecodecs") is not None, reason="imagecodecs is installed, so LZW is decoded")
+@pytest.mark.skipif(
+    importlib.util.find_spec("imagecodecs") is not None, reason="imagecodecs is installed, so LZW is decoded"
+)
 def test_a_compression_that_another_package_reads_is_not_damage():
     """The file says that it has LZW; its bytes are not looked at."""
     data = encode_tiff(draw(12, "uint8"), photometric="minisblack", planarconfig="contig")
