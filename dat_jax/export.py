@@ -36,6 +36,7 @@ from dat_jax.cli.flags import fail, run_tool
 from dat_jax.errors import UserError
 
 _FLAGS = {
+    "Weights": ("ema_decay=DECAY",),
     "Files to write": ("formats=FORMAT,...",),
     "Program (stablehlo and onnx)": (
         "platforms=PLATFORM,...",
@@ -49,11 +50,13 @@ _FLAGS = {
     "Hugging Face Hub": ("push=hf://USER/REPOSITORY[@BRANCH]", "license=ID", "private"),
     "Check instead of export": ("check=DIR",),
 }
-_EXPORT_GROUPS = ("Files to write", "Program (stablehlo and onnx)", "Classes and preprocessing")
+_EXPORT_GROUPS = ("Weights", "Files to write", "Program (stablehlo and onnx)", "Classes and preprocessing")
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define all flags of the tool."""
+    help_text = "Export the average of the weights with this decay, one of config.ema_decays of the run."
+    flags.DEFINE_float("ema_decay", None, help_text, flag_values=values)
     help_text = "One or more of orbax (model.json and params), stablehlo, safetensors and onnx."
     flags.DEFINE_list("formats", ["orbax", "stablehlo", "safetensors"], help_text, flag_values=values)
     help_text = "One or more of cpu, tpu, cuda and rocm. The platforms need not be attached. ONNX ignores them."
@@ -121,6 +124,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
                 image_size=values.image_size,
                 classes=values.classes,
                 resize=values.resize,
+                ema_decay=values.ema_decay,
                 buckets=values.buckets,
                 features=values.features,
                 push_to=values.push,

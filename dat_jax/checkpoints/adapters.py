@@ -2,7 +2,7 @@
 
 A file is in the format of safetensors. Its arrays have the names of the parameters with dots, such as
 "lora.stages_2.blocks_3.attn.qkv.a" and "cls_head.kernel"; those of the statistics of BatchNorm begin with "batch_stats.". Its
-metadata has "alpha" and "rank".
+metadata has "alpha" and "rank", and "base", the fingerprint of the kernels that are adapted.
 """
 
 import math
@@ -11,12 +11,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save
 
 from dat_jax.checkpoints.adaptation import depends_on_classes
+from dat_jax.checkpoints.integrity import compute_fingerprints, hash_json
 from dat_jax.errors import UserError, name_some
 from dat_jax.models.lora import GROUP, merge_adapters
 from dat_jax.storage import atomic_path, fetch
@@ -24,19 +26,32 @@ from dat_jax.storage import atomic_path, fetch
 FILE_NAME = "adapter.safetensors"
 
 
-def save_adapter(path: pathlib.Path, *, variables: Mapping[str, Any], alpha: float, rank: int) -> None:
+def fingerprint_base(params: Mapping[str, Any]) -> str:
+    """Fingerprint of the kernels that adapters belong to. All processes that hold the arrays must call it.
+
+    Args:
+      params: parameters of the model with the group "lora", nested dictionaries of arrays.
+    """
+    layers = sorted({path[:-1] for path in flatten_dict(params[GROUP])})
+    arrays = flatten_dict(params)
+    fingerprints = jax.jit(compute_fingerprints)([arrays[(*layer, "kernel")] for layer in layers])
+    return hash_json({"/".join(layer): int(value) for layer, value in zip(layers, fingerprints, strict=True)})
+
+
+def save_adapter(path: pathlib.Path, *, variables: Mapping[str, Any], alpha: float, rank: int, base: str) -> None:
     """Write a file of adapters, or replace it as a whole.
 
     Args:
       path: the file.
       variables: {"params": those that learned, with the group "lora", and further collections}, nested dictionaries of arrays.
       alpha, rank: the scale of the adapters is alpha / rank.
+      base: see ``fingerprint_base``.
 
     Raises:
       UserError: it cannot be written. An existing file is unchanged then.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in _flatten(variables).items()}
-    content = save(arrays, metadata={"alpha": repr(float(alpha)), "rank": str(rank)})
+    content = save(arrays, metadata={"alpha": repr(float(alpha)), "rank": str(rank), "base": base})
     with atomic_path(path, overwrite=True) as temporary:
         temporary.write_bytes(content)
 
@@ -52,7 +67,8 @@ def apply_adapter(path: str | os.PathLike, variables: Mapping[str, Any]) -> dict
       Variables of the adapted model as numpy arrays: the adapters are merged, and the head is that of the file.
 
     Raises:
-      UserError: the file cannot be read, is no file of adapters, or is of another model; the arrays are named.
+      UserError: the file cannot be read, is no file of adapters, or was trained on another model or on other weights; arrays of
+        other shapes are named.
     """
     try:
         with safetensors.safe_open(fetch(path), framework="numpy") as file:
@@ -72,7 +88,10 @@ def apply_adapter(path: str | os.PathLike, variables: Mapping[str, Any]) -> dict
         )
     if not any(name.startswith(f"{GROUP}.") for name in arrays):
         raise UserError(f"{path} has no adapters.")
-    merged = merge_adapters(unflatten_dict({**_flatten(variables), **arrays}, sep="."), scale=alpha / rank)
+    params = unflatten_dict({**_flatten(variables), **arrays}, sep=".")
+    if "base" in metadata and metadata["base"] != fingerprint_base(params):
+        raise UserError(f"{path} was trained on other weights than these: load the weights that its run started from.")
+    merged = merge_adapters(params, scale=alpha / rank)
     merged = unflatten_dict({name: np.asarray(array) for name, array in flatten_dict(merged).items()})
     collections = {name: merged.pop(name) for name in variables if name != "params"}
     return {"params": merged, **collections}

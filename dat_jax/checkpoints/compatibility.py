@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 # Keys of config.model that change how the function is computed, but not which function.
 _IMPLEMENTATION = ("dtype", "remat", "scan_blocks", "implementation")
 # Keys that determine the order of the training data, which a resumed run continues.
-_DATA_ORDER = ("batch_size", "seed", "data.name")
+_DATA_ORDER = ("batch_size", "seed", "data.name", "augmentation.repeats")
 # Keys that determine the state of the optimizer and the averages.
 _OPTIMIZER = (
+    "ema_decays",
     "optimizer.name",
     "optimizer.freeze",
     "optimizer.adafactor.min_side",
@@ -33,6 +34,7 @@ _SWITCHES = ("ema_decay", "optimizer.clip_norm", "optimizer.adafactor.momentum",
 # Keys, or groups of keys, that may change without a warning: those of the machine, of logging and of the start of the run.
 _UNCHECKED = (
     "mesh",
+    "memory_budget",
     "compilation_cache",
     "tune",
     "profile",
@@ -52,6 +54,8 @@ _IMPLIED = {
     "model.deformable_form": "dat_pp",
     "optimizer.name": "adamw",
     "optimizer.freeze": [],
+    "ema_decays": [],
+    "augmentation.repeats": 1,
     "lora.rank": 0,
     "data.channels": 3,
     "data.dtype": "uint8",

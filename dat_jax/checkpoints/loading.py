@@ -4,7 +4,9 @@ They come from a folder of weights, which ``dat_jax.export_model`` and ``python 
 directory of a run.
 """
 
+import functools
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
@@ -49,7 +51,11 @@ from dat_jax.storage import as_path, exists
 
 
 def load_pretrained(
-    path: str | os.PathLike, *, adapter: str | os.PathLike | None = None, **overrides
+    path: str | os.PathLike,
+    *,
+    adapter: str | os.PathLike | None = None,
+    ema_decay: float | None = None,
+    **overrides,
 ) -> tuple[Model, dict[str, Any]]:
     """Load a trained model. Use it as ``model.apply(variables, images, train=False)``.
 
@@ -59,6 +65,7 @@ def load_pretrained(
         checkpoint is loaded, with the averaged weights if the run has them.
       adapter: file of adapters that were trained on these weights, adapter.safetensors in the work directory of a run with
         ``config.lora``. The model has its classes.
+      ema_decay: one of ``config.ema_decays`` of the run, whose average is loaded.
       **overrides: attributes of ``DAT`` (the backbone of a segmentor or detector) that replace those of the trained model,
         such as num_classes, in_channels, image_size or dtype (float32 by default). If they change shapes, the weights are
         adapted, see ``adapt_params``; the head of a classifier with another number of classes is initialized from a fixed key.
@@ -68,9 +75,10 @@ def load_pretrained(
       The model, and its variables {"params": ...}, with "batch_stats" for a model with BatchNorm, on the default device.
 
     Raises:
-      UserError: there is nothing to load at ``path``, it is damaged, or an attribute is unknown or does not fit the weights.
+      UserError: there is nothing to load at ``path``, it is damaged, it has no average with this decay, or an attribute is
+        unknown or does not fit the weights.
     """
-    trained_model, variables = load_trained(path, deformable_form=overrides.get("deformable_form"))
+    trained_model, variables = load_trained(path, deformable_form=overrides.get("deformable_form"), ema_decay=ema_decay)
     if adapter is not None:
         variables = apply_adapter(adapter, variables)
         trained_model = trained_model.clone(num_classes=count_classes(variables["params"]))
@@ -234,27 +242,34 @@ def check_exists(path: str | os.PathLike) -> None:
     )
 
 
-def load_trained(path: str | os.PathLike, *, deformable_form: str | None = None) -> tuple[Model, dict[str, Any]]:
+def load_trained(
+    path: str | os.PathLike, *, deformable_form: str | None = None, ema_decay: float | None = None
+) -> tuple[Model, dict[str, Any]]:
     """Load a trained model as it was trained, with its variables as numpy arrays.
 
     Args:
       path: a folder of weights or a work directory, as in ``load_pretrained``.
       deformable_form: form of attention of a model whose file does not record it.
+      ema_decay: see ``load_pretrained``.
 
     Raises:
-      UserError: there is nothing to load at ``path``, or it is damaged or incomplete.
+      UserError: there is nothing to load at ``path``, it is damaged or incomplete, or it has no average with this decay.
     """
     path = resolve_address(path)
     check_exists(path)
     path = fetch_weights(path)
     if os.path.isfile(path / "model.json"):
+        if ema_decay is not None:
+            raise UserError(
+                f"ema_decay {ema_decay} needs the work directory of a run; the weights in {path} are one average."
+            )
         variables, description = load_export(path)
         kind = next((kind for kind in ("segmentor", "detector") if kind in description), "classifier")
         settings, head = description.get("model"), description.get(kind)
         variables = {"params": variables} if kind == "classifier" else variables
     else:
         config = _read_config(path / "config.json")
-        variables, _ = read_best_variables(path / "checkpoints")
+        variables, _ = read_best_variables(path / "checkpoints", ema_decay=ema_decay)
         variables["params"] = _merge_adapters(variables["params"], config)
         kind = kind_of(variables["params"])
         settings = {key: value for key, value in config["model"].items() if key != "dtype"}
@@ -278,18 +293,19 @@ def _merge_adapters(params: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     return jax.tree.map(np.asarray, merge_adapters(params, scale=keys["alpha"] / keys["rank"]))
 
 
-def read_best_variables(directory: str | os.PathLike) -> tuple[dict[str, Any], int]:
+def read_best_variables(directory: str | os.PathLike, *, ema_decay: float | None = None) -> tuple[dict[str, Any], int]:
     """Read the variables that the best checkpoint is evaluated with, without the arrays of the optimizer.
 
     Args:
       directory: the directory of the checkpoints, which is only read.
+      ema_decay: decay of a further average to read, see ``config.ema_decays``.
 
     Returns:
       {"params": ...}, the averaged weights if the checkpoint has them, and the collections of the model state, as nested
       dictionaries of numpy arrays; and the step of the checkpoint.
 
     Raises:
-      UserError: there is no complete checkpoint, or it is damaged; the arrays are named.
+      UserError: there is no complete checkpoint, it has no average with this decay, or it is damaged; the arrays are named.
     """
     directory = pathlib.Path(directory)
     step = find_best_step(directory)
@@ -298,15 +314,27 @@ def read_best_variables(directory: str | os.PathLike) -> tuple[dict[str, Any], i
     path = directory / str(step)
     try:
         fingerprints = read_meta(path)["digests"]
-        group = "ema_params" if any(name.startswith("ema_params/") for name in fingerprints) else "params"
-        saved = {name: value for name, value in fingerprints.items() if name.split("/")[0] in (group, "model_state")}
+        group = _find_weights(path, fingerprints, ema_decay)
+        saved = {name: value for name, value in fingerprints.items() if name.startswith((f"{group}/", "model_state/"))}
         arrays = read_arrays(path / "state", names=saved, partial=True)
     except ORBAX_ERRORS as error:
         raise UserError(f"The checkpoint {path} cannot be read: {describe_error(error)}.") from error
     actual = name_leaves(jax.jit(compute_fingerprints)(arrays))
     actual = {name: int(value) for name, value in actual.items()}
     check_digests(f"The checkpoint {path}", saved=saved, actual=actual)
-    return {"params": arrays[group], **arrays.get("model_state", {})}, step
+    params = functools.reduce(operator.getitem, group.split("/"), arrays)
+    return {"params": params, **arrays.get("model_state", {})}, step
+
+
+def _find_weights(path: pathlib.Path, fingerprints: Mapping[str, int], ema_decay: float | None) -> str:
+    """Place of the weights to read in the state of a checkpoint, with "/" between the levels."""
+    if ema_decay is None:
+        return "ema_params" if any(name.startswith("ema_params/") for name in fingerprints) else "params"
+    further = sorted({name.split("/")[1] for name in fingerprints if name.startswith("further_averages/")})
+    if f"{ema_decay:g}" not in further:
+        choices = f"choose one of {', '.join(further)}" if further else "config.ema_decays of its run is empty"
+        raise UserError(f"The checkpoint {path} has no average with the decay {ema_decay:g}: {choices}.")
+    return f"further_averages/{ema_decay:g}"
 
 
 def _find_fixed_stages(dat: DAT) -> set[int]:

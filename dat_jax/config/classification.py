@@ -48,6 +48,14 @@ KEYS = merge_keys(
                 minimum=1,
                 or_value=-1,
             ),
+            "train_sizes": Key(
+                tuple,
+                (),
+                "Sides of the training images, one for each of equal parts of the run, such as (128, 160, 192, 224) for images "
+                "that grow. Evaluation uses `image_size`. Empty: `image_size` throughout.",
+                items=int,
+                minimum=1,
+            ),
             "eval_resize": Key(
                 int,
                 256,
@@ -70,6 +78,26 @@ KEYS = merge_keys(
             ),
             "rand_augment_magnitude": Key(float, 9.0, "Mean magnitude of RandAugment, on a scale to 10.", minimum=0),
             "rand_augment_std": Key(float, 0.5, "Standard deviation of the magnitude.", minimum=0),
+            "three_augment": Key(
+                bool,
+                False,
+                "Whether one of grayscale, solarization and Gaussian blur is applied to each image (3-Augment of DeiT III), in "
+                "place of RandAugment, whose count must be 0.",
+            ),
+            "color_jitter": Key(
+                float,
+                0.0,
+                "Brightness, contrast and saturation are multiplied by random factors from 1 - this to 1 + this; 0 disables it. "
+                "DeiT III uses 0.3 with 3-Augment.",
+                minimum=0,
+            ),
+            "repeats": Key(
+                int,
+                1,
+                "How often each image occurs in a batch, every time augmented by itself (repeated augmentation). An epoch keeps "
+                "its number of steps, so it has 1 / this of the images. DeiT uses 3.",
+                minimum=1,
+            ),
             "erasing_probability": Key(float, 0.25, "Probability of random erasing.", minimum=0, maximum=1),
             "mixup_alpha": Key(float, 0.8, "Parameter of mixup's beta distribution; 0 disables mixup.", minimum=0),
             "cutmix_alpha": Key(
@@ -154,6 +182,15 @@ def check(config: ConfigDict) -> None:
     """Raises UserError for values that do not fit each other."""
     if config.mesa.weight > 0 and not (config.ema_decay > 0 or config.optimizer.name == "schedule_free_adamw"):
         raise UserError("config.mesa needs averaged weights: expected config.ema_decay above 0, such as 0.999, got 0.")
+    if config.augmentation.three_augment and (count := config.augmentation.rand_augment_count):
+        raise UserError(
+            "config.augmentation.three_augment replaces RandAugment: config.augmentation.rand_augment_count must be 0, got "
+            f"{count}."
+        )
+    if config.batch_size % (repeats := config.augmentation.repeats) and config.batch_size != -1:
+        raise UserError(
+            f"config.batch_size must be a multiple of config.augmentation.repeats {repeats}, got {config.batch_size}."
+        )
     if config.data.eval_resize != -1 and config.data.eval_resize < config.data.image_size:
         raise UserError(
             f"config.data.eval_resize must be at least config.data.image_size {config.data.image_size}, got "

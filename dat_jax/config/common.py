@@ -39,11 +39,28 @@ KEYS: dict[str, Any] = {
         minimum=0,
         below=1,
     ),
+    "ema_decays": Key(
+        tuple,
+        (),
+        "Decays of further averages of the weights. Each is kept in the checkpoints and evaluated beside the weights that "
+        "`ema_decay` selects; `dat_jax.load` and `dat_jax.export` take any of them.",
+        items=float,
+        above=0,
+        below=1,
+    ),
     "ema_warmup": Key(
         bool,
         False,
-        "Whether the decay grows with the number of steps, 1 - (1 + steps) ** (-2 / 3), up to `ema_decay`, so that the average "
-        "of a short run forgets the initial weights.",
+        "Whether each decay grows with the number of steps, 1 - (1 + steps) ** (-2 / 3), up to its value, so that the average of "
+        "a short run forgets the initial weights.",
+    ),
+    "memory_budget": Key(
+        float,
+        0.0,
+        "GiB of each device that a training step may take. Before the first step it is compiled with remat none, dots and blocks "
+        "until one fits, which replaces `model.remat`. -1: 90 % of the device. 0: `model.remat` is used as it is.",
+        minimum=0,
+        or_value=-1,
     ),
     "log_every": Key(int, 50, "Steps between log lines.", minimum=1),
     "logs": Key(

@@ -54,10 +54,16 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_averaging(config: ConfigDict) -> None:
+    decays = config.ema_decays
+    if len({config.ema_decay, *decays}) <= len(decays):
+        raise UserError(
+            f"config.ema_decays must be numbers that differ from each other and from config.ema_decay {config.ema_decay}, got "
+            f"{tuple(decays)}."
+        )
     if config.optimizer.name == "schedule_free_adamw":
-        if config.ema_decay > 0:
+        if config.ema_decay > 0 or decays:
             raise UserError(
-                "config.ema_decay must be 0 for schedule_free_adamw, which evaluates an average of its own."
+                "config.ema_decay must be 0 and config.ema_decays empty for schedule_free_adamw, which evaluates its own average."
             )
         if config.optimizer.b1 == 0:
             raise UserError("config.optimizer.b1 must be above 0 for schedule_free_adamw.")

@@ -4,7 +4,9 @@ A run that resumes at step n therefore gets the same batches as an uninterrupted
 workers.
 """
 
+import bisect
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,16 +21,20 @@ _PREFETCHED_BATCHES = 4
 _MAX_BATCHES = 2**40  # more than any run needs
 _CACHED_PLANS = 2  # one pass over the data may end while the next one is being loaded
 
+Transform = Callable[[dict, np.random.Generator], dict]
+
 
 def make_train_batches(
     source,
-    transform: Callable[[dict, np.random.Generator], dict],
+    transform: Transform,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
     workers: int = 0,
+    repeats: int = 1,
+    later_transforms: Sequence[tuple[int, Transform]] = (),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Return an endless iterator of training batches, shuffled in every epoch.
 
@@ -40,6 +46,9 @@ def make_train_batches(
       start_step: index of the first batch.
       rows: rows of every batch that belong to this process; only these are loaded. Default: all.
       workers: number of worker processes; 0 loads in threads of this process.
+      repeats: how often in a row each example occurs, every time with its own generator (repeated augmentation, 1901.09335). A
+        pass over the data then takes this many times more batches.
+      later_transforms: (index of a batch, the transform from this batch on), in ascending order.
 
     Yields:
       {"image": uint8 (R, S, S, 3), "label": int32 (R,), or uint8 (R, S, S) for segmentation} of R rows, in the order of
@@ -49,11 +58,13 @@ def make_train_batches(
       UserError: a worker died, or an example cannot be read and the source does not replace it.
     """
     rows = range(batch_size) if rows is None else rows
-    dataset = _shuffle_and_repeat(source, seed).random_map(transform)
+    order = _shuffle_and_repeat(source, seed, repeats)
+    datasets = [order.random_map(function) for function in (transform, *(later for _, later in later_transforms))]
+    starts = [start for start, _ in later_transforms]
 
     def load(position: int) -> dict:
         step, row = divmod(position, len(rows))
-        record = dataset[step * batch_size + rows[row]]
+        record = datasets[bisect.bisect(starts, step)][step * batch_size + rows[row]]
         assert record is not None  # nothing is filtered out
         return record
 
@@ -61,20 +72,23 @@ def make_train_batches(
     return iterate(examples.batch(len(rows))[start_step:], workers)
 
 
-def _shuffle_and_repeat(source, seed):
-    """Return an endless dataset that is shuffled in every epoch."""
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+def _shuffle_and_repeat(source, seed, repeats):
+    """Return an endless dataset that is shuffled in every epoch, with each example ``repeats`` times in a row."""
+    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    if repeats == 1:
+        return order
+    return grain.MapDataset.range(sys.maxsize).seed(seed).map(lambda position: order[position // repeats])
 
 
-def example_indices(count: int, *, seed: int, step: int, batch_size: int) -> list[int]:
+def example_indices(count: int, *, seed: int, step: int, batch_size: int, repeats: int = 1) -> list[int]:
     """Return the indices of the examples in one batch of ``make_train_batches``, over all processes.
 
     Args:
       count: number of training examples.
-      seed, batch_size: as for ``make_train_batches``.
+      seed, batch_size, repeats: as for ``make_train_batches``.
       step: number of the step, from 1.
     """
-    order = _shuffle_and_repeat(range(count), seed)
+    order = _shuffle_and_repeat(range(count), seed, repeats)
     positions = range((step - 1) * batch_size, step * batch_size)
     return [int(order[position]) for position in positions]  # pyright: ignore[reportArgumentType] (nothing is filtered out)
 

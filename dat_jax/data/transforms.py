@@ -2,7 +2,7 @@
 
 Operations, their order and their distributions are those of the published recipe: random resized crop, flip, RandAugment. All
 random draws come from the generator that is passed in. Normalization, random erasing and mixing run on the device
-(tasks/augmentation.py).
+(tasks/classification/augmentation.py).
 """
 
 import math
@@ -14,6 +14,7 @@ from PIL import Image
 
 from dat_jax.data.images import resize_as_pillow, resize_bicubic
 from dat_jax.data.randaugment import apply_operation, draw_operations
+from dat_jax.data.three_augment import apply_color_jitter, apply_three_augment
 
 _CROP_TRIES = 10
 
@@ -55,8 +56,10 @@ def make_train_transform(
     rand_augment_count: int,
     rand_augment_magnitude: float,
     rand_augment_std: float,
+    three_augment: bool = False,
+    color_jitter: float = 0.0,
 ) -> Callable[[dict, np.random.Generator], dict]:
-    """Make a transform that applies a random resized crop, a random horizontal flip and RandAugment.
+    """Make a transform that applies a random resized crop, a random horizontal flip, and RandAugment or 3-Augment.
 
     Args:
       image_size: side of the result in pixels.
@@ -65,6 +68,8 @@ def make_train_transform(
       flip_probability: probability of a horizontal flip.
       rand_augment_count, rand_augment_magnitude, rand_augment_std: see ``draw_operations``; a count of 0 disables RandAugment,
         which is for RGB images with 8 bits.
+      three_augment: whether to apply ``apply_three_augment``, likewise for RGB images with 8 bits.
+      color_jitter: strength of ``apply_color_jitter``, which is the last operation, likewise; 0 disables it.
 
     Returns:
       A function of a record with "image", uint8, uint16 or float32 (H, W, C), and a generator, that replaces the image by
@@ -84,6 +89,9 @@ def make_train_transform(
         )
         for name, argument in operations:
             image = apply_operation(image, name, argument)
+        if three_augment:
+            image = apply_three_augment(image, rng)
+        image = apply_color_jitter(image, rng, strength=color_jitter)
         return {**record, "image": image}
 
     return transform

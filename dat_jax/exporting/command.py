@@ -27,6 +27,7 @@ def export(
     image_size: Sequence[str] | None,
     classes: str | None,
     resize: int | None,
+    ema_decay: float | None = None,
     buckets: str | None = None,
     features: Sequence[str] | None = None,
     push_to: str | None = None,
@@ -45,6 +46,7 @@ def export(
       image_size: one or two numbers as text, SIDE or HEIGHT and WIDTH in pixels; None for that of the model.
       classes: text file with the class names, or None for those of the model.
       resize: side in pixels that a classifier resizes images to, or None for that of the model.
+      ema_decay: see ``load_pretrained``.
       buckets: heights and widths such as "608x832,832x608", or None for a program for images of one size.
       features: indices of stages as text, or None for predictions, see ``write_exported``.
       push_to: address of a repository on the Hub, or None.
@@ -65,9 +67,10 @@ def export(
     image_shape, batch_size = parse_image_size(image_size), parse_batch(batch)
     stages = parse_features(features)
     bucket_list = None if buckets is None else parse_buckets(buckets, key="--buckets")
-    predictor = inference.load(trained, classes=classes, resize=resize)
+    options: dict[str, Any] = dict(classes=classes, resize=resize, ema_decay=ema_decay)
+    predictor = inference.load(trained, **options)
     if isinstance(predictor, inference.Classifier) and image_shape and image_shape[0] == image_shape[1]:
-        predictor = inference.load(trained, classes=classes, resize=resize, image_size=image_shape[0])
+        predictor = inference.load(trained, **options, image_size=image_shape[0])
     if isinstance(predictor, inference.ObjectDetector) and batch is None and stages is None:
         batch_size = 1
     manifest = write_exported(

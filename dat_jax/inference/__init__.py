@@ -27,7 +27,9 @@ from dat_jax.models.segmentation import Segmentor
 Predictor = Classifier | Segmenter | ObjectDetector
 
 
-def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, **options) -> Predictor:
+def load(
+    path: str | os.PathLike, *, classes: str | os.PathLike | None = None, ema_decay: float | None = None, **options
+) -> Predictor:
     """Load a trained classifier, segmentor or detector as a function of images.
 
     Args:
@@ -35,6 +37,7 @@ def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, *
       classes: text file with the class names, one per line. By default the names stored in the work directory or export;
         otherwise those of ImageNet (classifiers), ADE20K (segmentors) or COCO (detectors) if the number of classes agrees;
         otherwise numbers.
+      ema_decay: see ``load_pretrained``.
       **options: see ``from_trained`` of the module of the task. An option that is None or missing has the value stored in the
         export, or that of the evaluation in the work directory's configuration, or else the published value.
 
@@ -44,7 +47,7 @@ def load(path: str | os.PathLike, *, classes: str | os.PathLike | None = None, *
     """
     options = {name: value for name, value in options.items() if value is not None}
     path = fetch_weights(path)
-    model, variables = load_pretrained(path)
+    model, variables = load_pretrained(path, ema_decay=ema_decay)
     modules = {DAT: classification, Segmentor: segmentation}
     module = modules.get(type(model), detection)
     return module.from_trained(path, model, variables, classes=classes, **options)

@@ -16,7 +16,8 @@ from dat_jax.checkpoints.manager import Checkpoints
 from dat_jax.data.sources import spread_indices
 from dat_jax.errors import UserError
 from dat_jax.parallel import sharding
-from dat_jax.profiling.step_report import peak_bytes, step_function
+from dat_jax.profiling.memory import peak_bytes
+from dat_jax.profiling.step_report import step_function
 from dat_jax.profiling.topologies import find_chip, first_line
 from dat_jax.storage import Path
 from dat_jax.training.state import TrainState

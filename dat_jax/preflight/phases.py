@@ -27,6 +27,7 @@ from dat_jax.preflight.session import Outcome, Session, Values, count_cores
 from dat_jax.storage import Path, download, is_in_bucket, os_errors, remove, upload
 from dat_jax.training.compilation import enable_cache
 from dat_jax.training.implementations import choose_implementations
+from dat_jax.training.memory_budget import choose_remat
 from dat_jax.training.state import TrainState, copy_state
 from dat_jax.training.trainer import Trainer
 
@@ -232,6 +233,7 @@ def describe_input(session: Session, values: Values) -> Outcome:
 def measure_compilation(session: Session) -> dict[str, Any]:
     """Choose implementations of ops as the run will, and compile the training step."""
     choices = choose_implementations(session.trainer, "train", cache=session.cache)
+    session.trainer = choose_remat(session.trainer)
     step = session.step = measurements.compile_train_step(session.trainer)
     return {"compile_seconds": step.seconds, "peak": step.peak, "available": step.available, "choices": choices}
 

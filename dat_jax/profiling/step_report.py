@@ -23,10 +23,12 @@ from dat_jax.ops.dispatch import compiling_for, compute_dtype
 from dat_jax.parallel import sharding
 from dat_jax.profiling import hlo
 from dat_jax.profiling.flops import count_product_flops
+from dat_jax.profiling.memory import peak_bytes
 from dat_jax.profiling.slices import split_collectives
 from dat_jax.profiling.topologies import TARGET_CONFIG, Chip, find_devices, first_line
 from dat_jax.tasks.registry import get_task_class, make_task
 from dat_jax.training.compilation import known_options
+from dat_jax.training.memory_budget import choose_remat
 from dat_jax.training.trainer import Trainer
 from dat_jax.tuning.choices import get_names, read_choices
 
@@ -103,6 +105,7 @@ def compile_report(
             trainer.choices = _read_choices(choices_file, trainer, steps)
         if "train" in steps:
             trainer.check_train_batch()
+            trainer = choose_remat(trainer, compiler_options=known_options(COMPILER_OPTIONS.get(chip.platform, {})))
         return {
             "topology": topology,
             "slices": sharding.count_slices(trainer.mesh),
@@ -237,7 +240,7 @@ def _state_bytes(trainer, step) -> dict[str, int]:
         return {"parameters": count(state.eval_variables)}
     return {
         "parameters": count(state.params),
-        "averaged_parameters": count(state.ema_params),
+        "averaged_parameters": count((state.ema_params, state.further_averages)),
         "optimizer_state": count(state.opt_state),
     }
 
@@ -261,17 +264,6 @@ def _memory(stats, state: dict[str, int], *, available: float | None) -> dict[st
         "peak": peak_bytes(stats),
         "available": available,
     }
-
-
-def peak_bytes(stats: Any) -> int:
-    """Memory that a program needs at most: arguments, outputs that do not reuse their memory, temporaries and code.
-
-    Args:
-      stats: result of ``memory_analysis`` of a compiled program.
-    """
-    new_outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    other = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    return stats.argument_size_in_bytes + new_outputs + other
 
 
 def _cost(compiled, by_opcode, product_flops: float) -> dict[str, float | None]:

@@ -20,6 +20,11 @@ Source = Any
 Evaluator = Callable[..., Evaluation]  # evaluate(variables, batches, *, classes=None)
 
 
+def count_steps(config: ConfigDict, *, examples: int) -> int:
+    """Number of optimizer steps of a run with this number of training examples."""
+    return config.steps or config.epochs * (examples // config.batch_size)
+
+
 class Task(abc.ABC):
     """Data, model, loss, prediction, evaluation and figures of one task, as a configuration describes them.
 

@@ -26,6 +26,7 @@ from dat_jax.storage import exists
 from dat_jax.training import report
 from dat_jax.training.compilation import enable_cache
 from dat_jax.training.implementations import choose_implementations
+from dat_jax.training.memory_budget import choose_remat
 from dat_jax.training.monitoring import sinks
 from dat_jax.training.monitoring.hooks import Hook
 from dat_jax.training.monitoring.input import ImageCounter, StallWarning
@@ -96,6 +97,7 @@ def _train(
     print_table(console, "dat_jax", description)
     print_table(console, "Parameters", trainer.describe_groups())
     choose_implementations(trainer, "train", cache=cache)
+    trainer = choose_remat(trainer)
 
     with _open_checkpoints(trainer, directory) as checkpoints:
         options = dict(abstract_state=trainer.abstract_state, **_state_options(trainer))
@@ -130,7 +132,7 @@ def _train(
             del state  # free its memory for the best one
             state = _restore_best(trainer, checkpoints)
     with clock.measure("evaluation"):
-        evaluation = trainer.evaluate(state.eval_variables)
+        evaluation = trainer.evaluate_state(state)
     report.save_class_results(trainer, evaluation, directory.files)
     report.save_figures(trainer, state, directory.files)
     report.save_adapter(trainer, state, directory.files)
@@ -172,7 +174,7 @@ def evaluate(config, workdir: str, *, quiet: bool = False) -> dict[str, float]:
 def _evaluate(config, directory: WorkDirectory, *, console: Console) -> dict[str, float]:
     """See ``evaluate``."""
     trainer, state, weights = _prepare_evaluation(config, directory, same_classes=True)
-    evaluation = trainer.evaluate(state.eval_variables)
+    evaluation = trainer.evaluate_state(state)
     report.save_class_results(trainer, evaluation, directory.files)
     metrics = dict(evaluation.metrics)
     for name, (source, classes) in trainer.extra_eval_sets.items():
@@ -312,7 +314,7 @@ def _run_steps(
             if evaluation_due:
                 try:
                     with clock.measure("evaluation"):
-                        metrics = trainer.evaluate(state.eval_variables).metrics
+                        metrics = trainer.evaluate_state(state).metrics
                 except (
                     Exception
                 ):  # such as validation images that cannot be read: the steps since the last checkpoint are kept
@@ -340,7 +342,9 @@ def _make_hooks(
     def make_progress(step):
         return Progress(start_step=step, total_steps=total_steps, batch_size=config.batch_size)
 
-    usage = Usage(trainer.mesh.devices.ravel().tolist(), count_flops=trainer.count_model_flops)
+    sizes_vary = bool(config.data.get("train_sizes"))  # then the work of a step does, too
+    count_flops = None if sizes_vary else trainer.count_model_flops
+    usage = Usage(trainer.mesh.devices.ravel().tolist(), count_flops=count_flops)
     throughput = Throughput(make_progress, usage)
     spikes = directory.files / "loss_spikes.jsonl"
     hooks = [

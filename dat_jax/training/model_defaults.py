@@ -87,12 +87,14 @@ def _resolve_channels(config: ConfigDict, recorded: Mapping[str, Any]) -> None:
         raise UserError(
             "Values of uint16 are not divided: config.data.mean and std must be in their units, got those of ImageNet."
         )
-    count = config.augmentation.rand_augment_count
-    if count and (data.channels, data.dtype) != (3, "uint8"):
-        raise UserError(
-            "RandAugment is for RGB images with 8 bits: config.augmentation.rand_augment_count must be 0 with "
-            f"config.data.channels={data.channels} and config.data.dtype={data.dtype}, got {count}."
-        )
+    augmentation = config.augmentation
+    names = {"rand_augment_count": "RandAugment", "three_augment": "3-Augment", "color_jitter": "Color jitter"}
+    for key, name in names.items():
+        if augmentation[key] and (data.channels, data.dtype) != (3, "uint8"):
+            raise UserError(
+                f"{name} is for RGB images with 8 bits: config.augmentation.{key} must be {type(augmentation[key])()} with "
+                f"config.data.channels={data.channels} and config.data.dtype={data.dtype}, got {augmentation[key]}."
+            )
 
 
 def _read_recorded(config: ConfigDict) -> dict[str, Any]:

@@ -40,11 +40,13 @@ def save_adapter(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> 
     keys = trainer.config.lora
     if not keys.rank:
         return
-    variables = trainer.get_learned_variables(state)
+    variables, base = trainer.get_learned_variables(state), adapters.fingerprint_base(state.params)
     if jax.process_index() > 0:
         return
     try:
-        adapters.save_adapter(workdir / adapters.FILE_NAME, variables=variables, alpha=keys.alpha, rank=keys.rank)
+        adapters.save_adapter(
+            workdir / adapters.FILE_NAME, variables=variables, alpha=keys.alpha, rank=keys.rank, base=base
+        )
     except UserError as error:
         logger.warning("The adapters could not be saved: %s", error)
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dat_jax.config.keys import DERIVED
 from dat_jax.errors import UserError
+from dat_jax.tasks.task import count_steps
 
 _MIN_STEPS = 1000  # of a derived length: fine-tuning on some hundred images needs about this number
 _MIN_EPOCHS = 30
@@ -59,7 +60,7 @@ def plan_run(config: ConfigDict, *, examples: int, parts: int) -> RunPlan:
     if config.batch_size > examples:
         raise UserError(f"config.batch_size {config.batch_size} is larger than the {examples} training examples.")
     steps_per_epoch = examples // config.batch_size
-    total_steps = config.steps or config.epochs * steps_per_epoch
+    total_steps = count_steps(config, examples=examples)
     lengths = dict(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     return RunPlan(
         config,

@@ -1,6 +1,6 @@
 """The training step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ def make_train_step(
     seed: int,
     accumulate_steps: int = 1,
     average: Average | None = None,
+    further_averages: Mapping[str, Average] | None = None,
     guide: Callable[..., Guides] | None = None,
 ) -> Callable[..., tuple[TrainState, dict]]:
     """Make ``train_step(state, batch) -> (state, metrics)``, to be jitted.
@@ -39,6 +40,7 @@ def make_train_step(
       seed: every random draw is a function of the seed, the step and the part of the batch.
       accumulate_steps: number of parts A into which a batch is split; their gradients are averaged.
       average: see ``training.averaging``; it is called without the frozen parameters. None: the state has no average.
+      further_averages: likewise, those of ``TrainState.further_averages``.
       guide: (state, *arguments) -> models that the loss learns from, see ``tasks.objective.Guides``. The step then takes these
         arguments after the batch. None: it learns from the labels only.
 
@@ -83,12 +85,23 @@ def make_train_step(
         learned = select(state.params, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, learned)
         learned = optax.apply_updates(learned, updates)
-        params, ema_params = merge(learned, state.params), state.ema_params
-        if average is not None:  # frozen parameters are kept as they are: averaging would round them
-            ema_params = merge(average(select(ema_params, frozen), learned, opt_state, state.step), ema_params)
+
+        def update(average, averaged):  # frozen parameters are kept as they are: averaging would round them
+            return merge(average(select(averaged, frozen), learned, opt_state, state.step), averaged)
+
+        new = dict(
+            params=merge(learned, state.params),
+            model_state=model_state,
+            opt_state=opt_state,
+            ema_params=None if average is None else update(average, state.ema_params),
+            further_averages={
+                name: update(average, state.further_averages[name])
+                for name, average in (further_averages or {}).items()
+            }
+            or None,
+        )
         grad_norm, learning_rate = global_norm(grads), schedule(state.step)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        new = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params)
         old = {name: getattr(state, name) for name in new}
         state = TrainState(
             step=state.step + 1,

@@ -87,16 +87,15 @@ def load_teacher(
         _check_statistics(path, data)
         params = variables["params"] if kind == "features" else _order_classes(path, variables["params"], class_names)
         teacher = Teacher(functools.partial(model_outputs, model), jax.tree.map(np.asarray, {"params": params}))
-    side = data.image_size
-    images = jax.ShapeDtypeStruct((batch_size, side, side, data.channels), jnp.float32)
-    try:
-        shapes = {name: out.shape for name, out in jax.eval_shape(teacher.outputs, teacher.variables, images).items()}
-        shape = shapes[KINDS[kind]]
-    except (ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{_KEY} {path} cannot be used with {batch_size} images of {side} x {side} with {data.channels} channels: {reason}"
-        ) from error
+    for side in (*data.get("train_sizes", ()), data.image_size):
+        images = jax.ShapeDtypeStruct((batch_size, side, side, data.channels), jnp.float32)
+        try:
+            shapes = jax.eval_shape(teacher.outputs, teacher.variables, images)
+            shape = shapes[KINDS[kind]].shape
+        except (ValueError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            images_text = f"{batch_size} images of {side} x {side} with {data.channels} channels"
+            raise UserError(f"{_KEY} {path} cannot be used with {images_text}: {reason}") from error
     if KINDS[kind] == "logits" and shape != (batch_size, len(class_names)):
         raise UserError(
             f"{_KEY} {path}: expected logits of {len(class_names)} classes, got an array {shape} for {batch_size} images."

@@ -22,7 +22,7 @@ from dat_jax.profiling.flops import count_product_flops
 from dat_jax.tasks.objective import Guides
 from dat_jax.tasks.registry import make_task
 from dat_jax.training.adapters import with_adapters
-from dat_jax.training.averaging import make_average
+from dat_jax.training.averaging import make_average, make_further_averages
 from dat_jax.training.compilation import known_options, release_unused_memory
 from dat_jax.training.model_defaults import resolve_model
 from dat_jax.training.monitoring.input import without_damaged
@@ -91,13 +91,16 @@ class Trainer:
             objective = dataclasses.replace(objective, init=self.task.make_objective(implementation="auto").init)
             objective = with_adapters(objective, config.lora)
             variables = jax.eval_shape(self._make_variables(objective), jax.random.key(0))
+            if config.data.get("train_sizes"):  # others than those of ``init``
+                for batch in self.task.train_examples(1):
+                    jax.eval_shape(objective.predict, variables, batch)
         except (ValueError, TypeError, ArithmeticError, LookupError, StopIteration) as error:
             # Settings that do not fit together, or images that the model cannot take.
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"config.model cannot be built: {reason}") from error
         self.groups = find_groups(variables["params"], config.optimizer)
         self.optimizer = make_optimizer(self.plan.schedule, self.groups, config.optimizer)
-        self._average = make_average(config)
+        self._average, self._further_averages = make_average(config), make_further_averages(config)
         abstract = jax.eval_shape(self._make_state, variables)
         self.state_sharding = sharding.state_sharding(abstract, self.mesh)
         self.abstract_state = jax.tree.map(
@@ -112,6 +115,16 @@ class Trainer:
             embed=objective.embed and self._on_mesh(objective.embed),
         )
         self.extra_eval_sets = self.task.load_extra_eval_sets()
+
+    def with_remat(self, policy: str) -> "Trainer":
+        """The same run with another ``config.model.remat``, and the same data and choices."""
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.model.remat = policy
+        sources = self.task.train_source, self.task.eval_source
+        trainer = Trainer(config, devices=self.mesh.devices.ravel().tolist(), sources=sources)
+        trainer.choices = self.choices
+        return trainer
 
     def initialize(self) -> TrainState:
         """Make the state before the first step, on the mesh."""
@@ -181,6 +194,7 @@ class Trainer:
             seed=config.seed,
             accumulate_steps=config.accumulate_steps,
             average=self._average,
+            further_averages=self._further_averages,
             guide=self._make_guide(),
         )
         on_cpu = target_platform() == "cpu"
@@ -242,6 +256,23 @@ class Trainer:
         # memory, and Python warns of a leak if they are still there at its end.
         release_unused_memory()
         return evaluation
+
+    def evaluate_state(self, state: TrainState, **options: Any) -> Evaluation:
+        """Evaluate the weights of a state and each of its further averages.
+
+        Args:
+          state: a state of the run.
+          **options: of ``evaluate``.
+
+        Returns:
+          As ``evaluate``, with the metrics of each further average, named ema_<decay>/<metric>.
+        """
+        evaluation = self.evaluate(state.eval_variables, **options)
+        metrics = dict(evaluation.metrics)
+        for name, variables in state.further_variables.items():
+            others = self.evaluate(variables, **options).metrics
+            metrics |= {f"ema_{name}/{metric}": value for metric, value in others.items() if metric != "examples"}
+        return dataclasses.replace(evaluation, metrics=metrics)
 
     def _eval_batches(self, source: Any) -> Iterator[dict]:
         """Batches of this process (numpy) with every example of a source."""
@@ -410,7 +441,11 @@ class Trainer:
 
     def _make_state(self, variables):
         return make_state(
-            variables, optimizer=self.optimizer, frozen=self.groups.frozen, averaged=self._average is not None
+            variables,
+            optimizer=self.optimizer,
+            frozen=self.groups.frozen,
+            averaged=self._average is not None,
+            further_averages=self._further_averages,
         )
 
 

@@ -1,6 +1,6 @@
 """Ways to learn three digits from 5, 20 or 100 images each, after training on the seven others.
 
-JAX_PLATFORMS=cpu python -m experiments.transfer.compare [--images=5,20,100] [--seeds=0,1,2] [--workdir=DIR]
+JAX_PLATFORMS=cpu python -m experiments.transfer.compare [--images=5,20,100] [--seeds=0,1,2] [--workdir=DIR] [--ways=WAY,...]
 
 - The digits 0 to 6 of the embedded MNIST (400 images each) train dat_pp_nano and a teacher with twice its channels, with the
   recipe of the quickstart. Then each way learns 7, 8 and 9 from the first images of a random order that depends on the seed, in
@@ -24,8 +24,8 @@ import numpy as np
 from experiments import measure
 
 _OLD, _NEW = range(7), (7, 8, 9)
-_STEPS, _BATCH = 200, 12
-_TEACHER = dict(dim_stem=64, dims=(64, 128, 256, 384), num_heads=(2, 4, 8, 12), num_groups=(1, 2, 4, 6))
+_BATCH = 12
+TEACHER = dict(dim_stem=64, dims=(64, 128, 256, 384), num_heads=(2, 4, 8, 12), num_groups=(1, 2, 4, 6))
 WAYS: dict[str, dict[str, Any]] = {
     "scratch": {"schedule.base_lr": 2e-3},
     "head": {"schedule.base_lr": 5e-3, "optimizer.freeze": ("all_but_head",)},
@@ -65,43 +65,43 @@ def make_config(data: pathlib.Path, *, teacher: bool, **values):
 
     config = load_config("quickstart").unlock()
     if teacher:
-        config.model.update(_TEACHER)
+        config.model.update(TEACHER)
     config.data.directory = str(data)
     config.update_from_flattened_dict(values)
     return config.lock()
 
 
-def run(config, workdir: pathlib.Path) -> float:
-    """Train, unless it has been done before. Returns the accuracy of the last checkpoint in percent."""
+def run(config, workdir: pathlib.Path) -> dict[str, float]:
+    """Train, unless it has been done before. Returns the metrics of the best checkpoint."""
     from dat_jax.training import loop
 
     result = workdir / "result.json"
     if not result.exists():
         metrics = loop.train(config, str(workdir), quiet=True)
         result.write_text(json.dumps(metrics))
-    return json.loads(result.read_text())["top1"]
+    return json.loads(result.read_text())
 
 
-def pretrain(root: pathlib.Path) -> None:
-    """Train the model and the teacher on the seven digits."""
+def pretrain(root: pathlib.Path, *, steps: int) -> None:
+    """Train the model and the teacher on the seven digits, as long as the quickstart if the number of steps is 0."""
     data = write_digits(root / "old_digits", _OLD)
     for name in ("model", "teacher"):
-        accuracy = run(make_config(data, teacher=name == "teacher"), root / name)
+        accuracy = run(make_config(data, teacher=name == "teacher", steps=steps), root / name)["top1"]
         print(f"{name}: {accuracy:.2f} % of the seven digits", flush=True)
 
 
-def adapt(root: pathlib.Path, way: str, images: int, seed: int) -> float:
+def adapt(root: pathlib.Path, way: str, images: int, seed: int, *, steps: int) -> float:
     """Learn the three digits in one way; the accuracy in percent."""
     data = write_digits(root / f"digits_{images}_{seed}", _NEW, count=images, seed=seed)
-    values = {"steps": _STEPS, "batch_size": _BATCH, "eval.every_steps": _STEPS, "eval.batch_size": 150, "seed": seed}
-    values |= {"schedule.reference_batch_size": _BATCH, "schedule.warmup_epochs": 0.1 * _STEPS * _BATCH / (3 * images)}
-    values |= {"log_every": _STEPS, "logs": ()}
+    values = {"steps": steps, "batch_size": _BATCH, "eval.every_steps": steps, "eval.batch_size": 150, "seed": seed}
+    values |= {"schedule.reference_batch_size": _BATCH, "schedule.warmup_epochs": 0.1 * steps * _BATCH / (3 * images)}
+    values |= {"log_every": steps, "logs": ()}
     if way != "scratch":
         values["init_from"] = str(root / ("teacher" if way == "teacher" else "model"))
     if way == "distillation":
         values["distillation.teacher"] = str(root / f"teacher_{images}_{seed}")
     config = make_config(data, teacher=way == "teacher", **values, **WAYS[way])
-    return run(config, root / f"{way.replace(' ', '_')}_{images}_{seed}")
+    return run(config, root / f"{way.replace(' ', '_')}_{images}_{seed}")["top1"]
 
 
 def main(arguments=None) -> None:
@@ -110,20 +110,23 @@ def main(arguments=None) -> None:
     parser.add_argument("--images", type=measure.numbers, default=[5, 20, 100], help="images of each digit")
     parser.add_argument("--seeds", type=measure.numbers, default=[0, 1, 2], help="seeds")
     parser.add_argument("--workdir", type=pathlib.Path, help="folder of the runs; by default a temporary one")
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help="some of the ways")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each way")
+    parser.add_argument("--pretraining-steps", type=int, default=0, help="steps before; 0: as the quickstart")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         root = options.workdir or pathlib.Path(temporary)
-        pretrain(root)
+        pretrain(root, steps=options.pretraining_steps)
         found: dict[tuple[str, int], list[float]] = {}
         for seed in options.seeds:
             for images in options.images:
-                for way in WAYS:
-                    accuracy = adapt(root, way, images, seed)
+                for way in options.ways:
+                    accuracy = adapt(root, way, images, seed, steps=options.steps)
                     found.setdefault((way, images), []).append(accuracy)
                     print(f"{way}, {images} images, seed {seed}: {accuracy:.2f} %", flush=True)
     rows = []
-    for way, values in WAYS.items():
-        row = {"way": way, "learning rate": f"{values['schedule.base_lr']:g}"}
+    for way in options.ways:
+        row = {"way": way, "learning rate": f"{WAYS[way]['schedule.base_lr']:g}"}
         for images in options.images:
             accuracies = found[way, images]
             row[f"{images} images each, %"] = (

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dat_jax.data.batching import make_eval_batches, make_train_batches
+from dat_jax.data.batching import example_indices, make_eval_batches, make_train_batches
 from dat_jax.data.embedded import split_stratified
 from dat_jax.data.sources import load_source
 from dat_jax.data.transforms import make_eval_transform, make_train_transform
@@ -57,6 +57,19 @@ def test_unknown_names_and_splits_are_rejected():
         load_source("mnist5k", split="val")
 
 
+class Numbered:
+    """Digits whose label is their index."""
+
+    def __init__(self, source, count):
+        self._source, self._count = source, count
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, index):
+        return {**self._source[index], "label": np.int32(index)}
+
+
 def take(source, count, **options):
     batches = make_train_batches(source, TRANSFORM, **{**dict(batch_size=8, seed=1), **options})
     return list(itertools.islice(batches, count))
@@ -86,14 +99,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(digits):
 
 
 def test_every_epoch_contains_all_examples_in_a_new_order(digits):
-    class Numbered:
-        def __len__(self):
-            return 24
-
-        def __getitem__(self, index):
-            return {**digits["train"][index], "label": np.int32(index)}
-
-    labels = [batch["label"] for batch in take(Numbered(), 6)]
+    labels = [batch["label"] for batch in take(Numbered(digits["train"], 24), 6)]
     first, second = np.concatenate(labels[:3]), np.concatenate(labels[3:])
     assert sorted(first) == sorted(second) == list(range(24))
     assert (first != second).any()
@@ -125,3 +131,52 @@ def test_every_example_is_evaluated_once_for_any_batch_size_and_number_of_proces
                 counts += np.bincount(batch["label"], weights=batch["mask"], minlength=10)
         np.testing.assert_array_equal(counts, 100)
         assert len(lengths) == 1
+
+
+def test_repeated_images_are_neighbors_in_a_batch_and_each_is_augmented_by_itself(digits):
+    source = Numbered(digits["train"], 24)
+    batches = take(source, 9, repeats=3, batch_size=12)
+    labels = np.concatenate([batch["label"] for batch in batches])
+    images = np.concatenate([batch["image"] for batch in batches])
+    first, second, third = labels.reshape(-1, 3).T
+    assert (first == second).all()
+    assert (first == third).all()
+    assert sorted(first[:24]) == list(range(24))  # a pass over the data takes six batches
+    differ = (images[0::3] != images[1::3]).any(axis=(1, 2, 3))
+    assert differ.mean() > 0.9
+    assert_equal(batches[4:], take(source, 5, repeats=3, batch_size=12, start_step=4))
+    indices = [example_indices(24, seed=1, step=step, batch_size=12, repeats=3) for step in range(1, 10)]
+    assert np.concatenate(indices).tolist() == labels.tolist()
+
+
+def test_processes_load_their_rows_of_repeated_images(digits):
+    source = Numbered(digits["train"], 24)
+    whole = take(source, 2, repeats=2)
+    for rows in ((0, 1, 2, 3), (4, 5, 6, 7)):
+        for batch, part in zip(whole, take(source, 2, repeats=2, rows=rows), strict=True):
+            assert_equal([{key: array[list(rows)] for key, array in batch.items()}], [part])
+
+
+def test_a_later_transform_begins_with_its_batch(digits):
+    def with_size(size):
+        return lambda record, rng: {**TRANSFORM(record, rng), "image": np.zeros((size, size, 3), np.uint8)}
+
+    options = dict(later_transforms=[(2, with_size(40)), (3, with_size(48))])
+    batches = take(digits["train"], 5, **options)
+    assert [batch["image"].shape[1] for batch in batches] == [32, 32, 40, 48, 48]
+    plain = take(digits["train"], 5)
+    assert_equal(batches[:2], plain[:2])
+    for batch, other in zip(batches, plain, strict=True):
+        np.testing.assert_array_equal(batch["label"], other["label"])
+    assert [batch["image"].shape[1] for batch in take(digits["train"], 2, start_step=2, **options)] == [40, 48]
+
+
+def test_a_later_transform_gets_the_draws_of_the_first_one(digits):
+    plain = take(digits["train"], 3)
+    assert_equal(plain, take(digits["train"], 3, later_transforms=[(1, TRANSFORM)]))
+
+
+@pytest.mark.slow
+def test_repeats_and_later_transforms_do_not_depend_on_the_number_of_workers(digits):
+    options = dict(repeats=2, later_transforms=[(1, TRANSFORM)])
+    assert_equal(take(digits["train"], 3, **options), take(digits["train"], 3, workers=2, **options))

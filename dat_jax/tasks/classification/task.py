@@ -1,5 +1,6 @@
 """Image classification as a task."""
 
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from dat_jax.models.registry import create_model
 from dat_jax.ops.dispatch import compute_dtype
 from dat_jax.tasks.classification.objective import make_classification_objective
 from dat_jax.tasks.objective import Objective
-from dat_jax.tasks.task import Evaluator, Source, Task
+from dat_jax.tasks.task import Evaluator, Source, Task, count_steps
 
 logger = logging.getLogger(__name__)
 _FIGURE_EXAMPLES = 32
@@ -64,24 +65,42 @@ class ClassificationTask(Task):
     def make_train_batches(self, *, start_step: int, rows: list[int]) -> Iterator[dict]:
         """See ``Task``."""
         config, augmentation = self.config, self.config.augmentation
-        transform = make_train_transform(
-            image_size=config.data.image_size,
+        make_transform = functools.partial(
+            make_train_transform,
             min_crop_area=augmentation.min_crop_area,
             max_crop_aspect=augmentation.max_crop_aspect,
             flip_probability=augmentation.flip_probability,
             rand_augment_count=augmentation.rand_augment_count,
             rand_augment_magnitude=augmentation.rand_augment_magnitude,
             rand_augment_std=augmentation.rand_augment_std,
+            three_augment=augmentation.three_augment,
+            color_jitter=augmentation.color_jitter,
         )
+        transforms = [(step, make_transform(image_size=size)) for step, size in self._train_sizes]
         return batching.make_train_batches(
             self.train_source,
-            transform,
+            transforms[0][1],
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=start_step,
             rows=rows,
             workers=config.data.workers,
+            repeats=augmentation.repeats,
+            later_transforms=transforms[1:],
         )
+
+    @property
+    def _train_sizes(self) -> list[tuple[int, int]]:
+        """(first step, from 0, side in pixels) of each part of the run."""
+        config, sizes = self.config, self.config.data.train_sizes or (self.config.data.image_size,)
+        steps = count_steps(config, examples=len(self.train_source))
+        return [(steps * part // len(sizes), size) for part, size in enumerate(sizes)]
+
+    def example_indices(self, step: int) -> list[int]:
+        """See ``Task``."""
+        config = self.config
+        order = dict(seed=config.seed, batch_size=config.batch_size, repeats=config.augmentation.repeats)
+        return batching.example_indices(len(self.train_source), step=step, **order)
 
     def make_eval_batches(self, source: Source, *, rows: list[int]) -> Iterator[dict]:
         """See ``Task``. Any examples can share a batch, so each process takes its own part of the source."""
@@ -96,11 +115,18 @@ class ClassificationTask(Task):
         )
 
     def example_batch(self, size: int, *, train: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+        """See ``Task``. For training, with the largest images."""
+        data = self.config.data
+        return self._example_batch(size, max(data.train_sizes, default=data.image_size) if train else data.image_size)
+
+    def train_examples(self, size: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """See ``Task``."""
-        del train
+        return [self._example_batch(size, side) for side in sorted({side for _, side in self._train_sizes})]
+
+    def _example_batch(self, size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
         data = self.config.data
         return {
-            "image": jax.ShapeDtypeStruct((size, data.image_size, data.image_size, data.channels), data.dtype),
+            "image": jax.ShapeDtypeStruct((size, side, side, data.channels), data.dtype),
             "label": jax.ShapeDtypeStruct((size,), "int32"),
         }
 
@@ -109,7 +135,11 @@ class ClassificationTask(Task):
         data = self.config.data
         image_format = ImageFormat(data.channels, data.dtype)
         described = "" if image_format == RGB else f", {image_format}"
-        return f"crops of {data.image_size} x {data.image_size} pixels{described}"
+        crops = f"crops of {data.image_size} x {data.image_size} pixels{described}"
+        if not data.train_sizes:
+            return crops
+        sizes = ", ".join(f"{side} x {side} from step {step + 1}" for step, side in self._train_sizes)
+        return f"{crops}, in training {sizes}"
 
     def make_objective(self, **backbone: Any) -> Objective:
         """See ``Task``."""

@@ -83,19 +83,19 @@ class Usage:
     Args:
       devices: those of all processes, of one kind.
       count_flops: returns the model FLOPs of a training step per image. It is called once, and only if the peak
-        performance of the devices is known.
+        performance of the devices is known. None: utilization is not measured.
     """
 
     def __init__(
         self,
         devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm] (jaxlib has no annotations)
         *,
-        count_flops: Callable[[], float],
+        count_flops: Callable[[], float] | None,
     ):
         self._local = [device for device in devices if device.process_index == jax.process_index()]
         chip = find_chip(devices[0].device_kind)
         self._peak_images: float | None = None
-        if chip is not None and chip.flops_per_second is not None:
+        if count_flops is not None and chip is not None and chip.flops_per_second is not None:
             self._peak_images = len(devices) * chip.flops_per_second / count_flops()
 
     def measure(self, images_per_second: float) -> dict[str, float]:

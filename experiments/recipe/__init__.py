@@ -1,0 +1,1 @@
+"""Switches of the training recipe on the quickstart."""
