@@ -72,6 +72,8 @@ SMALL_EXPERIMENTS = {
     "soak": "--parts=signal",
     "image_sizes": "--parts=plan",
     "costs": "--configs=dat_pp_t",
+    "transfer": "--images=5 --seeds=0 --ways=scratch,head --steps=2 --pretraining-steps=2",
+    "recipe": "--seeds=0 --runs=plain,MESA --steps=2",
     "tuning.benchmark": "--parts=differences --model=quickstart",
     "tuning.large_maps": "--ops=conv_mlp --topologies=v5e",
     "gpu_kernels": "--batch=2 --dtypes=bfloat16",

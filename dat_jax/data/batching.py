@@ -21,7 +21,7 @@ _PREFETCHED_BATCHES = 4
 _MAX_BATCHES = 2**40  # more than any run needs
 _CACHED_PLANS = 2  # one pass over the data may end while the next one is being loaded
 
-Transform = Callable[[dict, np.random.Generator], dict]
+Transform = Callable[[Any, np.random.Generator], dict]  # of a record
 
 
 def make_train_batches(
