@@ -2,13 +2,14 @@
 
 A file is in the format of safetensors. Its arrays have the names of the parameters with dots, such as
 "lora.stages_2.blocks_3.attn.qkv.a" and "cls_head.kernel"; those of the statistics of BatchNorm begin with "batch_stats.". Its
-metadata has "alpha" and "rank", and "base", the fingerprint of the kernels that are adapted.
+metadata has "alpha" and "rank", and "base", the shapes and fingerprints of the frozen parameters.
 """
 
+import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -18,40 +19,46 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save
 
 from dat_jax.checkpoints.adaptation import depends_on_classes
-from dat_jax.checkpoints.integrity import compute_fingerprints, hash_json
+from dat_jax.checkpoints.integrity import compute_fingerprints
 from dat_jax.errors import UserError, name_some
 from dat_jax.models.lora import GROUP, merge_adapters
 from dat_jax.storage import atomic_path, fetch
 
 FILE_NAME = "adapter.safetensors"
+Base = Mapping[str, list[int]]
 
 
-def fingerprint_base(params: Mapping[str, Any]) -> str:
-    """Fingerprint of the kernels that adapters belong to. All processes that hold the arrays must call it.
+def describe_base(params: Mapping[str, Any], learned: Collection[str]) -> Base:
+    """Describe the parameters that adapters are added to, and that they do not contain.
+
+    All processes that hold the arrays must call it.
 
     Args:
-      params: parameters of the model with the group "lora", nested dictionaries of arrays.
+      params: parameters of the model, nested dictionaries of arrays.
+      learned: names of the parameters in the file.
+
+    Returns:
+      Name -> [fingerprint, *shape].
     """
-    layers = sorted({path[:-1] for path in flatten_dict(params[GROUP])})
-    arrays = flatten_dict(params)
-    fingerprints = jax.jit(compute_fingerprints)([arrays[(*layer, "kernel")] for layer in layers])
-    return hash_json({"/".join(layer): int(value) for layer, value in zip(layers, fingerprints, strict=True)})
+    frozen = {name: array for name, array in flatten_dict(params, sep=".").items() if name not in learned}
+    fingerprints = jax.jit(compute_fingerprints)(frozen)
+    return {name: [int(fingerprints[name]), *np.shape(array)] for name, array in frozen.items()}
 
 
-def save_adapter(path: pathlib.Path, *, variables: Mapping[str, Any], alpha: float, rank: int, base: str) -> None:
+def save_adapter(path: pathlib.Path, *, variables: Mapping[str, Any], alpha: float, rank: int, base: Base) -> None:
     """Write a file of adapters, or replace it as a whole.
 
     Args:
       path: the file.
       variables: {"params": those that learned, with the group "lora", and further collections}, nested dictionaries of arrays.
       alpha, rank: the scale of the adapters is alpha / rank.
-      base: see ``fingerprint_base``.
+      base: see ``describe_base``.
 
     Raises:
       UserError: it cannot be written. An existing file is unchanged then.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in _flatten(variables).items()}
-    content = save(arrays, metadata={"alpha": repr(float(alpha)), "rank": str(rank), "base": base})
+    content = save(arrays, metadata={"alpha": repr(float(alpha)), "rank": str(rank), "base": json.dumps(base)})
     with atomic_path(path, overwrite=True) as temporary:
         temporary.write_bytes(content)
 
@@ -73,7 +80,9 @@ def apply_adapter(path: str | os.PathLike, variables: Mapping[str, Any]) -> dict
     try:
         with safetensors.safe_open(fetch(path), framework="numpy") as file:
             metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        alpha, rank = float(metadata["alpha"]), int(metadata["rank"])
+        alpha, rank, base = float(metadata["alpha"]), int(metadata["rank"]), json.loads(metadata.get("base", "{}"))
+        if not (isinstance(base, dict) and all(isinstance(values, list) for values in base.values())):
+            raise ValueError("its description of the base weights cannot be read")
         if not (math.isfinite(alpha) and rank > 0):
             raise ValueError(f"alpha {alpha} and rank {rank}")
         if infinite := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
@@ -89,8 +98,15 @@ def apply_adapter(path: str | os.PathLike, variables: Mapping[str, Any]) -> dict
     if not any(name.startswith(f"{GROUP}.") for name in arrays):
         raise UserError(f"{path} has no adapters.")
     params = unflatten_dict({**_flatten(variables), **arrays}, sep=".")
-    if "base" in metadata and metadata["base"] != fingerprint_base(params):
-        raise UserError(f"{path} was trained on other weights than these: load the weights that its run started from.")
+    current = describe_base(variables["params"], arrays)
+    # A run may have resized position tables, or the stem for other channels.
+    if other := [
+        name for name, values in current.items() if base.get(name, values) != values and base[name][1:] == values[1:]
+    ]:
+        raise UserError(
+            f"{path} was trained on other weights than these: load the weights that its run started from. "
+            f"{name_some(other)} differ."
+        )
     merged = merge_adapters(params, scale=alpha / rank)
     merged = unflatten_dict({name: np.asarray(array) for name, array in flatten_dict(merged).items()})
     collections = {name: merged.pop(name) for name in variables if name != "params"}

@@ -116,6 +116,26 @@ def check(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Seque
         logger.warning("The configuration differs from that of the checkpoint: %s.", _format(changed))
 
 
+def check_evaluation(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Sequence[str]) -> None:
+    """Check that a checkpoint has the weights of the configured model, and the configured averages of them.
+
+    Raises:
+      UserError: see ``check_model``; or the averages differ. The keys are named, with both values.
+    """
+    check_model(metadata, config, class_names=class_names)
+    differences = _compare(metadata["config"], config)
+    averages = {
+        key: values
+        for key, values in differences.items()
+        if key in ("ema_decay", "ema_decays") and _determines_state(key, *values, optimizer=config.optimizer.name)
+    }
+    if averages:
+        raise UserError(
+            f"The checkpoint has other averages of the weights: {_format(averages)}. Restore the values, or leave out "
+            "--config to evaluate with the configuration of the run."
+        )
+
+
 def check_model(metadata: Mapping[str, Any], config: ConfigDict, *, class_names: Sequence[str]) -> None:
     """Check that a checkpoint has the weights of the configured model, including what shapes do not show.
 
@@ -160,6 +180,8 @@ def _determines_state(key: str, saved: Any, current: Any, *, optimizer: str) -> 
     """Whether the state of a run that was started with another value of a key cannot be continued."""
     if key.startswith("optimizer.adafactor.") and optimizer != "adafactor":
         return False
+    if key == "ema_decays":
+        return sorted(saved or ()) != sorted(current)
     if key == "optimizer.b1":  # the average of schedule-free AdamW follows from the weights and this number
         return optimizer == "schedule_free_adamw"
     return key in _OPTIMIZER or (key in _SWITCHES and bool(saved) != bool(current))

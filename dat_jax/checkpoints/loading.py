@@ -28,6 +28,7 @@ from dat_jax.checkpoints.adaptation import (
 )
 from dat_jax.checkpoints.adapters import apply_adapter
 from dat_jax.checkpoints.arrays import read_arrays
+from dat_jax.checkpoints.averages import find_weights
 from dat_jax.checkpoints.class_names import describe_difference, read_class_names
 from dat_jax.checkpoints.directory import fetch_weights, find_best_step, read_meta
 from dat_jax.checkpoints.exports import load_export
@@ -313,8 +314,12 @@ def read_best_variables(directory: str | os.PathLike, *, ema_decay: float | None
         raise UserError(f"There is no complete checkpoint in {directory}.")
     path = directory / str(step)
     try:
-        fingerprints = read_meta(path)["digests"]
-        group = _find_weights(path, fingerprints, ema_decay)
+        meta = read_meta(path)
+        fingerprints, metadata = meta["digests"], meta.get("metadata", {})
+    except ORBAX_ERRORS as error:
+        raise UserError(f"The checkpoint {path} cannot be read: {describe_error(error)}.") from error
+    group = find_weights(fingerprints, metadata, ema_decay)
+    try:
         saved = {name: value for name, value in fingerprints.items() if name.startswith((f"{group}/", "model_state/"))}
         arrays = read_arrays(path / "state", names=saved, partial=True)
     except ORBAX_ERRORS as error:
@@ -324,17 +329,6 @@ def read_best_variables(directory: str | os.PathLike, *, ema_decay: float | None
     check_digests(f"The checkpoint {path}", saved=saved, actual=actual)
     params = functools.reduce(operator.getitem, group.split("/"), arrays)
     return {"params": params, **arrays.get("model_state", {})}, step
-
-
-def _find_weights(path: pathlib.Path, fingerprints: Mapping[str, int], ema_decay: float | None) -> str:
-    """Place of the weights to read in the state of a checkpoint, with "/" between the levels."""
-    if ema_decay is None:
-        return "ema_params" if any(name.startswith("ema_params/") for name in fingerprints) else "params"
-    further = sorted({name.split("/")[1] for name in fingerprints if name.startswith("further_averages/")})
-    if f"{ema_decay:g}" not in further:
-        choices = f"choose one of {', '.join(further)}" if further else "config.ema_decays of its run is empty"
-        raise UserError(f"The checkpoint {path} has no average with the decay {ema_decay:g}: {choices}.")
-    return f"further_averages/{ema_decay:g}"
 
 
 def _find_fixed_stages(dat: DAT) -> set[int]:

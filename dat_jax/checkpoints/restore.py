@@ -111,13 +111,14 @@ def restore_for_evaluation(
     """Return the state of the checkpoint that ``config.eval.checkpoint`` selects ("best" or "latest"), and its step.
 
     Raises:
-      UserError: there is no complete checkpoint, it is damaged, or it is of another model or of other classes.
+      UserError: there is no complete checkpoint, it is damaged, or it is of another model, of other classes or has other
+        averages.
     """
     best = config.eval.checkpoint == "best"
     step = checkpoints.best_step() if best else checkpoints.latest_step()
     if step is None:
         raise UserError(f"There is no complete checkpoint in {checkpoints.directory}.")
-    check = _make_check(compatibility.check_model, checkpoints, config, class_names)
+    check = _make_check(compatibility.check_evaluation, checkpoints, config, class_names)
     state, _ = checkpoints.restore(step, abstract_state, check=check)
     return state, step
 

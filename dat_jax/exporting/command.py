@@ -83,7 +83,7 @@ def export(
         batch=batch_size,
         buckets=bucket_list,
         features=stages,
-        training=read_training(trained),
+        training=read_training(trained, ema_decay=ema_decay),
     )
     console = make_console()
     print_table(console, f"Exported to {out}", describe_manifest(manifest))

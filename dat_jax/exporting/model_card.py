@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dat_jax.checkpoints.averages import name_average
 from dat_jax.checkpoints.directory import fetch_weights
 from dat_jax.errors import name_some
 from dat_jax.exporting.manifest import MANIFEST, read_manifest
@@ -31,11 +32,12 @@ _FILES = {
 }
 
 
-def read_training(trained: str | os.PathLike) -> dict[str, dict[str, str]] | None:
+def read_training(trained: str | os.PathLike, *, ema_decay: float | None = None) -> dict[str, dict[str, str]] | None:
     """Read what is recorded about the training of a model.
 
     Args:
       trained: work directory of a run, whose summary.md is read, or an export, whose manifest is read.
+      ema_decay: decay of the average of the weights that is described, or None for the weights that the run evaluates.
 
     Returns:
       "settings", rows of the summary, and "results", metrics of the best checkpoint with its step in parentheses; None if
@@ -57,6 +59,15 @@ def read_training(trained: str | os.PathLike) -> dict[str, dict[str, str]] | Non
         name, colon, rest = settings["data"].partition(":")
         settings["data"] = pathlib.PurePath(name).name + colon + rest
     results = {row[0]: row[1] for row in rows if len(row) == 3 and row[0].startswith("eval/") and row[1]}
+    further = {name: value for name, value in results.items() if name.startswith("eval/ema_")}
+    average = None if ema_decay is None else f"eval/ema_{name_average(ema_decay)}/"
+    if average is not None and any(name.startswith(average) for name in further):
+        settings["average of the weights"] = f"decay {name_average(ema_decay)}"
+        results = {
+            f"eval/{name.removeprefix(average)}": value for name, value in further.items() if name.startswith(average)
+        }
+    else:
+        results = {name: value for name, value in results.items() if name not in further}
     return {"settings": settings, "results": results}
 
 

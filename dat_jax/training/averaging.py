@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from dat_jax.checkpoints.averages import name_average
 from dat_jax.training.optimizers.named import SCHEDULE_FREE, find_evaluation_params
 
 Average = Callable[[Any, Any, optax.OptState, jax.Array], Any]
@@ -32,9 +33,9 @@ def make_average(config: ConfigDict) -> Average | None:
 def make_further_averages(config: ConfigDict) -> dict[str, Average]:
     """Make the functions that update the averages of ``config.ema_decays``, by their names.
 
-    The name of an average is its decay as text, such as "0.999".
+    See ``checkpoints.averages`` for the names.
     """
-    return {f"{decay:g}": make_moving_average(decay, warmup=config.ema_warmup) for decay in config.ema_decays}
+    return {name_average(decay): make_moving_average(decay, warmup=config.ema_warmup) for decay in config.ema_decays}
 
 
 def make_moving_average(decay: float, *, warmup: bool) -> Average:

@@ -97,7 +97,6 @@ def _train(
     print_table(console, "dat_jax", description)
     print_table(console, "Parameters", trainer.describe_groups())
     choose_implementations(trainer, "train", cache=cache)
-    trainer = choose_remat(trainer)
 
     with _open_checkpoints(trainer, directory) as checkpoints:
         options = dict(abstract_state=trainer.abstract_state, **_state_options(trainer))
@@ -110,6 +109,8 @@ def _train(
             unit = "steps" if trainer.config.steps else "epochs"
             logger.info("All %d %s are done; set --config.%s for more.", trainer.config[unit], unit, unit)
         else:
+            with clock.measure("compilation"):
+                trainer = choose_remat(trainer)
             state = copy_state(state)  # the only reference, so that its memory is free for the first step
             state, ended_by = _run_steps(trainer, state, checkpoints, directory, clock)
             with clock.measure("saving"):
@@ -230,6 +231,7 @@ def _restore_weights(trainer: Trainer, directory: WorkDirectory, *, same_classes
             return state, f"step {step} in {checkpoints.directory}"
     if config.init_from:
         state = initialize_state(config, **_state_options(trainer), same_classes=same_classes)
+        state = dataclasses.replace(state, further_averages=None)  # of nothing: no step was done
         return state, config.init_from
     raise UserError(
         f"There are no checkpoints in {directory}. Train first, name another --workdir, or name weights with "

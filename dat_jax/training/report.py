@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 
 from dat_jax.checkpoints import adapters
@@ -40,7 +41,8 @@ def save_adapter(trainer: Trainer, state: TrainState, workdir: pathlib.Path) -> 
     keys = trainer.config.lora
     if not keys.rank:
         return
-    variables, base = trainer.get_learned_variables(state), adapters.fingerprint_base(state.params)
+    variables = trainer.get_learned_variables(state)
+    base = adapters.describe_base(state.params, flatten_dict(variables["params"], sep="."))
     if jax.process_index() > 0:
         return
     try:

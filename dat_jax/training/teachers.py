@@ -87,7 +87,7 @@ def load_teacher(
         _check_statistics(path, data)
         params = variables["params"] if kind == "features" else _order_classes(path, variables["params"], class_names)
         teacher = Teacher(functools.partial(model_outputs, model), jax.tree.map(np.asarray, {"params": params}))
-    for side in (*data.get("train_sizes", ()), data.image_size):
+    for side in data.get("train_sizes") or (data.image_size,):
         images = jax.ShapeDtypeStruct((batch_size, side, side, data.channels), jnp.float32)
         try:
             shapes = jax.eval_shape(teacher.outputs, teacher.variables, images)

@@ -19,7 +19,7 @@ from dat_jax.ops.dispatch import check_name, check_platform, compute_dtype, targ
 from dat_jax.ops.triton import call as triton_kernels
 from dat_jax.parallel import sharding
 from dat_jax.profiling.flops import count_product_flops
-from dat_jax.tasks.objective import Guides
+from dat_jax.tasks.objective import Guides, Objective
 from dat_jax.tasks.registry import make_task
 from dat_jax.training.adapters import with_adapters
 from dat_jax.training.averaging import make_average, make_further_averages
@@ -79,7 +79,7 @@ class Trainer:
         )
         self.task = make_task(config, sources=sources)
 
-        parts = self.mesh.size * config.accumulate_steps
+        parts = math.lcm(self.mesh.size * config.accumulate_steps, config.augmentation.get("repeats", 1))
         self.plan = plan_run(self.task.config, examples=len(self.task.train_source), parts=parts)
         self.config = self.task.config = config = self.plan.config
         _check_eval_batch(config, self.mesh)
@@ -91,13 +91,12 @@ class Trainer:
             objective = dataclasses.replace(objective, init=self.task.make_objective(implementation="auto").init)
             objective = with_adapters(objective, config.lora)
             variables = jax.eval_shape(self._make_variables(objective), jax.random.key(0))
-            if config.data.get("train_sizes"):  # others than those of ``init``
-                for batch in self.task.train_examples(1):
-                    jax.eval_shape(objective.predict, variables, batch)
         except (ValueError, TypeError, ArithmeticError, LookupError, StopIteration) as error:
             # Settings that do not fit together, or images that the model cannot take.
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"config.model cannot be built: {reason}") from error
+        if config.data.get("train_sizes"):
+            self._check_train_sizes(objective, variables)
         self.groups = find_groups(variables["params"], config.optimizer)
         self.optimizer = make_optimizer(self.plan.schedule, self.groups, config.optimizer)
         self._average, self._further_averages = make_average(config), make_further_averages(config)
@@ -115,6 +114,16 @@ class Trainer:
             embed=objective.embed and self._on_mesh(objective.embed),
         )
         self.extra_eval_sets = self.task.load_extra_eval_sets()
+
+    def _check_train_sizes(self, objective: Objective, variables: Any) -> None:
+        sizes = self.config.data.train_sizes
+        if len(sizes) > self.plan.total_steps:
+            raise UserError(f"config.data.train_sizes has {len(sizes)} sizes for {self.plan.total_steps} steps.")
+        try:
+            for batch in self.task.train_examples(1):
+                jax.eval_shape(objective.predict, variables, batch)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"config.data.train_sizes {tuple(sizes)}: {str(error).partition(chr(10))[0]}") from error
 
     def with_remat(self, policy: str) -> "Trainer":
         """The same run with another ``config.model.remat``, and the same data and choices."""
@@ -265,13 +274,13 @@ class Trainer:
           **options: of ``evaluate``.
 
         Returns:
-          As ``evaluate``, with the metrics of each further average, named ema_<decay>/<metric>.
+          As ``evaluate``, with the metrics of each further average, named ema_<decay>/<metric>; counts are left out.
         """
         evaluation = self.evaluate(state.eval_variables, **options)
         metrics = dict(evaluation.metrics)
         for name, variables in state.further_variables.items():
             others = self.evaluate(variables, **options).metrics
-            metrics |= {f"ema_{name}/{metric}": value for metric, value in others.items() if metric != "examples"}
+            metrics |= {f"ema_{name}/{metric}": value for metric, value in others.items() if isinstance(value, float)}
         return dataclasses.replace(evaluation, metrics=metrics)
 
     def _eval_batches(self, source: Any) -> Iterator[dict]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -90,7 +91,7 @@ def test_decays_that_cannot_be_meant(values, message):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("averages") / "run"
-    config = with_values(ema_decays=DECAYS, epochs=2)
+    config = with_values(ema_decay=0.8, ema_decays=DECAYS, epochs=2)
     return workdir, config, loop.train(config, str(workdir), quiet=True)
 
 
@@ -107,35 +108,68 @@ def test_a_run_evaluates_every_average(finished):
 
 
 def test_an_average_can_be_loaded_and_exported(finished, tmp_path):
-    workdir, _, _ = finished
+    workdir, _, metrics = finished
     heads = {}
-    for decay in (None, *DECAYS):
+    for decay in (None, 0.8, *DECAYS):
         _, variables = dat_jax.load(workdir, ema_decay=decay)
         heads[decay] = np.asarray(variables["params"]["cls_head"]["kernel"])
+    np.testing.assert_array_equal(heads[None], heads[0.8])
     assert len({head.tobytes() for head in heads.values()}) == 3
     options = dict(
         formats=["orbax"], platforms=["cpu"], preprocessing="inside", batch=None, image_size=None, classes=None
     )
     command.export(str(workdir), str(tmp_path / "export"), **options, resize=None, ema_decay=0.9)
+    recorded = json.loads((tmp_path / "export" / "manifest.json").read_text())["training"]
+    assert recorded["settings"]["average of the weights"] == "decay 0.9"
+    assert set(recorded["results"]) >= {"eval/top1", "eval/loss"}
+    assert float(recorded["results"]["eval/loss"].split()[0]) == pytest.approx(metrics["ema_0.9/loss"], rel=1e-3)
+    assert "ema_" not in "".join(recorded["results"])
     _, exported = dat_jax.load(tmp_path / "export")
     np.testing.assert_array_equal(exported["params"]["cls_head"]["kernel"], heads[0.9])
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     predicted = inference.load(tmp_path / "export")(image)
     np.testing.assert_allclose(predicted, inference.load(workdir, ema_decay=0.9)(image), rtol=1e-5)
     assert not np.allclose(predicted, inference.load(workdir)(image), rtol=1e-3)
-    with pytest.raises(UserError, match=r"has no average with the decay 0\.7: choose one of 0\.5, 0\.9"):
-        dat_jax.load(workdir, ema_decay=0.7)
+    for decay in (0.7, 0.9000001):
+        with pytest.raises(UserError, match=rf"^There is no average .* decay {decay}: choose one of 0\.5, 0\.8, 0\.9"):
+            dat_jax.load(workdir, ema_decay=decay)
+    with pytest.raises(UserError, match="ema_decay must be a number, got 'best'"):
+        dat_jax.load(workdir, ema_decay="best")
     with pytest.raises(UserError, match="ema_decay 0.9 needs the work directory of a run"):
         dat_jax.load(tmp_path / "export", ema_decay=0.9)
 
 
-def test_a_run_cannot_be_resumed_with_other_averages(finished):
+def test_a_run_cannot_be_resumed_with_other_averages(finished, tmp_path):
     workdir, config, _ = finished
+    workdir = shutil.copytree(workdir, tmp_path / "run")
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.ema_decays, config.epochs = (0.5,), 3
     with pytest.raises(UserError, match=r"was started with ema_decays \[0\.5, 0\.9\], now \[0\.5\]"):
         loop.train(config, str(workdir), quiet=True)
     with config.unlocked():
-        config.ema_decays = DECAYS
+        config.ema_decays = DECAYS[::-1]  # the order does not matter
     assert "ema_0.9/top1" in loop.train(config, str(workdir), quiet=True)
+
+
+def test_other_averages_cannot_be_evaluated(finished):
+    workdir, config, _ = finished
+    for values in ({"ema_decays": (0.5,)}, {"ema_decays": (0.3, 0.9)}, {"ema_decay": 0.0}):
+        other = config.copy_and_resolve_references().unlock()
+        other.update(values)
+        with pytest.raises(UserError, match=r"The checkpoint has other averages of the weights: ema_decays? "):
+            loop.evaluate(other, str(workdir), quiet=True)
+
+
+def test_weights_without_a_step_have_no_further_averages(finished, tmp_path):
+    workdir, config, metrics = finished
+    other = config.copy_and_resolve_references().unlock()
+    other.init_from = str(workdir)
+    found = loop.evaluate(other, str(tmp_path / "none"), quiet=True)
+    assert found["loss"] == pytest.approx(metrics["loss"])
+    assert not any(name.startswith("ema_") for name in found)
+
+
+def test_names_of_close_decays_differ():
+    config = with_values(ema_decays=(0.9999999, 0.99999999))
+    assert list(make_further_averages(config)) == ["0.9999999", "0.99999999"]

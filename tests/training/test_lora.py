@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import dat_jax
-from dat_jax.checkpoints.adapters import FILE_NAME, apply_adapter, fingerprint_base, save_adapter
+from dat_jax.checkpoints.adapters import FILE_NAME, apply_adapter, describe_base, save_adapter
 from dat_jax.checkpoints.restore import initialize_state
 from dat_jax.config import load_config
 from dat_jax.errors import UserError
@@ -189,7 +189,7 @@ def test_files_of_other_models_are_refused(change, message, tmp_path):
     arrays = {f"{LAYER}.a": np.ones((4, 2), np.float32), f"{LAYER}.b": np.ones((2, 8), np.float32)}
     arrays |= {"cls_head.kernel": np.zeros((8, 3)), "cls_head.bias": np.zeros(3)}
     params = unflatten_dict(arrays, sep=".")
-    options = dict(alpha=1.0, rank=2, base=fingerprint_base({**base, **params}))
+    options = dict(alpha=1.0, rank=2, base=describe_base(base, arrays))
     save_adapter(path, variables={"params": params}, **options)
     params = apply_adapter(path, {"params": base})["params"]
     np.testing.assert_array_equal(params["stages_0"]["blocks_0"]["mlp"]["linear1"]["kernel"], np.full((4, 8), 2.0))
@@ -206,7 +206,7 @@ def test_files_with_an_impossible_scale_are_refused(tmp_path):
     base = {"params": {"mlp": {"linear1": {"kernel": np.ones((4, 8), np.float32)}}}}
     adapters = {"lora": {"mlp": {"linear1": {"a": np.ones((4, 2)), "b": np.ones((2, 8))}}}}
     for alpha, rank in ((float("nan"), 2), (1.0, -2), (1.0, 0)):
-        save_adapter(tmp_path / FILE_NAME, variables={"params": adapters}, alpha=alpha, rank=rank, base="")
+        save_adapter(tmp_path / FILE_NAME, variables={"params": adapters}, alpha=alpha, rank=rank, base={})
         with pytest.raises(UserError, match=f"is damaged: alpha {alpha} and rank {rank}"):
             apply_adapter(tmp_path / FILE_NAME, base)
 
@@ -217,28 +217,37 @@ def test_statistics_of_batch_norm_are_those_of_the_file(tmp_path):
     base = {"params": {"backbone": kernel}, "batch_stats": {"decode_head": {"mean": np.zeros(3)}}}
     adapters = init_adapters(jax.random.key(0), base["params"], rank=2, layers=("mlp",))
     learned = {"params": {"lora": adapters}, "batch_stats": {"decode_head": {"mean": np.ones(3)}}}
-    fingerprint = fingerprint_base({**base["params"], "lora": adapters})
-    save_adapter(tmp_path / FILE_NAME, variables=learned, alpha=1.0, rank=2, base=fingerprint)
+    save_adapter(tmp_path / FILE_NAME, variables=learned, alpha=1.0, rank=2, base=describe_base(base["params"], ()))
     adapted = apply_adapter(tmp_path / FILE_NAME, base)
     jax.tree.map(np.testing.assert_array_equal, adapted, {**base, "batch_stats": learned["batch_stats"]})
 
 
-def test_adapters_of_other_weights_are_refused(tmp_path):
+@pytest.mark.parametrize("changed", ["linear1", "norm"])
+def test_adapters_of_other_weights_are_refused(changed, tmp_path):
     """The shapes are the same, so that the result would be silently wrong."""
     base = {"mlp": {"linear1": {"kernel": np.ones((4, 8), np.float32)}, "norm": {"scale": np.ones(4, np.float32)}}}
+    base["table"] = np.ones((3, 3), np.float32)
     learned = {"lora": {"mlp": {"linear1": {"a": np.ones((4, 2), np.float32), "b": np.ones((2, 8), np.float32)}}}}
-    fingerprint = fingerprint_base({**base, **learned})
-    save_adapter(tmp_path / FILE_NAME, variables={"params": learned}, alpha=1.0, rank=2, base=fingerprint)
-    apply_adapter(tmp_path / FILE_NAME, {"params": base})
+    save_adapter(tmp_path / FILE_NAME, variables={"params": learned}, alpha=1.0, rank=2, base=describe_base(base, ()))
+    resized = {**base, "table": np.zeros((5, 5), np.float32)}  # as for images of another size
+    apply_adapter(tmp_path / FILE_NAME, {"params": resized})
     other = jax.tree.map(np.copy, base)
-    other["mlp"]["linear1"]["kernel"][3, 7] = 1.5
-    with pytest.raises(UserError, match=r"adapter\.safetensors was trained on other weights than these"):
+    next(iter(other["mlp"][changed].values()))[-1] = 1.5
+    with pytest.raises(UserError, match=rf"was trained on other weights than these: .* mlp\.{changed}\.\w+ differ"):
         apply_adapter(tmp_path / FILE_NAME, {"params": other})
+
+
+@pytest.mark.parametrize("text", ["[]", '{"norm": 3}', "{"])
+def test_a_damaged_description_of_the_base_weights_is_refused(text, tmp_path):
+    adapters = {"lora.mlp.linear1.a": np.ones((4, 2), np.float32), "lora.mlp.linear1.b": np.ones((2, 8), np.float32)}
+    safetensors.numpy.save_file(adapters, tmp_path / FILE_NAME, metadata={"alpha": "1.0", "rank": "2", "base": text})
+    with pytest.raises(UserError, match="is not a file of adapters, or is damaged"):
+        apply_adapter(tmp_path / FILE_NAME, {"params": {"mlp": {"linear1": {"kernel": np.ones((4, 8), np.float32)}}}})
 
 
 def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, logs):
     (tmp_path / FILE_NAME).mkdir()
-    state = types.SimpleNamespace(params={"lora": {"a": np.ones(2)}, "kernel": np.ones((2, 2), np.float32)})
+    state = types.SimpleNamespace(params={"lora": {"a": np.ones(2)}})
     trainer = types.SimpleNamespace(config=with_lora(), get_learned_variables=lambda state: {"params": state.params})
     report.save_adapter(trainer, state, tmp_path)
     assert "The adapters could not be saved" in "".join(logs)

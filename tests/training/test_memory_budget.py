@@ -70,4 +70,8 @@ def test_a_run_records_its_choice_and_resumes(tmp_path):
     assert recorded != "none"
     config = with_budget(8.0).unlock()
     config.epochs = 2
-    assert loop.train(config.lock(), str(tmp_path / "run"), quiet=True)["examples"] == 50
+    config.lock()
+    assert loop.train(config, str(tmp_path / "run"), quiet=True)["examples"] == 50
+    with config.unlocked():
+        config.memory_budget = 1e-4  # a finished run has no step to fit
+    assert loop.train(config, str(tmp_path / "run"), quiet=True)["examples"] == 50

@@ -59,6 +59,17 @@ def test_a_program_gets_normalized_images_or_their_pixels(dtype, tmp_path):
     np.testing.assert_allclose(got, pixels.reshape(3, 32, 2, -1, 3).mean(axis=(1, 3, 4)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_program_gets_the_images_of_the_training(tmp_path):
+    """Their size may be another one than that of the evaluation."""
+    path = save_program(tmp_path / "teacher.stablehlo", side=32)
+    options = dict(kind="soft", class_names=("left", "right"))
+    data = with_values(**{"data.image_size": 64, "data.train_sizes": (32,)}).data
+    assert load_teacher(path, data=data, **options).variables == {}
+    data = with_values(**{"data.image_size": 64, "data.train_sizes": (32, 64)}).data
+    with pytest.raises(UserError, match="cannot be used with 2 images of 64 x 64"):
+        load_teacher(path, data=data, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [

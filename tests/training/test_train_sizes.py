@@ -48,8 +48,19 @@ def test_one_other_size_is_used_throughout():
     assert trainer.task.example_batch(1, train=False)["image"].shape[1] == 64
 
 
+def test_a_derived_batch_has_whole_groups_of_repeated_images():
+    config = with_values(batch_size=-1, **{"augmentation.repeats": 3})
+    assert Trainer(config, devices=jax.devices()[:1]).config.batch_size == 9
+    with pytest.raises(UserError, match=r"must be a multiple of config\.augmentation\.repeats 3, got 16"):
+        Trainer(with_values(batch_size=16, **{"augmentation.repeats": 3}))
+
+
 def test_sizes_that_the_model_cannot_take():
-    with pytest.raises(UserError, match=r"cannot be built: .* sides of at least 32 pixels, got \(1, 16, 16, 3\)"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.train_sizes \(16, 64\): .* sides of at least 32 pixels, got \(1, 16, 16, 3\)"
+    ):
         Trainer(with_values(**{"data.train_sizes": (16, 64)}), devices=jax.devices()[:1])
+    with pytest.raises(UserError, match=r"config\.data\.train_sizes has 2 sizes for 1 steps"):
+        Trainer(with_values(steps=1, **{"data.train_sizes": (32, 64)}), devices=jax.devices()[:1])
     with pytest.raises(UserError, match=r"config\.data\.train_sizes must be a tuple of integers of at least 1"):
         Trainer(with_values(**{"data.train_sizes": (0,)}))
