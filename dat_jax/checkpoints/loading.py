@@ -66,7 +66,8 @@ def load_pretrained(
         checkpoint is loaded, with the averaged weights if the run has them.
       adapter: file of adapters that were trained on these weights, adapter.safetensors in the work directory of a run with
         ``config.lora``. The model has its classes.
-      ema_decay: one of ``config.ema_decays`` of the run, whose average is loaded.
+      ema_decay: decay of the average of the weights to load, ``config.ema_decay`` or one of ``config.ema_decays`` of the run. By
+        default the weights that the run evaluates.
       **overrides: attributes of ``DAT`` (the backbone of a segmentor or detector) that replace those of the trained model,
         such as num_classes, in_channels, image_size or dtype (float32 by default). If they change shapes, the weights are
         adapted, see ``adapt_params``; the head of a classifier with another number of classes is initialized from a fixed key.
