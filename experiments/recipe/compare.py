@@ -67,8 +67,10 @@ def main(arguments=None) -> None:
     runs, steps = {name: RUNS[name] for name in options.runs}, options.steps
     with tempfile.TemporaryDirectory() as temporary:
         root = options.workdir or pathlib.Path(temporary)
-        teacher = run(make_config({}, seed=_TEACHER_SEED, steps=steps, teacher=True), root / "teacher")["top1"]
-        print(f"teacher: {teacher:.2f} %", flush=True)
+        teacher = ""
+        if any("distillation.kind" in values for values in runs.values()):
+            accuracy = run(make_config({}, seed=_TEACHER_SEED, steps=steps, teacher=True), root / "teacher")["top1"]
+            teacher = f" The teacher has {accuracy:.1f} %."
         found: dict[str, list[float]] = {}
         for seed in options.seeds:
             for name, values in runs.items():
@@ -93,7 +95,7 @@ def main(arguments=None) -> None:
     changes = [
         {"run": name, "changes": ", ".join(f"{k}={v}" for k, v in values.items())} for name, values in runs.items()
     ]
-    text = f"Seeds {options.seeds}. The teacher has {teacher:.1f} %.\n\n"
+    text = f"Seeds {options.seeds}.{teacher}\n\n"
     sections = {
         "": options.command,
         "Accuracy": text + measure.format_table(rows),

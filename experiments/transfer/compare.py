@@ -17,6 +17,7 @@ import json
 import pathlib
 import statistics
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,10 @@ def run(config, workdir: pathlib.Path) -> dict[str, float]:
     return json.loads(result.read_text())
 
 
-def pretrain(root: pathlib.Path, *, steps: int) -> None:
-    """Train the model and the teacher on the seven digits, as long as the quickstart if the number of steps is 0."""
+def pretrain(root: pathlib.Path, names: Sequence[str], *, steps: int) -> None:
+    """Train "model" and "teacher" on the seven digits, as long as the quickstart if the number of steps is 0."""
     data = write_digits(root / "old_digits", _OLD)
-    for name in ("model", "teacher"):
+    for name in names:
         accuracy = run(make_config(data, teacher=name == "teacher", steps=steps), root / name)["top1"]
         print(f"{name}: {accuracy:.2f} % of the seven digits", flush=True)
 
@@ -110,13 +111,19 @@ def main(arguments=None) -> None:
     parser.add_argument("--images", type=measure.numbers, default=[5, 20, 100], help="images of each digit")
     parser.add_argument("--seeds", type=measure.numbers, default=[0, 1, 2], help="seeds")
     parser.add_argument("--workdir", type=pathlib.Path, help="folder of the runs; by default a temporary one")
-    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help="some of the ways")
+    parser.add_argument(
+        "--ways",
+        type=lambda text: text.split(","),
+        default=list(WAYS),
+        help="some of the ways; distillation needs teacher before it",
+    )
     parser.add_argument("--steps", type=int, default=200, help="steps of each way")
     parser.add_argument("--pretraining-steps", type=int, default=0, help="steps before; 0: as the quickstart")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         root = options.workdir or pathlib.Path(temporary)
-        pretrain(root, steps=options.pretraining_steps)
+        names = ("model", "teacher") if "teacher" in options.ways else ("model",)
+        pretrain(root, names, steps=options.pretraining_steps)
         found: dict[tuple[str, int], list[float]] = {}
         for seed in options.seeds:
             for images in options.images:
