@@ -165,7 +165,10 @@ def test_average_of_schedule_free_adamw_starts_at_the_weights_and_falls_behind()
             {"optimizer.name": "adam"},
             r"config\.optimizer\.name must be one of adamw, .*schedule_free_adamw, got 'adam'",
         ),
-        ({"optimizer.name": "schedule_free_adamw", "ema_decay": 0.9}, r"config\.ema_decay must be 0 and config\.ema_decays empty for schedule_free"),
+        (
+            {"optimizer.name": "schedule_free_adamw", "ema_decay": 0.9},
+            r"config\.ema_decay must be 0 and config\.ema_decays empty for schedule_free",
+        ),
         ({"optimizer.name": "schedule_free_adamw", "optimizer.b1": 0.0}, r"config\.optimizer\.b1 must be above 0"),
         (
             {"optimizer.lion.b3": 0.5},
