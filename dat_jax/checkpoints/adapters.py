@@ -40,7 +40,8 @@ def describe_base(params: Mapping[str, Any], learned: Collection[str]) -> Base:
     Returns:
       Name -> [fingerprint, *shape].
     """
-    frozen = {name: array for name, array in flatten_dict(params, sep=".").items() if name not in learned}
+    arrays: dict[str, Any] = flatten_dict(params, sep=".")
+    frozen = {name: array for name, array in arrays.items() if name not in learned}
     fingerprints = jax.jit(compute_fingerprints)(frozen)
     return {name: [int(fingerprints[name]), *np.shape(array)] for name, array in frozen.items()}
 
@@ -77,6 +78,8 @@ def apply_adapter(path: str | os.PathLike, variables: Mapping[str, Any]) -> dict
       UserError: the file cannot be read, is no file of adapters, or was trained on another model or on other weights; arrays of
         other shapes are named.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: expected a file of adapters, such as {os.path.join(path, FILE_NAME)}.")
     try:
         with safetensors.safe_open(fetch(path), framework="numpy") as file:
             metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

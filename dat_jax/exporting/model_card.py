@@ -60,9 +60,10 @@ def read_training(trained: str | os.PathLike, *, ema_decay: float | None = None)
         settings["data"] = pathlib.PurePath(name).name + colon + rest
     results = {row[0]: row[1] for row in rows if len(row) == 3 and row[0].startswith("eval/") and row[1]}
     further = {name: value for name, value in results.items() if name.startswith("eval/ema_")}
-    average = None if ema_decay is None else f"eval/ema_{name_average(ema_decay)}/"
-    if average is not None and any(name.startswith(average) for name in further):
-        settings["average of the weights"] = f"decay {name_average(ema_decay)}"
+    decay = "" if ema_decay is None else name_average(ema_decay)
+    average = f"eval/ema_{decay}/"
+    if any(name.startswith(average) for name in further):
+        settings["average of the weights"] = f"decay {decay}"
         results = {
             f"eval/{name.removeprefix(average)}": value for name, value in further.items() if name.startswith(average)
         }

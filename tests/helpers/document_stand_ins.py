@@ -65,6 +65,7 @@ _NANO_YAML = dict(
 )
 _RUNS = {  # a work directory -> the configuration that it comes from
     "runs/quickstart": "configs/quickstart.py",
+    "runs/averages": "configs/quickstart.py --config.ema_decays=0.9,0.98,0.995",
     "runs/dat_pp_s": "configs/dat_pp_s.py",
     "runs/s": "configs/dat_pp_s.py",
     "runs/dat_pp_b": "configs/dat_pp_b.py",
@@ -205,7 +206,7 @@ class StandIns:
             return
         where.parent.mkdir(parents=True, exist_ok=True)
         if path in _RUNS:
-            self.train([f"--config={_RUNS[path]}", f"--workdir={path}"])
+            self.train([*f"--config={_RUNS[path]}".split(), f"--workdir={path}"])
         elif path.startswith("exported/"):
             trained = f"runs/{where.name.removesuffix('_features')}"
             self.need(trained)

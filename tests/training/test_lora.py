@@ -237,6 +237,11 @@ def test_adapters_of_other_weights_are_refused(changed, tmp_path):
         apply_adapter(tmp_path / FILE_NAME, {"params": other})
 
 
+def test_the_folder_of_a_run_is_not_a_file_of_adapters(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder: expected a file of adapters, such as .*adapter\.safetensors"):
+        apply_adapter(tmp_path, {"params": {}})
+
+
 @pytest.mark.parametrize("text", ["[]", '{"norm": 3}', "{"])
 def test_a_damaged_description_of_the_base_weights_is_refused(text, tmp_path):
     adapters = {"lora.mlp.linear1.a": np.ones((4, 2), np.float32), "lora.mlp.linear1.b": np.ones((2, 8), np.float32)}
