@@ -114,7 +114,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     if config.task == "classification":
         tiny = tiny_config.get_config().unlock()
         tiny.epochs = 2 if config.epochs == 10 else 1  # 10 asks for more than the quickstart's own
-        tiny.eval.sets = config.eval.sets
+        tiny.eval.sets, tiny.ema_decays = config.eval.sets, config.ema_decays
     elif config.task == "segmentation":
         tiny = tiny_segmentation.get_config(config.head.name).unlock()
         tiny.data.name = "squares_of_one_size"
