@@ -68,8 +68,8 @@ def make_train_transform(
       flip_probability: probability of a horizontal flip.
       rand_augment_count, rand_augment_magnitude, rand_augment_std: see ``draw_operations``; a count of 0 disables RandAugment,
         which is for RGB images with 8 bits.
-      three_augment: whether to apply ``apply_three_augment``, likewise for RGB images with 8 bits.
-      color_jitter: strength of ``apply_color_jitter``, which is the last operation, likewise; 0 disables it.
+      three_augment: whether to apply ``apply_three_augment``, which is for RGB images with 8 bits, too.
+      color_jitter: strength of ``apply_color_jitter``, the last operation, for the same images; 0 disables it.
 
     Returns:
       A function of a record with "image", uint8, uint16 or float32 (H, W, C), and a generator, that replaces the image by

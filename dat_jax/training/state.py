@@ -61,7 +61,7 @@ def make_state(
       optimizer: the optimizer.
       frozen: tree with the structure of the parameters, True for those that do not learn. They have no optimizer state.
       averaged: whether the state has an average of the parameters. It starts as the parameters.
-      further_averages: names of further averages, which start likewise.
+      further_averages: names of further averages, which start as the parameters, too.
     """
     model_state = dict(variables)
     params = model_state.pop("params")

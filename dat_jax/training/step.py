@@ -40,7 +40,7 @@ def make_train_step(
       seed: every random draw is a function of the seed, the step and the part of the batch.
       accumulate_steps: number of parts A into which a batch is split; their gradients are averaged.
       average: see ``training.averaging``; it is called without the frozen parameters. None: the state has no average.
-      further_averages: likewise, those of ``TrainState.further_averages``.
+      further_averages: functions that update ``TrainState.further_averages``, by name.
       guide: (state, *arguments) -> models that the loss learns from, see ``tasks.objective.Guides``. The step then takes these
         arguments after the batch. None: it learns from the labels only.
 

@@ -266,20 +266,19 @@ class Trainer:
         release_unused_memory()
         return evaluation
 
-    def evaluate_state(self, state: TrainState, **options: Any) -> Evaluation:
-        """Evaluate the weights of a state and each of its further averages.
+    def evaluate_state(self, state: TrainState) -> Evaluation:
+        """Evaluate the weights of a state and each of its further averages on the validation data.
 
         Args:
           state: a state of the run.
-          **options: of ``evaluate``.
 
         Returns:
           As ``evaluate``, with the metrics of each further average, named ema_<decay>/<metric>; counts are left out.
         """
-        evaluation = self.evaluate(state.eval_variables, **options)
+        evaluation = self.evaluate(state.eval_variables)
         metrics = dict(evaluation.metrics)
         for name, variables in state.further_variables.items():
-            others = self.evaluate(variables, **options).metrics
+            others = self.evaluate(variables).metrics
             metrics |= {f"ema_{name}/{metric}": value for metric, value in others.items() if isinstance(value, float)}
         return dataclasses.replace(evaluation, metrics=metrics)
 
