@@ -4,8 +4,9 @@ With the state it stores metadata and a fingerprint of every array, and afterwar
 """
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -173,7 +174,8 @@ class Checkpoints:
 
         Args:
           step: a step with a complete checkpoint.
-          abstract_state: ShapeDtypeStructs with shardings, which determine the devices of the arrays.
+          abstract_state: dataclass of ShapeDtypeStructs with shardings, which determine the devices of the arrays. Fields
+            without arrays that were unknown when the checkpoint was written keep their values.
           check: function of the metadata, called before the arrays are compared and read. It raises a UserError if the
             checkpoint does not belong to the run.
 
@@ -193,10 +195,12 @@ class Checkpoints:
             check_digests(name, saved=saved, actual=actual)
             if check is not None:
                 check(meta["metadata"])
-            self._check_structure(step, abstract_state, meta["digests"].keys())
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            saved = self._read_structure(step, meta["digests"].keys())
+            fields = _select_fields(abstract_state, saved)
+            self._check_structure(step, fields, saved)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(fields))
             with os_errors(self.directory):
-                state = self._open_manager.restore(step, args=args)["state"]
+                state = dataclasses.replace(abstract_state, **self._open_manager.restore(step, args=args)["state"])
             fingerprints = self._fingerprint(state)
         except UserError:
             raise
@@ -315,12 +319,11 @@ class Checkpoints:
             rest = "Earlier checkpoints are untouched"
         logger.warning("Step %d could not be saved: %s. %s, and the next save will be tried.", step, reason, rest)
 
-    def _check_structure(self, step: int, abstract_state: Any, names: Collection[str]) -> None:
-        """Compare the names and shapes of saved arrays with those that were written, and with those of the state.
+    def _read_structure(self, step: int, names: Collection[str]) -> Mapping[str, Any]:
+        """Return the fields of the saved state, with the shapes of their arrays.
 
         Raises:
           DamagedError: the saved arrays are not those with the names that were written.
-          UserError: the state has other arrays.
         """
         # Not the manager's metadata: after a save to a bucket, Orbax 0.12 refuses it in all processes but the first.
         state: Any = self._absolute(self._path(step)) / "state"
@@ -328,8 +331,11 @@ class Checkpoints:
         saved = saved.tree if hasattr(saved, "tree") else saved
         name = f"The checkpoint {self._path(step)}"
         check_digests(name, saved=dict.fromkeys(names, True), actual=dict.fromkeys(name_leaves(saved), True))
-        saved = _get_shapes(saved)
-        expected = _get_shapes(abstract_state)
+        return saved
+
+    def _check_structure(self, step: int, fields: Mapping[str, Any], saved_fields: Mapping[str, Any]) -> None:
+        """Raise a UserError if the fields of a state have arrays of other names or shapes than those that were saved."""
+        saved, expected = _get_shapes(saved_fields), _get_shapes(fields)
         differences = [
             f"{key}: expected {expected.get(key, 'nothing')}, got {saved.get(key, 'nothing')}"
             for key in sorted(saved.keys() | expected.keys())
@@ -338,9 +344,15 @@ class Checkpoints:
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise UserError(
-                f"{name} is of another model or optimizer: {'; '.join(differences[:3])}{more}. Choose another --workdir, or "
-                "the configuration of the checkpoint."
+                f"The checkpoint {self._path(step)} is of another model or optimizer: {'; '.join(differences[:3])}{more}. "
+                "Choose another --workdir, or the configuration of the checkpoint."
             )
+
+
+def _select_fields(state: Any, saved_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a state by name, without those that have no arrays and are missing in the checkpoint."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if name in saved_fields or jax.tree.leaves(value)}
 
 
 def _get_shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:

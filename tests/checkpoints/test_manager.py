@@ -1,12 +1,15 @@
 """Checkpoints of a run: which are kept, which is restored, damage that is detected, and saves that fail."""
 
 import asyncio
+import dataclasses
 import errno
 import itertools
 import pathlib
 import re
 import shutil
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +157,21 @@ def test_another_shape_is_an_error_and_nothing_is_set_aside(tmp_path):
     ):
         checkpoints.restore_newest(abstract(make_state(0, width=6)))
     assert restore_newest(tmp_path) == (1, [])
+
+
+def test_a_field_that_was_unknown_when_the_checkpoint_was_written_keeps_its_value(tmp_path):
+    fields = {field.name: getattr(make_state(1), field.name) for field in dataclasses.fields(TrainState)}
+    assert fields.pop("further_averages") is None  # added after 0.1.0
+    earlier = flax.struct.dataclass(type("EarlierState", (), {"__annotations__": dict.fromkeys(fields, Any)}))
+    with Checkpoints(tmp_path, metric="score") as checkpoints:
+        checkpoints.save(earlier(**fields), metadata=METADATA)
+        checkpoints.wait()
+        state, _ = checkpoints.restore(1, abstract(make_state(0)))
+        assert_state_of_step(state, 1)
+        assert state.further_averages is None
+        averaged = make_state(0).replace(further_averages={"0.9": make_state(0).params})
+        with pytest.raises(UserError, match=r"further_averages/0\.9/bias: expected \(5,\), got nothing"):
+            checkpoints.restore(1, abstract(averaged))
 
 
 def _flip(path: pathlib.Path):
