@@ -205,7 +205,8 @@ def _adapt(
             channels = leaf.shape[2]
             adapted[name] = adapt_input_kernel(array, channels).astype(leaf.dtype)
             change = "summed over RGB" if channels == 1 else f"those of RGB, repeated and scaled by 3/{channels}"
-            notes.append(f"The kernels of the first convolution, for images of {channels} channels, are {change}.")
+            images = "images with one channel" if channels == 1 else f"images with {channels} channels"
+            notes.append(f"The kernels of the first convolution, for {images}, are {change}.")
         elif old_table and new_table and old_table[0] == new_table[0]:
             adapted[name] = _resize_table(array, old_table, new_table).astype(leaf.dtype)
             resized["{1} x {2} to {4} x {5}".format(*old_table, *new_table)] += 1
@@ -243,7 +244,7 @@ def adapt_input_kernel(kernel: np.ndarray, channels: int) -> np.ndarray:
     """
     if kernel.shape[2] != 3:
         raise UserError(
-            f"These weights are for images of {kernel.shape[2]} channels: expected weights for {channels}, or for RGB, whose "
+            f"These weights are for images with {kernel.shape[2]} channels: expected weights for {channels}, or for RGB, whose "
             "kernels are adapted."
         )
     if channels == 1:

@@ -433,11 +433,12 @@ def _summarize(values: list[dict]) -> dict[str, float]:
 
 
 def _log_step(trainer: Trainer, step: int, summary: dict[str, float], throughput: Throughput) -> None:
-    logger.info(
-        "step %d/%d  epoch %.2f  %s  %.0f images/s  %s left",
-        *(step, trainer.plan.total_steps, step / trainer.plan.steps_per_epoch, report.format_metrics(summary)),
-        *(throughput.images_per_second, format_duration(throughput.seconds_left)),
-    )
+    parts = [f"step {step}/{trainer.plan.total_steps}", f"epoch {step / trainer.plan.steps_per_epoch:.2f}"]
+    parts.append(report.format_metrics(summary))
+    if throughput.pace is not None:
+        images_per_second, seconds_left = throughput.pace
+        parts += [f"{images_per_second:.0f} images/s", f"{format_duration(seconds_left)} left"]
+    logger.info("  ".join(parts))
 
 
 def _log_end(signal: str, step: int, saved: int | None, directory: WorkDirectory, command: str) -> None:

@@ -232,9 +232,9 @@ def list_length_warnings(config: ConfigDict, *, steps_per_epoch: int, total_step
     if total_steps < few:
         unit = "steps" if config.steps else "epochs"
         longer = few if config.steps else math.ceil(few / steps_per_epoch)
+        smaller = "" if config.steps else f", or a smaller --config.batch_size than {config.batch_size}"
         warnings.append(
-            f"The run has only {total_steps} steps, expected at least {few}. Set --config.{unit}={longer} or more, or a "
-            f"smaller --config.batch_size than {config.batch_size}."
+            f"The run has only {total_steps} steps, expected at least {few}. Set --config.{unit}={longer} or more{smaller}."
         )
     longest = total_steps * _LARGEST_PART
     time_constant = 1 / (1 - config.ema_decay)

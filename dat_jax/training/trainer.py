@@ -261,9 +261,7 @@ class Trainer:
         batches = self._eval_batches(self.task.eval_source if source is None else source)
         options = {} if classes is None else {"classes": classes}
         evaluation = self._evaluator(variables, (self.put_batch(batch) for batch in batches), **options)
-        # JAX releases the arrays of the host that it has used at a garbage collection. Those of data workers are in shared
-        # memory, and Python warns of a leak if they are still there at its end.
-        release_unused_memory()
+        _release_batches()
         return evaluation
 
     def evaluate_state(self, state: TrainState) -> Evaluation:
@@ -318,6 +316,7 @@ class Trainer:
         evaluator = self.task.make_evaluator(predict)
         known = jax.device_put({"features": features, "labels": labels}, sharding.replicated(self.mesh))
         evaluation = evaluator({"model": variables, **known}, validation)
+        _release_batches()
         metrics = {f"knn_{name}": value for name, value in evaluation.metrics.items() if name in ("top1", "top5")}
         return dataclasses.replace(evaluation, metrics={**metrics, "examples": evaluation.metrics["examples"]})
 
@@ -455,6 +454,14 @@ class Trainer:
             averaged=self._average is not None,
             further_averages=self._further_averages,
         )
+
+
+def _release_batches() -> None:
+    """Release the arrays of the batches that were used, which JAX does at a garbage collection.
+
+    Those of data workers are in shared memory, and Python warns of a leak if they are still there at its end.
+    """
+    release_unused_memory()
 
 
 def _check_implementation(name: str) -> None:

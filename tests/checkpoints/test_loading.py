@@ -367,7 +367,7 @@ def test_the_first_kernel_is_adapted_as_by_timm():
     expected = 0.6 * np.array([[1, 10], [2, 20], [4, 40], [1, 10], [2, 20]])
     np.testing.assert_allclose(adapt_input_kernel(kernel, 5)[0, 0], expected, rtol=1e-6)
     assert adapt_input_kernel(kernel, 12).shape == (1, 1, 12, 2)
-    with pytest.raises(UserError, match="for images of 5 channels: expected weights for 2, or for RGB"):
+    with pytest.raises(UserError, match="for images with 5 channels: expected weights for 2, or for RGB"):
         adapt_input_kernel(adapt_input_kernel(kernel, 5), 2)
 
 
@@ -383,5 +383,5 @@ def test_rgb_weights_are_loaded_for_other_channels(tmp_path):
         np.testing.assert_allclose(logits, expected, atol=1e-4)
     export_model(tmp_path / "six", model=adapted_model, variables=adapted)
     assert dat_jax.load(tmp_path / "six")[0].in_channels == 6
-    with pytest.raises(UserError, match="for images of 6 channels: expected weights for 4"):
+    with pytest.raises(UserError, match="for images with 6 channels: expected weights for 4"):
         dat_jax.load(tmp_path / "six", in_channels=4)

@@ -172,7 +172,8 @@ def test_the_first_convolution_of_rgb_weights_is_adapted(trained, tmp_path, logs
     expected = kernel.sum(axis=2, keepdims=True) if channels == 1 else np.tile(kernel, (1, 1, 4, 1)) * 3 / channels
     adapted = state.params["patch_proj"]["conv1"]["kernel"]
     np.testing.assert_allclose(adapted, expected[:, :, :channels], rtol=1e-6)
-    assert any(f"first convolution, for images of {channels} channels" in message for message in logs)
+    described = "one channel" if channels == 1 else f"{channels} channels"
+    assert any(f"first convolution, for images with {described}" in message for message in logs)
     assert np.isfinite(loop.evaluate(trainer.config, str(tmp_path / "nothing"))["loss"])
 
 

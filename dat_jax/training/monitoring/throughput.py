@@ -21,13 +21,14 @@ class Throughput(Hook):
       usage: of the devices.
 
     Attributes:
-      images_per_second, seconds_left: rate, and estimated time until the last step, as of the last ``on_log``.
+      pace: images per second, and estimated seconds until the last step, as of the last ``on_log``; None until a step follows
+        the first one.
     """
 
     def __init__(self, progress: Callable[[int], "Progress"], usage: "Usage"):
         self._make_progress, self._usage = progress, usage
         self._progress: Progress | None = None  # until the first step
-        self.images_per_second = self.seconds_left = 0.0
+        self.pace: tuple[float, float] | None = None
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Start the clock after the first step."""
@@ -36,11 +37,14 @@ class Throughput(Hook):
             self._progress = self._make_progress(step)
 
     def on_log(self, step: int, metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
-        """{"images_per_second": since the last call, excluding evaluations} and ``Usage.measure``."""
+        """{"images_per_second": since the last call, excluding evaluations, if known} and ``Usage.measure``."""
         del metrics
         assert self._progress is not None
-        self.images_per_second, self.seconds_left = self._progress.update(step)
-        return {"images_per_second": self.images_per_second, **self._usage.measure(self.images_per_second)}
+        self.pace = self._progress.update(step)
+        if self.pace is None:
+            return self._usage.measure(None)
+        images_per_second, _ = self.pace
+        return {"images_per_second": images_per_second, **self._usage.measure(images_per_second)}
 
     def after_evaluation(self, step: int) -> None:
         """Exclude the evaluation from the rate."""
@@ -63,13 +67,18 @@ class Progress:
         self._time = time.monotonic()
         self._start = self._step, self._time
 
-    def update(self, step: int) -> tuple[float, float]:
-        """Images per second since the last call, and seconds left at the pace since the start, evaluations included."""
+    def update(self, step: int) -> tuple[float, float] | None:
+        """Images per second since the last call, and seconds left at the pace since the start, evaluations included.
+
+        Returns None if no step was finished since the last call.
+        """
+        if step == self._step:
+            return None
         now = time.monotonic()
-        seconds_per_step = (now - self._time) / max(step - self._step, 1)
+        seconds_per_step = (now - self._time) / (step - self._step)
         self._step, self._time = step, now
         start_step, start = self._start
-        pace = (now - start) / max(step - start_step, 1)
+        pace = (now - start) / (step - start_step)
         return self._batch_size / max(seconds_per_step, 1e-9), (self._total - step) * pace
 
     def skip(self) -> None:
@@ -98,15 +107,15 @@ class Usage:
         if count_flops is not None and chip is not None and chip.flops_per_second is not None:
             self._peak_images = len(devices) * chip.flops_per_second / count_flops()
 
-    def measure(self, images_per_second: float) -> dict[str, float]:
-        """Measure, as far as the devices allow it.
+    def measure(self, images_per_second: float | None) -> dict[str, float]:
+        """Measure, as far as the devices allow it and the rate is known.
 
         Returns:
           "flop_utilization": model FLOPs utilization in percent of the devices' bfloat16 peak; "device_memory_gib": peak
           memory of a device of this process so far; or, on CPU, "host_memory_gib": peak memory of this process so far.
         """
         measured = {}
-        if self._peak_images is not None:
+        if self._peak_images is not None and images_per_second is not None:
             measured["flop_utilization"] = 100 * images_per_second / self._peak_images
         stats = [device.memory_stats() or {} for device in self._local]
         peaks = [values["peak_bytes_in_use"] for values in stats if "peak_bytes_in_use" in values]

@@ -35,6 +35,7 @@ def test_rate_and_time_left(monkeypatch):
     now = iter([100.0, 102.0, 110.0, 111.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     progress = Progress(start_step=10, total_steps=40, batch_size=8)
+    assert progress.update(10) is None
     assert progress.update(20) == (40.0, 4.0)  # 10 steps in 2 s; 20 left
     progress.skip()  # 8 s of evaluation
     assert progress.update(25) == (40.0, 11.0)  # 15 steps in 11 s, evaluation included; 15 left
