@@ -27,7 +27,7 @@ from dat_jax.training.compilation import known_options, release_unused_memory
 from dat_jax.training.model_defaults import resolve_model
 from dat_jax.training.monitoring.input import without_damaged
 from dat_jax.training.optimizers.named import make_optimizer
-from dat_jax.training.optimizers.parameter_groups import describe_groups, find_groups, without_frozen
+from dat_jax.training.optimizers.parameter_groups import describe_groups, find_groups, merge, select, without_frozen
 from dat_jax.training.schedule import plan_run
 from dat_jax.training.state import TrainState, make_state
 from dat_jax.training.step import make_train_step
@@ -399,13 +399,22 @@ class Trainer:
         """Count the FLOPs of a training step per image as model FLOPs utilization (MFU) does.
 
         That is three times the matrix products and convolutions of the forward pass: one for it and two for the backward
-        pass. Recomputation (``remat``) and products that only a fast algorithm has are not counted: the model is traced
-        with its plain implementations. Teachers are not counted either, and frozen parameters as if they learned.
+        pass. If parameters are frozen, those of the traced backward pass count instead of two. Recomputation (``remat``) and
+        products that only a fast algorithm has are not counted: the model is traced with its plain implementations. Teachers
+        are not counted either.
         """
         objective = self.task.make_objective(implementation="plain", remat="none")
-        batch = self.task.example_batch(1)
-        traced = jax.make_jaxpr(objective.loss)(self.abstract_state.eval_variables, batch, jax.random.key(0))
-        return 3 * count_product_flops(traced.jaxpr)
+        batch, key = self.task.example_batch(1), jax.random.key(0)
+        variables, frozen = self.abstract_state.eval_variables, self.groups.frozen
+
+        def loss(learned, variables, batch):
+            params = merge(learned, variables["params"])
+            return objective.loss({**variables, "params": params}, batch, key)[0]
+
+        learned = select(variables["params"], frozen)
+        if any(jax.tree.leaves(frozen)):
+            return count_product_flops(jax.make_jaxpr(jax.grad(loss))(learned, variables, batch).jaxpr)
+        return 3 * count_product_flops(jax.make_jaxpr(loss)(learned, variables, batch).jaxpr)
 
     def describe(self) -> dict[str, str]:
         """Describe the run in the rows of a table."""

@@ -8,6 +8,7 @@ from configs import dat_pp_t
 from dat_jax.profiling.flops import count_product_flops
 from dat_jax.profiling.step_report import StandIn
 from dat_jax.training.trainer import Trainer
+from tests.helpers import tiny_config
 
 
 def test_products_in_loops_and_branches_count_as_often_as_they_run():
@@ -29,11 +30,27 @@ def test_products_in_loops_and_branches_count_as_often_as_they_run():
         assert count_product_flops(jax.make_jaxpr(jax.jit(function))(x).jaxpr) == expected
 
 
+def make_sources(classes):
+    return (StandIn(2048, tuple(map(str, range(classes)))),) * 2
+
+
 @pytest.mark.slow
 def test_model_flops_do_not_depend_on_rematerialization_and_accumulation():
     """The forward pass has 4.26 G multiply-adds, as published."""
     config = dat_pp_t.get_config().unlock()
     config.accumulate_steps = 2
-    trainer = Trainer(config, sources=(StandIn(2048, tuple(map(str, range(1000)))),) * 2)
+    trainer = Trainer(config, sources=make_sources(1000))
     assert trainer.config.model.remat == "blocks"
     assert trainer.count_model_flops() == pytest.approx(3 * 2 * 4.26e9, rel=1e-3)
+
+
+def test_model_flops_of_frozen_parameters_have_no_backward_pass():
+    """Only the last norm and the head learn, and the head is a product of 4 numbers with a matrix of 4 x 10."""
+
+    def count(*freeze):
+        config = tiny_config.get_config(dim_stem=4, dims=(4,), num_heads=(1,), stages=("D",), key_strides=(4,)).unlock()
+        config.optimizer.freeze = freeze
+        return Trainer(config, sources=make_sources(10)).count_model_flops()
+
+    everything, head = count(), count("all_but_head")
+    assert head == everything / 3 + 2 * (2 * 4 * 10)
