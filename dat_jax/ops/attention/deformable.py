@@ -282,23 +282,19 @@ def choose_kernel(
       query_grid: see ``deformable_attention``.
 
     Returns:
-      "map", a whole map per grid step; "map table", the same with the lookup in the kernel; "rows", blocks of rows; None if none
-      of them fits in VMEM. Only "map" takes a bias as an array.
+      "map", a whole map per grid step, or "rows", blocks of rows; None if neither fits in VMEM. Both look the bias up in the
+      table, "map" only if the map has the size that the table was made for. Only "map" takes a bias as an array.
     """
     map_shape, keys = (shape[1], shape[2]), key_shape[1]
     options: dict[str, Any] = dict(keys=keys, num_heads=num_heads)
-    tile_shape = dispatch.choose_query_tile(map_shape, pairs_per_query=num_heads * keys)
-    if bias_shape is not None or tile_shape == map_shape:
-        if table_shape is not None and points_shape is not None and points_inside:
-            fits_table = position_bias.table_fits(table_shape, map_shape=map_shape, query_grid=query_grid)
-            table: dict[str, Any] = dict(groups=points_shape[1], table_shape=table_shape)
-            if fits_table and pallas_deformable.fits(shape, dtype, **options, **table):
-                return "map table"
-        with_bias = table_shape is not None or bias_shape is not None
-        if pallas_deformable.fits(shape, dtype, **options, with_bias=with_bias):
-            return "map"
     lookup: dict[str, Any] = dict(points_shape=points_shape, table_shape=table_shape)
     grid: dict[str, Any] = dict(query_grid=query_grid, points_inside=points_inside)
+    tile_shape = dispatch.choose_query_tile(map_shape, pairs_per_query=num_heads * keys)
+    fits_map = bias_shape is not None or tile_shape == map_shape
+    if table_shape is not None:
+        fits_map &= points_inside and position_bias.table_fits(table_shape, map_shape=map_shape, query_grid=query_grid)
+    if fits_map and pallas_deformable.fits(shape, dtype, **options, **lookup, with_bias=bias_shape is not None):
+        return "map"
     if bias_shape is None and deformable_rows.fits(shape, dtype, **options, **lookup, **grid):
         return "rows"
     return None
@@ -310,23 +306,13 @@ def fits_kernel(shape: tuple[int, ...], dtype: Any, **options) -> bool:
 
 
 def _attend_with_pallas(query, key, value, points, table, bias, kernel, num_heads, points_inside, query_grid):
-    map_shape = query.shape[1:3]
-    arrays, lookup = (query, key, value), dict(points=points, table=table)
-    if table is None:
-        lookup = {}
+    arrays, lookup = (query, key, value), {} if table is None else dict(points=points, table=table)
     if kernel == "rows":
         grid = dict(query_grid=query_grid, points_inside=points_inside)
         return deformable_rows.deformable_attention(*arrays, num_heads=num_heads, **lookup, **grid)
-    if kernel == "map table":
-        return pallas_deformable.deformable_attention(*arrays, num_heads=num_heads, **lookup)
-    if table is not None:
-        tile = position_bias.Tile((0, 0), map_shape)
-        bias = position_bias.table_position_bias_by_key(
-            table, points, map_shape=map_shape, query_grid=query_grid, tile=tile
-        )
-    elif bias is not None:
+    if bias is not None:
         bias = jnp.broadcast_to(bias, (query.shape[0], *bias.shape[1:])).swapaxes(2, 3)
-    return pallas_deformable.deformable_attention(*arrays, num_heads=num_heads, bias=bias)
+    return pallas_deformable.deformable_attention(*arrays, num_heads=num_heads, bias=bias, **lookup)
 
 
 def _check_bias(points, table, bias):

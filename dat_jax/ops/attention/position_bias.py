@@ -147,23 +147,6 @@ def _bias_matmul(table, rows, columns):
     return bias.reshape(batch, heads, height * width, keys)
 
 
-def table_position_bias_by_key(
-    table: jax.Array, points: jax.Array, *, map_shape: tuple[int, int], tile: Tile, query_grid: str = "corners"
-) -> jax.Array:
-    """``table_position_bias`` with "matmul", laid out for the Pallas kernels: (B, M, N, H * W), queries last."""
-    dtype = jnp.promote_types(points.dtype, jnp.float32)
-    points, table = points.astype(dtype), table.astype(dtype)
-    (batch, groups, keys, _), (height, width) = points.shape, tile.shape
-    rows, columns = (
-        linear_weights(_table_coordinates(points, table, map_shape, tile, query_grid, axis), table.shape[1 + axis])
-        for axis in (0, 1)
-    )
-    grouped = table.reshape(groups, -1, *table.shape[1:])
-    lines = jnp.einsum("bgnit,gmtu->bgmniu", rows, grouped, precision=lax.Precision.HIGHEST)
-    bias = jnp.einsum("bgmniu,bgnju->bgmnij", lines, columns, precision=lax.Precision.HIGHEST)
-    return bias.reshape(batch, table.shape[0], keys, height * width)
-
-
 def log_displacements(points: jax.Array, *, map_shape: tuple[int, int], sizes: jax.Array | None = None) -> jax.Array:
     """Log-spaced displacements of every (query, key) pair, the input of the log-CPB network.
 

@@ -75,7 +75,7 @@ def fits(
     keys: int,
     num_heads: int,
     with_bias: bool = False,
-    groups: int = 1,
+    points_shape: tuple[int, ...] | None = None,
     table_shape: tuple[int, ...] | None = None,
 ) -> bool:
     """Whether one example fits in VMEM, and the map is small. The kernels have all queries of a map in one span.
@@ -86,7 +86,7 @@ def fits(
       keys: N.
       num_heads: M.
       with_bias: whether there is a bias as an array.
-      groups: G, for a table.
+      points_shape: (B, G, N, 2), for a table.
       table_shape: (M, 2 * H - 1, 2 * W - 1) if the kernel looks up the bias in a table, otherwise None.
     """
     batch, height, width, channels = shape
@@ -95,9 +95,10 @@ def fits(
         return False
     layout = make_layout((height, width), keys, channels, num_heads)
     kind, biases = NoBias(), ()
-    if table_shape is not None:
+    if table_shape is not None and points_shape is not None:
         if not table_fits(table_shape):
             return False
+        groups = points_shape[1]
         matrix = (num_heads, width + 1, _lines(height) * width)
         kind, biases = TableBias((height, width), num_heads // groups), ((batch, keys, 2 * groups), matrix)
     elif with_bias:
