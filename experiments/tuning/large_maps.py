@@ -22,6 +22,14 @@ IMAGES = 2
 # (H, W, C, heads, groups, keys, side of the map that the table was made for): the first stage of dat_pp_base_384, and of a
 # detector with dat_pp_tiny at 800 x 1344.
 MAPS = ((96, 96, 128, 4, 2, 144, 56), (200, 336, 64, 2, 1, 1050, 56))
+# Maps whose table was made for another size have other kernels of deformable attention, too: the other stages of
+# dat_pp_base_384, and the second stage of UperNet with dat_pp_tiny at 512 x 512.
+OTHER_TABLES = (
+    (48, 48, 256, 8, 4, 144, 28),
+    (24, 24, 512, 16, 8, 144, 14),
+    (12, 12, 1024, 32, 16, 144, 7),
+    (64, 64, 128, 4, 2, 256, 28),
+)
 TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
 _COLUMNS = ("MB, compiler's count", "MB, operands and results", "temporary MiB", "s to compile")
 OPS = ("neighborhood_attention", "deformable_attention", "conv_mlp", "grid_sample")
@@ -104,7 +112,7 @@ def compile_gradient(function: Callable[..., Any], arrays: Sequence[tuple], topo
 def list_rows(ops: Sequence[str], chips: Sequence[str]) -> Iterator[dict[str, str]]:
     """A row for each op, map, implementation and topology."""
     for op in ops:
-        for case in MAPS:
+        for case in (*MAPS, *(OTHER_TABLES if op == "deformable_attention" else ())):
             for implementation in ("auto", "pallas"):
                 for chip in chips[:1] if implementation == "auto" else chips:
                     function, arrays = make_calls(op, implementation, case)

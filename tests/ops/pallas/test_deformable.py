@@ -1,11 +1,12 @@
-"""Deformable attention kernel against the plain products, with both kinds of bias."""
+"""Deformable attention kernels of small maps against the plain products, with both kinds of bias."""
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dat_jax.ops.attention.deformable import deformable_attention
+from dat_jax.ops.attention.deformable import choose_kernel, deformable_attention
 from dat_jax.ops.pallas.deformable import shift_columns
 from tests.helpers.tiers import slow
 from tests.reference import compare
@@ -22,9 +23,9 @@ def make_arguments(map_shape, table_map, heads, groups, keys, *, width=3):
 @pytest.mark.parametrize(
     ("map_shape", "table_map", "heads", "groups", "keys", "inside"),
     [
-        ((4, 5), (4, 5), 4, 2, 6, True),  # the kernel looks up the table
-        ((4, 5), (4, 5), 2, 1, 3, False),  # the kernel gets the bias as an array
-        ((4, 5), (3, 4), 2, 2, 5, True),  # an array too, as the table has another size
+        ((4, 5), (4, 5), 4, 2, 6, True),
+        ((4, 5), (4, 5), 2, 1, 3, False),  # in rows, since keys may be outside the map
+        ((4, 5), (3, 4), 2, 2, 5, True),  # in rows, since the table has another size
         slow((7, 1), (7, 1), 3, 3, 9, True),
         slow((1, 6), (1, 6), 1, 1, 2, True),
         slow((9, 2), (9, 2), 2, 1, 4, True),
@@ -39,6 +40,18 @@ def test_table_bias_equals_the_products(x64, map_shape, table_map, heads, groups
 
     plain = functools.partial(attend, implementation="matmul")
     compare.assert_same({"pallas": functools.partial(attend, implementation="pallas")}, plain, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("table_map", "inside", "expected"), [(24, True, "map"), (24, False, "rows"), (14, True, "rows")]
+)
+def test_the_kernel_looks_up_every_table(table_map, inside, expected):
+    """No array of biases is computed for the kernel: it would be most of the bytes of dat_pp_base_384."""
+    shapes = dict(
+        key_shape=(2, 144, 512), points_shape=(2, 8, 144, 2), table_shape=(16, 2 * table_map - 1, 2 * table_map - 1)
+    )
+    kernel = choose_kernel((2, 24, 24, 512), jnp.bfloat16, num_heads=16, points_inside=inside, **shapes)
+    assert kernel == expected
 
 
 def test_gradients_agree_for_keys_on_pixel_centers(x64):
