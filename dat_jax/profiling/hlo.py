@@ -31,6 +31,7 @@ _DEVICES = re.compile(r"\b(?:replica_groups|source_target_pairs)=(mesh\[[^{]*\{[
 _TRANSFER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)".*_xla_megascale_transfer_type="([^"]*)"')
 _STRUCTURE = {
     *("while", "body", "cond", "closed_call", "scan", "checkpoint", "rematted_computation", "remat", "shard_map"),
+    "eval_jaxpr",  # in jax 0.12, around what is computed again
 }
 _MODULE_DEPTH = 3  # stages_0/blocks_1/attn
 
@@ -492,4 +493,6 @@ def module_path(op_name: str, *, depth: int = _MODULE_DEPTH) -> str:
     parts = re.sub(r"\bjit\([^()]*\)", "", op_name).split("/")[:-1]  # without the primitive
     # Names of modules; names of classes start with a capital letter.
     names = [p for p in parts if p[:1].islower() and not set("(.") & set(p) and p not in _STRUCTURE]
+    if names:  # a gradient with rematerialization has the path of the outermost module twice
+        names = names[len(names) - 1 - names[::-1].index(names[0]) :]
     return "/".join(names[:depth]) or "(outside the model)"

@@ -197,6 +197,11 @@ def test_traffic_by_op_and_by_module_counts_iterations_of_loops():
             "stages_0/blocks_1/attn",
         ),
         ("jit(step)/jvp(DAT)/stages_3/blocks_0/attn/jit(_where)/reduce_sum", "stages_3/blocks_0/attn"),
+        (
+            "jit(step)/transpose(jvp(DAT))/DAT.features/stages_0/jvp(DAT)/DAT.features/stages_0/checkpoint/blocks_1/attn/add",
+            "stages_0/blocks_1/attn",
+        ),
+        ("jit(step)/transpose(jvp(DAT))/stages_2/while/body/eval_jaxpr/mlp/checkpoint/add", "stages_2/mlp"),
         ("jit(train_step)/make_train_step.<locals>.train_step/add", "(outside the model)"),
         ("", "(no name)"),
     ],
