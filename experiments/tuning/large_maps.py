@@ -5,7 +5,8 @@ python -m experiments.tuning.large_maps [--ops=neighborhood_attention,conv_mlp] 
 The value and all gradients of one call, two images, bfloat16 with float32 parameters, compiled with libtpu. Two numbers of bytes:
 the compiler's count, which has each loop body once, and the sum of all operands and results, with the padding of tiles and with
 loop bodies once per iteration. Both include arrays that the compiler keeps on the chip, which two small maps may be. These are
-not times, and nothing was executed. "auto" is compiled for the first topology only.
+not times, and nothing was executed. "auto" is compiled for the first topology only. The tables of deformable attention
+were made for maps of another size, as those of dat_pp_base_384 and of detectors are.
 """
 
 import argparse
