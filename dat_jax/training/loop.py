@@ -433,12 +433,15 @@ def _summarize(values: list[dict]) -> dict[str, float]:
 
 
 def _log_step(trainer: Trainer, step: int, summary: dict[str, float], throughput: Throughput) -> None:
-    parts = [f"step {step}/{trainer.plan.total_steps}", f"epoch {step / trainer.plan.steps_per_epoch:.2f}"]
-    parts.append(report.format_metrics(summary))
+    pace = ""
     if throughput.pace is not None:
         images_per_second, seconds_left = throughput.pace
-        parts += [f"{images_per_second:.0f} images/s", f"{format_duration(seconds_left)} left"]
-    logger.info("  ".join(parts))
+        pace = f"  {images_per_second:.0f} images/s  {format_duration(seconds_left)} left"
+    logger.info(
+        "step %d/%d  epoch %.2f  %s%s",
+        *(step, trainer.plan.total_steps, step / trainer.plan.steps_per_epoch, report.format_metrics(summary)),
+        pace,
+    )
 
 
 def _log_end(signal: str, step: int, saved: int | None, directory: WorkDirectory, command: str) -> None:
