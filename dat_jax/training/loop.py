@@ -433,14 +433,10 @@ def _summarize(values: list[dict]) -> dict[str, float]:
 
 
 def _log_step(trainer: Trainer, step: int, summary: dict[str, float], throughput: Throughput) -> None:
-    pace = ""
-    if throughput.pace is not None:
-        images_per_second, seconds_left = throughput.pace
-        pace = f"  {images_per_second:.0f} images/s  {format_duration(seconds_left)} left"
     logger.info(
         "step %d/%d  epoch %.2f  %s%s",
         *(step, trainer.plan.total_steps, step / trainer.plan.steps_per_epoch, report.format_metrics(summary)),
-        pace,
+        throughput.describe_pace(),
     )
 
 

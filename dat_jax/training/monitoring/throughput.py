@@ -46,6 +46,13 @@ class Throughput(Hook):
         images_per_second, _ = self.pace
         return {"images_per_second": images_per_second, **self._usage.measure(images_per_second)}
 
+    def describe_pace(self) -> str:
+        """The end of a log line, such as "  165 images/s  0:12 left"; "" if the pace is unknown."""
+        if self.pace is None:
+            return ""
+        images_per_second, seconds_left = self.pace
+        return f"  {images_per_second:.0f} images/s  {format_duration(seconds_left)} left"
+
     def after_evaluation(self, step: int) -> None:
         """Exclude the evaluation from the rate."""
         del step
