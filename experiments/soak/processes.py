@@ -5,7 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = 8  # virtual devices of all processes together
@@ -22,6 +22,7 @@ def start(
     folders: Sequence[pathlib.Path] | None = None,
     module: str = "dat_jax.main",
     flags: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen]:
     """Start the processes of a run on virtual CPU devices. Each has its output as one text stream.
 
@@ -35,12 +36,14 @@ def start(
       folders: Working folder of each process, which also gets its temporary files; the root of the repository by default.
       module: Module that is run.
       flags: Further flags of it.
+      variables: Further environment variables.
     """
     with socket.socket() as free_socket:
         free_socket.bind(("localhost", 0))
         port = free_socket.getsockname()[1]
     xla_flags += f" --xla_force_host_platform_device_count={devices // processes}"
     environment = os.environ | {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    environment |= variables or {}
     if folders:
         config, environment = str(ROOT / config), environment | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-u", "-m", module, f"--config={config}", f"--workdir={workdir}"]
