@@ -317,9 +317,7 @@ def _run_steps(
                 try:
                     with clock.measure("evaluation"):
                         metrics = trainer.evaluate_state(state).metrics
-                except (
-                    Exception
-                ):  # such as validation images that cannot be read: the steps since the last checkpoint are kept
+                except Exception:  # such as images that cannot be read: the steps since the last checkpoint are kept
                     save(state)
                     raise
                 _check_finite_evaluation(metrics, state, checkpoints)  # before anything is saved
