@@ -355,12 +355,12 @@ def is_ignored(name: str, model: DAT) -> bool:
     """Whether a model needs no array for a published name: a buffer, a fixed kernel, or a parameter that is never used."""
     if re.fullmatch(_BUFFERS, name) or re.search(_FIXED_KERNELS, name):
         return True
-    if match := re.fullmatch(
-        r"stages\.(\d+)\.attns\.(\d+)\.conv_offset\..*", name
-    ):  # unused in D blocks without offsets
+    if match := re.fullmatch(r"stages\.(\d+)\.attns\.(\d+)\.conv_offset\..*", name):
+        # D blocks without offsets do not use it.
         i, j = map(int, match.groups())
         return i < len(model.stages) and model.stages[i][j : j + 1] == "D" and not model.use_offsets[i]
-    if match := re.fullmatch(r"stages\.(\d+)\.layer_scales\.(\d+)\.weight", name):  # unused in X blocks
+    if match := re.fullmatch(r"stages\.(\d+)\.layer_scales\.(\d+)\.weight", name):
+        # X blocks do not use it.
         i, j = int(match[1]), int(match[2]) // 2
         return i < len(model.stages) and model.stages[i][j : j + 1] == "X"
     return False

@@ -226,12 +226,8 @@ def _construct(maker: Global, arguments: Any) -> Any:
                 *_,
             ):
                 return data
-            case "_rebuild_from_type_v2", (
-                Global(),
-                Global("torch" | "torch._tensor", "Tensor"),
-                _,
-                _,
-            ):  # a tensor with attributes
+            case "_rebuild_from_type_v2", (Global(), Global("torch" | "torch._tensor", "Tensor"), _, _):
+                # A tensor with attributes.
                 return _construct(arguments[0], arguments[2])
             case "_rebuild_from_type_v2", (Global(), Global(_, "Parameter" | "Buffer"), _, _):
                 return _construct(arguments[0], arguments[2])
